@@ -1,0 +1,203 @@
+#!/usr/bin/env bash
+# LibriSpeech and MUSAN, from the download to validated features.
+#
+#   local/prepare.sh                                # everything, into download/ and data/
+#   local/prepare.sh --stage 3 --stop-stage 3       # LibriSpeech's features only
+#   ln -s /corpora/LibriSpeech download/LibriSpeech # before: nothing of LibriSpeech is downloaded
+#
+# Stages: 0 download, 1 LibriSpeech manifests, 2 MUSAN manifests,
+#         3 LibriSpeech fbank, train-all-shuf and validation, 4 MUSAN fbank.
+# A stage that is done is not repeated: its stamp (.done) names the parts it was done for. Works
+# with any of LibriSpeech's seven parts. MUSAN is needed only for training with --enable-musan true.
+# The paths in data/ are relative to the repository, where training is started, unless --dl-dir or
+# --data-dir say otherwise.
+
+set -eou pipefail
+
+stage=0
+stop_stage=4
+dl_dir=download
+data_dir=data
+num_jobs=$(getconf _NPROCESSORS_ONLN)
+
+all_parts=(
+  train-clean-100 train-clean-360 train-other-500 dev-clean dev-other test-clean test-other
+)
+
+usage="usage: local/prepare.sh [--stage N] [--stop-stage N] [--dl-dir DIR] [--data-dir DIR] \
+[--num-jobs N]"
+
+log() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
+die() { printf 'prepare.sh: %s\n' "$*" >&2; exit 1; }
+absolute() { if [[ $1 == /* ]]; then printf '%s' "$1"; else printf '%s' "$PWD/$1"; fi; }
+number() { [[ $2 =~ ^[0-9]+$ ]] || die "$1 takes a number, not '$2'"; printf '%s' "$2"; }
+
+while (( $# )); do
+  if [[ $1 == -h || $1 == --help ]]; then echo "$usage"; exit; fi
+  (( $# > 1 )) || die "$1 needs a value; $usage"
+  case $1 in
+    --stage) stage=$(number "$1" "$2") ;;
+    --stop-stage) stop_stage=$(number "$1" "$2") ;;
+    --dl-dir) dl_dir=$(absolute "$2") ;;
+    --data-dir) data_dir=$(absolute "$2") ;;
+    --num-jobs) num_jobs=$(number "$1" "$2") ;;
+    *) die "unknown flag $1; $usage" ;;
+  esac
+  shift 2
+done
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=python3
+[[ -x .venv/bin/python ]] && python=.venv/bin/python
+lhotse() { "$python" -c 'from lhotse.bin.lhotse import cli; cli()' "$@"; }
+
+corpus=$dl_dir/LibriSpeech
+musan=$dl_dir/musan
+manifests=$data_dir/manifests
+fbank=$data_dir/fbank
+
+runs() { (( stage <= $1 && $1 <= stop_stage )); }
+cuts() { printf '%s' "$fbank/librispeech_cuts_$1.jsonl.gz"; }
+
+# is_done STAMP PARTS: the stamp is of these parts. One that is empty is icefall's, of all parts.
+is_done() { [[ -f $1 && ( ! -s $1 || "$(cat "$1")" == "$2" ) ]]; }
+
+# LibriSpeech parts for which the path made by "$1 PART" exists, in one line; says what is missing.
+present_parts() {
+  local part present=() missing=()
+  for part in "${all_parts[@]}"; do
+    if [[ -e $("$1" "$part") ]]; then present+=("$part"); else missing+=("$part"); fi
+  done
+  (( ${#present[@]} )) || die "no part of LibriSpeech in $(dirname "$("$1" x)")"
+  (( ${#missing[@]} == 0 )) || log "without ${missing[*]}: not in $(dirname "$("$1" x)")" >&2
+  echo "${present[*]}"
+}
+audio_of() { printf '%s' "$corpus/$1"; }
+manifest_of() { printf '%s' "$manifests/librispeech_recordings_$1.jsonl.gz"; }
+
+# download NAME DIR ARCHIVES COMMAND...: a link, or a folder put there by hand, is left as it is.
+# Where archives lie beside the folder, lhotse began the download; it goes on where it stopped.
+download() {
+  local name=$1 dir=$2 archives=$3
+  shift 3
+  if [[ -L $dir && ! -d $dir ]]; then die "$dir is a link to a folder that does not exist"; fi
+  if [[ -L $dir ]] || { [[ -d $dir ]] && ! compgen -G "$dl_dir/$archives" > /dev/null; }; then
+    log "$name: using $dir as it is"
+    return
+  fi
+  log "$name: downloading to $dl_dir"
+  lhotse download "$@" "$dl_dir" || die "the download of $name stopped; run this \
+again to go on with it, or link an existing copy: ln -s /path/to/$name '$dir'"
+}
+
+# Every transcript must have got its recording: lhotse only warns of missing audio.
+check_counts() {
+  local part=$1 transcripts utterances
+  transcripts=$(find -L "$corpus/$part" -name '*.trans.txt' -exec cat {} + | grep -c .) \
+    || die "$corpus/$part has no transcripts (<speaker>/<chapter>/*.trans.txt)"
+  utterances=$(gzip -cd "$2" | wc -l)
+  (( transcripts == utterances )) \
+    || die "$part has $transcripts transcripts but $utterances of them have audio in $corpus/$part"
+}
+
+librispeech_manifests() {
+  local parts part todo=() new=$manifests/.part
+  [[ -d $corpus ]] || die "$corpus does not exist; stage 0 downloads it, or link your copy there"
+  parts=$(present_parts audio_of)
+  if is_done "$manifests/.librispeech.done" "$parts"; then
+    log "LibriSpeech manifests: done before"
+    return
+  fi
+  for part in $parts; do
+    [[ -e $(manifest_of "$part") ]] || todo+=("$part")
+  done
+  if (( ${#todo[@]} )); then
+    rm -rf "$new" # a file that lhotse did not finish looks to it as one that is done
+    lhotse prepare librispeech -j "$num_jobs" "${todo[@]/#/-p}" "$corpus" "$new"
+    for part in "${todo[@]}"; do
+      check_counts "$part" "$new/librispeech_supervisions_$part.jsonl.gz"
+    done
+    mv "$new"/librispeech_supervisions_* "$manifests/"
+    mv "$new"/librispeech_recordings_* "$manifests/" # last: these say that a part is there
+  fi
+  echo "$parts" > "$manifests/.librispeech.done"
+}
+
+musan_manifests() {
+  local part new=$manifests/.part
+  if [[ -f $manifests/.musan.done ]]; then
+    log "MUSAN manifests: done before"
+    return
+  fi
+  for part in music speech noise; do
+    [[ -d $musan/$part ]] || die "$musan/$part does not exist; stage 0 downloads it. Training with \
+--enable-musan false needs no MUSAN: go on with --stage 3 --stop-stage 3"
+  done
+  rm -rf "$new"
+  lhotse prepare musan "$musan" "$new"
+  mv "$new"/musan_* "$manifests/"
+  touch "$manifests/.musan.done"
+}
+
+# shuffle_train PARTS: all training cuts in random order, the same order every time.
+shuffle_train() {
+  local part train=() files=() all new=$fbank/.part-train-all-shuf
+  all=$(cuts train-all-shuf)
+  for part in $1; do
+    [[ $part != train-* ]] || { train+=("$part"); files+=("$(cuts "$part")"); }
+  done
+  if (( ${#files[@]} == 0 )); then
+    log "no train part, so no $all"
+    return
+  fi
+  (( ${#train[@]} == 3 )) || log "$all: ${#train[@]} of 3 train parts, ${train[*]}"
+  gzip -cd "${files[@]}" | shuf --random-source=<(yes) | gzip > "$new"
+  mv "$new" "$all"
+}
+
+librispeech_fbank() {
+  local parts part files=()
+  parts=$(present_parts manifest_of)
+  if is_done "$fbank/.librispeech.done" "$parts"; then
+    log "LibriSpeech fbank: done before"
+  else
+    "$python" local/compute_fbank.py librispeech --manifest-dir "$manifests" \
+      --output-dir "$fbank" --parts "${parts// /,}" --perturb-speed true --num-jobs "$num_jobs"
+    shuffle_train "$parts"
+    echo "$parts" > "$fbank/.librispeech.done"
+  fi
+  if is_done "$fbank/.librispeech-validated.done" "$parts"; then
+    log "LibriSpeech validation: done before"
+    return
+  fi
+  for part in $parts train-all-shuf; do
+    [[ ! -f $(cuts "$part") ]] || files+=("$(cuts "$part")")
+  done
+  "$python" local/validate_manifest.py "${files[@]}"
+  echo "$parts" > "$fbank/.librispeech-validated.done"
+}
+
+musan_fbank() {
+  if [[ -f $fbank/.musan.done ]]; then
+    log "MUSAN fbank: done before"
+    return
+  fi
+  "$python" local/compute_fbank.py musan --manifest-dir "$manifests" --output-dir "$fbank" \
+    --num-jobs "$num_jobs"
+  touch "$fbank/.musan.done"
+}
+
+mkdir -p "$manifests" "$fbank"
+trap 'rm -rf "$manifests/.part" "$fbank/.part-train-all-shuf"' EXIT # nothing half-written stays
+
+if runs 0; then
+  log "Stage 0: download"
+  mkdir -p "$dl_dir"
+  download LibriSpeech "$corpus" '*-*.tar.gz' librispeech --full
+  download musan "$musan" 'musan.tar.gz' musan
+fi
+if runs 1; then log "Stage 1: LibriSpeech manifests"; librispeech_manifests; fi
+if runs 2; then log "Stage 2: MUSAN manifests"; musan_manifests; fi
+if runs 3; then log "Stage 3: LibriSpeech fbank"; librispeech_fbank; fi
+if runs 4; then log "Stage 4: MUSAN fbank"; musan_fbank; fi
+log "prepare.sh: done"

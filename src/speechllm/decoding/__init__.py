@@ -1,0 +1,1 @@
+"""Search over the LLM's output: greedy and beam."""

@@ -1,0 +1,328 @@
+"""Word errors of decoded utterances, and the files that report them in icefall's format.
+
+A result is `(cut_id, ref_words, hyp_words)`. Two files keep icefall's format byte for byte,
+with the results sorted by id:
+
+    recogs-<set>-<suffix>.txt   the words of every reference and hypothesis
+    errs-<set>-<suffix>.txt     %WER, aligned utterances, counts per error and per word
+
+Words are aligned by kaldialign with costs 1, 1, 1. In the lists of errs-*.txt the highest count
+comes first, and among equal counts the last word by code point.
+"""
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, groupby
+from pathlib import Path
+
+import kaldialign
+import numpy as np
+
+Result = tuple[str, list[str], list[str]]  # cut id, reference words, hypothesis words
+Words = tuple[str, ...]
+Pair = tuple[Words, Words]  # aligned reference and hypothesis; () where one has no word
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """Errors of a set, over `ref_words` reference words (characters when the CER is counted)."""
+
+    insertions: int
+    deletions: int
+    substitutions: int
+    ref_words: int
+
+    @property
+    def errors(self) -> int:
+        return self.insertions + self.deletions + self.substitutions
+
+    @property
+    def wer(self) -> float:
+        """Errors per 100 reference words; without any, 0 if there is no error and else inf."""
+        if self.ref_words == 0:
+            return float("inf") if self.errors else 0.0
+        return 100.0 * self.errors / self.ref_words
+
+
+def align(ref: Sequence[str], hyp: Sequence[str]) -> list[Pair]:
+    """Pairs of a reference and a hypothesis word, each in a tuple that is empty for a gap.
+
+    Symbols are 1-tuples and the gap is (): no word, not even `*`, can be taken for a gap.
+    """
+    return kaldialign.align([(word,) for word in ref], [(word,) for word in hyp], ())
+
+
+def recogs_text(results: Sequence[Result]) -> str:
+    """The text of recogs-*.txt.
+
+    Raises:
+      ValueError: when two results have one id.
+    """
+    return "".join(
+        f"{cut_id}:\tref={list(ref)}\n{cut_id}:\thyp={list(hyp)}\n"
+        for cut_id, ref, hyp in _sorted_by_id(results)
+    )
+
+
+def errs_text(results: Sequence[Result]) -> tuple[str, ErrorCounts]:
+    """The text of errs-*.txt, and the counts of its first two lines.
+
+    Raises:
+      ValueError: when two results have one id.
+    """
+    alignments = [(cut_id, align(ref, hyp)) for cut_id, ref, hyp in _sorted_by_id(results)]
+    pairs = Counter(pair for _, alignment in alignments for pair in alignment)
+    counts = _error_counts(pairs)
+    lines = [
+        *_header(counts, correct=sum(n for (ref, hyp), n in pairs.items() if ref == hyp)),
+        "",
+        "PER-UTT DETAILS: corr or (ref->hyp)  ",
+        *(f"{cut_id}:\t{_show(alignment)}" for cut_id, alignment in alignments),
+        "",
+        "SUBSTITUTIONS: count ref -> hyp",
+        *_by_count((n, ref + hyp) for (ref, hyp), n in pairs.items() if ref and hyp and ref != hyp),
+        "",
+        "DELETIONS: count ref",
+        *_by_count((n, ref) for (ref, hyp), n in pairs.items() if not hyp),
+        "",
+        "INSERTIONS: count hyp",
+        *_by_count((n, hyp) for (ref, hyp), n in pairs.items() if not ref),
+        "",
+        "PER-WORD STATS: word  corr tot_errs count_in_ref count_in_hyp",
+        *_per_word(pairs),
+    ]
+    return "\n".join(lines) + "\n", counts
+
+
+def summary_text(
+    set_name: str, results: Sequence[Result], extra: Mapping[str, str | float] | None = None
+) -> str:
+    """The text of wer-summary-*.txt: the published line, then what a reader compares by."""
+    counts = _error_counts(Counter(pair for _, ref, hyp in results for pair in align(ref, hyp)))
+    low, high = bootstrap_interval(results)
+    lines = [
+        "",
+        f"For {set_name} WER: {round(counts.wer, 2)}",
+        log_line(set_name, counts),
+        f"95% interval: {low:.2f}% to {high:.2f}%",
+        f"CER: {character_error_counts(results).wer:.2f}%",
+        f"utterances: {len(results)}",
+        *(f"{key}: {_number(value)}" for key, value in (extra or {}).items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_recogs(path: str | Path, results: Sequence[Result]) -> None:
+    """Writes `recogs_text(results)`; the file appears whole or not at all."""
+    _write(Path(path), recogs_text(results))
+
+
+def write_errs(path: str | Path, results: Sequence[Result]) -> ErrorCounts:
+    """Writes `errs_text(results)`; the file appears whole or not at all."""
+    text, counts = errs_text(results)
+    _write(Path(path), text)
+    return counts
+
+
+def write_summary(
+    path: str | Path,
+    set_name: str,
+    results: Sequence[Result],
+    extra: Mapping[str, str | float] | None = None,
+) -> None:
+    """Writes `summary_text(...)`; the file appears whole or not at all."""
+    _write(Path(path), summary_text(set_name, results, extra))
+
+
+def score(
+    results: Sequence[Result],
+    out_dir: str | Path,
+    set_name: str,
+    suffix: str,
+    extra: Mapping[str, str | float] | None = None,
+) -> ErrorCounts:
+    """Writes recogs-, errs- and wer-summary-<set>-<suffix>.txt into `out_dir`.
+
+    All three are computed before the first is written, so that an error leaves no mixed set.
+
+    Raises:
+      ValueError: when two results have one id.
+    """
+    errs, counts = errs_text(results)
+    texts = {
+        "recogs": recogs_text(results),
+        "errs": errs,
+        "wer-summary": summary_text(set_name, results, extra),
+    }
+    for kind, text in texts.items():
+        _write(Path(out_dir) / f"{kind}-{set_name}-{suffix}.txt", text)
+    return counts
+
+
+def log_line(set_name: str, counts: ErrorCounts) -> str:
+    """`[set] %WER 1.86% [978 / 52576, 108 ins, 74 del, 796 sub ]`"""
+    return (
+        f"[{set_name}] %WER {counts.wer:.2f}% [{counts.errors} / {counts.ref_words}, "
+        f"{counts.insertions} ins, {counts.deletions} del, {counts.substitutions} sub ]"
+    )
+
+
+def character_error_counts(results: Sequence[Result]) -> ErrorCounts:
+    """Errors in the characters of the words joined by one space; the space is a character."""
+    edits = [kaldialign.edit_distance(" ".join(ref), " ".join(hyp)) for _, ref, hyp in results]
+    return ErrorCounts(*(sum(e[key] for e in edits) for key in ("ins", "del", "sub", "ref_len")))
+
+
+def bootstrap_interval(
+    results: Sequence[Result], samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the WER in percent: quantiles over `samples` sets of drawn utterances.
+
+    Each sample draws as many utterances as there are, with replacement (Bisani & Ney, "Bootstrap
+    estimates for confidence intervals in ASR performance evaluation", ICASSP 2004).
+    """
+    if not results:
+        return 0.0, 0.0
+    edits = [kaldialign.edit_distance(ref, hyp) for _, ref, hyp in results]
+    per_utterance = np.array([(e["total"], e["ref_len"]) for e in edits])  # (N, 2)
+    rng = np.random.default_rng(seed)
+    # One sample at a time: memory stays at N, which is long enough to vectorise over.
+    draws = (rng.integers(len(results), size=len(results)) for _ in range(samples))
+    errors, words = np.array([per_utterance[draw].sum(axis=0) for draw in draws]).T
+    no_words = np.where(errors > 0, np.inf, 0.0)  # as ErrorCounts.wer
+    wers = np.where(words > 0, 100.0 * errors / np.maximum(words, 1), no_words)
+    # A quantile that is one of the samples: between a finite and an infinite WER lies nothing.
+    low, high = np.quantile(wers, [0.025, 0.975], method="inverted_cdf")
+    return float(low), float(high)
+
+
+# ---- normalizers: off unless asked for; both reference and hypothesis must go through the same
+
+
+def keep_text(text: str) -> str:
+    """The text as it is."""
+    return text
+
+
+def normalize_basic(text: str) -> str:
+    """NFKC, lower case, no punctuation or symbols; letters, marks, digits and don't's ' stay."""
+    text = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)).lower()
+    words = (word.strip("'") for word in text.translate(_KEPT).split())
+    return " ".join(word for word in words if word)
+
+
+def normalize_english(text: str) -> str:
+    """Whisper's English rules: numbers as digits, contractions and titles spelled out, no "uh"."""
+    return _whisper_english()(text).strip()
+
+
+NORMALIZERS: dict[str, Callable[[str], str]] = {
+    "none": keep_text,
+    "basic": normalize_basic,
+    "english": normalize_english,
+}
+
+# The other apostrophes people type; before NFKC, which would break the acute accent in two.
+_APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u00b4`", "'"))
+
+
+class _KeptCharacters(dict):
+    """A table for str.translate, filled as characters are met."""
+
+    def __missing__(self, code: int) -> str:
+        category = unicodedata.category(chr(code))
+        if category[0] in "LMN" or chr(code) == "'":
+            self[code] = chr(code)
+        else:  # soft hyphens and zero-width characters are inside words, the rest parts them
+            self[code] = "" if category == "Cf" else " "
+        return self[code]
+
+
+_KEPT = _KeptCharacters()
+
+
+@cache
+def _whisper_english() -> Callable[[str], str]:
+    # Imported here because transformers takes seconds, and most scoring does without.
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    # Whisper's British-to-American table is a download, not a part of transformers.
+    return EnglishTextNormalizer({})
+
+
+# ---- parts of the files
+
+
+def _sorted_by_id(results: Sequence[Result]) -> list[Result]:
+    for cut_id, n in Counter(cut_id for cut_id, _, _ in results).items():
+        if n > 1:
+            raise ValueError(f"{cut_id} has {n} results: an utterance is scored once")
+    return sorted(results, key=lambda result: result[0])
+
+
+def _error_counts(pairs: Counter[Pair]) -> ErrorCounts:
+    return ErrorCounts(
+        insertions=sum(n for (ref, _), n in pairs.items() if not ref),
+        deletions=sum(n for (_, hyp), n in pairs.items() if not hyp),
+        substitutions=sum(n for (ref, hyp), n in pairs.items() if ref and hyp and ref != hyp),
+        ref_words=sum(n for (ref, _), n in pairs.items() if ref),
+    )
+
+
+def _header(counts: ErrorCounts, correct: int) -> list[str]:
+    errors = (
+        f"Errors: {counts.insertions} insertions, {counts.deletions} deletions, "
+        f"{counts.substitutions} substitutions, over {counts.ref_words} reference words "
+        f"({correct} correct)"
+    )
+    sections = (
+        "Search below for sections starting with PER-UTT DETAILS:, SUBSTITUTIONS:, DELETIONS:, "
+        "INSERTIONS:, PER-WORD STATS:"
+    )
+    return [f"%WER = {counts.wer:.2f}", errors, sections]
+
+
+def _show(alignment: list[Pair]) -> str:
+    """`he (was->*) like (unto->un to) my father`: neighbouring errors share one bracket."""
+    shown = []
+    for correct, run in groupby(alignment, key=lambda pair: pair[0] == pair[1]):
+        ref, hyp = (" ".join(chain.from_iterable(side)) for side in zip(*run, strict=True))
+        shown.append(ref if correct else f"({ref or '*'}->{hyp or '*'})")
+    return " ".join(shown)
+
+
+def _by_count(counted: Iterable[tuple[int, Words]]) -> list[str]:
+    return [f"{n}   {' -> '.join(words)}" for n, words in sorted(counted, reverse=True)]
+
+
+def _per_word(pairs: Counter[Pair]) -> list[str]:
+    correct, in_ref, in_hyp = Counter(), Counter(), Counter()
+    for (ref, hyp), n in pairs.items():
+        in_ref.update(dict.fromkeys(ref, n))
+        in_hyp.update(dict.fromkeys(hyp, n))
+        if ref == hyp:
+            correct.update(dict.fromkeys(ref, n))
+    errors = {w: in_ref[w] + in_hyp[w] - 2 * correct[w] for w in in_ref | in_hyp}
+    return [
+        f"{word}   {correct[word]} {n} {in_ref[word]} {in_hyp[word]}"
+        for n, word in sorted(((n, word) for word, n in errors.items()), reverse=True)
+    ]
+
+
+def _number(value: str | float) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes UTF-8 under a temporary name in the same directory, then renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""`epoch-N.pt` and its averages: `{"model": …}` and what resuming needs, tensors and plain scalars."""
+
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TrainState:
+    """How far the training is, and the best it has been."""
+
+    epoch: int = 0
+    batch_idx_train: int = 0
+    best_train_loss: float = float("inf")
+    best_train_epoch: int = -1
+    best_valid_loss: float = float("inf")
+    best_valid_epoch: int = -1
+
+
+def save_checkpoint(path: Path, model: dict[str, Tensor], state: TrainState, **resume) -> None:
+    """Write model, progress and the state dicts in `resume`; the file is whole or absent."""
+    _write({"model": model, **asdict(state), **resume}, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint on the CPU, loaded without running any code in it.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence that names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or pickled file
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise ValueError(f"{path} has no 'model' entry with a state dict")
+    return checkpoint
+
+
+def epoch_path(exp_dir: Path, epoch: int) -> Path:
+    return exp_dir / f"epoch-{epoch}.pt"
+
+
+def restore_state(checkpoint: dict) -> TrainState:
+    """The progress saved with a checkpoint; averages and published files have none."""
+    defaults = asdict(TrainState())
+    return TrainState(**{name: checkpoint.get(name, value) for name, value in defaults.items()})
+
+
+def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tensor], Path]:
+    """Element-wise mean of epoch-(epoch-avg+1) … epoch, also written as `epoch-N-avg-K.pt`.
+
+    Returns:
+      The model's state dict, and the file it is in.
+    Raises:
+      FileNotFoundError, ValueError: naming the first missing epoch, or keys that differ.
+    """
+    if avg < 1 or epoch - avg + 1 < 1:
+        raise ValueError(f"--epoch {epoch} --avg {avg} reaches back before epoch 1")
+    needed = range(epoch - avg + 1, epoch + 1)
+    for number in needed:
+        if not epoch_path(exp_dir, number).is_file():
+            raise FileNotFoundError(
+                f"epoch-{number}.pt is missing in {exp_dir}: --epoch {epoch} --avg {avg} "
+                f"needs {', '.join(map(str, needed))}"
+            )
+    if avg == 1:
+        return load_checkpoint(epoch_path(exp_dir, epoch))["model"], epoch_path(exp_dir, epoch)
+
+    sums: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for number in needed:
+        model = load_checkpoint(epoch_path(exp_dir, number))["model"]
+        if sums and sums.keys() != model.keys():
+            odd = sorted(sums.keys() ^ model.keys())[0]
+            raise ValueError(f"epoch-{number}.pt and its predecessor differ: {odd} is in one only")
+        for key, value in model.items():
+            dtypes[key] = value.dtype
+            sums[key] = sums.get(key, 0.0) + value.double()
+    average = {key: (value / avg).to(dtypes[key]) for key, value in sums.items()}
+    path = exp_dir / f"epoch-{epoch}-avg-{avg}.pt"
+    _write({"model": average}, path)
+    logging.info(f"Averaged epochs {needed[0]} to {epoch} into {path}")
+    return average, path
+
+
+def copy_best(exp_dir: Path, state: TrainState) -> None:
+    """`best-train-loss.pt` and `best-valid-loss.pt`, when the epoch just saved is the best."""
+    for name, best_epoch in (
+        ("best-train-loss.pt", state.best_train_epoch),
+        ("best-valid-loss.pt", state.best_valid_epoch),
+    ):
+        if best_epoch == state.epoch:
+            partial = exp_dir / f"{name}.partial"
+            partial.unlink(missing_ok=True)
+            os.link(epoch_path(exp_dir, state.epoch), partial)
+            os.replace(partial, exp_dir / name)
+
+
+def _write(checkpoint: dict, path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    torch.save(checkpoint, partial)
+    os.replace(partial, path)

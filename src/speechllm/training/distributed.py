@@ -1,0 +1,80 @@
+"""Data-parallel processes: by `--world-size N` on one machine, by torchrun on many."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among the others."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` added up over all ranks, in place; as it is for a single rank."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def launch(run: Callable, args, world_size: int, master_port: int) -> None:
+    """Call `run(ranks, args)` in every process of the training.
+
+    Under torchrun this process is one of them, and `world_size` is torchrun's. Otherwise
+    `world_size` processes are started on this machine.
+
+    Raises:
+      ValueError: there are GPUs, but fewer than processes.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _start(int(os.environ["RANK"]), run, args, int(os.environ["WORLD_SIZE"]), None)
+        return
+    if world_size < 1:
+        raise ValueError(f"--world-size {world_size} must be at least 1")
+    if 0 < torch.cuda.device_count() < world_size:
+        raise ValueError(
+            f"--world-size {world_size} needs as many GPUs, "
+            f"this machine has {torch.cuda.device_count()}"
+        )
+    if world_size == 1:
+        _start(0, run, args, 1, master_port)
+    else:
+        mp.spawn(_start, args=(run, args, world_size, master_port), nprocs=world_size)
+
+
+def _start(rank: int, run: Callable, args, world_size: int, master_port: int | None) -> None:
+    """`master_port` is None under torchrun, which says all in the environment."""
+    cuda = torch.cuda.is_available()
+    local_rank = rank if master_port is not None else int(os.environ.get("LOCAL_RANK", rank))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        if master_port is not None:
+            os.environ["MASTER_ADDR"] = "localhost"
+            os.environ["MASTER_PORT"] = str(master_port)
+            torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", rank=rank, world_size=world_size
+        )
+    try:
+        run(Ranks(rank, world_size, device), args)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,123 @@
+"""What a training tells: running sums, the log lines users grep, a progress bar, tensorboard."""
+
+import datetime
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RESET_INTERVAL = 200  # batches over which tot_loss forgets
+
+
+class Metrics:
+    """Sums over batches: `loss` and `correct` over `tokens`, and the `frames` they came from.
+
+    The sums stay tensors on their device; they are read only when a line is logged.
+    """
+
+    def __init__(self, sums: dict[str, Tensor] | None = None):
+        self.sums = dict(sums or {})
+
+    def decayed(self, factor: float) -> "Metrics":
+        return Metrics({name: value * factor for name, value in self.sums.items()})
+
+    def __add__(self, other: "Metrics") -> "Metrics":
+        names = self.sums.keys() | other.sums.keys()
+        zero = torch.zeros(())
+        return Metrics(
+            {name: self.sums.get(name, zero) + other.sums.get(name, zero) for name in names}
+        )
+
+    def reduced(self, ranks) -> "Metrics":
+        """The sums of all ranks."""
+        names = sorted(self.sums)
+        values = torch.stack([self.sums[name].double().cpu() for name in names])
+        values = ranks.sum(values.to(ranks.device))
+        return Metrics(dict(zip(names, values.cpu())))
+
+    def means(self) -> dict[str, float]:
+        """`loss` and `acc` per token, `wer` in percent; only what was counted."""
+        sums = {name: float(value) for name, value in self.sums.items()}
+        means = {"loss": sums["loss"] / max(sums["tokens"], 1.0)}
+        if "correct" in sums:
+            means["acc"] = sums["correct"] / max(sums["tokens"], 1.0)
+        if "words" in sums:
+            means["wer"] = 100.0 * sums["errors"] / max(sums["words"], 1.0)
+        return means
+
+    def __str__(self) -> str:
+        values = "".join(f"{name}={value:.4g}, " for name, value in self.means().items())
+        return f"{values}over {float(self.sums['frames']):.2f} frames. "
+
+
+def setup_logging(prefix: Path, ranks) -> None:
+    """Log to `<prefix>-<date>[-<rank>]`, and to the terminal on rank 0."""
+    date = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    suffix = f"-{ranks.rank}" if ranks.world_size > 1 else ""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    where = f"({ranks.rank}/{ranks.world_size}) " if ranks.world_size > 1 else ""
+    handlers: list[logging.Handler] = [logging.FileHandler(f"{prefix}-{date}{suffix}")]
+    if ranks.is_main:
+        handlers.append(_TerminalHandler())
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] {where}%(message)s",
+        handlers=handlers,
+        force=True,
+    )
+
+
+class _TerminalHandler(logging.StreamHandler):
+    """Writes lines above a progress bar instead of through it."""
+
+    def emit(self, record):
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class ProgressBar:
+    """Audio seconds done in this epoch, speed, time left and loss; silent without a terminal."""
+
+    def __init__(self, epoch: int, seconds: float, enabled: bool):
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=round(seconds),
+            desc=f"epoch {epoch}",
+            unit="s",
+            disable=not (enabled and sys.stderr.isatty()),
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s of audio "
+            "[{elapsed}<{remaining}, {rate_fmt} {postfix}]",
+        )
+
+    def advance(self, seconds: float) -> None:
+        self.bar.update(round(seconds))
+
+    def show(self, **values: float) -> None:
+        self.bar.set_postfix(values, refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class TensorBoard:
+    """Scalars under the names icefall uses; does nothing when not enabled."""
+
+    def __init__(self, log_dir: Path, enabled: bool):
+        self.writer = None
+        if enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(log_dir=str(log_dir))
+
+    def add(self, prefix: str, values: dict[str, float], step: int) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{prefix}{name}", value, step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

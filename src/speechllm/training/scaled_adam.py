@@ -1,0 +1,242 @@
+"""ScaledAdam: Adam whose steps are relative to the size of each parameter, with its own clipping.
+
+Two ideas set it apart from Adam (Yao et al., "Zipformer", 2023, section 3.5,
+https://arxiv.org/abs/2310.11230): the step of a tensor is proportional to its root mean square, and
+that size is itself learnt, from the gradient with respect to an imaginary factor in front of the
+tensor. So one learning rate fits large and small tensors alike.
+
+    optimizer = ScaledAdam(model.parameters(), lr=0.01)
+"""
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+SIZE_PERIOD = 4  # steps between two updates of a tensor's size
+SIZE_LR = 0.1  # learning rate of sizes and of one-element tensors, relative to lr
+MIN_RMS, MAX_RMS = 1e-5, 3.0  # a tensor's size is learnt between these
+MAX_SCALAR = 10.0  # one-element tensors stay within +-MAX_SCALAR
+CLIP_PERIOD = 100  # gradient norms remembered, and steps between two thresholds
+EARLY_CLIP_STEPS = (10, 20, 40)  # first thresholds: from fewer norms, and twice as lenient
+MAX_STACK = 2**26  # elements of one stack of equal-shaped tensors: bounds the temporary memory
+
+
+class ScaledAdam(torch.optim.Optimizer):
+    """Adam with steps relative to parameter size, and clipping relative to the median norm.
+
+    Parameters of equal shape are stacked and updated together. Every state is kept by parameter
+    (and the clipping history by group), so a checkpoint does not depend on the stacking. As with
+    torch's own optimizers, a parameter whose gradient is None is left as it is.
+
+    Clipping works on each parameter group by itself: gradients whose norm exceeds clipping_scale
+    times the median of recent norms are scaled down to that, and those whose norm is not finite
+    become zero. No step waits for the device, except where a new threshold is computed.
+
+    Args:
+      params: parameters, named parameters or groups of them, as for any torch optimizer.
+      lr: relative step size; a group may have its own, as it may have its own other options.
+      betas: decay of the momentum and of the squared gradients.
+      eps: added to the root of the squared gradients.
+      clipping_scale: multiple of the median norm at which gradients are clipped; None: no clipping,
+        and no protection from gradients that are not finite.
+
+    Raises:
+      ValueError: for an lr, betas, eps or clipping_scale out of range.
+      RuntimeError: from `step`, when most recent gradients of a group were not finite.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        clipping_scale: float | None = 2.0,
+    ):
+        if not lr >= 0:
+            raise ValueError(f"lr must not be negative, got {lr}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), got {betas}")
+        if not eps > 0:
+            raise ValueError(f"eps must be positive, got {eps}")
+        if clipping_scale is not None and not clipping_scale > 0:
+            raise ValueError(f"clipping_scale must be positive or None, got {clipping_scale}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "clipping_scale": clipping_scale}
+        # The state of clipping: it belongs to a group, and in a group torch saves and loads it.
+        progress = {"clip_step": 0, "clip_norms": None, "clip_threshold": math.inf}
+        super().__init__(params, defaults | progress)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Update every parameter that has a gradient; returns the closure's loss, if given one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(_initial_state(p))
+            clip = None if group["clipping_scale"] is None else self._clip_factor(group, params)
+            for batch in self._batches(params):
+                self._update(group, batch, clip)
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue from a `state_dict()`, of which a copy is made."""
+        # Without the copy two optimizers would go on in the same tensors.
+        super().load_state_dict(copy.deepcopy(state_dict))
+        for group in self.param_groups:
+            if group["clip_norms"] is not None:  # torch moves only the states of parameters
+                group["clip_norms"] = group["clip_norms"].to(group["params"][0].device)
+
+    def clipping_stats(self) -> list[dict[str, float]]:
+        """For logging (it waits for the device): one dict per group that has a threshold by now.
+
+        `threshold`: the present one; `median`: of the norms it is compared with (the last 100 or
+        fewer); `clipped`: the fraction of these norms above the threshold or not finite.
+        """
+        stats = []
+        for group in self.param_groups:
+            threshold = group["clip_threshold"]
+            if math.isfinite(threshold):
+                norms = _recorded_norms(group["clip_norms"], group["clip_step"] - 1)
+                clipped = 1 - (norms <= threshold).sum().item() / len(norms)
+                median = _median(norms)
+                stats.append({"threshold": threshold, "median": median, "clipped": clipped})
+        return stats
+
+    def _batches(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield the parameters in lists that can be stacked and are at the same step."""
+        alike = defaultdict(list)
+        for p in params:
+            alike[p.shape, p.dtype, p.device, self.state[p]["step"]].append(p)
+        for batch in alike.values():
+            size = max(1, MAX_STACK // max(1, batch[0].numel()))
+            for start in range(0, len(batch), size):
+                yield batch[start : start + size]
+
+    def _clip_factor(self, group: dict, params: list[Tensor]) -> Tensor:
+        """Record the norm of a group's gradients; returns the factor () for them, from 0 to 1."""
+        # The norm is that of the update: each gradient counts in proportion to its tensor's size.
+        rms = torch.stack([self.state[p]["rms"] for p in params])
+        norm = (torch.stack(torch._foreach_norm([p.grad for p in params])) * rms).norm()
+        t = group["clip_step"]
+        group["clip_step"] = t + 1
+        if t == 0:  # not representative, so not recorded
+            group["clip_norms"] = torch.zeros(CLIP_PERIOD, device=norm.device)
+        else:
+            group["clip_norms"][t % CLIP_PERIOD] = norm
+            if t in EARLY_CLIP_STEPS or t % CLIP_PERIOD == 0:
+                group["clip_threshold"] = self._new_threshold(group, t)
+        # inf / inf, before there is a threshold, is NaN as well: no gradient to step by.
+        return (group["clip_threshold"] / norm).clamp(max=1.0).nan_to_num(nan=0.0)
+
+    def _new_threshold(self, group: dict, t: int) -> float:
+        median = _median(_recorded_norms(group["clip_norms"], t))
+        if not math.isfinite(median):
+            raise RuntimeError(
+                f"at step {t} the median norm of recent gradients is {median}: "
+                "training has diverged, or its input is not finite"
+            )
+        leniency = 2.0 if t in EARLY_CLIP_STEPS else 1.0
+        return leniency * group["clipping_scale"] * median
+
+    def _update(self, group: dict, batch: list[Tensor], clip: Tensor | None) -> None:
+        """One step of N parameters of equal shape (M elements each), stacked into (N, M)."""
+        states = [self.state[p] for p in batch]
+        t = states[0]["step"]
+        p, grad = _stack(batch), _stack([p.grad for p in batch])
+        if clip is not None:
+            # What is not finite makes clip 0, and 0 times that is NaN.
+            grad.mul_(clip).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        values = {key: _stack([s[key] for s in states]) for key in states[0] if key != "step"}
+
+        values["delta"].mul_(group["betas"][0])
+        if p.shape[1] == 1:
+            p.clamp_(-MAX_SCALAR, MAX_SCALAR)
+        else:
+            _update_size(values, p, grad, t, group)
+        _add_adam_step(values, grad, t, group)
+        p.add_(values["delta"])
+
+        _unstack(p, batch)
+        for key, value in values.items():
+            _unstack(value, [s[key] for s in states])
+        for s in states:
+            s["step"] = t + 1
+
+
+def _initial_state(p: Tensor) -> dict[str, int | Tensor]:
+    """State of a parameter: `delta` and `v` like p, `rms` (); for the size `s` () and `dots` (4,).
+
+    The size of a one-element tensor is not learnt: its `rms` stays SIZE_LR.
+    """
+    state = {"step": 0, "delta": torch.zeros_like(p), "v": torch.zeros_like(p)}
+    if p.numel() == 1:
+        return state | {"rms": p.new_tensor(SIZE_LR)}
+    size = {"rms": p.square().mean().sqrt(), "s": p.new_zeros(()), "dots": p.new_zeros(SIZE_PERIOD)}
+    return state | size
+
+
+def _update_size(values: dict[str, Tensor], p: Tensor, grad: Tensor, t: int, group: dict) -> None:
+    """Add to delta the step of the size: Adam on a factor in front of p, every SIZE_PERIOD steps.
+
+    p · grad, summed, is the gradient with respect to the logarithm of that factor.
+    """
+    beta1, beta2 = group["betas"]
+    rms, s, dots = values["rms"], values["s"], values["dots"]  # (N, 1), (N, 1), (N, SIZE_PERIOD)
+    dots[:, t % SIZE_PERIOD] = (p * grad).sum(dim=1)
+    if t % SIZE_PERIOD != SIZE_PERIOD - 1:
+        return
+    rms.copy_(p.square().mean(dim=1, keepdim=True).sqrt())
+    decay = beta2**SIZE_PERIOD
+    s.mul_(decay).add_(dots.square().mean(dim=1, keepdim=True), alpha=1 - decay)
+    correction = math.sqrt(1 - beta2 ** (t + 1))
+    step = dots.sum(dim=1, keepdim=True) / (s.sqrt() + group["eps"])
+    step *= -SIZE_LR * group["lr"] * correction
+    step.masked_fill_(rms < MIN_RMS, 0.0)
+    step = torch.minimum(step, (MAX_RMS - rms) / rms)
+    values["delta"].addcmul_(step, p, value=1 - beta1)
+
+
+def _add_adam_step(values: dict[str, Tensor], grad: Tensor, t: int, group: dict) -> None:
+    """Add to delta Adam's step, in proportion to rms."""
+    beta1, beta2 = group["betas"]
+    v = values["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = v.sqrt()
+    correction = 1 - beta2 ** (t + 1)
+    if correction < 0.99 or grad.shape[1] == 1:
+        root /= math.sqrt(correction)
+    sized = grad * values["rms"].clamp(min=MIN_RMS)
+    values["delta"].addcdiv_(sized, root.add_(group["eps"]), value=-(1 - beta1) * group["lr"])
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """N tensors of equal shape -> (N, M), a copy."""
+    return torch.stack(tensors).reshape(len(tensors), tensors[0].numel())
+
+
+def _unstack(stacked: Tensor, tensors: list[Tensor]) -> None:
+    """Write the rows of `stacked` (N, M) back into N tensors."""
+    torch._foreach_copy_(tensors, list(stacked.reshape(len(tensors), *tensors[0].shape).unbind()))
+
+
+def _recorded_norms(norms: Tensor, t: int) -> Tensor:
+    """The norms recorded by step t: of steps 1 to t, or of the last CLIP_PERIOD steps."""
+    return norms[1 : t + 1] if t < CLIP_PERIOD else norms
+
+
+def _median(norms: Tensor) -> float:
+    """The recipe's median of n norms: element 2 * (n // 4) in order, NaN counting as the largest.
+
+    Waits for the device.
+    """
+    return norms.sort().values[2 * (len(norms) // 4)].item()

@@ -1,0 +1,176 @@
+"""From flags to the objects of a training: what both training programs share."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lhotse import CutSet, load_manifest_lazy
+from torch import nn
+
+from speechllm.data import (
+    CutStatistics,
+    check_cuts,
+    cuts_file,
+    evaluation_loader,
+    training_cuts,
+    training_loader,
+)
+from speechllm.flags import comma_list, str2bool
+from speechllm.training.distributed import Ranks
+from speechllm.training.scaled_adam import ScaledAdam
+from speechllm.training.schedule import Eden, FixedLR
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--world-size", type=int, default=4, help="processes for DDP; torchrun's value wins")
+    add("--master-port", type=int, default=12354, help="for DDP on one machine")
+    add("--num-epochs", type=int, default=10, help="train up to this epoch")
+    add("--start-epoch", type=int, default=1, help="above 1: continue from epoch-(N-1).pt")
+    add("--exp-dir", type=Path, help="checkpoints, logs and tensorboard files")
+    add("--base-lr", type=float, default=0.01, help="learning rate")
+    add("--optimizer", choices=["scaled_adam", "adamw"], default="scaled_adam", help="optimizer")
+    add("--lr-schedule", choices=["fixed", "eden"], default="fixed", help="learning rate schedule")
+    add("--lr-batches", type=float, default=7500.0, help="Eden: batches until the rate falls")
+    add("--lr-epochs", type=float, default=3.5, help="Eden: epochs until the rate falls")
+    add("--warmup-batches", type=float, default=500.0, help="Eden: length of the warm-up")
+    add("--seed", type=int, default=42, help="for order, augmentation and dropout")
+    add("--use-fp16", type=str2bool, default=True, help="autocast to float16, with a scaler")
+    add("--use-bf16", type=str2bool, default=False, help="autocast to bfloat16; wins over fp16")
+    add("--inf-check", type=str2bool, default=False,
+        help="stop at the first module whose output is not finite, by name")  # fmt: skip
+    add("--tensorboard", type=str2bool, default=True, help="write tensorboard files")
+    add("--log-interval", type=int, default=50, help="batches between log lines")
+    add("--valid-interval", type=int, default=5000, help="batches between validations")
+
+
+def autocast_dtype(use_fp16: bool, use_bf16: bool) -> torch.dtype:
+    if use_bf16:
+        return torch.bfloat16
+    return torch.float16 if use_fp16 else torch.float32
+
+
+def make_optimizer(name: str, parameters, lr: float) -> torch.optim.Optimizer:
+    parameters = [p for p in parameters if p.requires_grad]
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr)
+    return ScaledAdam(parameters, lr=lr, clipping_scale=2.0)
+
+
+def make_schedule(args, optimizer: torch.optim.Optimizer) -> FixedLR:
+    if args.lr_schedule == "eden":
+        return Eden(optimizer, args.lr_batches, args.lr_epochs, args.warmup_batches)
+    return FixedLR(optimizer)
+
+
+def wrap_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
+    if ranks.world_size == 1:
+        return model
+    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+
+
+def check_outputs_finite(model: nn.Module) -> None:
+    """Every module reports an output that is not finite, and stops the training.
+
+    Raises (later, from the forward pass):
+      FloatingPointError: naming the first such module.
+    """
+
+    def hook(module, _inputs, output, name):
+        tensors = output if isinstance(output, (tuple, list)) else (output,)
+        for tensor in tensors:
+            if torch.is_tensor(tensor) and tensor.is_floating_point():
+                if not torch.isfinite(tensor).all():
+                    raise FloatingPointError(
+                        f"the output of {name} ({type(module).__name__}) is not finite"
+                    )
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda m, i, o, name=name: hook(m, i, o, name or "the model")
+        )
+
+
+def check_data(args) -> tuple[CutStatistics, CutStatistics]:
+    """One pass over all training and validation cuts, before anything expensive.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence with the file, the cut and the value.
+    """
+    need_features = not args.on_the_fly_feats
+    train = check_cuts(
+        train_paths(args),
+        min_seconds=args.min_utterance,
+        max_seconds=args.max_utterance,
+        need_features=need_features,
+    )
+    valid = check_cuts(valid_paths(args), need_features=need_features)
+    if args.enable_musan:
+        cuts_file(args.manifest_dir, "musan_cuts")
+    return train, valid
+
+
+def train_paths(args) -> list[Path]:
+    return [cuts_file(args.manifest_dir, name) for name in comma_list(args.train_cuts)]
+
+
+def valid_paths(args) -> list[Path]:
+    return [cuts_file(args.manifest_dir, name) for name in comma_list(args.valid_cuts)]
+
+
+def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
+    """A function from the epoch, counted from 1, to its batches."""
+    cuts = training_cuts(train_paths(args), args.min_utterance, args.max_utterance)
+    musan = None
+    if args.enable_musan:
+        musan = CutSet.from_cuts(load_manifest_lazy(cuts_file(args.manifest_dir, "musan_cuts")))
+
+    def loader(epoch: int):
+        return training_loader(
+            cuts,
+            max_duration=args.max_duration,
+            num_cuts=statistics.kept,
+            bucketing_sampler=args.bucketing_sampler,
+            num_buckets=args.num_buckets,
+            shuffle=args.shuffle,
+            drop_last=args.drop_last,
+            num_workers=args.num_workers,
+            on_the_fly_feats=args.on_the_fly_feats,
+            concatenate_cuts=args.concatenate_cuts,
+            duration_factor=args.duration_factor,
+            gap=args.gap,
+            musan_cuts=musan,
+            enable_spec_aug=args.enable_spec_aug,
+            spec_aug_time_warp_factor=args.spec_aug_time_warp_factor,
+            seed=args.seed,
+            epoch=epoch,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+
+    return loader
+
+
+def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
+    """A function to this rank's share of the validation batches: every world_size-th cut."""
+    cuts = training_cuts(valid_paths(args), 0.0, float("inf"))
+    mine = CutSet.from_cuts(
+        cut for i, cut in enumerate(cuts) if i % ranks.world_size == ranks.rank
+    )
+    if statistics.too_short:
+        logging.info(f"Validation leaves out {statistics.too_short} utterances too short to use")
+
+    def loader():
+        return evaluation_loader(
+            mine,
+            max_duration=args.max_duration,
+            num_cuts=len(mine),
+            num_workers=args.num_workers,
+            on_the_fly_feats=args.on_the_fly_feats,
+        )
+
+    return loader

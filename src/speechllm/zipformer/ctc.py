@@ -1,0 +1,54 @@
+"""The CTC head: its log-probabilities, its loss and its greedy text."""
+
+import torch
+from torch import Tensor, nn
+
+BLANK = 0
+
+
+class CtcHead(nn.Sequential):
+    """Encoder output (B, T, C) -> log-probabilities (B, T, V); icefall's `ctc_output`."""
+
+    def __init__(self, dim: int, vocab_size: int, dropout: float = 0.1):
+        super().__init__(nn.Dropout(dropout), nn.Linear(dim, vocab_size), nn.LogSoftmax(dim=-1))
+
+    @property
+    def vocab_size(self) -> int:
+        return self[1].out_features
+
+
+def ctc_loss(log_probs: Tensor, lens: Tensor, targets: list[list[int]]) -> Tensor:
+    """Summed CTC loss of a batch, in nats.
+
+    Args:
+      log_probs: (B, T, V).
+      lens: (B,) valid frames.
+      targets: token ids per utterance, without blanks. One that cannot be aligned because it
+        is longer than its frames allow contributes nothing (see `ctc_frames_needed`).
+    """
+    flat = torch.tensor([token for target in targets for token in target], dtype=torch.long)
+    return nn.functional.ctc_loss(
+        log_probs.transpose(0, 1).float(),
+        flat.to(log_probs.device),
+        lens,
+        torch.tensor([len(target) for target in targets], device=log_probs.device),
+        blank=BLANK,
+        reduction="sum",
+        zero_infinity=True,
+    )
+
+
+def ctc_frames_needed(target: list[int]) -> int:
+    """The fewest frames that can hold `target`: equal neighbours need a blank between them."""
+    return len(target) + sum(a == b for a, b in zip(target, target[1:]))
+
+
+def ctc_greedy(log_probs: Tensor, lens: Tensor) -> list[list[int]]:
+    """The best path's tokens: (B, T, V), (B,) -> token ids without repeats and blanks."""
+    best = log_probs.argmax(dim=-1).tolist()
+    hypotheses = []
+    for path, length in zip(best, lens.tolist()):
+        path = path[:length]
+        changed = [t for i, t in enumerate(path) if i == 0 or t != path[i - 1]]
+        hypotheses.append([t for t in changed if t != BLANK])
+    return hypotheses

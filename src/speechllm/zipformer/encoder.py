@@ -1,0 +1,198 @@
+"""The whole encoder: frontend, stacks at several frame rates, final downsampling, CTC head."""
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.zipformer.ctc import CtcHead
+from speechllm.zipformer.frontend import Frontend
+from speechllm.zipformer.layer import Bypass, ZipformerLayer, positional_embedding
+from speechllm.zipformer.masks import valid_frames
+from speechllm.zipformer.sizes import ZipformerConfig
+
+FEATURE_MASK_PROBABILITY = 0.125
+MIN_FEATURE_FRAMES = 9  # fewer give no frame at all
+
+
+class Downsample(nn.Module):
+    """Learned weighted mean of groups of s frames: (B, T, C) -> (B, ceil(T / s), C)."""
+
+    def __init__(self, factor: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(factor))
+
+    def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Each utterance's last group is completed with its own last frame, not with padding."""
+        factor = self.bias.numel()
+        groups = (x.size(1) + factor - 1) // factor
+        index = torch.arange(groups * factor, device=x.device)
+        index = torch.minimum(index, (lens - 1).clamp(min=0)[:, None])  # (B, groups * s)
+        x = x.gather(1, index[:, :, None].expand(-1, -1, x.size(2)))
+        x = x.unflatten(1, (groups, factor))  # (B, groups, s, C)
+        x = (x * self.bias.softmax(dim=0)[:, None]).sum(dim=2)
+        return x, (lens + factor - 1) // factor
+
+
+def _run_layers(layers, pos_dim: int, x: Tensor, lens: Tensor, mask: Tensor | float) -> Tensor:
+    pos_emb = positional_embedding(x.size(1), pos_dim, x.device).to(x.dtype)
+    valid = valid_frames(lens, x.size(1))
+    x = x * mask
+    for layer in layers:
+        x = layer(x, pos_emb, valid) * mask
+    return x
+
+
+class Stack(nn.Module):
+    """Layers at the frame rate of their input: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, layers: list[ZipformerLayer], pos_dim: int):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.pos_dim = pos_dim
+
+    def forward(self, x: Tensor, lens: Tensor, mask: Tensor | float) -> Tensor:
+        return _run_layers(self.layers, self.pos_dim, x, lens, mask)
+
+
+class DownsampledStack(nn.Module):
+    """Layers at a lower frame rate, repeated back and combined with the stack's input."""
+
+    def __init__(self, layers: list[ZipformerLayer], pos_dim: int, factor: int, dim: int):
+        super().__init__()
+        self.downsample = Downsample(factor)
+        self.encoder = Stack(layers, pos_dim)
+        self.out_combiner = Bypass(dim)
+        self.factor = factor
+
+    def forward(self, x: Tensor, lens: Tensor, mask: Tensor | float) -> Tensor:
+        low, low_lens = self.downsample(x, lens)
+        low = self.encoder(low, low_lens, mask)
+        up = low.repeat_interleave(self.factor, dim=1)[:, : x.size(1)]
+        return self.out_combiner(x, up)
+
+
+def _with_channels(x: Tensor, dim: int) -> Tensor:
+    """Channels cut off, or zeros appended, to `dim`."""
+    if x.size(-1) >= dim:
+        return x[..., :dim]
+    return nn.functional.pad(x, (0, dim - x.size(-1)))
+
+
+class Zipformer(nn.Module):
+    """The stacks and the final downsampling by 2: (B, T, d0) -> (B, (T + 1) // 2, max d)."""
+
+    def __init__(self, config: ZipformerConfig, dropout: float):
+        super().__init__()
+        self.dims = config.encoder_dim
+        self.unmasked_dims = config.encoder_unmasked_dim
+        stacks = []
+        for i, factor in enumerate(config.downsampling_factor):
+            layers = [
+                ZipformerLayer(
+                    dim=config.encoder_dim[i],
+                    heads=config.num_heads[i],
+                    feedforward_dim=config.feedforward_dim[i],
+                    kernel=config.cnn_module_kernel[i],
+                    query_dim=config.query_head_dim[i],
+                    value_dim=config.value_head_dim[i],
+                    pos_head_dim=config.pos_head_dim[i],
+                    pos_dim=config.pos_dim,
+                    dropout=dropout,
+                )
+                for _ in range(config.num_encoder_layers[i])
+            ]
+            if factor == 1:
+                stacks.append(Stack(layers, config.pos_dim))
+            else:
+                stacks.append(
+                    DownsampledStack(layers, config.pos_dim, factor, config.encoder_dim[i])
+                )
+        self.encoders = nn.ModuleList(stacks)
+        self.downsample_output = Downsample(2)
+
+    def feature_masks(self, x: Tensor) -> list[Tensor]:
+        """Per stack a mask (B, 1, d) that drops its upper channels for some utterances."""
+        keep = torch.rand(2, x.size(0), 1, 1, device=x.device) >= FEATURE_MASK_PROBABILITY
+        m1 = keep[0].to(x.dtype)
+        m2 = m1 * keep[1].to(x.dtype)
+        masks = []
+        for dim, unmasked in zip(self.dims, self.unmasked_dims):
+            mask = x.new_ones(x.size(0), 1, dim)
+            middle = unmasked + (dim - unmasked) // 2
+            mask[..., unmasked:middle] *= m1
+            mask[..., middle:] *= m2
+            masks.append(mask)
+        return masks
+
+    def stack_outputs(self, x: Tensor, lens: Tensor, feature_mask: bool = False) -> list[Tensor]:
+        """x (B, T, d0) -> each stack's output (B, T, d_i)."""
+        masks = self.feature_masks(x) if feature_mask else [1.0] * len(self.encoders)
+        outputs = []
+        for stack, dim, mask in zip(self.encoders, self.dims, masks):
+            x = stack(_with_channels(x, dim), lens, mask)
+            outputs.append(x)
+        return outputs
+
+    def forward(self, x: Tensor, lens: Tensor, feature_mask: bool) -> tuple[Tensor, Tensor]:
+        outputs = self.stack_outputs(x, lens, feature_mask)
+        # The last stack's channels, and every wider range from the latest stack that has it.
+        pieces, dim = [outputs[-1]], self.dims[-1]
+        for output in reversed(outputs[:-1]):
+            if output.size(-1) > dim:
+                pieces.append(output[..., dim:])
+                dim = output.size(-1)
+        return self.downsample_output(torch.cat(pieces, dim=-1), lens)
+
+
+class ZipformerEncoder(nn.Module):
+    """Features at 100 frames/s -> encoder output at 25 frames/s, and a CTC head if it has one.
+
+    An utterance gives the same output alone and in any batch. Parameter names are those of
+    icefall's checkpoints (`encoder_embed.*`, `encoder.*`, `ctc_output.*`).
+    """
+
+    def __init__(
+        self, config: ZipformerConfig, vocab_size: int | None = None, dropout: float = 0.1
+    ):
+        super().__init__()
+        self.config = config
+        self.encoder_embed = Frontend(config.feature_dim, config.encoder_dim[0], dropout)
+        self.encoder = Zipformer(config, dropout)
+        self.ctc_output = CtcHead(self.output_dim, vocab_size, dropout) if vocab_size else None
+        self.frozen = False
+
+    @property
+    def output_dim(self) -> int:
+        return max(self.config.encoder_dim)
+
+    def freeze(self) -> "ZipformerEncoder":
+        """No gradients, and evaluation mode for good, whatever `train()` is called above."""
+        self.frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> "ZipformerEncoder":
+        return super().train(mode and not self.frozen)
+
+    def forward(
+        self, features: Tensor, feature_lens: Tensor, feature_mask: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """features (B, T, 80), feature_lens (B,) -> (B, T / 4, output_dim), lengths (B,).
+
+        `feature_mask` drops upper channels of random utterances, as in the published training.
+
+        Raises:
+          ValueError: when the features have another dimension, or an utterance is too short
+            to give a single frame.
+        """
+        if features.size(-1) != self.config.feature_dim:
+            raise ValueError(
+                f"features have {features.size(-1)} dimensions, "
+                f"the encoder takes {self.config.feature_dim}"
+            )
+        if features.size(1) < MIN_FEATURE_FRAMES:
+            raise ValueError(
+                f"features of {features.size(1)} frames are too short: "
+                f"the encoder needs at least {MIN_FEATURE_FRAMES}"
+            )
+        x, lens = self.encoder_embed(features, feature_lens)
+        return self.encoder(x, lens, feature_mask)

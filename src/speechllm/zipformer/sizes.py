@@ -1,0 +1,89 @@
+"""The released sizes of the Zipformer, and a tiny one for demonstrations and small corpora."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class ZipformerConfig:
+    """What decides the shapes of an encoder; one entry per stack in each tuple.
+
+    A tuple with a single entry means that value in every stack.
+    """
+
+    num_encoder_layers: tuple[int, ...]
+    downsampling_factor: tuple[int, ...]
+    feedforward_dim: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    encoder_dim: tuple[int, ...]
+    encoder_unmasked_dim: tuple[int, ...]
+    cnn_module_kernel: tuple[int, ...]
+    query_head_dim: tuple[int, ...] = (32,)
+    value_head_dim: tuple[int, ...] = (12,)
+    pos_head_dim: tuple[int, ...] = (4,)
+    pos_dim: int = 48
+    feature_dim: int = 80
+
+    def __post_init__(self):
+        stacks = len(self.encoder_dim)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                if len(value) == 1:
+                    object.__setattr__(self, field.name, value * stacks)
+                elif len(value) != stacks:
+                    raise ValueError(
+                        f"{field.name} has {len(value)} entries, encoder_dim has {stacks}"
+                    )
+
+    @classmethod
+    def from_strings(cls, values: dict) -> "ZipformerConfig":
+        """The configuration icefall writes, such as `{"encoder_dim": "192,256"}`.
+
+        Keys of other parts of icefall's models are ignored.
+        """
+        config = {}
+        for field in fields(cls):
+            if field.name in values:
+                value = values[field.name]
+                if field.name not in ("pos_dim", "feature_dim"):
+                    value = tuple(int(v) for v in str(value).split(","))
+                config[field.name] = value
+        return cls(**config)
+
+
+_COMMON = dict(downsampling_factor=(1, 2, 4, 8, 4, 2), cnn_module_kernel=(31, 31, 15, 15, 15, 31))
+
+SIZES = {
+    "tiny": ZipformerConfig(
+        num_encoder_layers=(1, 1, 1, 1, 1, 1),
+        feedforward_dim=(256, 384, 512, 512, 512, 384),
+        num_heads=(4, 4, 4, 4, 4, 4),
+        encoder_dim=(96, 128, 192, 192, 192, 128),
+        encoder_unmasked_dim=(96, 96, 128, 128, 128, 96),
+        **_COMMON,
+    ),
+    "small": ZipformerConfig(
+        num_encoder_layers=(2, 2, 2, 2, 2, 2),
+        feedforward_dim=(512, 768, 768, 768, 768, 768),
+        num_heads=(4, 4, 4, 8, 4, 4),
+        encoder_dim=(192, 256, 256, 256, 256, 256),
+        encoder_unmasked_dim=(192,),
+        **_COMMON,
+    ),
+    "medium": ZipformerConfig(
+        num_encoder_layers=(2, 2, 3, 4, 3, 2),
+        feedforward_dim=(512, 768, 1024, 1536, 1024, 768),
+        num_heads=(4, 4, 4, 8, 4, 4),
+        encoder_dim=(192, 256, 384, 512, 384, 256),
+        encoder_unmasked_dim=(192, 192, 256, 256, 256, 192),
+        **_COMMON,
+    ),
+    "large": ZipformerConfig(
+        num_encoder_layers=(2, 2, 4, 5, 4, 2),
+        feedforward_dim=(512, 768, 1536, 2048, 1536, 768),
+        num_heads=(4, 4, 4, 8, 4, 4),
+        encoder_dim=(192, 256, 512, 768, 512, 256),
+        encoder_unmasked_dim=(192, 192, 256, 320, 256, 192),
+        **_COMMON,
+    ),
+}

@@ -1,0 +1,323 @@
+"""Scoring: the files byte for byte, the counts, the interval, the normalizers."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import kaldialign
+import pytest
+
+from speechllm import scoring
+from speechllm.scoring import NORMALIZERS, ErrorCounts
+
+GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
+
+
+def result(ref: str, hyp: str, cut_id: str = "utt") -> scoring.Result:
+    return cut_id, ref.split(), hyp.split()
+
+
+TRICKY = [
+    result("été à la plage", "ete à la la plage", "b-5"),
+    result("", "", "b-10"),
+    result("don't stop", "", "a-3"),
+    result("", "thank you", "a-2"),
+    result("the cat the cat sat", "oh the cat sat", "a-1"),
+]
+
+TRICKY_RECOGS = """\
+a-1:\tref=['the', 'cat', 'the', 'cat', 'sat']
+a-1:\thyp=['oh', 'the', 'cat', 'sat']
+a-2:\tref=[]
+a-2:\thyp=['thank', 'you']
+a-3:\tref=["don't", 'stop']
+a-3:\thyp=[]
+b-10:\tref=[]
+b-10:\thyp=[]
+b-5:\tref=['été', 'à', 'la', 'plage']
+b-5:\thyp=['ete', 'à', 'la', 'la', 'plage']
+"""
+
+# The spaces at the end of PER-UTT DETAILS belong to the format; `é` and `à` sort after `z`.
+TRICKY_ERRS = """\
+%WER = 72.73
+Errors: 3 insertions, 3 deletions, 2 substitutions, over 11 reference words (6 correct)
+Search below for sections starting with PER-UTT DETAILS:, SUBSTITUTIONS:, DELETIONS:, \
+INSERTIONS:, PER-WORD STATS:
+
+PER-UTT DETAILS: corr or (ref->hyp)  
+a-1:\t(the cat->oh) the cat sat
+a-2:\t(*->thank you)
+a-3:\t(don't stop->*)
+b-10:\t
+b-5:\t(été->ete) à la (*->la) plage
+
+SUBSTITUTIONS: count ref -> hyp
+1   été -> ete
+1   the -> oh
+
+DELETIONS: count ref
+1   stop
+1   don't
+1   cat
+
+INSERTIONS: count hyp
+1   you
+1   thank
+1   la
+
+PER-WORD STATS: word  corr tot_errs count_in_ref count_in_hyp
+été   0 1 1 0
+you   0 1 0 1
+the   1 1 2 1
+thank   0 1 0 1
+stop   0 1 1 0
+oh   0 1 0 1
+la   1 1 1 2
+ete   0 1 0 1
+don't   0 1 1 0
+cat   1 1 2 1
+à   1 0 1 1
+sat   1 0 1 1
+plage   1 0 1 1
+"""
+
+
+def details(ref: str, hyp: str) -> str:
+    """The utterance's line of PER-UTT DETAILS, without its id."""
+    text, _ = scoring.errs_text([result(ref, hyp)])
+    return next(line for line in text.splitlines() if line.startswith("utt:\t"))[5:]
+
+
+def section(text: str, title: str) -> list[str]:
+    """The lines of a section of errs-*.txt."""
+    lines = text[text.index(f"\n{title}: ") + 1 :].split("\n\n")[0].splitlines()
+    return lines[1:]
+
+
+# ---- the files
+
+
+@pytest.mark.skipif(not GOLDENS.is_dir(), reason=f"{GOLDENS} is absent")
+def test_golden_files(tmp_path):
+    results = json.loads((GOLDENS / "results-sample.json").read_text(encoding="utf-8"))
+    scoring.write_recogs(tmp_path / "recogs.txt", results)
+    counts = scoring.write_errs(tmp_path / "errs.txt", results)
+
+    assert (tmp_path / "recogs.txt").read_bytes() == (GOLDENS / "recogs-sample.txt").read_bytes()
+    assert (tmp_path / "errs.txt").read_bytes() == (GOLDENS / "errs-sample.txt").read_bytes()
+    assert counts == ErrorCounts(insertions=6, deletions=16, substitutions=5, ref_words=68)
+
+
+def test_tricky_files():
+    text, counts = scoring.errs_text(TRICKY)
+    assert text == TRICKY_ERRS
+    assert counts == ErrorCounts(insertions=3, deletions=3, substitutions=2, ref_words=11)
+    assert scoring.recogs_text(TRICKY) == TRICKY_RECOGS
+
+
+@pytest.mark.parametrize(
+    "ref, hyp, shown",
+    [
+        ("", "", ""),
+        ("a b", "a b", "a b"),
+        ("", "a b", "(*->a b)"),
+        ("a b", "", "(a b->*)"),
+        ("a", "oh a", "(*->oh) a"),
+        ("a", "a oh", "a (*->oh)"),
+        ("a b c", "x b y", "(a->x) b (c->y)"),
+        ("a b", "x y z", "(a b->x y z)"),
+        ("like unto my", "like un to my", "like (unto->un to) my"),
+        ("a a a", "a", "a (a a->*)"),
+        ("2 * 3", "2 * 4", "2 * (3->4)"),  # a star that was said is a word
+        ("2 * 3", "2 3", "2 (*->*) 3"),
+    ],
+)
+def test_neighbouring_errors_share_a_bracket(ref, hyp, shown):
+    assert details(ref, hyp) == shown
+
+
+def test_a_star_in_the_text_is_counted_as_a_word():
+    _, counts = scoring.errs_text([result("2 * 3", "2 x 3")])
+    assert counts == ErrorCounts(insertions=0, deletions=0, substitutions=1, ref_words=3)
+
+
+def test_order_is_by_count_then_word_both_descending():
+    pairs = [("b", "x"), ("b", "x"), ("a", "y"), ("a", "z"), ("é", "x"), ("Z", "x")]
+    text, _ = scoring.errs_text([result(*pair, str(i)) for i, pair in enumerate(pairs)])
+    assert section(text, "SUBSTITUTIONS") == [
+        "2   b -> x",
+        "1   é -> x",
+        "1   a -> z",
+        "1   a -> y",
+        "1   Z -> x",
+    ]
+    assert section(text, "PER-WORD STATS")[:3] == ["x   0 4 0 4", "b   0 2 2 0", "a   0 2 2 0"]
+
+
+def test_counts_hold_together_on_random_words():
+    rng = random.Random(0)
+    words = [rng.choices("abcd", k=rng.randrange(9)) for _ in range(400)]
+    results = [(str(i), words[2 * i], words[2 * i + 1]) for i in range(200)]
+    text, counts = scoring.errs_text(results)
+    _, refs, hyps = zip(*results, strict=True)
+    assert counts.errors == kaldialign.batch_error_rate(refs, hyps)["total"]
+    assert counts.ref_words + counts.insertions - counts.deletions == sum(map(len, hyps))
+
+    stats = [list(map(int, line.split()[1:])) for line in section(text, "PER-WORD STATS")]
+    correct, errors, in_ref, in_hyp = map(sum, zip(*stats, strict=True))
+    assert errors == counts.errors + counts.substitutions  # a substitution is two words' error
+    assert in_ref == counts.ref_words
+    assert in_hyp == sum(map(len, hyps))
+    assert correct == counts.ref_words - counts.deletions - counts.substitutions
+
+
+def test_two_results_of_one_id_are_an_error(tmp_path):
+    results = [result("a", "a", "utt-7"), result("b", "b", "utt-8"), result("a", "c", "utt-7")]
+    for write in (scoring.write_recogs, scoring.write_errs):
+        with pytest.raises(ValueError, match="utt-7"):
+            write(tmp_path / "file.txt", results)
+    with pytest.raises(ValueError, match="utt-7"):
+        scoring.score(results, tmp_path, "test", "epoch-1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_score_writes_three_files(tmp_path):
+    out_dir = tmp_path / "decode"
+    extra = {"RTF": 0.0123456789, "decoding": "greedy", "drafts taken": 3}
+    counts = scoring.score(TRICKY, out_dir, "librispeech_test_clean", "epoch-10-avg-5", extra)
+
+    kinds = ("errs", "recogs", "wer-summary")
+    names = [f"{kind}-librispeech_test_clean-epoch-10-avg-5.txt" for kind in kinds]
+    assert sorted(path.name for path in out_dir.iterdir()) == names
+    errs, recogs, summary = ((out_dir / name).read_bytes().decode() for name in names)
+    assert errs == TRICKY_ERRS
+    assert recogs == TRICKY_RECOGS
+    assert counts == scoring.errs_text(TRICKY)[1]
+
+    low, high = scoring.bootstrap_interval(TRICKY)
+    cer = scoring.character_error_counts(TRICKY).wer
+    assert summary.splitlines() == [
+        "",
+        "For librispeech_test_clean WER: 72.73",
+        "[librispeech_test_clean] %WER 72.73% [8 / 11, 3 ins, 3 del, 2 sub ]",
+        f"95% interval: {low:.2f}% to {high:.2f}%",
+        f"CER: {cer:.2f}%",
+        "utterances: 5",
+        "RTF: 0.0123457",
+        "decoding: greedy",
+        "drafts taken: 3",
+    ]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    path = tmp_path / "recogs.txt"
+    scoring.write_recogs(path, [result("a", "a")])
+    before = path.read_bytes()
+    with pytest.raises(UnicodeEncodeError):
+        scoring.write_errs(path, [("utt", ["a"], ["\ud800"])])  # half a surrogate pair
+    monkeypatch.setattr(scoring.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        scoring.write_errs(path, [result("a", "b")])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- the numbers
+
+
+def test_log_line():
+    counts = ErrorCounts(insertions=108, deletions=74, substitutions=796, ref_words=52576)
+    line = "[librispeech_test_clean] %WER 1.86% [978 / 52576, 108 ins, 74 del, 796 sub ]"
+    assert scoring.log_line("librispeech_test_clean", counts) == line
+
+
+def test_no_reference_words_at_all(tmp_path):
+    silent, invented = [result("", "")], [result("", "thank you")]
+    assert scoring.score(silent, tmp_path, "silence", "a").wer == 0.0
+    assert scoring.score(invented, tmp_path, "silence", "b").wer == math.inf
+    assert scoring.score([], tmp_path, "silence", "c").wer == 0.0
+    first = [(tmp_path / f"errs-silence-{s}.txt").read_text().splitlines()[0] for s in "abc"]
+    assert first == ["%WER = 0.00", "%WER = inf", "%WER = 0.00"]
+    assert scoring.bootstrap_interval(invented) == (math.inf, math.inf)
+
+
+def test_characters_include_the_spaces_between_words():
+    counts = scoring.character_error_counts([result("a way", "away"), result("été", "ete", "b")])
+    assert counts == ErrorCounts(insertions=0, deletions=1, substitutions=2, ref_words=8)
+
+
+def test_bootstrap_interval_is_that_of_a_binomial():
+    """One-word utterances, a tenth of them wrong: the WER of a sample is binomial."""
+    results = [result("a", "b" if i < 40 else "a", str(i)) for i in range(400)]
+    low, high = scoring.bootstrap_interval(results, samples=4000)
+    deviation = 100 * math.sqrt(0.1 * 0.9 / 400)  # 1.5 %
+    assert low == pytest.approx(10 - 1.96 * deviation, abs=0.4)
+    assert high == pytest.approx(10 + 1.96 * deviation, abs=0.4)
+
+
+def test_bootstrap_interval_resamples_utterances_not_words():
+    """All errors in one of two utterances: a sample has none, half or only wrong words."""
+    results = [result("a a a a", "b b b b", "1"), result("a a a a", "a a a a", "2")]
+    assert scoring.bootstrap_interval(results) == (0.0, 100.0)
+
+
+def test_bootstrap_interval_depends_on_seed_and_samples():
+    results = [result("a " * (i % 7 + 1), "a " * (i % 5), str(i)) for i in range(60)]
+    first = scoring.bootstrap_interval(results)
+    assert scoring.bootstrap_interval(results) == first
+    assert scoring.bootstrap_interval(results, seed=1) != first
+    assert scoring.bootstrap_interval(results, samples=50) != first
+
+
+# ---- the normalizers
+
+
+@pytest.mark.parametrize(
+    "text, normal",
+    [
+        ("", ""),
+        (" ?! ", ""),
+        ("Hello,  World!\n", "hello world"),
+        ("Don’t — 'tis the dogs' rock 'n' roll", "don't tis the dogs rock n roll"),
+        ("a well-known U.S. firm", "a well known u s firm"),
+        ("Ünïcode ÉTÉ Straße", "ünïcode été straße"),
+        ("e\u0301te\u0301", "\u00e9t\u00e9"),  # composed
+        ("Ｆｕｌｌ ﬁne", "full fine"),  # compatibility characters
+        ("¿Qué? «Oui»", "qué oui"),
+        ("हिन्दी में।", "हिन्दी में"),  # vowel signs are marks
+        ("你好，世界。", "你好 世界"),
+        ("مَرحبا؟", "مَرحبا"),
+        ("soft\u00adhyphen zero\u200bwidth", "softhyphen zerowidth"),
+        ("room 101", "room 101"),
+    ],
+)
+def test_basic_normalizer(text, normal):
+    assert NORMALIZERS["basic"](text) == normal
+    assert NORMALIZERS["basic"](normal) == normal
+
+
+def test_no_normalizer_changes_nothing():
+    assert NORMALIZERS["none"]("  Don’t,  STOP! ") == "  Don’t,  STOP! "
+
+
+@pytest.mark.parametrize(
+    "text, normal",
+    [
+        ("", ""),
+        ("Mr. Smith won't go.", "mister smith will not go"),
+        ("Um, twenty-one people!", "21 people"),
+        ("no %", "no"),
+    ],
+)
+def test_english_normalizer(text, normal):
+    assert NORMALIZERS["english"](text) == normal
+
+
+def test_every_normalizer_is_documented():
+    for name, normalize in NORMALIZERS.items():
+        assert normalize.__doc__ and "\n" not in normalize.__doc__, name
