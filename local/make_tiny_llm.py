@@ -5,11 +5,11 @@ python local/make_tiny_llm.py --text ../shared/corpora/an4/transcripts.tsv --out
 The directory loads like a downloaded Qwen2 (`AutoTokenizer`, `AutoModelForCausalLM`), has Qwen2's
 pre-tokenizer and ChatML tokens, and keeps spare embedding rows for the five speech markers.
 
-It is trained to answer, in the chat form of the recipe, with a lower-case transcript. In some chats
-(--repeat-prob) the user's turn says the words of the answer: an instruct model of the usual size can
-repeat what it is told, and speech recognition with a frozen LLM rests on that; a model that only
-ever saw empty user turns would have to learn it through LoRA. Such turns have pauses, and every
-other one has words drawn at random, so that listening pays more than guessing.
+It is trained to answer, in the chat form of the recipe, with a lower-case transcript. In most chats
+(--repeat-prob) the user's turn says the words of the answer: an instruct model of the usual size
+can repeat what it is told, and speech recognition with a frozen LLM rests on that; a model that
+only ever saw empty user turns would have to learn it through LoRA. Such turns have pauses, and
+every other one has words drawn at random, so that listening pays more than guessing.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -36,17 +37,11 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from speechllm.prompt import IGNORED, IM_END, IM_START, PAD, SPEECH_TOKENS, chat_prompt
+
+CHAT_TOKENS = (PAD, IM_START, IM_END)  # in Qwen2's order
 logger = logging.getLogger(__name__)
-
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # in Qwen2's order
-PAD, _, EOS = SPECIAL_TOKENS
-NUM_SPEECH_MARKERS = 5  # <speech> … <end_speech> take the ids after the tokenizer's (recipe.md)
-IGNORED = -100  # a label that cross entropy skips
-
-
-def prompt_text(user: str) -> str:
-    """The chat text before the answer, for a user turn that says `user`."""
-    return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
 # ---- transcripts
@@ -130,7 +125,7 @@ def train_tokenizer(transcripts: list[str], vocab_size: int) -> Qwen2Tokenizer:
     """
     backend = Qwen2Tokenizer().backend_tokenizer  # brings Qwen2's pre-tokenizer and NFC
     trainer = BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(CHAT_TOKENS),
         min_frequency=2,  # a word seen once would become a token seen once
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
@@ -139,14 +134,14 @@ def train_tokenizer(transcripts: list[str], vocab_size: int) -> Qwen2Tokenizer:
     backend.train_from_iterator(transcripts + roles, trainer)
     learned = json.loads(backend.to_str())["model"]
     vocab = learned["vocab"]
-    vocab |= {token: i for i, token in enumerate(SPECIAL_TOKENS, start=len(vocab))}
+    vocab |= {token: i for i, token in enumerate(CHAT_TOKENS, start=len(vocab))}
     return Qwen2Tokenizer(
         vocab=vocab,
         merges=[tuple(merge) for merge in learned["merges"]],
         unk_token=None,
-        eos_token=EOS,
+        eos_token=IM_END,
         pad_token=PAD,
-        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+        extra_special_tokens=list(CHAT_TOKENS[1:]),
     )
 
 
@@ -157,9 +152,9 @@ Example = tuple[list[int], list[int]]  # ids and labels of one chat, of equal le
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, answer: str, user: str = "") -> Example:
-    """The chat in which `user` is answered by `answer`; labels on the answer and its closing token."""
-    prompt = tokenizer(prompt_text(user)).input_ids
-    closed_answer = tokenizer(answer + EOS).input_ids
+    """A chat in which `user` is answered by `answer`; labels on the answer and its closing id."""
+    prompt = tokenizer(chat_prompt(user)).input_ids
+    closed_answer = tokenizer(answer + IM_END).input_ids
     return prompt + closed_answer, [IGNORED] * len(prompt) + closed_answer
 
 
@@ -209,7 +204,7 @@ def build_model(
     Its rows are a multiple of 64 and leave at least five after the tokenizer's entries.
     """
     config = Qwen2Config(
-        vocab_size=-(-(len(tokenizer) + NUM_SPEECH_MARKERS) // 64) * 64,
+        vocab_size=-(-(len(tokenizer) + len(SPEECH_TOKENS)) // 64) * 64,
         hidden_size=hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
@@ -329,7 +324,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse, in a sentence, what would fail later."""
     if args.out.exists():
         raise SystemExit(f"{args.out} exists already: remove it to make another LLM there")
-    if args.vocab_size < 256 + len(SPECIAL_TOKENS):
+    if args.vocab_size < 256 + len(CHAT_TOKENS):
         raise SystemExit(f"--vocab-size {args.vocab_size} is below 259: 256 bytes and 3 tokens")
     if args.hidden_size % args.num_heads or (args.hidden_size // args.num_heads) % 2:
         raise SystemExit(

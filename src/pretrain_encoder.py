@@ -20,7 +20,16 @@ import sentencepiece
 import torch
 from torch import Tensor, nn
 
-from speechllm.data import add_data_arguments, add_training_data_arguments, read_cuts
+from speechllm.data import (
+    add_data_arguments,
+    add_training_data_arguments,
+    check_cuts,
+    cuts_file,
+    read_cuts,
+)
+from speechllm.decoding.test_set import decode_cuts, set_name
+from speechllm.flags import comma_list
+from speechllm.scoring import log_line, score
 from speechllm.training.checkpoint import (
     TrainState,
     average_epochs,
@@ -28,13 +37,14 @@ from speechllm.training.checkpoint import (
     load_checkpoint,
     restore_state,
 )
-from speechllm.training.distributed import Ranks, launch
-from speechllm.training.loop import seed_everything, train
-from speechllm.training.progress import Metrics, setup_logging
+from speechllm.training.distributed import Ranks, is_first_process, launch
+from speechllm.training.loop import seed_everything, train, validate
+from speechllm.training.progress import setup_logging
 from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,
     check_data,
+    check_epochs,
     check_outputs_finite,
     make_optimizer,
     make_schedule,
@@ -44,6 +54,7 @@ from speechllm.training.setup import (
     wrap_ddp,
 )
 from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
+from speechllm.zipformer.checkpoint import encoder_from_state
 from speechllm.zipformer.ctc import ctc_frames_needed, ctc_greedy, ctc_loss
 
 
@@ -73,10 +84,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--train-cuts", default="librispeech_cuts_train-all-shuf", help="comma-separated")
     add("--valid-cuts", default="librispeech_cuts_dev-clean,librispeech_cuts_dev-other",
         help="comma-separated")  # fmt: skip
+    add("--test-cuts", help="at the end, decode these by greedy CTC and score them")
     add("--encoder-size", choices=list(SIZES), default="medium", help="see zipformer/sizes.py")
     add("--vocab-size", type=int, default=500, help="BPE pieces at most; small corpora give fewer")
     add("--dropout", type=float, default=0.1, help="in the encoder and before the CTC head")
-    add("--avg", type=int, default=5, help="epochs averaged into pretrained.pt")
+    add("--avg", type=int, default=5, help="last epochs averaged into pretrained.pt")
     parser.set_defaults(
         exp_dir=Path("exp/encoder"), base_lr=0.045, lr_schedule="eden", num_epochs=30
     )
@@ -84,22 +96,30 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def train_bpe(texts: list[str], vocab_size: int, path: Path) -> None:
-    """A sentencepiece model of upper-case `texts` with icefall's ids: 0 blank, 2 unknown."""
+    """A sentencepiece model of upper-case `texts` with icefall's ids: 0 blank, 2 unknown.
+
+    Raises:
+      ValueError: `vocab_size` is below the number of characters.
+    """
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        user_defined_symbols=["<blk>", "<sos/eos>"],
-        unk_id=2,
-        bos_id=-1,
-        eos_id=-1,
-        minloglevel=2,
-    )
-    partial = path.with_name(path.name + ".partial")
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            user_defined_symbols=["<blk>", "<sos/eos>"],
+            unk_id=2,
+            bos_id=-1,
+            eos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"no BPE model with --vocab-size {vocab_size}: {reason}") from None
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # torchrun: each process writes
     partial.write_bytes(model.getvalue())
     os.replace(partial, path)
 
@@ -134,18 +154,56 @@ def make_batch_loss(bpe: sentencepiece.SentencePieceProcessor, device: torch.dev
 def prepare_bpe(args) -> None:
     """Train the BPE model, once; say how many utterances CTC cannot align to their text."""
     path = args.exp_dir / "bpe.model"
-    cuts = [(c.duration, c.supervisions[0].text.upper())
-            for p in train_paths(args) for c in read_cuts(p)]  # fmt: skip
-    if not path.is_file():
+    cuts = [(cut.duration, " ".join(s.text for s in cut.supervisions).upper())
+            for cuts_path in train_paths(args) for cut in read_cuts(cuts_path)]  # fmt: skip
+    if args.start_epoch == 1:
         args.exp_dir.mkdir(parents=True, exist_ok=True)
         train_bpe([text for _, text in cuts], args.vocab_size, path)
+    elif not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: --start-epoch {args.start_epoch} needs it")
     bpe = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    used = [cut for cut in cuts if args.min_utterance <= cut[0] <= args.max_utterance]
     too_dense = sum(
-        ctc_frames_needed(bpe.encode(text)) > int(seconds * 25) - 1 for seconds, text in cuts
+        ctc_frames_needed(bpe.encode(text)) > encoder_frames(seconds) for seconds, text in used
     )
-    if too_dense:
-        print(f"{too_dense} of {len(cuts)} utterances have more text than CTC can align: "
+    if too_dense and is_first_process():
+        print(f"{too_dense} of {len(used)} utterances have more text than CTC can align: "
               "they add nothing to the loss")  # fmt: skip
+
+
+def encoder_frames(seconds: float) -> int:
+    """Frames out of the encoder, 25 a second less its edges."""
+    return ((round(seconds * 100) - 7) // 2 + 1) // 2
+
+
+def check_average(args) -> None:
+    """Whether the epochs that pretrained.pt is the average of are there or to come."""
+    if args.avg < 1:
+        raise ValueError(f"--avg {args.avg} must be at least 1")
+    for epoch in range(max(1, args.num_epochs - args.avg + 1), args.start_epoch):
+        if not epoch_path(args.exp_dir, epoch).is_file():
+            raise FileNotFoundError(
+                f"epoch-{epoch}.pt is missing in {args.exp_dir}: "
+                f"--num-epochs {args.num_epochs} --avg {args.avg} needs it"
+            )
+
+
+def make_encoder(args, vocab_size: int, checkpoint: dict) -> ZipformerEncoder:
+    """A new encoder, or that of the checkpoint.
+
+    Raises:
+      ValueError: the checkpoint is of another size or vocabulary.
+    """
+    if not checkpoint:
+        return ZipformerEncoder(SIZES[args.encoder_size], vocab_size, args.dropout)
+    path = epoch_path(args.exp_dir, args.start_epoch - 1)
+    try:
+        encoder = encoder_from_state(checkpoint["model"], SIZES[args.encoder_size], args.dropout)
+    except ValueError as error:
+        raise ValueError(f"{path} is not of --encoder-size {args.encoder_size}: {error}") from None
+    if encoder.ctc_output is None or encoder.ctc_output.vocab_size != vocab_size:
+        raise ValueError(f"{path} is not of the {vocab_size} pieces of bpe.model beside it")
+    return encoder
 
 
 def run(ranks: Ranks, args) -> None:
@@ -154,12 +212,11 @@ def run(ranks: Ranks, args) -> None:
     logging.info(f"Training started: {vars(args)}")
     seed_everything(args.seed)
     bpe = sentencepiece.SentencePieceProcessor(model_file=str(args.exp_dir / "bpe.model"))
-    encoder = ZipformerEncoder(SIZES[args.encoder_size], bpe.vocab_size(), args.dropout)
     state, checkpoint = TrainState(), {}
     if args.start_epoch > 1:
         checkpoint = load_checkpoint(epoch_path(args.exp_dir, args.start_epoch - 1))
-        encoder.load_state_dict(checkpoint["model"])
         state = restore_state(checkpoint)
+    encoder = make_encoder(args, bpe.vocab_size(), checkpoint)
     logging.info(f"Number of model parameters: {sum(p.numel() for p in encoder.parameters())}")
     model = CtcModel(encoder).to(ranks.device)
     if args.inf_check:
@@ -198,30 +255,69 @@ def run(ranks: Ranks, args) -> None:
         tensorboard=args.tensorboard,
         ranks=ranks,
     )
+    finish(model, batch_loss, valid_loader, args, ranks)
     if ranks.is_main:
-        finish(encoder, model, batch_loss, valid_loader, args)
+        decode_tests(model, bpe, args, ranks.device)
+
+
+def finish(model: CtcModel, batch_loss, valid_loader, args, ranks: Ranks) -> None:
+    """Write the average of the last epochs as pretrained.pt, and measure it."""
+    path, avg = args.exp_dir / "pretrained.pt", min(args.avg, args.num_epochs)
+    if ranks.is_main:
+        model.encoder.load_state_dict(average_epochs(args.exp_dir, args.num_epochs, avg)[0])
+        save_encoder(model.encoder, path)
+        logging.info(f"Wrote {path} and {args.exp_dir / 'bpe.model'}")
+    ranks.barrier()
+    model.encoder.load_state_dict(load_checkpoint(path)["model"])
+    totals = validate(model, batch_loss, valid_loader, torch.float32, ranks)
+    logging.info(f"Average of the last {avg} epochs, validation: {totals}")
+
+
+def check_tests(args) -> list[Path]:
+    """The cut files of --test-cuts, if any.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence with the file, the cut and the value.
+    """
+    paths = [cuts_file(args.manifest_dir, name) for name in comma_list(args.test_cuts or "")]
+    for path in paths:
+        check_cuts([path], need_text=False, need_features=not args.on_the_fly_feats)
+    return paths
 
 
 @torch.no_grad()
-def finish(encoder, model, batch_loss, valid_loader, args) -> None:
-    """Average the last epochs, measure the average, write it as pretrained.pt."""
-    average, _ = average_epochs(args.exp_dir, args.num_epochs, min(args.avg, args.num_epochs))
-    encoder.load_state_dict(average)
+def decode_tests(model: CtcModel, bpe, args, device: torch.device) -> None:
+    """Decode the test sets by greedy CTC; results go to `decode/` of the exp dir."""
+
+    def recognize(batch: dict) -> list[str]:
+        log_probs, lens = model(batch["features"].to(device), batch["feature_lens"].to(device))
+        return bpe.decode(ctc_greedy(log_probs, lens))
+
     model.eval()
-    totals = Metrics({"loss": torch.zeros(()), "tokens": torch.zeros(()), "frames": torch.zeros(())})
-    for batch in valid_loader():
-        totals = totals + Metrics(batch_loss(model, batch))
-    logging.info(f"Average of the last {args.avg} epochs, validation: {totals}")
-    path = args.exp_dir / "pretrained.pt"
-    save_encoder(encoder, path)
-    logging.info(f"Wrote {path} and {args.exp_dir / 'bpe.model'}")
+    for path in args.test_paths:
+        results = decode_cuts(
+            path,
+            recognize,
+            max_duration=args.max_duration,
+            bucketing_sampler=args.bucketing_sampler,
+            num_buckets=args.num_buckets,
+            num_workers=args.num_workers,
+            on_the_fly_feats=args.on_the_fly_feats,
+        )
+        counts = score(results, args.exp_dir / "decode", set_name(path), "ctc-greedy")
+        logging.info(log_line(set_name(path), counts))
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     try:
+        check_epochs(args)
+        check_average(args)
         args.train_statistics, args.valid_statistics = check_data(args)
-        print(f"Training cuts: {args.train_statistics}\nValidation cuts: {args.valid_statistics}")
+        args.test_paths = check_tests(args)
+        if is_first_process():
+            print(f"Training cuts: {args.train_statistics}")
+            print(f"Validation cuts: {args.valid_statistics}")
         prepare_bpe(args)
         launch(run, args, args.world_size, args.master_port)
     except (FileNotFoundError, ValueError) as error:

@@ -18,3 +18,69 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """A manifest directory with features, made once a session; do not write into it.
+
+    tiny_cuts_train    12 utterances `train-0` … `train-11` of 0.4 to 3 s
+    tiny_cuts_dev       5 utterances `dev-0` … `dev-4` of 0.4 to 3 s
+    tiny_cuts_test      3 utterances `test-0` … `test-2`
+    musan_cuts          3 pieces of noise of 2 s, without text
+
+    A word is a tone burst of 0.2 s with a pitch of its own, so the text can be learnt. Texts are
+    in lower case; the lengths are no multiples of a frame.
+    """
+    from lhotse import CutSet
+
+    from speechllm.features import compute_fbank, cuts_path
+
+    folder = tmp_path_factory.mktemp("tiny_corpus")
+    for part, count in (("train", 12), ("dev", 5), ("test", 3)):
+        cuts = [_tone_cut(folder, part, i) for i in range(count)]
+        compute_fbank(CutSet.from_cuts(cuts), cuts_path(folder, "tiny", part))
+    noises = [_noise_cut(folder, i) for i in range(3)]
+    compute_fbank(CutSet.from_cuts(noises), folder / "musan_cuts.jsonl.gz")
+    return folder
+
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
+
+
+def _tone_cut(folder: Path, part: str, i: int):
+    """An utterance of 1 to 11 words, as a cut with audio and text."""
+    import numpy as np
+    from lhotse import SupervisionSegment
+
+    rng = np.random.default_rng([i, *part.encode()])
+    words = rng.choice(len(WORDS), size=1 + (i * 7) % 11)
+    time = np.arange(3200) / 16000
+    gap = np.zeros(800)
+    bursts = [np.concatenate([np.sin(2 * np.pi * 300 * (w + 1) * time), gap]) for w in words]
+    samples = np.concatenate([np.zeros(2400 + 37 * i), *bursts]) * 0.3
+    cut = _recorded(folder, f"{part}-{i}", samples + rng.normal(scale=1e-3, size=len(samples)))
+    text = " ".join(WORDS[w] for w in words)
+    cut.supervisions = [
+        SupervisionSegment(cut.id, cut.id, 0.0, cut.duration, text=text, speaker=f"speaker{i % 3}")
+    ]
+    return cut
+
+
+def _noise_cut(folder: Path, i: int):
+    import numpy as np
+
+    samples = np.random.default_rng(i).normal(scale=0.05, size=32000).cumsum() * 0.02
+    return _recorded(folder, f"noise-{i}", samples)
+
+
+def _recorded(folder: Path, name: str, samples):
+    import soundfile
+    from lhotse import Recording
+
+    path = folder / "audio" / f"{name}.wav"
+    path.parent.mkdir(exist_ok=True)
+    soundfile.write(path, samples, 16000)
+    cut = Recording.from_file(path).to_cut()
+    cut.id = name
+    return cut

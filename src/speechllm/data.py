@@ -5,18 +5,19 @@ A batch is a dict:
     features      (B, T, 80) float32, padded; B utterances, T frames of 10 ms
     feature_lens  (B,) int64, valid frames
     texts         B transcripts as they are in the cut files
-    ids           B cut ids
+    ids           B cut ids; a cut joined by --concatenate-cuts has a new one
     seconds       audio in the batch, without padding
 """
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from lhotse import CutSet, Fbank, FbankConfig, load_manifest_lazy
+from lhotse import CutSet, load_manifest_lazy
 from lhotse.cut import Cut
 from lhotse.dataset import (
     CutConcatenate,
@@ -28,12 +29,13 @@ from lhotse.dataset import (
     SimpleCutSampler,
     SpecAugment,
 )
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
+from speechllm.features import NUM_MEL_BINS, SAMPLING_RATE, fbank_extractor
 from speechllm.flags import str2bool
 
-FEATURE_DIM = 80
 MIN_FRAMES = 21  # fewer give no speech embedding at the published rate of 6.25 per second
+MIN_CUTS_IN_BUCKET = 20  # small sets get fewer buckets
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,10 +60,10 @@ def add_training_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concatenate-cuts", type=str2bool, default=False,
         help="join short utterances to fill what would be padding")  # fmt: skip
     add("--duration-factor", type=float, default=1.0,
-        help="with --concatenate-cuts: longest joined cut, relative to the batch's longest")  # fmt: skip
+        help="with --concatenate-cuts: longest joined cut, relative to the longest")  # fmt: skip
     add("--gap", type=float, default=1.0, help="with --concatenate-cuts: seconds between cuts")
     add("--enable-musan", type=str2bool, default=True,
-        help="mix noise from musan_cuts.jsonl.gz into half of the utterances, 10-20 dB")  # fmt: skip
+        help="mix noise from musan_cuts.jsonl.gz into half the utterances, 10-20 dB")  # fmt: skip
     add("--enable-spec-aug", type=str2bool, default=True, help="SpecAugment")
     add("--spec-aug-time-warp-factor", type=int, default=80, help="below 1: no time warping")
 
@@ -94,18 +96,25 @@ def read_cuts(path: Path) -> Iterator[Cut]:
     """The cuts of a file, one after the other.
 
     Raises:
-      ValueError: the file is cut off or is not a cut manifest; the sentence says after how many.
+      ValueError: the file is empty, cut off or no cut manifest; the sentence says after how many.
     """
     count = 0
     try:
-        for cut in load_manifest_lazy(path):
+        cuts = load_manifest_lazy(path)
+        if cuts is None:
+            raise ValueError("it is empty")
+        for cut in cuts:
             if not isinstance(cut, Cut):
                 raise ValueError(f"{type(cut).__name__} where a cut should be")
             yield cut
             count += 1
     except Exception as error:  # gzip, json and lhotse each have their own
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be read beyond cut {count}: {reason}") from None
+        raise ValueError(f"{path} cannot be read beyond cut {count}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def check_cuts(
@@ -118,14 +127,19 @@ def check_cuts(
 ) -> CutStatistics:
     """Read every cut once, so that what is wrong with it is said before the work begins.
 
+    Args:
+      need_features: False where they are to be computed from the audio, on the fly.
+
     Raises:
       ValueError: naming the file, the cut and the value: no or blank text where it is needed,
-        no features or another dimension than 80, or nothing left to use.
+        no features or another dimension than 80 (or no audio of 16 kHz), or nothing left to use.
+        Of each file the first cut's features (or audio) are read as well.
     """
     kept, seconds, too_short, too_long = 0, 0.0, 0, 0
     for path in paths:
-        for cut in read_cuts(path):
-            _check_cut(cut, path, need_text, need_features)
+        for number, cut in enumerate(read_cuts(path)):
+            _check_text(cut, path, need_text)
+            _check_input(cut, path, need_features, read=number == 0)
             if cut.duration < min_seconds or not long_enough(cut):
                 too_short += 1
             elif cut.duration > max_seconds:
@@ -144,18 +158,45 @@ def long_enough(cut: Cut) -> bool:
     return cut.duration >= MIN_FRAMES * 0.01
 
 
-def _check_cut(cut: Cut, path: Path, need_text: bool, need_features: bool) -> None:
+def check_noise(path: Path, need_features: bool = True) -> None:
+    """The same for the cuts of noise, which have no text.
+
+    Raises:
+      ValueError: naming the file, the cut and the value.
+    """
+    for number, cut in enumerate(read_cuts(path)):
+        _check_input(cut, path, need_features, read=number == 0)
+
+
+def _check_text(cut: Cut, path: Path, need_text: bool) -> None:
     texts = [supervision.text for supervision in cut.supervisions]
     if not texts or any(text is None or (need_text and not text.strip()) for text in texts):
         raise ValueError(f"{path}: cut {cut.id} has no text")
-    if need_features:
-        if not cut.has_features:
-            raise ValueError(f"{path}: cut {cut.id} has no features (see --on-the-fly-feats)")
-        if cut.num_features != FEATURE_DIM:
+
+
+def _check_input(cut: Cut, path: Path, need_features: bool, read: bool) -> None:
+    """Whether the cut has features or audio of the right kind; `read`: and they are there."""
+    if need_features and not cut.has_features:
+        raise ValueError(f"{path}: cut {cut.id} has no features (see --on-the-fly-feats)")
+    if need_features and cut.num_features != NUM_MEL_BINS:
+        raise ValueError(
+            f"{path}: cut {cut.id} has features of {cut.num_features} dimensions, "
+            f"not {NUM_MEL_BINS}"
+        )
+    if not need_features and not cut.has_recording:
+        raise ValueError(f"{path}: cut {cut.id} has no audio to compute features from")
+    if not need_features and cut.sampling_rate != SAMPLING_RATE:
+        raise ValueError(
+            f"{path}: cut {cut.id} has audio of {cut.sampling_rate} Hz, not {SAMPLING_RATE} Hz"
+        )
+    if read:
+        try:
+            cut.load_features() if need_features else cut.load_audio()
+        except Exception as error:  # lhotse's storages each have their own
+            what = "features" if need_features else "audio"
             raise ValueError(
-                f"{path}: cut {cut.id} has features of {cut.num_features} dimensions, "
-                f"not {FEATURE_DIM}"
-            )
+                f"{path}: the {what} of cut {cut.id} cannot be read: {_reason(error)}"
+            ) from None
 
 
 def training_cuts(paths: list[Path], min_seconds: float, max_seconds: float) -> CutSet:
@@ -163,6 +204,23 @@ def training_cuts(paths: list[Path], min_seconds: float, max_seconds: float) -> 
     cuts = [load_manifest_lazy(path) for path in paths]
     joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
     return joined.filter(_Within(min_seconds, max_seconds))
+
+
+def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:
+    """Every `world_size`-th cut, read lazily; the ranks' shares make up the whole."""
+    return CutSet(_Every(cuts, rank, world_size))
+
+
+@dataclass(frozen=True)
+class _Every:
+    """Can be iterated over again and again, unlike `islice`."""
+
+    cuts: Iterable[Cut]
+    start: int
+    step: int
+
+    def __iter__(self) -> Iterator[Cut]:
+        return islice(self.cuts, self.start, None, self.step)
 
 
 @dataclass(frozen=True)
@@ -208,8 +266,23 @@ class SpeechDataset(K2SpeechRecognitionDataset):
 
 def _input_strategy(on_the_fly_feats: bool):
     if on_the_fly_feats:
-        return OnTheFlyFeatures(Fbank(FbankConfig(num_mel_bins=FEATURE_DIM)))
+        return OnTheFlyFeatures(fbank_extractor())
     return PrecomputedFeatures()
+
+
+class _Noise:
+    """Mixes noise into half of the cuts; every loader process draws its own."""
+
+    def __init__(self, cuts: CutSet, seed: str):
+        self.cuts, self.seed = cuts, seed
+        self.mix: CutMix | None = None
+
+    def __call__(self, cuts: CutSet) -> CutSet:
+        if self.mix is None:  # only here is the process known
+            worker = get_worker_info()
+            rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
+            self.mix = CutMix(self.cuts, p=0.5, snr=(10, 20), preserve_id=True, seed=rng)
+        return self.mix(cuts)
 
 
 def training_loader(
@@ -234,17 +307,15 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """The augmented batches of one epoch, this rank's share; order and noise follow seed and epoch."""
-    cut_transforms = []
-    if musan_cuts is not None:
-        noise = random.Random(f"{seed} {epoch} {rank}")
-        cut_transforms.append(
-            CutMix(musan_cuts, p=0.5, snr=(10, 20), preserve_id=True, seed=noise)
-        )
+    """The augmented batches of one epoch, this rank's share; order and noise follow seed and epoch.
+
+    Without loader processes SpecAugment draws from the generators of Python, numpy and torch.
+    """
+    cut_transforms, input_transforms = [], []
     if concatenate_cuts:
-        # First, so that noise is mixed into the joined cuts as a whole.
-        cut_transforms.insert(0, CutConcatenate(duration_factor=duration_factor, gap=gap))
-    input_transforms = []
+        cut_transforms.append(CutConcatenate(duration_factor=duration_factor, gap=gap))
+    if musan_cuts is not None:
+        cut_transforms.append(_Noise(musan_cuts, f"{seed} {epoch} {rank}"))
     if enable_spec_aug:
         input_transforms.append(
             SpecAugment(
@@ -261,7 +332,10 @@ def training_loader(
         input_transforms=input_transforms,
         input_strategy=_input_strategy(on_the_fly_feats),
     )
-    common = dict(
+    sampler = _sampler(
+        cuts,
+        num_cuts=num_cuts,
+        num_buckets=num_buckets if bucketing_sampler else 0,
         max_duration=max_duration,
         shuffle=shuffle,
         drop_last=drop_last,
@@ -269,18 +343,8 @@ def training_loader(
         rank=rank,
         world_size=world_size,
     )
-    if bucketing_sampler:
-        sampler = DynamicBucketingSampler(
-            cuts,
-            num_buckets=usable_buckets(num_buckets, num_cuts),
-            buffer_size=num_buckets * 2000,
-            shuffle_buffer_size=num_buckets * 5000,
-            **common,
-        )
-    else:
-        sampler = SimpleCutSampler(cuts, **common)
     sampler.set_epoch(epoch - 1)
-    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=num_workers)
+    return _data_loader(dataset, sampler, num_workers, f"{seed} {epoch} {rank}")
 
 
 def evaluation_loader(
@@ -288,26 +352,42 @@ def evaluation_loader(
     *,
     max_duration: float,
     num_cuts: int,
+    bucketing_sampler: bool = True,
     num_buckets: int = 30,
     num_workers: int = 2,
     on_the_fly_feats: bool = False,
 ) -> DataLoader:
     """Every cut exactly once, similar durations together, nothing augmented."""
-    dataset = SpeechDataset(
-        return_cuts=True, input_strategy=_input_strategy(on_the_fly_feats)
-    )
-    sampler = DynamicBucketingSampler(
+    dataset = SpeechDataset(return_cuts=True, input_strategy=_input_strategy(on_the_fly_feats))
+    sampler = _sampler(
         cuts,
+        num_cuts=num_cuts,
+        num_buckets=num_buckets if bucketing_sampler else 0,
         max_duration=max_duration,
-        num_buckets=usable_buckets(num_buckets, num_cuts),
         shuffle=False,
         drop_last=False,
+        seed=0,
         rank=0,
         world_size=1,
     )
-    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=num_workers)
+    return _data_loader(dataset, sampler, num_workers, "evaluation")
 
 
-def usable_buckets(num_buckets: int, num_cuts: int) -> int:
-    """Fewer buckets for small sets: lhotse wants at least 2, and cuts in each of them."""
-    return max(2, min(num_buckets, num_cuts // 20))
+def _sampler(cuts: CutSet, *, num_cuts: int, num_buckets: int, **options) -> Sampler:
+    """Batches of similar durations, unless there are fewer than two buckets or cuts for them."""
+    num_buckets = min(num_buckets, num_cuts // MIN_CUTS_IN_BUCKET)
+    if num_buckets < 2:
+        return SimpleCutSampler(cuts, **options)
+    return DynamicBucketingSampler(
+        cuts, num_buckets=num_buckets, buffer_size=num_buckets * 7000, **options
+    )
+
+
+def _data_loader(
+    dataset: SpeechDataset, sampler: Sampler, num_workers: int, seed: str
+) -> DataLoader:
+    """Its processes are seeded by `seed` alone; torch's own generator is neither used nor moved."""
+    generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+    return DataLoader(
+        dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=generator
+    )

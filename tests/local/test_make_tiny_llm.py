@@ -112,7 +112,7 @@ def test_nothing_is_out_of_vocabulary(tokenizer):
 
 
 def test_special_tokens_come_last_and_have_qwen2s_roles(tokenizer):
-    ids = tokenizer.convert_tokens_to_ids(list(tiny.SPECIAL_TOKENS))
+    ids = tokenizer.convert_tokens_to_ids(list(tiny.CHAT_TOKENS))
     assert ids == list(range(len(tokenizer) - 3, len(tokenizer)))
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert (tokenizer.bos_token, tokenizer.unk_token) == (None, None)

@@ -1,12 +1,15 @@
-"""`epoch-N.pt` and its averages: `{"model": …}` and what resuming needs, tensors and plain scalars."""
+"""`epoch-N.pt` and its averages: `{"model": …}` and what resuming needs, tensors and numbers."""
 
 import logging
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from speechllm.checkpoint_file import load_checkpoint, write_checkpoint
 
 
 @dataclass
@@ -23,25 +26,7 @@ class TrainState:
 
 def save_checkpoint(path: Path, model: dict[str, Tensor], state: TrainState, **resume) -> None:
     """Write model, progress and the state dicts in `resume`; the file is whole or absent."""
-    _write({"model": model, **asdict(state), **resume}, path)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint on the CPU, loaded without running any code in it.
-
-    Raises:
-      FileNotFoundError, ValueError: one sentence that names the file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or pickled file
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise ValueError(f"{path} has no 'model' entry with a state dict")
-    return checkpoint
+    write_checkpoint({"model": model, **asdict(state), **resume}, path)
 
 
 def epoch_path(exp_dir: Path, epoch: int) -> Path:
@@ -86,7 +71,7 @@ def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tenso
             sums[key] = sums.get(key, 0.0) + value.double()
     average = {key: (value / avg).to(dtypes[key]) for key, value in sums.items()}
     path = exp_dir / f"epoch-{epoch}-avg-{avg}.pt"
-    _write({"model": average}, path)
+    write_checkpoint({"model": average}, path)
     logging.info(f"Averaged epochs {needed[0]} to {epoch} into {path}")
     return average, path
 
@@ -100,11 +85,8 @@ def copy_best(exp_dir: Path, state: TrainState) -> None:
         if best_epoch == state.epoch:
             partial = exp_dir / f"{name}.partial"
             partial.unlink(missing_ok=True)
-            os.link(epoch_path(exp_dir, state.epoch), partial)
+            try:
+                os.link(epoch_path(exp_dir, state.epoch), partial)
+            except OSError:  # not every file system has links
+                shutil.copyfile(epoch_path(exp_dir, state.epoch), partial)
             os.replace(partial, exp_dir / name)
-
-
-def _write(checkpoint: dict, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    torch.save(checkpoint, partial)
-    os.replace(partial, path)

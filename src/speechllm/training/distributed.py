@@ -1,6 +1,7 @@
 """Data-parallel processes: by `--world-size N` on one machine, by torchrun on many."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,11 @@ class Ranks:
             dist.barrier()
 
 
+def is_first_process() -> bool:
+    """Before `launch`: whether this process is the one that speaks, under torchrun or without."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def launch(run: Callable, args, world_size: int, master_port: int) -> None:
     """Call `run(ranks, args)` in every process of the training.
 
@@ -40,7 +46,8 @@ def launch(run: Callable, args, world_size: int, master_port: int) -> None:
     `world_size` processes are started on this machine.
 
     Raises:
-      ValueError: there are GPUs, but fewer than processes.
+      ValueError: there are GPUs, but fewer than processes; the port is taken; or `run` raised a
+        ValueError or FileNotFoundError in one of several processes.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _start(int(os.environ["RANK"]), run, args, int(os.environ["WORLD_SIZE"]), None)
@@ -55,7 +62,38 @@ def launch(run: Callable, args, world_size: int, master_port: int) -> None:
     if world_size == 1:
         _start(0, run, args, 1, master_port)
     else:
-        mp.spawn(_start, args=(run, args, world_size, master_port), nprocs=world_size)
+        _spawn(run, args, world_size, master_port)
+
+
+def _spawn(run: Callable, args, world_size: int, master_port: int) -> None:
+    """`world_size` processes; what is wrong with the input is told in a sentence, as by one."""
+    sentences = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(
+        _start_spawned,
+        args=(run, args, world_size, master_port, sentences),
+        nprocs=world_size,
+        join=False,
+    )
+    try:
+        while not context.join():
+            pass
+    except (mp.ProcessRaisedException, mp.ProcessExitedException):
+        if sentences.empty():
+            raise
+        raise ValueError(sentences.get()) from None
+    finally:  # no process outlives this one, not even after Ctrl-C
+        for process in context.processes:
+            process.terminate()
+
+
+def _start_spawned(
+    rank: int, run: Callable, args, world_size: int, master_port: int, sentences
+) -> None:
+    try:
+        _start(rank, run, args, world_size, master_port)
+    except (FileNotFoundError, ValueError) as error:
+        sentences.put(str(error))
+        sys.exit(1)
 
 
 def _start(rank: int, run: Callable, args, world_size: int, master_port: int | None) -> None:
@@ -70,11 +108,18 @@ def _start(rank: int, run: Callable, args, world_size: int, master_port: int | N
             os.environ["MASTER_ADDR"] = "localhost"
             os.environ["MASTER_PORT"] = str(master_port)
             torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", rank=rank, world_size=world_size
-        )
+        _join_group("nccl" if cuda else "gloo", rank, world_size)
+    run(Ranks(rank, world_size, device), args)
+    if world_size > 1:  # after an error the others may wait for ever: then the process just ends
+        dist.destroy_process_group()
+
+
+def _join_group(backend: str, rank: int, world_size: int) -> None:
     try:
-        run(Ranks(rank, world_size, device), args)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+    except dist.DistNetworkError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--master-port {os.environ['MASTER_PORT']} cannot be used, perhaps because another "
+            f"training uses it: {reason}"
+        ) from None

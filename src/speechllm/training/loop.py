@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +76,9 @@ def train(
         train_loss = totals.reduced(ranks).means()["loss"]
         if train_loss < state.best_train_loss:
             state.best_train_loss, state.best_train_epoch = train_loss, epoch
-        _validate(model, batch_loss, valid_loader, state, dtype, board, ranks)
+        valid_loss = _validate(model, batch_loss, valid_loader, state, dtype, board, ranks)
+        if valid_loss < state.best_valid_loss:
+            state.best_valid_loss, state.best_valid_epoch = valid_loss, epoch
         if ranks.is_main:
             save_checkpoint(
                 epoch_path(exp_dir, epoch),
@@ -138,7 +141,7 @@ def _step(model, batch_loss, batch, optimizer, scaler, dtype, ranks) -> dict[str
         sums = batch_loss(model, batch)
     tokens = ranks.sum(sums["tokens"].detach().clone().float())
     # DDP averages gradients over ranks; the factor turns that into a sum.
-    loss = sums["loss"] * (ranks.world_size / tokens)
+    loss = sums["loss"] * (ranks.world_size / tokens.clamp(min=1))
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -178,25 +181,35 @@ def _log_batch(batch_idx, batch, metrics, recent, schedule, scaler, speed, state
         board.add("train/", {"grad_scale": scaler.get_scale()}, step)
 
 
+def _validate(model, batch_loss, valid_loader, state, dtype, board, ranks) -> float:
+    totals = validate(model, batch_loss, valid_loader, dtype, ranks)
+    logging.info(f"Epoch {state.epoch}, validation: {totals}")
+    means = totals.means()
+    board.add("train/valid_", means, state.batch_idx_train)
+    return means["loss"]
+
+
 @torch.no_grad()
-def _validate(model, batch_loss, valid_loader, state, dtype, board, ranks) -> None:
-    """The loss over the validation cuts of all ranks; remembers the best epoch."""
+def validate(
+    model: nn.Module,
+    batch_loss: BatchLoss,
+    valid_loader: Callable[[], torch.utils.data.DataLoader],
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> Metrics:
+    """The sums over the validation cuts of all ranks; leaves the model in evaluation mode."""
     module = model.module if hasattr(model, "module") else model
     module.eval()
     totals = Metrics(dict.fromkeys(("loss", "tokens", "frames"), torch.zeros(())))
     for batch in valid_loader():
         with torch.autocast(ranks.device.type, dtype=dtype, enabled=dtype != torch.float32):
             totals = totals + Metrics(batch_loss(module, batch))
-    totals = totals.reduced(ranks)
-    means = totals.means()
-    logging.info(f"Epoch {state.epoch}, validation: {totals}")
-    board.add("train/valid_", means, state.batch_idx_train)
-    if means["loss"] < state.best_valid_loss:
-        state.best_valid_loss, state.best_valid_epoch = means["loss"], state.epoch
+    return totals.reduced(ranks)
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Python's and torch's generators; ranks draw different numbers."""
+    """The generators of Python, numpy and torch; ranks draw different numbers."""
     seed += rank * 100_003
     random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 RESET_INTERVAL = 200  # batches over which tot_loss forgets
+SUMS = ("loss", "correct", "tokens", "errors", "words", "frames")
 
 
 class Metrics:
     """Sums over batches: `loss` and `correct` over `tokens`, and the `frames` they came from.
 
-    The sums stay tensors on their device; they are read only when a line is logged.
+    `errors` are over `words`; only loss, tokens and frames are always there. The sums stay tensors
+    on their device; they are read only when a line is logged.
     """
 
     def __init__(self, sums: dict[str, Tensor] | None = None):
@@ -31,11 +33,10 @@ class Metrics:
         )
 
     def reduced(self, ranks) -> "Metrics":
-        """The sums of all ranks."""
-        names = sorted(self.sums)
-        values = torch.stack([self.sums[name].double().cpu() for name in names])
-        values = ranks.sum(values.to(ranks.device))
-        return Metrics(dict(zip(names, values.cpu())))
+        """The sums of all ranks, of which some may have seen no batch, and so not every sum."""
+        rows = [[float(self.sums.get(name, 0.0)), float(name in self.sums)] for name in SUMS]
+        values = ranks.sum(torch.tensor(rows, dtype=torch.float64, device=ranks.device)).cpu()
+        return Metrics({name: value for name, (value, seen) in zip(SUMS, values) if seen > 0})
 
     def means(self) -> dict[str, float]:
         """`loss` and `acc` per token, `wer` in percent; only what was counted."""

@@ -12,12 +12,15 @@ from torch import nn
 from speechllm.data import (
     CutStatistics,
     check_cuts,
+    check_noise,
     cuts_file,
     evaluation_loader,
+    share_of_cuts,
     training_cuts,
     training_loader,
 )
 from speechllm.flags import comma_list, str2bool
+from speechllm.training.checkpoint import epoch_path
 from speechllm.training.distributed import Ranks
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden, FixedLR
@@ -26,7 +29,9 @@ from speechllm.training.schedule import Eden, FixedLR
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--world-size", type=int, default=4, help="processes for DDP; torchrun's value wins")
+    gpus = torch.cuda.device_count()
+    add("--world-size", type=int, default=min(4, max(1, gpus)),
+        help="processes for DDP, by default one for each of up to 4 GPUs; torchrun's value wins")  # fmt: skip
     add("--master-port", type=int, default=12354, help="for DDP on one machine")
     add("--num-epochs", type=int, default=10, help="train up to this epoch")
     add("--start-epoch", type=int, default=1, help="above 1: continue from epoch-(N-1).pt")
@@ -38,7 +43,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr-epochs", type=float, default=3.5, help="Eden: epochs until the rate falls")
     add("--warmup-batches", type=float, default=500.0, help="Eden: length of the warm-up")
     add("--seed", type=int, default=42, help="for order, augmentation and dropout")
-    add("--use-fp16", type=str2bool, default=True, help="autocast to float16, with a scaler")
+    add("--use-fp16", type=str2bool, default=gpus > 0,
+        help="autocast to float16, with a scaler; by default where there is a GPU")  # fmt: skip
     add("--use-bf16", type=str2bool, default=False, help="autocast to bfloat16; wins over fp16")
     add("--inf-check", type=str2bool, default=False,
         help="stop at the first module whose output is not finite, by name")  # fmt: skip
@@ -95,6 +101,19 @@ def check_outputs_finite(model: nn.Module) -> None:
         )
 
 
+def check_epochs(args) -> None:
+    """Whether there is a training to continue, where --start-epoch says so.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence with the flag.
+    """
+    if args.start_epoch < 1:
+        raise ValueError(f"--start-epoch {args.start_epoch}: epochs are counted from 1")
+    needed = epoch_path(args.exp_dir, args.start_epoch - 1)
+    if args.start_epoch > 1 and not needed.is_file():
+        raise FileNotFoundError(f"{needed} is missing: --start-epoch {args.start_epoch} needs it")
+
+
 def check_data(args) -> tuple[CutStatistics, CutStatistics]:
     """One pass over all training and validation cuts, before anything expensive.
 
@@ -110,16 +129,22 @@ def check_data(args) -> tuple[CutStatistics, CutStatistics]:
     )
     valid = check_cuts(valid_paths(args), need_features=need_features)
     if args.enable_musan:
-        cuts_file(args.manifest_dir, "musan_cuts")
+        check_noise(cuts_file(args.manifest_dir, "musan_cuts"), need_features)
     return train, valid
 
 
 def train_paths(args) -> list[Path]:
-    return [cuts_file(args.manifest_dir, name) for name in comma_list(args.train_cuts)]
+    return _paths(args.manifest_dir, "--train-cuts", args.train_cuts)
 
 
 def valid_paths(args) -> list[Path]:
-    return [cuts_file(args.manifest_dir, name) for name in comma_list(args.valid_cuts)]
+    return _paths(args.manifest_dir, "--valid-cuts", args.valid_cuts)
+
+
+def _paths(manifest_dir: Path, flag: str, names: str) -> list[Path]:
+    if not comma_list(names):
+        raise ValueError(f"{flag} {names!r} names no cut file")
+    return [cuts_file(manifest_dir, name) for name in comma_list(names)]
 
 
 def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
@@ -158,9 +183,7 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
 def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
     """A function to this rank's share of the validation batches: every world_size-th cut."""
     cuts = training_cuts(valid_paths(args), 0.0, float("inf"))
-    mine = CutSet.from_cuts(
-        cut for i, cut in enumerate(cuts) if i % ranks.world_size == ranks.rank
-    )
+    mine = share_of_cuts(cuts, ranks.rank, ranks.world_size)
     if statistics.too_short:
         logging.info(f"Validation leaves out {statistics.too_short} utterances too short to use")
 
@@ -168,7 +191,9 @@ def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
         return evaluation_loader(
             mine,
             max_duration=args.max_duration,
-            num_cuts=len(mine),
+            num_cuts=len(range(ranks.rank, statistics.kept, ranks.world_size)),
+            bucketing_sampler=args.bucketing_sampler,
+            num_buckets=args.num_buckets,
             num_workers=args.num_workers,
             on_the_fly_feats=args.on_the_fly_feats,
         )

@@ -1,13 +1,13 @@
 """icefall's `pretrained.pt`: every key is used, or named as belonging to a head we do not use."""
 
 import logging
-import os
 from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from speechllm.checkpoint_file import load_checkpoint, write_checkpoint
 from speechllm.zipformer.encoder import ZipformerEncoder
 from speechllm.zipformer.sizes import SIZES, ZipformerConfig
 
@@ -28,7 +28,7 @@ def load_encoder(path: str | Path, size: str, dropout: float = 0.1) -> Zipformer
     """
     if size not in SIZES:
         raise ValueError(f"unknown encoder size {size!r}: choose from {', '.join(SIZES)}")
-    state = read_model_state(path)
+    state = load_checkpoint(path)["model"]
     try:
         encoder = encoder_from_state(state, SIZES[size], dropout)
     except ValueError as error:
@@ -60,32 +60,14 @@ def encoder_from_state(
 def save_encoder(encoder: ZipformerEncoder, path: str | Path) -> None:
     """Writes `{"model": state_dict}` under icefall's names, all of it or nothing."""
     state = {key: value.detach().cpu().clone() for key, value in encoder.state_dict().items()}
-    partial = Path(f"{path}.partial")
-    torch.save({"model": state}, partial)
-    os.replace(partial, path)
-
-
-def read_model_state(path: str | Path) -> dict[str, Tensor]:
-    """The `model` entry of a checkpoint, loaded without running any code in the file.
-
-    Raises:
-      FileNotFoundError, ValueError: one sentence that names the file.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or pickled file
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise ValueError(f"{path} has no 'model' entry with a state dict")
-    return checkpoint["model"]
+    write_checkpoint({"model": state}, path)
 
 
 def describe_unused(state: dict[str, Tensor]) -> str:
-    """One sentence on the heads in `state`, such as "CTC head of 500 tokens; unused: decoder (2)"."""
-    ctc = f"CTC head of {state[CTC_WEIGHT].size(0)} tokens" if CTC_WEIGHT in state else "no CTC head"
+    """The heads in `state`, such as "CTC head of 500 tokens; unused: decoder (2 tensors)"."""
+    ctc = "no CTC head"
+    if CTC_WEIGHT in state:
+        ctc = f"CTC head of {state[CTC_WEIGHT].size(0)} tokens"
     groups = Counter(key.split(".")[0] for key in state)
     unused = [f"{head} ({groups[head]} tensors)" for head in UNUSED_HEADS if head in groups]
     return f"{ctc}; unused: {', '.join(unused) or 'nothing'}"

@@ -32,15 +32,6 @@ class Downsample(nn.Module):
         return x, (lens + factor - 1) // factor
 
 
-def _run_layers(layers, pos_dim: int, x: Tensor, lens: Tensor, mask: Tensor | float) -> Tensor:
-    pos_emb = positional_embedding(x.size(1), pos_dim, x.device).to(x.dtype)
-    valid = valid_frames(lens, x.size(1))
-    x = x * mask
-    for layer in layers:
-        x = layer(x, pos_emb, valid) * mask
-    return x
-
-
 class Stack(nn.Module):
     """Layers at the frame rate of their input: (B, T, C) -> (B, T, C)."""
 
@@ -50,7 +41,12 @@ class Stack(nn.Module):
         self.pos_dim = pos_dim
 
     def forward(self, x: Tensor, lens: Tensor, mask: Tensor | float) -> Tensor:
-        return _run_layers(self.layers, self.pos_dim, x, lens, mask)
+        pos_emb = positional_embedding(x.size(1), self.pos_dim, x.device).to(x.dtype)
+        valid = valid_frames(lens, x.size(1))
+        x = x * mask
+        for layer in self.layers:
+            x = layer(x, pos_emb, valid) * mask
+        return x
 
 
 class DownsampledStack(nn.Module):
@@ -189,9 +185,10 @@ class ZipformerEncoder(nn.Module):
                 f"features have {features.size(-1)} dimensions, "
                 f"the encoder takes {self.config.feature_dim}"
             )
-        if features.size(1) < MIN_FEATURE_FRAMES:
+        shortest = min(features.size(1), int(feature_lens.min()))
+        if shortest < MIN_FEATURE_FRAMES:
             raise ValueError(
-                f"features of {features.size(1)} frames are too short: "
+                f"features of {shortest} frames are too short: "
                 f"the encoder needs at least {MIN_FEATURE_FRAMES}"
             )
         x, lens = self.encoder_embed(features, feature_lens)

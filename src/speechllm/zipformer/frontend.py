@@ -22,7 +22,10 @@ class ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """`valid` (B, T) keeps the 7-frame kernel from seeing what lies beyond an utterance."""
-        y = self.depthwise_conv(x * valid[:, None, :, None])
+        y = x * valid[:, None, :, None]
+        with torch.autocast(x.device.type, enabled=x.is_cuda):  # slow in bfloat16 on CPUs
+            y = self.depthwise_conv(y if x.is_cuda else y.to(self.depthwise_conv.weight.dtype))
+        y = y.to(x.dtype)
         y = y.permute(0, 2, 3, 1)  # (B, C, T, F) -> (B, T, F, C): a 1x1 convolution is a Linear
         y = swoosh_l(_pointwise(self.pointwise_conv1, y))
         return x + _pointwise(self.pointwise_conv2, y).permute(0, 3, 1, 2)

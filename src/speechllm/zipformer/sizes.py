@@ -44,10 +44,8 @@ class ZipformerConfig:
         config = {}
         for field in fields(cls):
             if field.name in values:
-                value = values[field.name]
-                if field.name not in ("pos_dim", "feature_dim"):
-                    value = tuple(int(v) for v in str(value).split(","))
-                config[field.name] = value
+                value = tuple(int(v) for v in str(values[field.name]).split(","))
+                config[field.name] = value[0] if field.type is int else value
         return cls(**config)
 
 

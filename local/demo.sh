@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# The whole recipe in minutes, offline, on a CPU: from audio files to a table of WERs.
+#
+#   bash local/demo.sh                        a corpus spoken by espeak-ng, made here
+#   bash local/demo.sh --corpus my/table.tsv  your own (columns: utt_id, text, path[, speaker, split])
+#
+# Finished stages are kept. --stage N repeats stage N and all after it, --stop-stage N ends with N:
+#   1 corpus  2 features  3 tiny LLM  4 two encoders  5 train  6 decode  7 MoSE: train and decode
+# Everything is written to data/demo and exp/demo (data/<table> and exp/<table> with --corpus).
+set -eou pipefail
+caller=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+table="" name=demo stage=8 stop_stage=8
+while [ $# -gt 0 ]; do
+  [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
+  case "$1" in
+    --corpus) table=$(cd "$caller" && realpath -- "$2"); name=$(basename "${2%.*}") ;;
+    --stage) stage=$2 ;;
+    --stop-stage) stop_stage=$2 ;;
+    *) echo "unknown option $1 (see the first lines of local/demo.sh)" >&2; exit 2 ;;
+  esac
+  shift 2
+done
+[ -z "$table" ] || [ -f "$table" ] || { echo "--corpus $table: there is no such file" >&2; exit 2; }
+
+start=$SECONDS
+source local/venv.sh requirements.txt
+python=.venv/bin/python data=data/$name exp=exp/$name
+mkdir -p "$data/fbank" "$exp/log"
+
+log() { echo "$(date '+%H:%M:%S') (${name}, $((SECONDS - start)) s) $*"; }
+
+# due N TITLE: whether stage N is still to be done; `finished N` marks it.
+due() {
+  [ "$1" -lt "$stage" ] || rm -f "$exp/.stage$1.done"
+  [ "$1" -le "$stop_stage" ] && [ ! -f "$exp/.stage$1.done" ] && log "Stage $1: $2"
+}
+finished() { touch "$exp/.stage$1.done"; }
+
+# quietly LOG COMMAND…: its output goes to a file, shown when it fails.
+quietly() {
+  local file=$exp/log/$1
+  shift
+  "$@" >"$file" 2>&1 || { tail -n 20 "$file" >&2; echo "failed; all of it is in $file" >&2; exit 1; }
+}
+
+# The small models of the demo gain nothing from a second thread: the two encoders share the cores.
+export OMP_NUM_THREADS=1
+corpus=(--manifest-dir "$data/fbank" --min-utterance 0.3 --enable-musan false --num-workers 0)
+cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
+precision=(--use-bf16 true)
+model=(--llm-path "$exp/llm" --speech-encoder-type tiny)
+one=(--speech-encoder-path "$exp/encoder1/pretrained.pt")
+two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained.pt")
+
+encoder_epochs=14 llm_epochs=6 mose_epochs=6
+encoder=(--encoder-size tiny --num-epochs $encoder_epochs --avg 3 --lr-epochs 5 --warmup-batches 150
+  --max-duration 40 --num-buckets 8 --spec-aug-time-warp-factor 0 --log-interval 20)
+llm=(--world-size 1 --max-duration 80 --num-buckets 8 --spec-aug-time-warp-factor 0 --log-interval 20)
+test=(--test-cuts "${name}_cuts_test" --max-duration 120 --max-new-tokens 100
+  --manifest-dir "$data/fbank" --num-workers 0)
+
+if due 1 "corpus"; then
+  if [ -z "$table" ]; then
+    quietly corpus.log $python local/make_spoken_corpus.py --out "$data/corpus"
+  fi
+  finished 1
+fi
+table=${table:-$data/corpus/transcripts.tsv}
+
+if due 2 "features of $table"; then
+  quietly features.log $python local/prepare_corpus.py --table "$table" --corpus "$name" \
+    --manifest-dir "$data/fbank" --speed-perturb "$([ "$name" = demo ] && echo false || echo true)" \
+    --num-jobs 2
+  finished 2
+fi
+
+if due 3 "a tiny LLM of the transcripts"; then
+  rm -rf "$exp/llm"
+  quietly llm.log $python local/make_tiny_llm.py --text "$data/fbank/${name}_cuts_train.jsonl.gz" \
+    --out "$exp/llm"
+  finished 3
+fi
+
+if due 4 "two tiny encoders with CTC, side by side"; then
+  rm -rf "$exp"/encoder[12]
+  for n in 1 2; do
+    quietly encoder$n.log $python src/pretrain_encoder.py --world-size 1 "${corpus[@]}" "${cuts[@]}" \
+      "${precision[@]}" "${encoder[@]}" --test-cuts "${name}_cuts_test" \
+      --vocab-size $((100 * n)) --seed $n --exp-dir "$exp/encoder$n" &
+    jobs[n]=$!
+  done
+  wait "${jobs[1]}"
+  wait "${jobs[2]}"
+  finished 4
+fi
+export OMP_NUM_THREADS=2
+
+if due 5 "train.py: projector and LoRA on the first encoder"; then
+  rm -rf "$exp/llm_asr"
+  quietly train.log $python src/train.py "${corpus[@]}" "${cuts[@]}" "${precision[@]}" "${llm[@]}" \
+    "${model[@]}" "${one[@]}" --num-epochs $llm_epochs --exp-dir "$exp/llm_asr"
+  finished 5
+fi
+
+if due 6 "decode.py"; then
+  quietly decode.log $python src/decode.py "${test[@]}" "${model[@]}" "${one[@]}" \
+    --epoch $llm_epochs --avg 2 --exp-dir "$exp/llm_asr"
+  finished 6
+fi
+
+if due 7 "train_mose.py and decode_mose.py: both encoders"; then
+  rm -rf "$exp/mose"
+  quietly train_mose.log $python src/train_mose.py "${corpus[@]}" "${cuts[@]}" "${precision[@]}" \
+    "${llm[@]}" "${model[@]}" "${two[@]}" --num-epochs $mose_epochs --exp-dir "$exp/mose"
+  quietly decode_mose.log $python src/decode_mose.py "${test[@]}" "${model[@]}" "${two[@]}" \
+    --epoch $mose_epochs --avg 2 --exp-dir "$exp/mose"
+  finished 7
+fi
+
+# wer DIR: from the first line of its error file, `%WER = 3.14`.
+wer() { head -q -n 1 "$1"/decode/errs-*.txt 2>/dev/null | head -n 1 | sed 's/.*= //'; }
+
+[ "$stop_stage" -ge 7 ] || { log "Stopped after stage $stop_stage"; exit 0; }
+ctc=$(wer "$exp/encoder1") llm_wer=$(wer "$exp/llm_asr") mose=$(wer "$exp/mose")
+cat <<TXT
+
+  WER of ${name}_test      %      where to look
+  CTC alone        $(printf %8s "$ctc")      $exp/encoder1/decode
+  LLM              $(printf %8s "$llm_wer")      $exp/llm_asr/decode
+  MoSE, 2 encoders $(printf %8s "$mose")      $exp/mose/decode
+
+  errs-*.txt shows every error, tensorboard --logdir $exp the trainings.
+
+TXT
+log "done"
+echo "demo result: ctc=$ctc% llm=$llm_wer% mose=$mose%"

@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""Decode test sets and score them.
+
+    python src/decode.py --epoch 10 --avg 5 --max-duration 2000 \\
+      --manifest-dir data/fbank --exp-dir exp/asr_librispeech_zipformer_qwen2_1.5B
+
+Writes recogs-, errs- and wer-summary- files to `<exp-dir>/decode/`, a set and a way of decoding
+each. A checkpoint by name, such as a published one: `--checkpoint epoch-10-avg-5.pt`.
+"""
+
+import argparse
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import train
+from speechllm.data import add_data_arguments, check_cuts, cuts_file, read_cuts
+from speechllm.decoding.search import MAX_NEW_TOKENS, search
+from speechllm.decoding.test_set import decode_cuts, set_name
+from speechllm.flags import comma_list, str2bool
+from speechllm.model import SpeechLLM, load_trainable_state
+from speechllm.model_flags import add_model_arguments, build_model, check_model_files
+from speechllm.prompt import decode_transcripts
+from speechllm.scoring import NORMALIZERS, log_line, score
+from speechllm.training.checkpoint import average_epochs, load_checkpoint
+from speechllm.training.distributed import Ranks
+from speechllm.training.progress import setup_logging
+from speechllm.training.setup import autocast_dtype
+
+TEST_CUTS = "librispeech_cuts_test-clean,librispeech_cuts_test-other"
+
+
+def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("decoding").add_argument
+    add("--exp-dir", type=Path, help="where the checkpoints are; results go to its decode/")
+    add("--epoch", type=int, default=10, help="last of the averaged epochs")
+    add("--avg", type=int, default=5, help="how many epochs to average")
+    add("--checkpoint", help="a file in --exp-dir instead of --epoch and --avg")
+    add("--beam-size", type=int, default=1, help="1: greedy; more: beam search")
+    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest hypothesis, in tokens")
+    add("--normalize", choices=list(NORMALIZERS), default="none",
+        help="text normalisation of references and hypotheses before scoring")  # fmt: skip
+    add("--use-fp16", type=str2bool, default=torch.cuda.is_available(), help="decode in float16")
+    add("--use-bf16", type=str2bool, default=False, help="decode in bfloat16; wins over fp16")
+    add("--test-cuts", default=TEST_CUTS, help="cut files in --manifest-dir, comma-separated")
+    add("--use-lora", type=str2bool, default=True, help="as in training")
+    add("--unfreeze-llm", type=str2bool, default=True, help="as in training")
+    add("--unfreeze-encoder", type=str2bool, default=False, help="as in training")
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.set_defaults(max_duration=2000.0, **defaults)
+    return parser
+
+
+def read_parameters(args) -> tuple[dict, str]:
+    """The state dict to decode with, and the name of what it came from."""
+    if args.checkpoint:
+        path = args.exp_dir / args.checkpoint
+        return load_checkpoint(path)["model"], path.stem
+    return average_epochs(args.exp_dir, args.epoch, args.avg)[0], (
+        f"epoch-{args.epoch}-avg-{args.avg}"
+    )
+
+
+def result_suffix(args, parameters_name: str) -> str:
+    """What tells result files of different ways to decode apart."""
+    normalized = f"-{args.normalize}" if args.normalize != "none" else ""
+    return f"decode-beam{args.beam_size}-{parameters_name}{normalized}"
+
+
+def check_lengths(path: Path, model: SpeechLLM, max_new_tokens: int) -> None:
+    """Every utterance must fit into the LLM's positions, speech and answer together.
+
+    Raises:
+      ValueError: naming the file, the cut and both numbers.
+    """
+    limit = model.llm.config.max_position_embeddings
+    prompt = len(model.chat.prompt(len(model.encoder)))
+    for cut in read_cuts(path):
+        embeddings = int(cut.duration * 25 / model.ds_rate) * len(model.encoder)
+        if prompt + embeddings + max_new_tokens > limit:
+            raise ValueError(
+                f"{path}: cut {cut.id} of {cut.duration:.1f} s needs "
+                f"{prompt + embeddings + max_new_tokens} positions, the LLM has {limit}"
+            )
+
+
+def make_recognizer(model: SpeechLLM, tokenizer, args, device, dtype) -> Callable:
+    """A function from a batch to its hypotheses' texts."""
+
+    def recognize(batch: dict) -> list[str]:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            ids = search(
+                model,
+                batch["features"].to(device),
+                batch["feature_lens"].to(device),
+                args.beam_size,
+                args.max_new_tokens,
+            )
+        return decode_transcripts(tokenizer, ids)
+
+    return recognize
+
+
+def run(args) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_model_files(args)
+    paths = [cuts_file(args.manifest_dir, name) for name in comma_list(args.test_cuts)]
+    for path in paths:
+        check_cuts([path], need_text=False, need_features=not args.on_the_fly_feats)
+    parameters, parameters_name = read_parameters(args)
+    suffix = result_suffix(args, parameters_name)
+    out_dir = args.exp_dir / "decode"
+    setup_logging(out_dir / f"log-{suffix}", replace(Ranks(), device=device))
+    logging.info(f"Decoding started: {vars(args)}")
+
+    dtype = autocast_dtype(args.use_fp16, args.use_bf16)
+    model, tokenizer = build_model(
+        args, dtype, unfreeze_llm=args.unfreeze_llm, unfreeze_encoder=args.unfreeze_encoder
+    )
+    ignored = load_trainable_state(model, parameters)
+    logging.info(f"Parameters of {parameters_name}; ignored: {', '.join(ignored) or 'nothing'}")
+    model.to(device).eval()
+    for path in paths:
+        check_lengths(path, model, args.max_new_tokens)
+    recognize = make_recognizer(model, tokenizer, args, device, dtype)
+    for path in paths:
+        name, start = set_name(path), time.monotonic()
+        results = decode_cuts(
+            path,
+            recognize,
+            args.normalize,
+            max_duration=args.max_duration,
+            bucketing_sampler=args.bucketing_sampler,
+            num_buckets=args.num_buckets,
+            num_workers=args.num_workers,
+            on_the_fly_feats=args.on_the_fly_feats,
+        )
+        extra = {"decoded with": suffix, "seconds of decoding": time.monotonic() - start}
+        counts = score(results, out_dir, name, suffix, extra)
+        logging.info(log_line(name, counts))
+    logging.info(f"Results are in {out_dir}")
+
+
+def main(
+    argv: list[str] | None = None,
+    defaults: dict = train.DEFAULTS,
+    description: str | None = __doc__,
+) -> None:
+    args = get_parser(defaults, description).parse_args(argv)
+    try:
+        run(args)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""A test set through a recognizer, every cut exactly once."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from speechllm.data import check_cuts, evaluation_loader, long_enough, read_cuts, training_cuts
+from speechllm.scoring import NORMALIZERS, Result
+from speechllm.training.progress import ProgressBar
+
+
+def decode_cuts(
+    path: Path, recognize: Callable[[dict], list[str]], normalize: str = "none", **loader_options
+) -> list[Result]:
+    """(cut id, reference words, hypothesis words) of every cut of a file, in lower case.
+
+    A cut too short for one speech embedding stays in the test set: its hypothesis is empty.
+
+    Args:
+      recognize: a batch (see speechllm.data) to its hypotheses' texts.
+      normalize: a name in `scoring.NORMALIZERS`, applied to references and hypotheses.
+      loader_options: of `data.evaluation_loader`.
+    """
+    need_features = not loader_options.get("on_the_fly_feats", False)
+    statistics = check_cuts([path], need_text=False, need_features=need_features)
+    pairs = [(cut.id, _text(cut), "") for cut in read_cuts(path) if not long_enough(cut)]
+    if pairs:
+        logging.warning(
+            f"{path}: {len(pairs)} cuts are too short to hear and get empty hypotheses, "
+            f"such as {pairs[0][0]}"
+        )
+    if statistics.kept:
+        loader = evaluation_loader(
+            training_cuts([path], 0.0, float("inf")), num_cuts=statistics.kept, **loader_options
+        )
+        progress = ProgressBar(set_name(path), statistics.seconds, True)
+        for batch in loader:
+            pairs += zip(batch["ids"], batch["texts"], recognize(batch))
+            progress.advance(batch["seconds"])
+        progress.close()
+    function = NORMALIZERS[normalize]
+    return [
+        (cut_id, function(reference.lower()).split(), function(hypothesis.lower()).split())
+        for cut_id, reference, hypothesis in pairs
+    ]
+
+
+def set_name(path: Path) -> str:
+    """`librispeech_cuts_test-clean.jsonl.gz` -> `librispeech_test_clean`."""
+    return path.name.removesuffix(".jsonl.gz").replace("_cuts", "").replace("-", "_")
+
+
+def _text(cut) -> str:
+    return " ".join(supervision.text for supervision in cut.supervisions)

@@ -1,0 +1,71 @@
+"""Qwen2 from a directory or the hub, with LoRA or without, and its tokenizer."""
+
+import logging
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from speechllm.prompt import add_speech_tokens
+
+LORA = dict(
+    r=64,
+    lora_alpha=16,
+    lora_dropout=0.05,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    task_type="CAUSAL_LM",
+)
+
+
+def load_llm(
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    use_flash_attn: bool = False,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The LLM with its weights in `dtype`, and its tokenizer with the speech tokens.
+
+    Args:
+      path: a local directory, or a name on the Hugging Face hub.
+
+    Raises:
+      FileNotFoundError: there is no such directory and no such name.
+      ValueError: the tokenizer has no room for the speech tokens.
+    """
+    check_llm_path(path)
+    attention = "flash_attention_2" if use_flash_attn else "sdpa"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        llm = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention
+        )
+    except (OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"the LLM cannot be loaded from {path}: {reason}") from None
+    add_speech_tokens(tokenizer, llm.get_input_embeddings().num_embeddings)
+    # An instruct model's own sampling and repetition penalty must not reach a transcript.
+    llm.generation_config = GenerationConfig()
+    return llm, tokenizer
+
+
+def prepare_llm(llm: nn.Module, unfreeze: bool, use_lora: bool) -> nn.Module:
+    """What of the LLM is trained: nothing, LoRA matrices in float32, or everything."""
+    llm.requires_grad_(unfreeze and not use_lora)
+    if unfreeze and use_lora:
+        llm = get_peft_model(llm, LoraConfig(**LORA))
+    trained = sum(p.numel() for p in llm.parameters() if p.requires_grad)
+    logging.info(f"LLM: {sum(p.numel() for p in llm.parameters())} parameters, {trained} trained")
+    return llm
+
+
+def check_llm_path(path: str) -> None:
+    """A path that is no hub name must exist; the hub is not asked for it."""
+    if path.startswith((".", "/", "models/", "exp/")) or path.count("/") > 1:
+        if not (Path(path) / "config.json").is_file():
+            raise FileNotFoundError(f"LLM directory {path} is missing or has no config.json")

@@ -1,0 +1,269 @@
+"""SpeechLLM: n encoders hear, a projector each translates, one LLM writes.
+
+Shapes: B utterances, T feature frames, S speech embeddings, L ids, D width of the LLM.
+"""
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechllm.prompt import IGNORED, ChatIds
+from speechllm.zipformer import ZipformerEncoder
+from speechllm.zipformer.swoosh import swoosh_r
+
+KEEP_PROBABILITY = 0.75  # of a speech group, in training with several encoders
+IGNORED_KEYS = (  # in published checkpoints: an inert embedding, and copies of a frozen one
+    "prompt_embedding.weight",
+    "llm.base_model.model.lm_head.weight",
+    "llm.lm_head.weight",
+)
+
+
+class SwooshR(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return swoosh_r(x)
+
+
+class Projector(nn.Module):
+    """Encoder output (B, T, C) -> speech embeddings (B, T // ds_rate, D)."""
+
+    def __init__(self, encoder_dim: int, llm_dim: int, ds_rate: int = 4, dropout: float = 0.1):
+        super().__init__()
+        self.ds_rate = ds_rate
+        self.proj = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(ds_rate * encoder_dim, llm_dim),
+            SwooshR(),
+            nn.Linear(llm_dim, llm_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.size(1) // self.ds_rate
+        x = x[:, : groups * self.ds_rate].unflatten(1, (groups, self.ds_rate))
+        return self.proj(x.flatten(2))  # (B, T // 4, 4 * C) -> (B, T // 4, D)
+
+
+class SpeechLLM(nn.Module):
+    """One encoder is n encoders with n = 1."""
+
+    def __init__(
+        self,
+        encoders: list[ZipformerEncoder],
+        llm: nn.Module,
+        chat: ChatIds,
+        ds_rate: int = 4,
+        encoder_feature_mask: bool = True,
+    ):
+        """Encoders that are not `frozen` are trained, without their CTC head.
+
+        `encoder_feature_mask` masks encoder channels in training, as published.
+        """
+        super().__init__()
+        llm_dim = llm.get_input_embeddings().embedding_dim
+        for encoder in encoders:
+            if encoder.ctc_output is not None:
+                encoder.ctc_output.requires_grad_(False)
+        self.encoder = nn.ModuleList(encoders)
+        self.encoder_projector = nn.ModuleList(
+            Projector(encoder.output_dim, llm_dim, ds_rate) for encoder in encoders
+        )
+        self.llm = llm
+        self.chat = chat
+        self.ds_rate = ds_rate
+        self.encoder_feature_mask = encoder_feature_mask
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "SpeechLLM":
+        """Training mode only for what is trained."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.llm.parameters()):
+            self.llm.eval()
+        return self
+
+    def all_encoders(self, batch_size: int) -> list[list[int]]:
+        """Every encoder for every utterance, in order: validation and decoding."""
+        return [list(range(len(self.encoder))) for _ in range(batch_size)]
+
+    def speech_embeddings(
+        self, features: Tensor, feature_lens: Tensor, used: list[list[int]]
+    ) -> list[list[Tensor]]:
+        """Speech embeddings (S, D) of each utterance's encoders, in the order of `used`.
+
+        An encoder sees only the utterances that use it.
+        """
+        by_encoder: list[dict[int, Tensor]] = []
+        for k, (encoder, projector) in enumerate(zip(self.encoder, self.encoder_projector)):
+            rows = [b for b, encoders in enumerate(used) if k in encoders]
+            # What is trained must have a gradient on every rank, be it zero.
+            seen = rows or [0]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
+                encoder_out, lens = encoder(
+                    features[seen],
+                    feature_lens[seen],
+                    feature_mask=self.encoder_feature_mask and self.training,
+                )
+            embeddings = projector(encoder_out)
+            counts = (lens // self.ds_rate).tolist()
+            by_encoder.append({b: embeddings[i, : counts[i]] for i, b in enumerate(rows)})
+            if not rows:
+                by_encoder[-1][-1] = embeddings[0, :0]
+        unused = [table[-1] for table in by_encoder if -1 in table]
+        spoken = [[by_encoder[k][b] for k in encoders] for b, encoders in enumerate(used)]
+        if unused:
+            spoken[0][0] = torch.cat([spoken[0][0], *unused])
+        return spoken
+
+    def merge(
+        self, ids: Tensor, labels: Tensor | None, speech: list[list[Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids (B, L) and speech -> inputs_embeds (B, L', D), attention mask, labels (B, L')."""
+        counts = [[part.size(0) for part in parts] for parts in speech]
+        expanded, mask, labels = expand_speech(ids, labels, counts, self.chat.speech, self.chat.pad)
+        embeds = self.llm.get_input_embeddings()(expanded)
+        flat = torch.cat([part for parts in speech for part in parts]).to(embeds.dtype)
+        is_speech = (expanded == self.chat.speech).unsqueeze(-1)
+        return embeds.masked_scatter(is_speech, flat), mask, labels
+
+    def forward(
+        self,
+        features: Tensor,
+        feature_lens: Tensor,
+        ids: Tensor,
+        labels: Tensor,
+        used: list[list[int]],
+    ) -> dict[str, Tensor]:
+        """Summed cross entropy of a batch.
+
+        Args:
+          features: (B, T, 80); feature_lens: (B,).
+          ids, labels: (B, L), left-padded, `len(used[b])` speech groups in row b.
+          used: for each utterance the encoders of its speech groups.
+
+        Returns:
+          Sums over the label tokens: `loss` (nats), `tokens`, `correct`.
+        """
+        speech = self.speech_embeddings(features, feature_lens, used)
+        embeds, mask, labels = self.merge(ids, labels, speech)
+        logits, targets = self.label_logits(embeds, mask, labels)
+        return {
+            "loss": F.cross_entropy(logits.float(), targets, reduction="sum"),
+            "tokens": torch.tensor(targets.numel(), device=targets.device),
+            "correct": (logits.argmax(dim=-1) == targets).sum(),
+        }
+
+    def label_logits(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, V) at the N places that predict a label, and these labels (N,)."""
+        base = self.llm.get_base_model() if hasattr(self.llm, "peft_config") else self.llm
+        hidden = base.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            use_cache=False,
+        ).last_hidden_state
+        predicts = labels[:, 1:] != IGNORED  # position t predicts the label at t + 1
+        return base.get_output_embeddings()(hidden[:, :-1][predicts]), labels[:, 1:][predicts]
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Positions counted from each row's first token: (B, L) -> (B, L)."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def expand_speech(
+    ids: Tensor, labels: Tensor | None, counts: list[list[int]], speech: int, pad: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each `<speech>` repeated as often as it has embeddings, rows padded on the left again.
+
+    Args:
+      ids, labels: (B, L), left-padded with `pad` and IGNORED.
+      counts: for each row the embeddings of its `<speech>` tokens, in order.
+
+    Returns:
+      ids, mask (bool) and labels, all (B, L').
+    """
+    repeats = (ids != pad).long()
+    repeats[ids == speech] = torch.tensor(
+        [count for row in counts for count in row], device=ids.device
+    )
+    totals = repeats.sum(dim=1)
+    length = int(totals.max())
+    mask = torch.arange(length, device=ids.device) >= (length - totals)[:, None]
+    new_ids = torch.full_like(mask, pad, dtype=torch.long)
+    new_ids[mask] = ids.flatten().repeat_interleave(repeats.flatten())
+    if labels is None:
+        return new_ids, mask, None
+    new_labels = torch.full_like(new_ids, IGNORED)
+    new_labels[mask] = labels.flatten().repeat_interleave(repeats.flatten())
+    return new_ids, mask, new_labels
+
+
+def draw_encoders(num_encoders: int, batch_size: int) -> list[list[int]]:
+    """MoSE training: which encoders speak for each utterance, and in which order.
+
+    Each group is kept with probability 3/4 (all when none would be); the encoders of the kept
+    groups are drawn at random, from Python's generator.
+    """
+    drawn = []
+    for _ in range(batch_size):
+        kept = sum(random.random() < KEEP_PROBABILITY for _ in range(num_encoders))
+        drawn.append(random.sample(range(num_encoders), kept or num_encoders))
+    return drawn
+
+
+# ---- checkpoints: the published key layout
+
+
+def trainable_state(model: SpeechLLM) -> dict[str, Tensor]:
+    """The trained parameters on the CPU, under the published names.
+
+    With a single encoder these have no encoder index (`encoder_projector.proj.1.weight`).
+    """
+    return {
+        _published_name(name, len(model.encoder)): parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_trainable_state(model: SpeechLLM, state: dict[str, Tensor]) -> list[str]:
+    """Load a checkpoint's `model` entry, published or ours, and account for every key.
+
+    Returns:
+      The keys that were ignored, being known to be of no use.
+    Raises:
+      ValueError: naming keys that are missing, alien or of another shape.
+    """
+    n = len(model.encoder)
+    parameters = {
+        _published_name(name, n): p for name, p in model.named_parameters() if p.requires_grad
+    }
+    ignored = [key for key in IGNORED_KEYS if key in state and key not in parameters]
+    for what, keys in (
+        ("lacks", parameters.keys() - state.keys()),
+        ("has the alien", state.keys() - parameters.keys() - set(ignored)),
+    ):
+        if keys:
+            raise ValueError(
+                f"the checkpoint {what} {min(keys)} and {len(keys) - 1} more: "
+                f"it is of another model than this one with {n} encoder{'s' * (n > 1)}"
+            )
+    for key, parameter in parameters.items():
+        if state[key].shape != parameter.shape:
+            raise ValueError(
+                f"{key} is {tuple(state[key].shape)} in the checkpoint "
+                f"and {tuple(parameter.shape)} in this model"
+            )
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(state[key])
+    return ignored
+
+
+def _published_name(name: str, num_encoders: int) -> str:
+    if num_encoders == 1:
+        for part in ("encoder", "encoder_projector"):
+            if name.startswith(f"{part}.0."):
+                return name.replace(f"{part}.0.", f"{part}.", 1)
+    return name

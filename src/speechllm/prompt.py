@@ -1,0 +1,118 @@
+"""Every template and special token of the recipe: texts to ids, labels and padding.
+
+The chat of one utterance and n encoders, as ids (`⏎` is a line break):
+
+    <|im_start|>user⏎ n × (<start_speech><speech><end_speech>) <|im_end|>⏎
+    <|im_start|>assistant⏎ transcript <|im_end|>
+
+Each `<speech>` gives way to an encoder's speech embeddings in the model. Labels are on the
+transcript and the closing token alone. No other module contains template text.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+SPEECH = "<speech>"
+START_SPEECH, END_SPEECH = "<start_speech>", "<end_speech>"
+SPEECH_TOKENS = [SPEECH, "<start_text>", "<end_text>", START_SPEECH, END_SPEECH]  # order fixes ids
+IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+IGNORED = -100  # a label that takes no part in the loss
+
+
+def chat_prompt(user: str) -> str:
+    """The text before the assistant's answer, for a user turn that says `user`."""
+    return f"{IM_START}user\n{user}{IM_END}\n{IM_START}assistant\n"
+
+
+@dataclass(frozen=True)
+class ChatIds:
+    """The ids a chat is put together from."""
+
+    before: tuple[int, ...]  # <|im_start|>user⏎
+    group: tuple[int, int, int]  # <start_speech><speech><end_speech>
+    after: tuple[int, ...]  # <|im_end|>⏎<|im_start|>assistant⏎
+    end: int  # <|im_end|>
+    pad: int
+
+    @property
+    def speech(self) -> int:
+        return self.group[1]
+
+    def prompt(self, num_groups: int) -> list[int]:
+        """Everything before the transcript."""
+        return [*self.before, *self.group * num_groups, *self.after]
+
+
+def add_speech_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
+    """Add the five speech tokens; with Qwen2's tokenizer they get ids 151646 to 151650.
+
+    Args:
+      embedding_rows: of the LLM; the tokens must fit into its spare rows.
+
+    Raises:
+      ValueError: there is no room, or the tokenizer has no ChatML tokens.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in (IM_START, IM_END) if token not in vocabulary]
+    if missing:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path} has no token {missing[0]}")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPEECH_TOKENS})
+    highest = max(tokenizer.convert_tokens_to_ids(SPEECH_TOKENS))
+    if highest >= embedding_rows:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path} has no room for the speech tokens: "
+            f"they need ids up to {highest}, the LLM has {embedding_rows} embedding rows"
+        )
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase) -> ChatIds:
+    """The pieces of a chat, from a tokenizer that has the speech tokens."""
+    before, after = chat_prompt(SPEECH).split(SPEECH)
+    start, speech, end = tokenizer.convert_tokens_to_ids([START_SPEECH, SPEECH, END_SPEECH])
+    return ChatIds(
+        before=tuple(tokenizer.encode(before, add_special_tokens=False)),
+        group=(start, speech, end),
+        after=tuple(tokenizer.encode(after, add_special_tokens=False)),
+        end=tokenizer.convert_tokens_to_ids(IM_END),
+        pad=tokenizer.pad_token_id,
+    )
+
+
+def encode_transcripts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Transcripts as ids. Text that looks like a special token is text here."""
+    return [
+        tokenizer.encode(text.strip(), add_special_tokens=False, split_special_tokens=True)
+        for text in texts
+    ]
+
+
+def decode_transcripts(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
+    """The texts of generated ids, without special tokens and outer spaces."""
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def training_ids(
+    chat: ChatIds, transcripts: list[list[int]], num_groups: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Left-padded ids and labels, both (B, L); utterance b has `num_groups[b]` speech groups."""
+    ids, labels = [], []
+    for transcript, groups in zip(transcripts, num_groups):
+        prompt = chat.prompt(groups)
+        answer = [*transcript, chat.end]
+        ids.append(prompt + answer)
+        labels.append([IGNORED] * len(prompt) + answer)
+    return left_padded(ids, chat.pad), left_padded(labels, IGNORED)
+
+
+def prompt_ids(chat: ChatIds, num_groups: list[int]) -> Tensor:
+    """Left-padded prompts without an answer, (B, L)."""
+    return left_padded([chat.prompt(groups) for groups in num_groups], chat.pad)
+
+
+def left_padded(rows: list[list[int]], padding: int) -> Tensor:
+    """Rows of different lengths as one int64 tensor, the padding in front."""
+    length = max(map(len, rows))
+    return torch.tensor([[padding] * (length - len(row)) + row for row in rows])

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Train an LLM-based recognizer: frozen Zipformer, projector, Qwen2 with LoRA.
+
+    python src/train.py --world-size 4 --max-duration 200 --num-epochs 10 \\
+      --manifest-dir data/fbank --exp-dir exp/asr_librispeech_zipformer_qwen2_1.5B
+
+On several machines, one line on each:
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \\
+      src/train.py ...
+
+Several encoders are comma-separated values (see train_mose.py).
+"""
+
+import argparse
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.data import add_data_arguments, add_training_data_arguments
+from speechllm.flags import str2bool
+from speechllm.model import SpeechLLM, draw_encoders, load_trainable_state, trainable_state
+from speechllm.model_flags import add_model_arguments, build_model, check_model_files
+from speechllm.prompt import encode_transcripts, training_ids
+from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
+from speechllm.training.distributed import Ranks, launch
+from speechllm.training.loop import seed_everything, train
+from speechllm.training.progress import setup_logging
+from speechllm.training.setup import (
+    add_training_arguments,
+    autocast_dtype,
+    check_data,
+    check_outputs_finite,
+    make_optimizer,
+    make_schedule,
+    make_train_loader,
+    make_valid_loader,
+    wrap_ddp,
+)
+
+DEFAULTS = {
+    "exp_dir": "exp/asr_librispeech_zipformer_qwen2_1.5B",
+    "speech_encoder_type": "large",
+    "speech_encoder_path": "models/zipformer/librispeech/transducer_crctc_large/pretrained.pt",
+    "speech_encoder_bpe_path": "models/zipformer/librispeech/bpe.model",
+}
+
+
+def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_training_arguments(parser)
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--use-lora", type=str2bool, default=True, help="train LoRA matrices, not the LLM itself")
+    add("--unfreeze-llm", type=str2bool, default=True, help="false: only projectors are trained")
+    add("--unfreeze-encoder", type=str2bool, default=False, help="train the encoders too")
+    add("--encoder-feature-mask", type=str2bool, default=True,
+        help="mask encoder channels in training, as published")  # fmt: skip
+    add("--pretrained-model-path", help="start from this checkpoint's parameters")
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add_training_data_arguments(parser)
+    add = parser.add_argument_group("corpus").add_argument
+    add("--train-cuts", default="librispeech_cuts_train-all-shuf",
+        help="cut files in --manifest-dir, comma-separated")  # fmt: skip
+    add("--valid-cuts", default="librispeech_cuts_dev-clean,librispeech_cuts_dev-other",
+        help="cut files in --manifest-dir, comma-separated")  # fmt: skip
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def make_batch_loss(tokenizer, num_encoders: int, device: torch.device):
+    """Cross entropy over the transcripts' tokens; several encoders are dropped in training."""
+
+    def batch_loss(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        size = len(batch["texts"])
+        if model.training and num_encoders > 1:
+            used = draw_encoders(num_encoders, size)
+        else:
+            used = [list(range(num_encoders))] * size
+        transcripts = encode_transcripts(tokenizer, [text.lower() for text in batch["texts"]])
+        chat = (model.module if hasattr(model, "module") else model).chat
+        ids, labels = training_ids(chat, transcripts, [len(encoders) for encoders in used])
+        sums = model(
+            batch["features"].to(device),
+            batch["feature_lens"].to(device),
+            ids.to(device),
+            labels.to(device),
+            used,
+        )
+        # The published logs count frames at 50 per second.
+        return {**sums, "frames": (batch["feature_lens"] // 2).sum()}
+
+    return batch_loss
+
+
+def initial_parameters(model: SpeechLLM, args) -> tuple[TrainState, dict]:
+    """Load what training starts from: another model, an earlier epoch, or nothing."""
+    if args.start_epoch > 1:
+        checkpoint = load_checkpoint(epoch_path(args.exp_dir, args.start_epoch - 1))
+        load_trainable_state(model, checkpoint["model"])
+        return restore_state(checkpoint), checkpoint
+    if args.pretrained_model_path:
+        state = load_checkpoint(args.pretrained_model_path)["model"]
+        ignored = load_trainable_state(model, state)
+        logging.info(f"Started from {args.pretrained_model_path}; ignored: {ignored or 'nothing'}")
+    return TrainState(), {}
+
+
+def run(ranks: Ranks, args) -> None:
+    """What each process of the training does."""
+    setup_logging(args.exp_dir / "log" / "log-train", ranks)
+    logging.info(f"Training started: {vars(args)}")
+    seed_everything(args.seed)
+    dtype = autocast_dtype(args.use_fp16, args.use_bf16)
+    model, tokenizer = build_model(
+        args,
+        # Weights that are trained themselves stay in float32; autocast does the rest.
+        llm_dtype=torch.float32 if args.unfreeze_llm and not args.use_lora else dtype,
+        unfreeze_llm=args.unfreeze_llm,
+        unfreeze_encoder=args.unfreeze_encoder,
+        encoder_feature_mask=args.encoder_feature_mask,
+    )
+    state, checkpoint = initial_parameters(model, args)
+    model.to(ranks.device)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    logging.info(f"Number of model parameters: {sum(p.numel() for p in model.parameters())}")
+    logging.info(f"Number of trained parameters: {sum(p.numel() for p in trained.values())}")
+    if args.inf_check:
+        check_outputs_finite(model)
+    optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)
+    schedule = make_schedule(args, optimizer)
+    scaler = torch.amp.GradScaler(
+        ranks.device.type, init_scale=1.0, enabled=dtype == torch.float16
+    )
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["scheduler"])
+        scaler.load_state_dict(checkpoint["grad_scaler"])
+    train(
+        model=wrap_ddp(model, ranks),
+        batch_loss=make_batch_loss(tokenizer, len(model.encoder), ranks.device),
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=scaler,
+        train_loader=make_train_loader(args, args.train_statistics, ranks),
+        valid_loader=make_valid_loader(args, args.valid_statistics, ranks),
+        model_state=lambda: trainable_state(model),
+        state=state,
+        exp_dir=args.exp_dir,
+        start_epoch=args.start_epoch,
+        num_epochs=args.num_epochs,
+        epoch_seconds=args.train_statistics.seconds,
+        dtype=dtype,
+        seed=args.seed,
+        log_interval=args.log_interval,
+        valid_interval=args.valid_interval,
+        tensorboard=args.tensorboard,
+        ranks=ranks,
+    )
+
+
+def main(
+    argv: list[str] | None = None, defaults: dict = DEFAULTS, description: str | None = __doc__
+) -> None:
+    args = get_parser(defaults, description).parse_args(argv)
+    try:
+        check_model_files(args)
+        if args.pretrained_model_path:
+            load_checkpoint(args.pretrained_model_path)
+        if args.start_epoch > 1:
+            load_checkpoint(epoch_path(args.exp_dir, args.start_epoch - 1))
+        args.train_statistics, args.valid_statistics = check_data(args)
+        print(f"Training cuts: {args.train_statistics}\nValidation cuts: {args.valid_statistics}")
+        launch(run, args, args.world_size, args.master_port)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Compare this implementation with numbers from the published one, for every file found.
+
+    python3 tests/check_goldens.py ../shared/goldens
+
+Takes the formats of that folder's README: zipformer_*.pt, zipformer_*_keys.json, speech_llm_*.pt,
+scaled_adam*.pt, results-*.json with their recogs-*.txt and errs-*.txt. Prints a line with the
+largest error for each file and exits with 1 when one is too large.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+try:
+    import torch
+except ModuleNotFoundError:  # called with the system's Python: go on with the project's
+    if not VENV_PYTHON.is_file() or Path(sys.prefix) == ROOT / ".venv":
+        raise
+    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+sys.path.insert(0, str(ROOT / "src"))
+
+from golden_scaled_adam import trajectory_error  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+
+from speechllm.decoding.search import search  # noqa: E402
+from speechllm.llm import prepare_llm  # noqa: E402
+from speechllm.model import SpeechLLM, load_trainable_state  # noqa: E402
+from speechllm.prompt import ChatIds, training_ids  # noqa: E402
+from speechllm.scoring import errs_text, recogs_text  # noqa: E402
+from speechllm.zipformer import SIZES, ZipformerConfig, ZipformerEncoder  # noqa: E402
+from speechllm.zipformer.checkpoint import encoder_from_state  # noqa: E402
+
+TOLERANCE = 1e-4  # absolute, on activations and parameters
+
+
+class Mismatch(Exception):
+    """Something that must be equal is not."""
+
+
+def same(name: str, ours, golden) -> None:
+    equal = torch.equal(ours, golden) if torch.is_tensor(ours) else ours == golden
+    if not equal:
+        raise Mismatch(f"{name}: ours {ours}, golden {golden}")
+
+
+def distance(ours: torch.Tensor, golden: torch.Tensor) -> float:
+    same("shape", ours.shape, golden.shape)
+    error = float((ours.double() - golden.double()).abs().max()) if ours.numel() else 0.0
+    return error if error == error else float("inf")  # a NaN must not pass
+
+
+@torch.no_grad()
+def check_zipformer(path: Path) -> float:
+    golden = torch.load(path, weights_only=True)
+    config = ZipformerConfig.from_strings(golden["config"])
+    encoder = encoder_from_state(golden["state_dict"], config).freeze()
+    features, lens = golden["features"], golden["feature_lens"]
+    batched, batched_lens = encoder(features, lens)
+    same("encoder_out_lens", batched_lens, golden["encoder_out_lens"])
+    errors = []
+    for i, alone in enumerate(golden["alone"]):
+        one, one_len = features[i : i + 1, : lens[i]], lens[i : i + 1]
+        embed, embed_len = encoder.encoder_embed(one, one_len)
+        errors.append(distance(embed[0, : embed_len[0]], alone["embed"]))
+        errors.append(distance(encoder(one, one_len)[0][0], alone["encoder_out"]))
+        errors.append(distance(batched[i, : batched_lens[i]], alone["encoder_out"]))
+        if i == 0 and "stack_outputs_first" in golden:
+            outputs = encoder.encoder.stack_outputs(embed, embed_len)
+            same("number of stacks", len(outputs), len(golden["stack_outputs_first"]))
+            for ours, theirs in zip(outputs, golden["stack_outputs_first"]):
+                errors.append(distance(ours[0], theirs))
+    return max(errors)
+
+
+def check_zipformer_keys(path: Path) -> float:
+    golden = json.loads(path.read_text())
+    size = path.name.split("_")[1]
+    with torch.device("meta"):
+        encoder = ZipformerEncoder(SIZES[size])
+    ours = {name: list(parameter.shape) for name, parameter in encoder.named_parameters()}
+    same("parameters", ours, golden["parameters"])
+    same("buffers", dict(encoder.named_buffers()), golden["buffers"])
+    return 0.0
+
+
+@torch.no_grad()
+def check_speech_llm(path: Path) -> float:
+    golden = torch.load(path, weights_only=True)
+    model = speech_llm(golden)
+    n = len(model.encoder)
+    ids, labels = training_ids(model.chat, golden["texts"], [n] * len(golden["texts"]))
+    same("input_ids", ids, golden["input_ids"])
+    same("labels", labels, golden["labels"])
+    same("attention_mask", ids != model.chat.pad, golden["attention_mask"])
+    features, lens = golden["features"], golden["feature_lens"]
+    sums = model(features, lens, ids, labels, model.all_encoders(len(lens)))
+    errors = [abs(float(sums["loss"] / sums["tokens"]) - golden["batch_loss"])]
+    for i, alone in enumerate(golden["alone"]):
+        one, one_len = features[i : i + 1, : lens[i]], lens[i : i + 1]
+        speech = model.speech_embeddings(one, one_len, model.all_encoders(1))
+        theirs = alone["speech_features"]
+        theirs = theirs if isinstance(theirs, list) else [theirs]
+        same("number of encoders", len(speech[0]), len(theirs))
+        errors += [distance(a, b) for a, b in zip(speech[0], theirs)]
+        one_ids, one_labels = training_ids(model.chat, golden["texts"][i : i + 1], [n])
+        embeds, mask, merged = model.merge(one_ids, one_labels, speech)
+        logits, targets = model.label_logits(embeds, mask, merged)
+        same("num_label_tokens", len(targets), alone["num_label_tokens"])
+        prompt = embeds.size(1) - len(targets)
+        same("num_prompt_embeds", prompt, alone["num_prompt_embeds"])
+        loss = nn.functional.cross_entropy(logits, targets)
+        errors += [distance(logits, alone["label_logits"]), distance(loss, alone["loss"])]
+        for key, beam_size in (("generated", 1), ("generated_beam4", 4)):
+            tokens = alone[key].tolist()
+            ours = search(model, one, one_len, beam_size, max_new_tokens=len(tokens))[0]
+            ends = [t for t in tokens if t in (model.chat.end, model.chat.pad)]
+            expected = tokens[: tokens.index(ends[0])] if ends else tokens
+            same(f"{key} of utterance {i}", ours, expected)
+    return max(errors)
+
+
+def speech_llm(golden: dict) -> SpeechLLM:
+    """The model a speech_llm_*.pt file describes, with its checkpoint loaded."""
+    encoders = [
+        encoder_from_state(pretrained["model"], ZipformerConfig.from_strings(config)).freeze()
+        for pretrained, config in zip(golden["pretrained"], golden["encoder_configs"])
+    ]
+    llm = Qwen2ForCausalLM(Qwen2Config(**golden["llm_config"]))
+    llm.load_state_dict(golden["llm_state_dict"])
+    token = golden["token_ids"]
+    chat = ChatIds(
+        before=(token["im_start"], token["user"], token["nl"]),
+        group=(token["start_speech"], token["speech"], token["end_speech"]),
+        after=tuple(token[t] for t in ("im_end", "nl", "im_start", "assistant", "nl")),
+        end=token["im_end"],
+        pad=token["pad"],
+    )
+    model = SpeechLLM(encoders, prepare_llm(llm, unfreeze=True, use_lora=True), chat).eval()
+    load_trainable_state(model, golden["checkpoint"]["model"])
+    return model
+
+
+def check_scaled_adam(path: Path) -> float:
+    return trajectory_error(torch.load(path, weights_only=True))
+
+
+def check_results(path: Path) -> float:
+    results = sorted((i, ref, hyp) for i, ref, hyp in json.loads(path.read_text()))
+    texts = {"recogs": recogs_text(results), "errs": errs_text(results)[0]}
+    found = 0
+    for kind, text in texts.items():
+        golden = path.with_name(path.name.replace("results-", f"{kind}-")).with_suffix(".txt")
+        if golden.is_file():
+            found += 1
+            if golden.read_bytes() != text.encode():
+                raise Mismatch(f"{golden.name} differs")
+    if not found:
+        raise Mismatch("neither a recogs- nor an errs- file stands beside it")
+    return 0.0
+
+
+CHECKS = {  # the first pattern that fits decides
+    "zipformer_*_keys.json": check_zipformer_keys,
+    "zipformer_*.pt": check_zipformer,
+    "speech_llm_*.pt": check_speech_llm,
+    "scaled_adam*.pt": check_scaled_adam,
+    "results-*.json": check_results,
+}
+
+
+def check_folder(folder: Path) -> bool:
+    """Check every file of a known format; True when there are any and all pass."""
+    passed = []
+    for pattern, check in CHECKS.items():
+        for path in sorted(folder.glob(pattern)):
+            try:
+                error = check(path)
+                passed.append(error <= TOLERANCE)
+                verdict = "ok" if passed[-1] else f"FAILED, more than {TOLERANCE:g}"
+                print(f"{path.name}: largest error {error:.2g} {verdict}")
+            except Exception as problem:  # one bad file must not hide the others
+                passed.append(False)
+                print(f"{path.name}: FAILED: {type(problem).__name__}: {problem}"[:500])
+    print(f"{sum(passed)} of {len(passed)} files agree")
+    return bool(passed) and all(passed)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1 or not Path(argv[0]).is_dir():
+        raise SystemExit(f"usage: check_goldens.py DIR; {' '.join(argv) or 'nothing'} is no folder")
+    raise SystemExit(0 if check_folder(Path(argv[0])) else 1)
+
+
+if __name__ == "__main__":
+    main()
