@@ -27,6 +27,7 @@ def tiny_corpus(tmp_path_factory) -> Path:
     tiny_cuts_train    12 utterances `train-0` … `train-11` of 0.4 to 3 s
     tiny_cuts_dev       5 utterances `dev-0` … `dev-4` of 0.4 to 3 s
     tiny_cuts_test      3 utterances `test-0` … `test-2`
+    tiny_cuts_many     96 utterances `train-0-copy0` …: each of tiny_cuts_train eight times
     musan_cuts          3 pieces of noise of 2 s, without text
 
     A word is a tone burst of 0.2 s with a pitch of its own, so the text can be learnt. Texts are
@@ -39,7 +40,10 @@ def tiny_corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_corpus")
     for part, count in (("train", 12), ("dev", 5), ("test", 3)):
         cuts = [_tone_cut(folder, part, i) for i in range(count)]
-        compute_fbank(CutSet.from_cuts(cuts), cuts_path(folder, "tiny", part))
+        done = compute_fbank(CutSet.from_cuts(cuts), cuts_path(folder, "tiny", part))
+        if part == "train":
+            copies = [cut.with_id(f"{cut.id}-copy{k}") for k in range(8) for cut in done]
+            CutSet.from_cuts(copies).to_file(cuts_path(folder, "tiny", "many"))
     noises = [_noise_cut(folder, i) for i in range(3)]
     compute_fbank(CutSet.from_cuts(noises), folder / "musan_cuts.jsonl.gz")
     return folder
@@ -84,3 +88,70 @@ def _recorded(folder: Path, name: str, samples):
     cut = Recording.from_file(path).to_cut()
     cut.id = name
     return cut
+
+
+TEXTS = (*WORDS, "assistant", "user", "the quick brown fox jumps over the lazy dog")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer as Qwen2's, of about 300 entries, without the speech tokens."""
+    import make_tiny_llm
+
+    return make_tiny_llm.train_tokenizer([" ".join(TEXTS)] * 2, 300)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm_dir(tmp_path_factory, tiny_tokenizer) -> Path:
+    """An untrained Qwen2 of two layers and its tokenizer, as a directory; do not write into it."""
+    import make_tiny_llm
+    import torch
+
+    torch.manual_seed(0)
+    llm = make_tiny_llm.build_model(tiny_tokenizer, 32, 2, 4, 2, 48)
+    # Untrained weights are near zero: larger ones tell hypotheses and encoders apart.
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("tiny_llm") / "llm"
+    make_tiny_llm.save_directory(llm, tiny_tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_size():
+    """The name of an encoder size small enough for tests; other processes do not know it."""
+    from speechllm.zipformer import SIZES, ZipformerConfig
+
+    SIZES["test"] = ZipformerConfig(
+        num_encoder_layers=(1, 1, 1),
+        downsampling_factor=(1, 2, 1),
+        feedforward_dim=(16, 24, 16),
+        num_heads=(2,),
+        encoder_dim=(16, 24, 16),
+        encoder_unmasked_dim=(12, 16, 12),
+        cnn_module_kernel=(7, 5, 7),
+        query_head_dim=(8,),
+        value_head_dim=(4,),
+        pos_dim=12,
+    )
+    yield "test"
+    del SIZES["test"]
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_dir(tmp_path_factory, encoder_size) -> Path:
+    """`a.pt` and `b.pt`: different encoders of `encoder_size` with CTC heads of 7 tokens."""
+    import torch
+
+    from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
+
+    folder = tmp_path_factory.mktemp("tiny_encoders")
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        encoder = ZipformerEncoder(SIZES[encoder_size], vocab_size=7)
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        save_encoder(encoder, folder / f"{name}.pt")
+    return folder

@@ -266,7 +266,8 @@ class SpeechDataset(K2SpeechRecognitionDataset):
 
 def _input_strategy(on_the_fly_feats: bool):
     if on_the_fly_feats:
-        return OnTheFlyFeatures(fbank_extractor())
+        # One by one: as a batch, the last frames would depend on the other utterances.
+        return OnTheFlyFeatures(fbank_extractor(), use_batch_extract=False)
     return PrecomputedFeatures()
 
 

@@ -183,7 +183,7 @@ def expand_speech(
     Returns:
       ids, mask (bool) and labels, all (B, L').
     """
-    repeats = (ids != pad).long()
+    repeats = (ids != pad).long().cummax(dim=1).values  # a `pad` within the text stays
     repeats[ids == speech] = torch.tensor(
         [count for row in counts for count in row], device=ids.device
     )

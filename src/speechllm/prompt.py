@@ -35,7 +35,7 @@ class ChatIds:
     group: tuple[int, int, int]  # <start_speech><speech><end_speech>
     after: tuple[int, ...]  # <|im_end|>⏎<|im_start|>assistant⏎
     end: int  # <|im_end|>
-    pad: int
+    pad: int  # may be `end`, as with some tokenizers: only what stands in front is padding
 
     @property
     def speech(self) -> int:
@@ -71,13 +71,14 @@ def add_speech_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -
 def chat_ids(tokenizer: PreTrainedTokenizerBase) -> ChatIds:
     """The pieces of a chat, from a tokenizer that has the speech tokens."""
     before, after = chat_prompt(SPEECH).split(SPEECH)
-    start, speech, end = tokenizer.convert_tokens_to_ids([START_SPEECH, SPEECH, END_SPEECH])
+    start, speech, stop = tokenizer.convert_tokens_to_ids([START_SPEECH, SPEECH, END_SPEECH])
+    end, pad = tokenizer.convert_tokens_to_ids(IM_END), tokenizer.pad_token_id
     return ChatIds(
         before=tuple(tokenizer.encode(before, add_special_tokens=False)),
-        group=(start, speech, end),
+        group=(start, speech, stop),
         after=tuple(tokenizer.encode(after, add_special_tokens=False)),
-        end=tokenizer.convert_tokens_to_ids(IM_END),
-        pad=tokenizer.pad_token_id,
+        end=end,
+        pad=end if pad is None else pad,
     )
 
 

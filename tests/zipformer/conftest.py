@@ -18,6 +18,7 @@ SMALL = ZipformerConfig(
     query_head_dim=(8,),
     value_head_dim=(4,),
     pos_head_dim=(2,),
+    frontend_channels=32,
     pos_dim=12,
     feature_dim=20,
 )

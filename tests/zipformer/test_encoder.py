@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from speechllm.zipformer import ZipformerConfig, ZipformerEncoder
+from speechllm.zipformer.checkpoint import encoder_from_state
 from speechllm.zipformer.encoder import Downsample
 
 # ---- golden values
@@ -36,6 +37,17 @@ def test_golden_stack_outputs(golden, golden_encoder):
         assert len(outputs) == len(golden["stack_outputs_first"]) == 4
         for found, expected in zip(outputs, golden["stack_outputs_first"]):
             torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_golden_utterances_on_a_gpu(golden, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    config = ZipformerConfig.from_strings(golden["config"])
+    encoder = encoder_from_state(golden["state_dict"], config).freeze().cuda()
+    out, lens = encoder(golden["features"].cuda(), golden["feature_lens"].cuda())
+    for i, expected in enumerate(golden["alone"]):
+        found = out[i, : lens[i]].cpu()
+        torch.testing.assert_close(found, expected["encoder_out"], atol=1e-3, rtol=0)
 
 
 # ---- padding and lengths

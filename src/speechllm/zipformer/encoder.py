@@ -151,7 +151,9 @@ class ZipformerEncoder(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.encoder_embed = Frontend(config.feature_dim, config.encoder_dim[0], dropout)
+        self.encoder_embed = Frontend(
+            config.feature_dim, config.frontend_channels, config.encoder_dim[0], dropout
+        )
         self.encoder = Zipformer(config, dropout)
         self.ctc_output = CtcHead(self.output_dim, vocab_size, dropout) if vocab_size else None
         self.frozen = False

@@ -8,8 +8,6 @@ from speechllm.zipformer.layer import BiasNorm, Dropout
 from speechllm.zipformer.masks import valid_frames
 from speechllm.zipformer.swoosh import swoosh_l, swoosh_r
 
-CONV_CHANNELS = 128
-
 
 class ConvNeXt(nn.Module):
     """A residual block over (time, frequency), arXiv 2201.03545: (B, C, T, F) -> same."""
@@ -22,13 +20,16 @@ class ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """`valid` (B, T) keeps the 7-frame kernel from seeing what lies beyond an utterance."""
-        y = x * valid[:, None, :, None]
-        with torch.autocast(x.device.type, enabled=x.is_cuda):  # slow in bfloat16 on CPUs
-            y = self.depthwise_conv(y if x.is_cuda else y.to(self.depthwise_conv.weight.dtype))
-        y = y.to(x.dtype)
+        y = self._depthwise(x * valid[:, None, :, None])
         y = y.permute(0, 2, 3, 1)  # (B, C, T, F) -> (B, T, F, C): a 1x1 convolution is a Linear
         y = swoosh_l(_pointwise(self.pointwise_conv1, y))
         return x + _pointwise(self.pointwise_conv2, y).permute(0, 3, 1, 2)
+
+    def _depthwise(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return self.depthwise_conv(x)
+        with torch.autocast(x.device.type, enabled=False):  # slow in bfloat16 on CPUs
+            return self.depthwise_conv(x.to(self.depthwise_conv.weight.dtype)).to(x.dtype)
 
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -38,19 +39,21 @@ def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 class Frontend(nn.Module):
     """Features (B, T, feature_dim) -> frames (B, (T - 7) // 2, out_dim)."""
 
-    def __init__(self, feature_dim: int, out_dim: int, dropout: float = 0.1):
+    def __init__(
+        self, feature_dim: int, channels: int, out_dim: int, dropout: float = 0.1
+    ):
         super().__init__()
         # The numbers are icefall's: its activations and balancers stood between the layers.
         self.conv = nn.ModuleDict(
             {
-                "0": nn.Conv2d(1, 8, 3, padding=(0, 1)),
-                "4": nn.Conv2d(8, 32, 3, stride=2),
-                "7": nn.Conv2d(32, CONV_CHANNELS, 3, stride=(1, 2)),
+                "0": nn.Conv2d(1, channels // 16, 3, padding=(0, 1)),
+                "4": nn.Conv2d(channels // 16, channels // 4, 3, stride=2),
+                "7": nn.Conv2d(channels // 4, channels, 3, stride=(1, 2)),
             }
         )
-        self.convnext = ConvNeXt(CONV_CHANNELS)
+        self.convnext = ConvNeXt(channels)
         freq = ((feature_dim - 1) // 2 - 1) // 2
-        self.out = nn.Linear(CONV_CHANNELS * freq, out_dim)
+        self.out = nn.Linear(channels * freq, out_dim)
         self.out_norm = BiasNorm(out_dim)
         self.dropout = Dropout(dropout)
 

@@ -20,6 +20,7 @@ class ZipformerConfig:
     query_head_dim: tuple[int, ...] = (32,)
     value_head_dim: tuple[int, ...] = (12,)
     pos_head_dim: tuple[int, ...] = (4,)
+    frontend_channels: int = 128  # of icefall's released models, all of them
     pos_dim: int = 48
     feature_dim: int = 80
 
@@ -53,12 +54,14 @@ _COMMON = dict(downsampling_factor=(1, 2, 4, 8, 4, 2), cnn_module_kernel=(31, 31
 
 SIZES = {
     "tiny": ZipformerConfig(
-        num_encoder_layers=(1, 1, 1, 1, 1, 1),
-        feedforward_dim=(256, 384, 512, 512, 512, 384),
-        num_heads=(4, 4, 4, 4, 4, 4),
-        encoder_dim=(96, 128, 192, 192, 192, 128),
-        encoder_unmasked_dim=(96, 96, 128, 128, 128, 96),
-        **_COMMON,
+        num_encoder_layers=(1, 1, 2, 1),
+        downsampling_factor=(1, 2, 4, 2),
+        feedforward_dim=(256, 384, 512, 384),
+        num_heads=(4,),
+        encoder_dim=(96, 128, 192, 128),
+        encoder_unmasked_dim=(96, 96, 128, 96),
+        cnn_module_kernel=(31, 31, 15, 31),
+        frontend_channels=32,
     ),
     "small": ZipformerConfig(
         num_encoder_layers=(2, 2, 2, 2, 2, 2),

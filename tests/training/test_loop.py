@@ -1,0 +1,350 @@
+"""The training loop with a toy model: what it learns, writes, logs, and how it continues."""
+
+import json
+import logging
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
+from speechllm.training.distributed import Ranks
+from speechllm.training.loop import adjust_grad_scale, seed_everything, train, validate
+from speechllm.training.scaled_adam import ScaledAdam
+from speechllm.training.schedule import Eden
+
+CLASSES = 3
+
+
+class Toy(nn.Module):
+    """x (N, 8) -> logits (N, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, CLASSES)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.linear(self.dropout(x))
+
+
+def make_batches(seed: int, count: int) -> list[dict]:
+    """Learnable: the largest of the first three inputs is the class."""
+    generator = torch.Generator().manual_seed(seed)
+    xs = [torch.randn(6 + i % 3, 8, generator=generator) for i in range(count)]
+    return [{"x": x, "texts": ["a"] * len(x), "seconds": 2.0} for x in xs]
+
+
+def batch_loss(model, batch):
+    logits = model(batch["x"])
+    target = batch["x"][:, :CLASSES].argmax(dim=1)
+    return {
+        "loss": nn.functional.cross_entropy(logits.float(), target, reduction="sum"),
+        "tokens": torch.tensor(len(target)),
+        "frames": torch.tensor(10 * len(target)),
+        "correct": (logits.argmax(dim=1) == target).sum(),
+    }
+
+
+def run(exp_dir, start_epoch=1, num_epochs=3, batches=60, **options):
+    """Train a toy, from the checkpoint before `start_epoch` where there is one."""
+    seed_everything(0)
+    model = Toy()
+    state, checkpoint = TrainState(), {}
+    if start_epoch > 1:
+        checkpoint = load_checkpoint(epoch_path(exp_dir, start_epoch - 1))
+        model.load_state_dict(checkpoint["model"])
+        state = restore_state(checkpoint)
+    optimizer = ScaledAdam(model.parameters(), lr=0.05)
+    schedule = Eden(optimizer, lr_batches=50, lr_epochs=2, warmup_batches=10)
+    dtype = options.get("dtype", torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=dtype == torch.float16)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["scheduler"])
+        scaler.load_state_dict(checkpoint["grad_scaler"])
+    options = {
+        "batch_loss": batch_loss,
+        "train_loader": lambda epoch: make_batches(epoch, batches),
+        "valid_loader": lambda: make_batches(99, 4),
+        "tensorboard": False,
+        **options,
+    }
+    exp_dir.mkdir(exist_ok=True)
+    state = train(
+        model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, state=state,
+        model_state=model.state_dict, exp_dir=exp_dir, start_epoch=start_epoch,
+        num_epochs=num_epochs, epoch_seconds=2.0 * batches, **options,
+    )  # fmt: skip
+    return state, model
+
+
+def logged(caplog, word):
+    return [record.getMessage() for record in caplog.records if word in record.getMessage()]
+
+
+def values(line, name):
+    return [float(value) for value in re.findall(rf"{name}=([0-9.e+-]+)", line)]
+
+
+@pytest.fixture(autouse=True)
+def info(caplog):
+    caplog.set_level(logging.INFO)
+
+
+# What it learns and writes
+
+
+def test_the_loss_falls_and_the_files_are_there(tmp_path, caplog):
+    state, model = run(tmp_path, tensorboard=True)
+    losses = [values(line, "loss")[0] for line in logged(caplog, "validation")]
+    assert len(losses) == 1 + 3  # before the first batch, and after each epoch
+    assert losses[0] > losses[1] > losses[-1] and losses[-1] < 0.5
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best-train-loss.pt", "best-valid-loss.pt",
+        "epoch-1.pt", "epoch-2.pt", "epoch-3.pt", "tensorboard",
+    ]  # fmt: skip
+    assert next((tmp_path / "tensorboard").iterdir()).stat().st_size > 1000
+    assert (state.epoch, state.batch_idx_train) == (3, 180)
+    checkpoint = load_checkpoint(tmp_path / "epoch-3.pt")
+    assert restore_state(checkpoint) == state
+    for name, value in model.state_dict().items():
+        assert torch.equal(checkpoint["model"][name], value)
+
+
+LINE = re.compile(
+    r"Epoch 1, batch 50, loss\[loss=[0-9.]+, acc=[0-9.]+, over [0-9.]+ frames\. \], "
+    r"tot_loss\[loss=[0-9.]+, acc=[0-9.]+, over [0-9.]+ frames\. \], "
+    r"batch size: 8, lr: \d\.\d\de-\d\d, [0-9.]+ audio s/s$"
+)
+
+
+def test_log_lines_are_those_users_grep(tmp_path, caplog):
+    run(tmp_path, num_epochs=1)
+    assert LINE.match(logged(caplog, "batch 50,")[0])
+    numbers = [int(re.search(r"batch (\d+),", line)[1]) for line in logged(caplog, "tot_loss")]
+    assert numbers == [0, 50, 59]  # the last batch as well
+    assert logged(caplog, "Done!") == ["Done!"]
+
+
+def test_tot_loss_is_a_mean_over_recent_batches(tmp_path, caplog):
+    run(tmp_path, num_epochs=1, batches=3, log_interval=1)
+    lines = logged(caplog, "tot_loss")
+    (first, same), (second, mean), _ = (values(line, "loss") for line in lines)
+    assert same == first
+    # 6 and 7 tokens; the older ones count for 199 / 200.
+    old = 6 * (1 - 1 / 200)
+    assert mean == pytest.approx((old * first + 7 * second) / (old + 7), rel=1e-3)
+    assert f"over {10 * (old + 7):.2f} frames" in lines[1]
+
+
+@pytest.mark.parametrize(("interval", "lines"), [(1, 60), (20, 4), (1000, 2)])
+def test_log_interval(tmp_path, caplog, interval, lines):
+    run(tmp_path, num_epochs=1, log_interval=interval)
+    assert len(logged(caplog, "tot_loss")) == lines
+
+
+@pytest.mark.parametrize(("interval", "times"), [(10, 7), (20, 5), (30, 3)])
+def test_valid_interval(tmp_path, caplog, interval, times):
+    run(tmp_path, num_epochs=2, batches=30, valid_interval=interval)
+    assert len(logged(caplog, "validation")) == times
+
+
+def test_learning_rate_follows_the_schedule_over_all_epochs(tmp_path, caplog):
+    run(tmp_path, num_epochs=2, batches=20, log_interval=10)
+    rates = [float(re.search(r"lr: (\S+),", line)[1]) for line in logged(caplog, "tot_loss")]
+    batch, epoch = np.array([0, 10, 19, 20, 30, 39]), np.array([0, 0, 0, 1, 1, 1])
+    expected = 0.05 * (1 + (batch / 50) ** 2) ** -0.25 * (1 + (epoch / 2) ** 2) ** -0.25
+    expected[0] *= 0.5
+    np.testing.assert_allclose(rates, expected, rtol=6e-3)
+
+
+def test_no_batch_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="epoch 1 had no batch: --max-duration, --drop-last or"):
+        run(tmp_path, batches=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_without_tokens_changes_nothing(tmp_path):
+    def only_empty(epoch):
+        return [{**batch, "x": batch["x"][:0]} for batch in make_batches(0, 3)]
+
+    _, model = run(tmp_path, num_epochs=1, train_loader=only_empty)
+    seed_everything(0)
+    assert torch.equal(model.linear.weight, Toy().linear.weight)
+
+
+def test_the_gradient_is_that_of_the_mean_over_tokens(tmp_path):
+    def scaled_batch(factor):  # as many tokens again make half the mean
+        def loss(model, batch):
+            sums = batch_loss(model, batch)
+            return {**sums, "loss": sums["loss"] * factor, "tokens": sums["tokens"] * factor}
+
+        return run(tmp_path, num_epochs=1, batches=3, batch_loss=loss)[1].linear.weight
+
+    assert torch.equal(scaled_batch(1), scaled_batch(4))
+
+
+# The best
+
+
+def scripted_losses(values):
+    """Validation losses in the order of `values`; training as usual."""
+    values = iter(values)
+
+    def loss(model, batch):
+        sums = batch_loss(model, batch)
+        if not model.training:
+            sums["loss"] = torch.tensor(next(values)) * sums["tokens"]
+        return sums
+
+    return loss
+
+
+def test_best_valid_loss_is_the_checkpoint_with_that_loss(tmp_path):
+    # Before and in the middle of the first epoch the loss was lower than at its end.
+    state, _ = run(
+        tmp_path, num_epochs=3, batches=20, valid_interval=10,
+        batch_loss=scripted_losses([0.5, 0.4, 0.9, 1.0, 0.8, 1.0, 0.85]),
+        valid_loader=lambda: make_batches(99, 1),
+    )  # fmt: skip
+    assert state.best_valid_epoch == 2
+    assert state.best_valid_loss == pytest.approx(0.8)
+    best = load_checkpoint(tmp_path / "best-valid-loss.pt")
+    assert best["epoch"] == 2
+    weight = load_checkpoint(tmp_path / "epoch-2.pt")["model"]["linear.weight"]
+    assert torch.equal(best["model"]["linear.weight"], weight)
+
+
+def test_best_train_loss_is_that_of_the_epoch(tmp_path):
+    state, _ = run(tmp_path, num_epochs=3)
+    assert load_checkpoint(tmp_path / "best-train-loss.pt")["epoch"] == state.best_train_epoch == 3
+
+
+# Going on
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_resuming_equals_an_undisturbed_run_bit_for_bit(tmp_path, dtype):
+    state, _ = run(tmp_path / "whole", num_epochs=4, dtype=dtype)
+    run(tmp_path / "parts", num_epochs=2, dtype=dtype)
+    resumed, _ = run(tmp_path / "parts", start_epoch=3, num_epochs=4, dtype=dtype)
+    assert resumed == state
+    one = load_checkpoint(tmp_path / "whole" / "epoch-4.pt")
+    two = load_checkpoint(tmp_path / "parts" / "epoch-4.pt")
+    assert json.dumps(listed(one)) == json.dumps(listed(two))
+
+
+def listed(value):
+    """Tensors and dicts as lists, to be compared in one piece."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): listed(item) for key, item in value.items()}
+    return [listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def test_seeds_differ_by_epoch_and_run_and_agree_otherwise(tmp_path):
+    def weight(**options):
+        return run(tmp_path, num_epochs=1, batches=3, **options)[1].linear.weight
+
+    assert torch.equal(weight(seed=1), weight(seed=1))
+    assert not torch.equal(weight(seed=1), weight(seed=2))
+
+
+def test_all_generators_are_seeded_and_ranks_differ():
+    def draw(seed, rank):
+        seed_everything(seed, rank)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    assert draw(3, 0) == draw(3, 0)
+    for other in (draw(3, 1), draw(4, 0)):
+        assert all(a != b for a, b in zip(draw(3, 0), other))
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seen"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_autocast_in_training_and_validation(tmp_path, caplog, dtype, seen):
+    dtypes = set()
+
+    def loss(model, batch):
+        dtypes.add((model.training, model(batch["x"]).dtype))
+        return batch_loss(model, batch)
+
+    run(tmp_path, dtype=dtype, batch_loss=loss)
+    assert dtypes == {(True, seen), (False, seen)}
+    losses = [values(line, "loss")[0] for line in logged(caplog, "validation")]
+    assert losses[-1] < 0.5 < losses[0]
+    scales = ["grad_scale: " in line for line in logged(caplog, "tot_loss")]
+    assert scales == [dtype == torch.float16] * len(scales)
+
+
+def test_the_grad_scale_is_saved(tmp_path, caplog):
+    run(tmp_path, num_epochs=1, dtype=torch.float16)
+    # 1 is doubled at batches 0 and, being 2 then, no more at 25 and 50.
+    assert load_checkpoint(tmp_path / "epoch-1.pt")["grad_scaler"]["scale"] == 2.0
+    assert logged(caplog, "batch 50,")[0].endswith("grad_scale: 2.0")
+
+
+class FakeScaler:
+    def __init__(self, scale, enabled=True):
+        self.scale, self.enabled = scale, enabled
+
+    def is_enabled(self):
+        return self.enabled
+
+    def get_scale(self):
+        return self.scale
+
+    def update(self, scale):
+        self.scale = scale
+
+
+@pytest.mark.parametrize(
+    ("scale", "batch", "after"),
+    [
+        (1.0, 24, 1.0), (1.0, 25, 2.0), (1.9, 75, 3.8), (0.5, 400, 1.0),
+        (2.0, 25, 2.0), (2.0, 50, 2.0), (2.0, 100, 4.0), (7.9, 300, 15.8),
+        (8.0, 100, 8.0), (8.0, 400, 16.0), (31.0, 800, 62.0), (31.0, 500, 31.0),
+        (32.0, 400, 32.0), (1024.0, 400, 1024.0),
+    ],
+)  # fmt: skip
+def test_rules_of_the_grad_scale(scale, batch, after):
+    scaler = FakeScaler(scale)
+    adjust_grad_scale(scaler, batch)
+    assert scaler.scale == after
+
+
+def test_a_small_grad_scale_is_warned_of_and_a_tiny_one_ends_the_training(caplog):
+    adjust_grad_scale(FakeScaler(0.02), 25)
+    assert not logged(caplog, "Grad scale")
+    adjust_grad_scale(FakeScaler(0.005), 25)
+    assert logged(caplog, "Grad scale is small: 0.005")
+    with pytest.raises(RuntimeError, match="grad_scale is too small, exiting: 9e-06"):
+        adjust_grad_scale(FakeScaler(9e-6), 25)
+    adjust_grad_scale(FakeScaler(9e-6, enabled=False), 25)  # bf16 and fp32 have none
+
+
+# Validation
+
+
+def test_validate_sums_over_all_batches_in_evaluation_mode():
+    model = Toy().train()
+    batches = make_batches(99, 4)
+    totals = validate(model, batch_loss, lambda: batches, torch.float32, Ranks())
+    assert not model.training
+    whole = batch_loss(model, {"x": torch.cat([batch["x"] for batch in batches])})
+    for name, value in whole.items():
+        assert totals.sums[name] == pytest.approx(value.item(), rel=1e-5)
