@@ -1,9 +1,15 @@
 """Makes src/ and local/ importable, and says where the shared material is."""
 
+import logging
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: models this small gain nothing from threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
 for folder in ("src", "local"):
@@ -18,6 +24,21 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there")
     return SHARED
+
+
+@pytest.fixture
+def restore_logging():
+    """For tests of programs that set up logging: afterwards the handlers are the former ones."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        if handler not in handlers:
+            handler.close()
+    for handler in handlers:
+        root.addHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +154,7 @@ def encoder_size():
         cnn_module_kernel=(7, 5, 7),
         query_head_dim=(8,),
         value_head_dim=(4,),
+        frontend_channels=16,
         pos_dim=12,
     )
     yield "test"

@@ -1,6 +1,7 @@
 """Qwen2 from a directory or the hub, with LoRA or without, and its tokenizer."""
 
 import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,19 +36,25 @@ def load_llm(
       path: a local directory, or a name on the Hugging Face hub.
 
     Raises:
-      FileNotFoundError: there is no such directory and no such name.
-      ValueError: the tokenizer has no room for the speech tokens.
+      FileNotFoundError: there is no such directory.
+      ValueError: what is there (or on the hub) is not whole, or no causal LLM; the tokenizer has
+        no room for the speech tokens.
     """
     check_llm_path(path)
     attention = "flash_attention_2" if use_flash_attn else "sdpa"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        llm = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention
+        llm, loaded = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
-    except (OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"the LLM cannot be loaded from {path}: {reason}") from None
+    except Exception as error:  # transformers, the hub, safetensors and json have their own each
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"the LLM cannot be loaded from {path}: {reason}") from None
+    missing = loaded["missing_keys"]  # transformers would go on with random numbers
+    if missing:
+        raise ValueError(
+            f"the LLM in {path} lacks {len(missing)} of its weights, such as {min(missing)}"
+        )
     add_speech_tokens(tokenizer, llm.get_input_embeddings().num_embeddings)
     # An instruct model's own sampling and repetition penalty must not reach a transcript.
     llm.generation_config = GenerationConfig()
@@ -58,7 +65,9 @@ def prepare_llm(llm: nn.Module, unfreeze: bool, use_lora: bool) -> nn.Module:
     """What of the LLM is trained: nothing, LoRA matrices in float32, or everything."""
     llm.requires_grad_(unfreeze and not use_lora)
     if unfreeze and use_lora:
-        llm = get_peft_model(llm, LoraConfig(**LORA))
+        with warnings.catch_warnings():  # peft 0.21 calls transformers 5.23 by an old name
+            warnings.simplefilter("ignore", FutureWarning)
+            llm = get_peft_model(llm, LoraConfig(**LORA))
     trained = sum(p.numel() for p in llm.parameters() if p.requires_grad)
     logging.info(f"LLM: {sum(p.numel() for p in llm.parameters())} parameters, {trained} trained")
     return llm
@@ -66,6 +75,7 @@ def prepare_llm(llm: nn.Module, unfreeze: bool, use_lora: bool) -> nn.Module:
 
 def check_llm_path(path: str) -> None:
     """A path that is no hub name must exist; the hub is not asked for it."""
-    if path.startswith((".", "/", "models/", "exp/")) or path.count("/") > 1:
+    local = path.startswith((".", "/", "models/", "exp/")) or path.count("/") > 1
+    if local or Path(path).exists():
         if not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(f"LLM directory {path} is missing or has no config.json")

@@ -227,8 +227,12 @@ def trainable_state(model: SpeechLLM) -> dict[str, Tensor]:
     }
 
 
-def load_trainable_state(model: SpeechLLM, state: dict[str, Tensor]) -> list[str]:
+def load_trainable_state(
+    model: SpeechLLM, state: dict[str, Tensor], name: str = "the checkpoint"
+) -> list[str]:
     """Load a checkpoint's `model` entry, published or ours, and account for every key.
+
+    `name` is what errors call the checkpoint.
 
     Returns:
       The keys that were ignored, being known to be of no use.
@@ -246,13 +250,13 @@ def load_trainable_state(model: SpeechLLM, state: dict[str, Tensor]) -> list[str
     ):
         if keys:
             raise ValueError(
-                f"the checkpoint {what} {min(keys)} and {len(keys) - 1} more: "
+                f"{name} {what} {min(keys)} and {len(keys) - 1} more: "
                 f"it is of another model than this one with {n} encoder{'s' * (n > 1)}"
             )
     for key, parameter in parameters.items():
         if state[key].shape != parameter.shape:
             raise ValueError(
-                f"{key} is {tuple(state[key].shape)} in the checkpoint "
+                f"{key} is {tuple(state[key].shape)} in {name} "
                 f"and {tuple(parameter.shape)} in this model"
             )
     with torch.no_grad():

@@ -55,21 +55,6 @@ def test_one_rank_alone_reduces_to_itself():
     assert str(one.reduced(Ranks())) == str(one)
 
 
-@pytest.fixture
-def root_logger():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield root
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            root.removeHandler(handler)
-            handler.close()
-    for handler in handlers:
-        if handler not in root.handlers:
-            root.addHandler(handler)
-    root.setLevel(level)
-
-
 @pytest.mark.parametrize(
     ("ranks", "suffix", "where"),
     [
@@ -78,7 +63,7 @@ def root_logger():
         (Ranks(1, 2), "-1", r"\] \(1/2\) hello"),
     ],
 )
-def test_log_files(tmp_path, capsys, root_logger, ranks, suffix, where):
+def test_log_files(tmp_path, capsys, restore_logging, ranks, suffix, where):
     setup_logging(tmp_path / "log" / "log-train", ranks)
     logging.info("hello")
     [path] = (tmp_path / "log").iterdir()

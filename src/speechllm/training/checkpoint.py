@@ -47,7 +47,9 @@ def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tenso
     Raises:
       FileNotFoundError, ValueError: naming the first missing epoch, or keys that differ.
     """
-    if avg < 1 or epoch - avg + 1 < 1:
+    if avg < 1:
+        raise ValueError(f"--epoch {epoch} --avg {avg} averages nothing")
+    if epoch - avg + 1 < 1:
         raise ValueError(f"--epoch {epoch} --avg {avg} reaches back before epoch 1")
     needed = range(epoch - avg + 1, epoch + 1)
     for number in needed:
@@ -68,7 +70,13 @@ def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tenso
             raise ValueError(f"epoch-{number}.pt and its predecessor differ: {odd} is in one only")
         for key, value in model.items():
             dtypes[key] = value.dtype
-            sums[key] = sums.get(key, 0.0) + value.double()
+            before = sums.get(key, torch.zeros(value.shape, dtype=torch.double))
+            if before.shape != value.shape:
+                raise ValueError(
+                    f"epoch-{number}.pt and its predecessor differ: {key} is "
+                    f"{tuple(value.shape)}, before {tuple(before.shape)}"
+                )
+            sums[key] = before + value
     average = {key: (value / avg).to(dtypes[key]) for key, value in sums.items()}
     path = exp_dir / f"epoch-{epoch}-avg-{avg}.pt"
     write_checkpoint({"model": average}, path)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     gpus = torch.cuda.device_count()
     add("--world-size", type=int, default=min(4, max(1, gpus)),
-        help="processes for DDP, by default one for each of up to 4 GPUs; torchrun's value wins")  # fmt: skip
+        help="processes for DDP, by default one for each of up to 4 GPUs; torchrun's wins")  # fmt: skip
     add("--master-port", type=int, default=12354, help="for DDP on one machine")
     add("--num-epochs", type=int, default=10, help="train up to this epoch")
     add("--start-epoch", type=int, default=1, help="above 1: continue from epoch-(N-1).pt")
@@ -75,6 +76,8 @@ def make_schedule(args, optimizer: torch.optim.Optimizer) -> FixedLR:
 def wrap_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.world_size == 1:
         return model
+    # Gradients of the frontend's convolutions have channels last: another layout, no other result.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
 

@@ -1,0 +1,267 @@
+"""Real processes: what two ranks compute together, and how their errors reach the user.
+
+Functions named `rank_…` run in the processes. These import this file, so what takes long to
+import is imported where it is used.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from speechllm.training import distributed
+from speechllm.training.distributed import Ranks, is_first_process, launch
+
+SRC = str(Path(distributed.__file__).parents[2])
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# Without processes
+
+
+def test_one_rank_is_this_process():
+    seen = []
+    launch(lambda ranks, args: seen.append((ranks, args, os.getpid())), "args", 1, 12354)
+    [(ranks, args, pid)] = seen
+    assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
+    assert (args, pid) == ("args", os.getpid())
+    ranks.barrier()
+    value = torch.tensor([1.0, 2.0], device=ranks.device)
+    assert ranks.sum(value) is value
+
+
+def test_world_size_must_be_positive():
+    with pytest.raises(ValueError, match="--world-size 0 must be at least 1"):
+        launch(print, None, 0, 12354)
+
+
+def test_there_must_be_a_gpu_for_every_process_where_there_are_any(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--world-size 4 needs as many GPUs, this machine has 2"):
+        launch(print, None, 4, 12354)
+
+
+def test_an_error_of_a_single_process_is_raised_as_it_is():
+    def fail(ranks, args):
+        raise FloatingPointError("the output of x is not finite")
+
+    with pytest.raises(FloatingPointError):
+        launch(fail, None, 1, 12354)
+
+
+def test_who_speaks_before_launch(monkeypatch):
+    assert is_first_process()
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert is_first_process() == speaks
+
+
+# What two ranks compute together
+
+
+def toy_loss(model, batch):
+    """Squared errors, summed; a token is a row."""
+    return {
+        "loss": (model(batch["x"]).sum(dim=1) - 1).square().sum(),
+        "tokens": torch.tensor(len(batch["x"])),
+        "frames": torch.tensor(len(batch["x"])),
+        "correct": torch.tensor(1),
+    }
+
+
+def toy_batch(rows):
+    x = torch.arange(rows * 4.0).reshape(rows, 4) / 100
+    return {"x": x, "texts": [""] * rows, "seconds": 1.0}
+
+
+def toy_training(exp_dir, batches, valid, ranks):
+    """Two epochs of gradient descent; returns the weights and the state."""
+    from speechllm.training.checkpoint import TrainState
+    from speechllm.training.loop import train
+    from speechllm.training.schedule import FixedLR
+    from speechllm.training.setup import wrap_ddp
+
+    torch.manual_seed(ranks.rank)  # DDP makes all ranks start as rank 0
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = train(
+        model=wrap_ddp(model, ranks), batch_loss=toy_loss, optimizer=optimizer,
+        schedule=FixedLR(optimizer), scaler=torch.amp.GradScaler("cpu", enabled=False),
+        train_loader=lambda epoch: batches, valid_loader=lambda: valid,
+        model_state=model.state_dict, state=TrainState(), exp_dir=exp_dir, start_epoch=1,
+        num_epochs=2, epoch_seconds=1.0, tensorboard=False, ranks=ranks,
+    )  # fmt: skip
+    return {"weight": model.weight.data, **vars(state)}
+
+
+def rank_together(ranks, args):
+    """Rank 1 has more tokens, no validation batch, and no `correct` to report."""
+    from speechllm.training.progress import Metrics
+
+    batch = toy_batch(8)
+    mine = slice(0, 3) if ranks.rank == 0 else slice(3, 8)
+    valid = [toy_batch(5)] if ranks.rank == 0 else []
+    share = {**batch, "x": batch["x"][mine], "seconds": 0.5}
+    result = toy_training(args.exp_dir, [share, share], valid, ranks)
+    sums = {"loss": torch.tensor(6.0 + ranks.rank), "tokens": torch.tensor(4)}
+    if ranks.rank == 0:
+        sums["correct"] = torch.tensor(3)
+    result["means"] = Metrics(sums).reduced(ranks).means()
+    result["world_size"] = ranks.world_size
+    torch.save(result, args.exp_dir / f"rank-{ranks.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Results of one launch of two processes, and of one process with all of their batches."""
+    folder = tmp_path_factory.mktemp("together")
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        free = sock.getsockname()[1]
+    launch(rank_together, argparse.Namespace(exp_dir=folder), 2, free)
+    two = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    (folder / "alone").mkdir()
+    alone = toy_training(folder / "alone", [toy_batch(8)] * 2, [toy_batch(5)], Ranks())
+    return two, alone, folder
+
+
+def test_ranks_average_over_all_tokens(together):
+    two, alone, _ = together
+    assert torch.equal(two[0]["weight"], two[1]["weight"])
+    torch.testing.assert_close(two[0]["weight"], alone["weight"], rtol=1e-6, atol=1e-6)
+    for name in ("best_train_loss", "best_valid_loss"):
+        assert two[0][name] == two[1][name] == pytest.approx(alone[name], rel=1e-5)
+
+
+def test_a_rank_without_batch_or_sum_takes_part_in_the_means(together):
+    for result in together[0]:
+        assert result["means"] == {"loss": 13 / 8, "acc": 3 / 8}
+        assert result["world_size"] == 2
+
+
+def test_only_rank_0_writes(together):
+    _, _, folder = together
+    files = sorted(path.name for path in folder.glob("*.pt"))
+    assert files == [
+        "best-train-loss.pt", "best-valid-loss.pt", "epoch-1.pt", "epoch-2.pt",
+        "rank-0.pt", "rank-1.pt",
+    ]  # fmt: skip
+
+
+# Errors in one of several processes
+
+
+def rank_fails(ranks, args):
+    if ranks.rank == 1:
+        raise FileNotFoundError(f"{args} is missing")
+    ranks.barrier()  # for ever, were it not ended
+
+
+def test_a_sentence_stays_a_sentence(port):
+    with pytest.raises(ValueError, match="^x.pt is missing$"):
+        launch(rank_fails, Path("x.pt"), 2, port)
+
+
+def test_a_fault_keeps_its_traceback(monkeypatch):
+    class Context:
+        processes = ()
+
+        def join(self):
+            raise mp.ProcessRaisedException("a page of traceback", 1, 4711)
+
+    monkeypatch.setattr(mp, "spawn", lambda *args, **options: Context())
+    with pytest.raises(mp.ProcessRaisedException, match="a page of traceback"):
+        launch(print, None, 2, 12354)
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ValueError, match=f"^--master-port {port} cannot be used.*in use"):
+            distributed._join_group("gloo", 0, 2)
+
+
+# Other ways to start and to end
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {src!r})
+import torch
+from speechllm.training.distributed import launch
+
+def run(ranks, args):
+    if args == "wait":
+        ranks.barrier()
+        if ranks.is_main:
+            print("ready", flush=True)
+        time.sleep(60)
+    total = ranks.sum(torch.tensor(ranks.rank + 1.0))
+    sys.stdout.write(f"rank {{ranks.rank}} of {{ranks.world_size}}: {{total.item()}}\\n")
+
+if __name__ == "__main__":
+    launch(run, sys.argv[1], {world_size}, {port})
+"""
+
+
+def write_script(tmp_path, world_size, port):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(src=SRC, world_size=world_size, port=port))
+    return str(script)
+
+
+def test_torchrun_decides_how_many(tmp_path, port):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--master-port", str(port), write_script(tmp_path, 4, 12354), "go",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["rank 0 of 2: 3.0", "rank 1 of 2: 3.0"]
+
+
+def test_interrupting_the_first_process_ends_all(tmp_path, port):
+    script = write_script(tmp_path, 2, port)
+    process = subprocess.Popen(
+        [sys.executable, script, "wait"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) != 0
+    deadline = time.monotonic() + 60
+    while group_is_alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not group_is_alive(process.pid)
+
+
+def group_is_alive(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,271 @@
+"""From flags to objects: every flag changes something, and what is wrong is said first."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from speechllm.data import add_data_arguments, add_training_data_arguments
+from speechllm.training.distributed import Ranks
+from speechllm.training.loop import seed_everything
+from speechllm.training.scaled_adam import ScaledAdam
+from speechllm.training.schedule import Eden, FixedLR
+from speechllm.training.setup import (
+    add_training_arguments,
+    autocast_dtype,
+    check_data,
+    check_epochs,
+    check_outputs_finite,
+    make_optimizer,
+    make_schedule,
+    make_train_loader,
+    make_valid_loader,
+    wrap_ddp,
+)
+
+
+def parse(*flags):
+    parser = argparse.ArgumentParser()
+    add_training_arguments(parser)
+    add_data_arguments(parser)
+    add_training_data_arguments(parser)
+    parser.add_argument("--train-cuts", default="tiny_cuts_many")
+    parser.add_argument("--valid-cuts", default="tiny_cuts_dev")
+    return parser.parse_args([str(flag) for flag in flags])
+
+
+@pytest.fixture
+def flags(tiny_corpus):
+    """Flags of a quick, quiet epoch."""
+    return {
+        "--manifest-dir": tiny_corpus, "--num-workers": 0, "--max-duration": 12,
+        "--min-utterance": 0.3, "--enable-musan": "false", "--enable-spec-aug": "false",
+    }  # fmt: skip
+
+
+def batches(flags, epoch=1, ranks=Ranks()):
+    """One epoch of training batches, from flags as they are typed."""
+    args = parse(*(item for pair in flags.items() for item in pair))
+    statistics, _ = check_data(args)
+    seed_everything(0)
+    return list(make_train_loader(args, statistics, ranks)(epoch))
+
+
+def listing(batches):
+    return [(batch["texts"], batch["features"].double().sum().item()) for batch in batches]
+
+
+# Flags of the data
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "context"),
+    [
+        ("--train-cuts", "tiny_cuts_train", {}),
+        ("--max-duration", 6, {}),
+        ("--bucketing-sampler", "false", {}),
+        ("--num-buckets", 2, {}),
+        ("--on-the-fly-feats", "true", {}),
+        ("--shuffle", "false", {}),
+        ("--drop-last", "false", {}),
+        ("--min-utterance", 1.0, {}),
+        ("--max-utterance", 2.0, {}),
+        ("--concatenate-cuts", "true", {"--num-buckets": 0}),
+        ("--duration-factor", 2.0, {"--concatenate-cuts": "true", "--num-buckets": 0}),
+        ("--gap", 0.1, {"--concatenate-cuts": "true", "--num-buckets": 0}),
+        ("--enable-musan", "true", {}),
+        ("--enable-spec-aug", "true", {}),
+        ("--spec-aug-time-warp-factor", 0, {"--enable-spec-aug": "true"}),
+        ("--seed", 1, {}),
+        ("--num-workers", 1, {"--enable-spec-aug": "true"}),
+    ],
+)
+def test_every_flag_changes_the_batches(flags, flag, value, context):
+    before = listing(batches({**flags, **context}))
+    assert before == listing(batches({**flags, **context}))
+    assert before != listing(batches({**flags, **context, flag: value}))
+
+
+def test_manifest_dir(flags, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/tiny_cuts_many is missing"):
+        batches({**flags, "--manifest-dir": tmp_path})
+
+
+def test_epochs_and_ranks_change_the_batches(flags):
+    first = batches(flags)
+    assert listing(first) != listing(batches(flags, epoch=2))
+    shares = [batches(flags, ranks=Ranks(rank, 2)) for rank in range(2)]
+    ids = [{cut_id for batch in share for cut_id in batch["ids"]} for share in shares]
+    assert len(shares[0]) == len(shares[1]) and not ids[0] & ids[1]
+
+
+def test_several_cut_files(flags):
+    flags = {**flags, "--train-cuts": "tiny_cuts_train,tiny_cuts_test", "--drop-last": "false"}
+    ids = {cut_id for batch in batches(flags) for cut_id in batch["ids"]}
+    assert len(ids) == 15
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_validation_covers_the_cuts_of_all_ranks_also_when_there_are_fewer(flags, world_size):
+    args = parse(*(item for pair in flags.items() for item in pair))
+    _, statistics = check_data(args)
+    ids = []
+    for rank in range(world_size):
+        loader = make_valid_loader(args, statistics, Ranks(rank, world_size))
+        for _ in range(2):  # every validation sees all of them
+            share = [cut_id for batch in loader() for cut_id in batch["ids"]]
+        ids += share
+    assert sorted(ids) == [f"dev-{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--max-duration", 3),
+        ("--num-buckets", 2),
+        ("--bucketing-sampler", "false"),
+        ("--on-the-fly-feats", "true"),
+        ("--valid-cuts", "tiny_cuts_test"),
+    ],
+)
+def test_validation_follows_the_flags(flags, flag, value):
+    def validation(**more):
+        args = parse(*(item for pair in {**flags, **more}.items() for item in pair))
+        _, statistics = check_data(args)
+        return listing(make_valid_loader(args, statistics, Ranks())())
+
+    many = {} if flag == "--valid-cuts" else {"--valid-cuts": "tiny_cuts_many"}
+    assert validation(**many) != validation(**{**many, flag: value})
+
+
+# What is said before the training begins
+
+
+def said(flags, **more):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        batches({**flags, **more})
+    return str(error.value)
+
+
+def test_no_cut_file_at_all(flags):
+    assert said(flags, **{"--train-cuts": " , "}) == "--train-cuts ' , ' names no cut file"
+    assert said(flags, **{"--valid-cuts": ""}) == "--valid-cuts '' names no cut file"
+
+
+def test_missing_files(flags):
+    assert "tiny_cuts_x is missing" in said(flags, **{"--train-cuts": "tiny_cuts_x"})
+    assert "tiny_cuts_x is missing" in said(flags, **{"--valid-cuts": "tiny_cuts_dev,tiny_cuts_x"})
+
+
+def test_noise_is_looked_for_when_it_is_wanted(flags, tiny_corpus, tmp_path):
+    for path in tiny_corpus.glob("tiny_cuts_*"):
+        (tmp_path / path.name).symlink_to(path)
+    here = {**flags, "--manifest-dir": tmp_path}
+    assert batches(here)
+    assert "musan_cuts is missing" in said(here, **{"--enable-musan": "true"})
+    (tmp_path / "musan_cuts.jsonl.gz").write_bytes(b"junk")
+    assert "cannot be read beyond cut 0" in said(here, **{"--enable-musan": "true"})
+
+
+def test_limits_that_leave_nothing(flags):
+    assert "nothing to use, 0 utterances" in said(flags, **{"--max-utterance": 0.35})
+
+
+def test_epochs(tmp_path):
+    check_epochs(parse("--exp-dir", tmp_path))
+    with pytest.raises(ValueError, match="--start-epoch 0: epochs are counted from 1"):
+        check_epochs(parse("--exp-dir", tmp_path, "--start-epoch", 0))
+    with pytest.raises(FileNotFoundError, match="epoch-2.pt is missing: --start-epoch 3 needs it"):
+        check_epochs(parse("--exp-dir", tmp_path, "--start-epoch", 3))
+    (tmp_path / "epoch-2.pt").touch()
+    check_epochs(parse("--exp-dir", tmp_path, "--start-epoch", 3))
+
+
+# Flags of the training
+
+
+def test_names_and_defaults_users_know():
+    args = parse("--world-size", 4)
+    assert vars(args).items() >= {
+        "world_size": 4, "master_port": 12354, "num_epochs": 10, "start_epoch": 1,
+        "base_lr": 0.01, "seed": 42, "use_bf16": False, "inf_check": False, "tensorboard": True,
+        "manifest_dir": Path("data/fbank"), "max_duration": 200.0,
+        "num_buckets": 30, "num_workers": 2, "on_the_fly_feats": False, "enable_musan": True,
+        "enable_spec_aug": True, "spec_aug_time_warp_factor": 80, "concatenate_cuts": False,
+        "bucketing_sampler": True, "shuffle": True, "drop_last": True, "min_utterance": 1.0,
+        "max_utterance": 20.0,
+    }.items()  # fmt: skip
+    assert args.use_fp16 == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("fp16", "bf16", "dtype"),
+    [
+        (True, False, torch.float16),
+        (True, True, torch.bfloat16),
+        (False, True, torch.bfloat16),
+        (False, False, torch.float32),
+    ],
+)
+def test_precision(fp16, bf16, dtype):
+    assert autocast_dtype(fp16, bf16) == dtype
+
+
+def test_the_optimizer_has_the_trained_parameters_only():
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    for name, kind in (("scaled_adam", ScaledAdam), ("adamw", torch.optim.AdamW)):
+        optimizer = make_optimizer(name, model.parameters(), 0.02)
+        assert type(optimizer) is kind
+        assert [p is model.weight for p in optimizer.param_groups[0]["params"]] == [True]
+        assert optimizer.param_groups[0]["lr"] == 0.02
+
+
+def rate(*flags):
+    args = parse(*flags)
+    optimizer = make_optimizer(args.optimizer, nn.Linear(2, 2).parameters(), args.base_lr)
+    schedule = make_schedule(args, optimizer)
+    schedule.step_epoch(2)
+    schedule.step_batch(300)
+    return type(schedule), schedule.get_last_lr()[0]
+
+
+def test_schedules():
+    assert rate("--base-lr", 0.02) == (FixedLR, 0.02)
+    eden = ("--lr-schedule", "eden", "--base-lr", 0.02)
+    kind, lr = rate(*eden)
+    by_batch, by_epoch = (1 + (300 / 7500) ** 2) ** -0.25, (1 + (2 / 3.5) ** 2) ** -0.25
+    assert kind is Eden and lr == pytest.approx(0.02 * by_batch * by_epoch * 0.8)
+    for flag, value in (("--lr-batches", 100), ("--lr-epochs", 1), ("--warmup-batches", 100)):
+        assert rate(*eden, flag, value)[1] != pytest.approx(lr)
+
+
+def test_a_single_rank_is_not_wrapped():
+    model = nn.Linear(2, 2)
+    assert wrap_ddp(model, Ranks()) is model
+
+
+class Divides(nn.Module):
+    def forward(self, x):
+        return x, 1 / x
+
+
+def test_the_first_module_with_an_output_that_is_not_finite_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), Divides()), nn.Identity())
+    model[0].bias.data.fill_(-9.0)
+    model(torch.ones(1, 2))  # unnoticed
+    check_outputs_finite(model)
+    with pytest.raises(FloatingPointError) as error:
+        model(torch.ones(1, 2))
+    assert str(error.value) == "the output of 1.1 (Divides) is not finite"
+    model[0].bias.data.fill_(9.0)
+    model(torch.ones(1, 2))
+
+
+def test_an_input_that_is_not_finite_is_the_models_own():
+    model = nn.Identity()
+    check_outputs_finite(model)
+    with pytest.raises(FloatingPointError, match=r"the output of the model \(Identity\)"):
+        model(torch.tensor([float("nan")]))
