@@ -49,15 +49,15 @@ quietly() {
 export OMP_NUM_THREADS=1
 corpus=(--manifest-dir "$data/fbank" --min-utterance 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
-precision=(--use-bf16 true)
 model=(--llm-path "$exp/llm" --speech-encoder-type tiny)
 one=(--speech-encoder-path "$exp/encoder1/pretrained.pt")
 two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained.pt")
 
-encoder_epochs=14 llm_epochs=6 mose_epochs=6
-encoder=(--encoder-size tiny --num-epochs $encoder_epochs --avg 3 --lr-epochs 5 --warmup-batches 150
-  --max-duration 40 --num-buckets 8 --spec-aug-time-warp-factor 0 --log-interval 20)
-llm=(--world-size 1 --max-duration 80 --num-buckets 8 --spec-aug-time-warp-factor 0 --log-interval 20)
+encoder_epochs=9 llm_epochs=5 mose_epochs=5
+batches=(--world-size 1 --use-fp16 false --num-buckets 8 --enable-spec-aug false --log-interval 20)
+encoder=(--encoder-size tiny --num-epochs $encoder_epochs --avg 2 --max-duration 15
+  --lr-epochs 5 --warmup-batches 100)
+llm=(--max-duration 60)
 test=(--test-cuts "${name}_cuts_test" --max-duration 120 --max-new-tokens 100
   --manifest-dir "$data/fbank" --num-workers 0)
 
@@ -79,15 +79,15 @@ fi
 if due 3 "a tiny LLM of the transcripts"; then
   rm -rf "$exp/llm"
   quietly llm.log $python local/make_tiny_llm.py --text "$data/fbank/${name}_cuts_train.jsonl.gz" \
-    --out "$exp/llm"
+    --out "$exp/llm" --max-steps 250
   finished 3
 fi
 
 if due 4 "two tiny encoders with CTC, side by side"; then
   rm -rf "$exp"/encoder[12]
   for n in 1 2; do
-    quietly encoder$n.log $python src/pretrain_encoder.py --world-size 1 "${corpus[@]}" "${cuts[@]}" \
-      "${precision[@]}" "${encoder[@]}" --test-cuts "${name}_cuts_test" \
+    quietly encoder$n.log $python src/pretrain_encoder.py "${corpus[@]}" "${cuts[@]}" \
+      "${batches[@]}" "${encoder[@]}" --test-cuts "${name}_cuts_test" \
       --vocab-size $((100 * n)) --seed $n --exp-dir "$exp/encoder$n" &
     jobs[n]=$!
   done
@@ -99,7 +99,7 @@ export OMP_NUM_THREADS=2
 
 if due 5 "train.py: projector and LoRA on the first encoder"; then
   rm -rf "$exp/llm_asr"
-  quietly train.log $python src/train.py "${corpus[@]}" "${cuts[@]}" "${precision[@]}" "${llm[@]}" \
+  quietly train.log $python src/train.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" \
     "${model[@]}" "${one[@]}" --num-epochs $llm_epochs --exp-dir "$exp/llm_asr"
   finished 5
 fi
@@ -112,7 +112,7 @@ fi
 
 if due 7 "train_mose.py and decode_mose.py: both encoders"; then
   rm -rf "$exp/mose"
-  quietly train_mose.log $python src/train_mose.py "${corpus[@]}" "${cuts[@]}" "${precision[@]}" \
+  quietly train_mose.log $python src/train_mose.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" \
     "${llm[@]}" "${model[@]}" "${two[@]}" --num-epochs $mose_epochs --exp-dir "$exp/mose"
   quietly decode_mose.log $python src/decode_mose.py "${test[@]}" "${model[@]}" "${two[@]}" \
     --epoch $mose_epochs --avg 2 --exp-dir "$exp/mose"

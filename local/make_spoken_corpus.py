@@ -37,114 +37,43 @@ from scipy.signal import resample_poly
 logger = logging.getLogger(__name__)
 
 SAMPLING_RATE = 16000  # Hz
-MIN_DURATION = 1.2  # seconds: training keeps 1 s and more, also at 1.1 times the speed
+MIN_DURATION = 0.5  # seconds
 MAX_DURATION = 20.0  # seconds
 SPLITS = ("train", "dev", "test")
 
 # ---- what is said
 
-GRAMMAR = {
+GRAMMAR = {  # sixty words: what a tiny encoder can learn in a few minutes
     "sentence": (
-        "turn {switch} the {appliance} in the {room}",
+        "{command}", "{command}", "please {command}", "{command} at {hour}", "call {digits}",
+        "the number is {digits}", "{digits}", "{digits} {number}",
+    ),
+    "phrase": (  # heard in training only: with few words it is clear which sound is which
+        "{digit}", "{digit} {digit}", "{number}", "{room} {appliance}", "turn {switch}", "stop",
+        "please", "{move} the {opening}", "{appliance} {switch}", "at {hour}", "call {digit}",
+        "{tens} minutes", "{tens} degrees", "the {room}", "set a timer", "the number is {digit}",
+        "play music",
+    ),
+    "command": (
         "turn {switch} the {room} {appliance}",
-        "please switch {switch} all the lamps {place}",
-        "dim the {room} lights to {tens} percent",
-        "set the {room} thermostat to {tens} {unit} degrees",
-        "make the {room} a little {comparison}",
-        "play some {music} in the {room}",
-        "play {music} until {time}",
-        "make the music {comparison} please",
-        "call {digits} {digits}",
-        "call {person} at {time}",
-        "dial {digits} and ask for {person}",
-        "my number is {digits} {digits}",
-        "the code for the {entrance} is {digits}",
-        "lock the {entrance} at {time}",
-        "open the {entrance} for {person}",
-        "is the {entrance} still open",
-        "remind me to {task} at {time}",
-        "remind {person} to {task} on {day}",
-        "set an alarm for {time}",
-        "wake me up at {time} on {day}",
+        "turn the {room} {appliance} {switch}",
+        "set the {room} heater to {number} degrees",
         "set a timer for {number} minutes",
-        "start the {machine} in {number} minutes",
-        "when will the {machine} be done",
-        "add {amount} {food} to the shopping list",
-        "we need {amount} {food} and {amount} {food}",
-        "how much is {number} plus {number}",
-        "what is {number} times {unit}",
-        "what will the weather be like in {city} on {day}",
-        "what time is it in {city}",
-        "book a table for {unit} people at {time}",
-        "find a train to {city} on {day} at {time}",
-        "tell {person} that dinner is at {time}",
-        "where did {person} put the {object}",
-        "look for my {object} {place}",
-        "{month} {ordinal} is a {day}",
-        "{digits} {digits}",
-        "{number} {number} {number}",
+        "{move} the {room} {opening}",
+        "play music in the {room}",
+        "stop the {room} {appliance}",
     ),
     "switch": ("on", "off"),
-    "appliance": ("light", "lamp", "heater", "fan", "radio", "television", "speaker", "camera"),
-    "machine": ("oven", "dishwasher", "washing machine", "dryer", "coffee maker", "vacuum cleaner"),
-    "room": (
-        "kitchen", "bedroom", "bathroom", "living room", "dining room", "hall", "garage", "office",
-        "nursery", "attic", "cellar", "guest room",
-    ),
-    "place": ("upstairs", "downstairs", "outside", "in the {room}"),
-    "comparison": ("warmer", "cooler", "brighter", "darker", "louder", "softer"),
-    "entrance": (
-        "front door", "back door", "gate", "kitchen window", "garage door", "balcony door",
-    ),
-    "music": (
-        "jazz", "rock", "blues", "opera", "piano music", "country songs", "classical music",
-        "old hits", "children songs", "folk music",
-    ),
-    "person": (
-        "anna", "peter", "mary", "john", "laura", "david", "susan", "thomas", "emma", "oliver",
-        "doctor miller", "my mother", "my brother", "our neighbour",
-    ),
-    "object": ("keys", "phone", "glasses", "wallet", "umbrella", "blue jacket", "red scarf"),
-    "task": (
-        "buy milk", "feed the cat", "walk the dog", "water the plants", "pay the rent",
-        "take out the rubbish", "send the letter", "wash the car", "pick up the parcel",
-        "bake a cake", "book the flight", "visit grandma", "clean the {room}", "charge the phone",
-    ),
-    "amount": ("two", "three", "six", "a dozen", "some", "a few", "more"),
-    "food": (
-        "apples", "eggs", "lemons", "tomatoes", "potatoes", "onions", "carrots", "bananas",
-        "cookies", "rolls", "yellow peppers", "green beans", "frozen pizzas", "bottles of juice",
-    ),
-    "city": (
-        "london", "paris", "berlin", "tokyo", "boston", "chicago", "madrid", "vienna", "dublin",
-        "sydney", "cairo", "new york",
-    ),
-    "day": ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"),
-    "month": (
-        "january", "february", "march", "april", "may", "june", "july", "august", "september",
-        "october", "november", "december",
-    ),
-    "ordinal": (
-        "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth",
-        "tenth", "twentieth", "thirtieth",
-    ),
-    "time": (
-        "{hour}", "half past {hour}", "quarter to {hour}", "{hour} {tens}", "{hour} {teen}",
-        "ten past {hour}", "{hour} in the morning", "{hour} in the evening", "noon", "midnight",
-    ),
-    "hour": (
-        "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
-        "twelve",
-    ),
-    "number": ("{unit}", "{teen}", "{tens}", "{tens} {unit}", "{unit} hundred {tens}"),
+    "appliance": ("light", "heater", "fan", "radio", "television"),
+    "room": ("kitchen", "bedroom", "bathroom", "office", "garage"),
+    "move": ("open", "close"),
+    "opening": ("door", "window"),
+    "hour": ("{unit}", "ten", "eleven", "twelve"),
+    "number": ("{tens}", "{tens} {unit}"),
     "unit": ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
-    "teen": (
-        "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
-        "eighteen", "nineteen",
-    ),
     "tens": ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"),
     "digits": ("{digit} {digit} {digit}", "{digit} {digit} {digit} {digit}"),
-    "digit": ("zero", "oh", "{unit}", "{unit}", "{unit}", "{unit}", "{unit}", "{unit}"),
+    "digit": ("zero", "{unit}", "{unit}", "{unit}", "{unit}", "{unit}", "{unit}"),
 }  # fmt: skip
 
 
@@ -170,7 +99,7 @@ def draw_sentences(num_sentences: int, rng: random.Random) -> list[str]:
 
 # ---- who says it
 
-ACCENTS = ("en", "en-us", "en-us-nyc", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-scotland", "en-029")
+ACCENTS = ("en", "en-us", "en-gb-x-rp")
 # espeak's voice variants without those that whisper, click, echo or sound like a robot; near copies
 # of each other are in one split.
 VARIANTS = {
@@ -215,7 +144,7 @@ class Utterance:
 def draw_speakers(split: str, rng: random.Random) -> list[Speaker]:
     """Every variant of the split with its accents, each with habits of its own, in random order."""
     speakers = [
-        Speaker(accent, variant, rng.randint(140, 190), rng.randint(35, 65), rng.randint(30, 70))
+        Speaker(accent, variant, rng.randint(170, 220), rng.randint(35, 65), rng.randint(30, 70))
         for variant in VARIANTS[split]
         for accent in rng.sample(ACCENTS, ACCENTS_PER_VARIANT[split])
     ]
@@ -223,7 +152,10 @@ def draw_speakers(split: str, rng: random.Random) -> list[Speaker]:
 
 
 def plan_corpus(sizes: dict[str, int], seed: int) -> list[Utterance]:
-    """Who says what: `sizes` utterances of each split, shared out evenly among its speakers."""
+    """Who says what: `sizes` utterances of each split, shared out evenly among its speakers.
+
+    Every other utterance of the training split is a short phrase; phrases may repeat.
+    """
     rng = random.Random(seed)
     sentences = iter(draw_sentences(sum(sizes.values()), rng))
     utterances = []
@@ -232,7 +164,9 @@ def plan_corpus(sizes: dict[str, int], seed: int) -> list[Utterance]:
         for index in range(size):
             speaker = speakers[index % len(speakers)]
             utt_id = f"{speaker.name}-{split}-{index:05d}"
-            utterances.append(Utterance(utt_id, split, speaker, next(sentences)))
+            phrase = split == "train" and index % 2
+            text = expand("phrase", rng) if phrase else next(sentences)
+            utterances.append(Utterance(utt_id, split, speaker, text))
     return utterances
 
 
@@ -378,7 +312,7 @@ def place_in_room(speech: np.ndarray, rng: np.random.Generator) -> tuple[np.ndar
 
     Returns the audio, (num_samples,), at least MIN_DURATION long, and the seconds before speech.
     """
-    before, after = (int(SAMPLING_RATE * seconds) for seconds in rng.uniform(0.1, 0.4, size=2))
+    before, after = (int(SAMPLING_RATE * seconds) for seconds in rng.uniform(0.05, 0.2, size=2))
     after = max(after, int(SAMPLING_RATE * MIN_DURATION) - before - len(speech))
     peak = 10 ** (rng.uniform(-18, -3) / 20)
     audio = np.pad(speech * (peak / np.abs(speech).max()), (before, after))
@@ -478,7 +412,7 @@ def get_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--num-train", type=int, default=1200, help="utterances to train on")
+    parser.add_argument("--num-train", type=int, default=2000, help="utterances to train on")
     parser.add_argument("--num-dev", type=int, default=60, help="utterances to validate on")
     parser.add_argument("--num-test", type=int, default=120, help="utterances to test on")
     parser.add_argument("--seed", type=int, default=0, help="of sentences, speakers and noise")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import train
-from speechllm.data import add_data_arguments, check_cuts, cuts_file, read_cuts
+from speechllm.data import add_data_arguments, check_cuts, cuts_file
 from speechllm.decoding.search import MAX_NEW_TOKENS, search
 from speechllm.decoding.test_set import decode_cuts, set_name
 from speechllm.flags import comma_list, str2bool
@@ -75,23 +75,6 @@ def result_suffix(args, parameters_name: str) -> str:
     return f"decode-beam{args.beam_size}-{parameters_name}{normalized}"
 
 
-def check_lengths(path: Path, model: SpeechLLM, max_new_tokens: int) -> None:
-    """Every utterance must fit into the LLM's positions, speech and answer together.
-
-    Raises:
-      ValueError: naming the file, the cut and both numbers.
-    """
-    limit = model.llm.config.max_position_embeddings
-    prompt = len(model.chat.prompt(len(model.encoder)))
-    for cut in read_cuts(path):
-        embeddings = int(cut.duration * 25 / model.ds_rate) * len(model.encoder)
-        if prompt + embeddings + max_new_tokens > limit:
-            raise ValueError(
-                f"{path}: cut {cut.id} of {cut.duration:.1f} s needs "
-                f"{prompt + embeddings + max_new_tokens} positions, the LLM has {limit}"
-            )
-
-
 def make_recognizer(model: SpeechLLM, tokenizer, args, device, dtype) -> Callable:
     """A function from a batch to its hypotheses' texts."""
 
@@ -111,8 +94,16 @@ def make_recognizer(model: SpeechLLM, tokenizer, args, device, dtype) -> Callabl
 
 def run(args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for flag, value in (
+        ("--beam-size", args.beam_size),
+        ("--max-new-tokens", args.max_new_tokens),
+    ):
+        if value < 1:
+            raise ValueError(f"{flag} {value} must be at least 1")
     check_model_files(args)
     paths = [cuts_file(args.manifest_dir, name) for name in comma_list(args.test_cuts)]
+    if not paths:
+        raise ValueError(f"--test-cuts {args.test_cuts!r} names no cut file")
     for path in paths:
         check_cuts([path], need_text=False, need_features=not args.on_the_fly_feats)
     parameters, parameters_name = read_parameters(args)
@@ -125,11 +116,10 @@ def run(args) -> None:
     model, tokenizer = build_model(
         args, dtype, unfreeze_llm=args.unfreeze_llm, unfreeze_encoder=args.unfreeze_encoder
     )
-    ignored = load_trainable_state(model, parameters)
+    ignored = load_trainable_state(model, parameters, parameters_name)
     logging.info(f"Parameters of {parameters_name}; ignored: {', '.join(ignored) or 'nothing'}")
     model.to(device).eval()
-    for path in paths:
-        check_lengths(path, model, args.max_new_tokens)
+    train.check_lengths(paths, model, args.max_new_tokens)
     recognize = make_recognizer(model, tokenizer, args, device, dtype)
     for path in paths:
         name, start = set_name(path), time.monotonic()

@@ -14,28 +14,33 @@ Several encoders are comma-separated values (see train_mose.py).
 
 import argparse
 import logging
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from speechllm.data import add_data_arguments, add_training_data_arguments
+from speechllm.data import add_data_arguments, add_training_data_arguments, read_cuts
+from speechllm.decoding.search import MAX_NEW_TOKENS
 from speechllm.flags import str2bool
 from speechllm.model import SpeechLLM, draw_encoders, load_trainable_state, trainable_state
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.prompt import encode_transcripts, training_ids
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
-from speechllm.training.distributed import Ranks, launch
+from speechllm.training.distributed import Ranks, is_first_process, launch
 from speechllm.training.loop import seed_everything, train
 from speechllm.training.progress import setup_logging
 from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,
     check_data,
+    check_epochs,
     check_outputs_finite,
     make_optimizer,
     make_schedule,
     make_train_loader,
     make_valid_loader,
+    train_paths,
+    valid_paths,
     wrap_ddp,
 )
 
@@ -99,14 +104,59 @@ def make_batch_loss(tokenizer, num_encoders: int, device: torch.device):
 def initial_parameters(model: SpeechLLM, args) -> tuple[TrainState, dict]:
     """Load what training starts from: another model, an earlier epoch, or nothing."""
     if args.start_epoch > 1:
-        checkpoint = load_checkpoint(epoch_path(args.exp_dir, args.start_epoch - 1))
-        load_trainable_state(model, checkpoint["model"])
+        path = epoch_path(args.exp_dir, args.start_epoch - 1)
+        checkpoint = load_checkpoint(path)
+        load_trainable_state(model, checkpoint["model"], str(path))
         return restore_state(checkpoint), checkpoint
     if args.pretrained_model_path:
         state = load_checkpoint(args.pretrained_model_path)["model"]
-        ignored = load_trainable_state(model, state)
-        logging.info(f"Started from {args.pretrained_model_path}; ignored: {ignored or 'nothing'}")
+        ignored = load_trainable_state(model, state, args.pretrained_model_path)
+        logging.info(
+            f"Started from {args.pretrained_model_path}; ignored: {', '.join(ignored) or 'nothing'}"
+        )
     return TrainState(), {}
+
+
+def check_resumable(path: Path, args) -> None:
+    """Whether a checkpoint has more than a model, from the same optimizer.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence naming the file.
+    """
+    checkpoint = load_checkpoint(path)
+    for part in ("optimizer", "scheduler", "grad_scaler"):
+        if part not in checkpoint:
+            raise ValueError(f"{path} has no {part} to continue with (see --pretrained-model-path)")
+    optimizer = make_optimizer(args.optimizer, [nn.Parameter(torch.zeros(2))], args.base_lr)
+    known = {*optimizer.param_groups[0], "initial_lr"}
+    if checkpoint["optimizer"]["param_groups"][0].keys() - known:
+        raise ValueError(f"{path} is of another optimizer than --optimizer {args.optimizer}")
+
+
+def check_lengths(
+    paths: list[Path],
+    model: SpeechLLM,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_seconds: float = float("inf"),
+) -> None:
+    """Utterances up to `max_seconds` must fit into the LLM's positions, speech and answer.
+
+    Raises:
+      ValueError: naming the file, the cut and both numbers.
+    """
+    limit, n = model.llm.config.max_position_embeddings, len(model.encoder)
+    others = len(model.chat.prompt(n)) + max_new_tokens
+    too_long = ((limit - others) // n + 1) * model.ds_rate / 25  # s
+    if max_seconds < too_long:  # saves reading the cuts
+        return
+    for path in paths:
+        for cut in read_cuts(path):
+            if too_long <= cut.duration <= max_seconds:
+                needed = others + int(cut.duration * 25 / model.ds_rate) * n
+                raise ValueError(
+                    f"{path}: cut {cut.id} of {cut.duration:.1f} s needs "
+                    f"{needed} positions, the LLM has {limit}"
+                )
 
 
 def run(ranks: Ranks, args) -> None:
@@ -124,6 +174,8 @@ def run(ranks: Ranks, args) -> None:
         encoder_feature_mask=args.encoder_feature_mask,
     )
     state, checkpoint = initial_parameters(model, args)
+    check_lengths(train_paths(args), model, max_seconds=args.max_utterance)
+    check_lengths(valid_paths(args), model)
     model.to(ranks.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     logging.info(f"Number of model parameters: {sum(p.numel() for p in model.parameters())}")
@@ -132,13 +184,12 @@ def run(ranks: Ranks, args) -> None:
         check_outputs_finite(model)
     optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)
     schedule = make_schedule(args, optimizer)
-    scaler = torch.amp.GradScaler(
-        ranks.device.type, init_scale=1.0, enabled=dtype == torch.float16
-    )
+    scaler = torch.amp.GradScaler(ranks.device.type, init_scale=1.0, enabled=dtype == torch.float16)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         schedule.load_state_dict(checkpoint["scheduler"])
-        scaler.load_state_dict(checkpoint["grad_scaler"])
+        if checkpoint["grad_scaler"]:  # empty after a training without fp16
+            scaler.load_state_dict(checkpoint["grad_scaler"])
     train(
         model=wrap_ddp(model, ranks),
         batch_loss=make_batch_loss(tokenizer, len(model.encoder), ranks.device),
@@ -168,12 +219,15 @@ def main(
     args = get_parser(defaults, description).parse_args(argv)
     try:
         check_model_files(args)
-        if args.pretrained_model_path:
-            load_checkpoint(args.pretrained_model_path)
+        check_epochs(args)
         if args.start_epoch > 1:
-            load_checkpoint(epoch_path(args.exp_dir, args.start_epoch - 1))
+            check_resumable(epoch_path(args.exp_dir, args.start_epoch - 1), args)
+        elif args.pretrained_model_path:
+            load_checkpoint(args.pretrained_model_path)
         args.train_statistics, args.valid_statistics = check_data(args)
-        print(f"Training cuts: {args.train_statistics}\nValidation cuts: {args.valid_statistics}")
+        if is_first_process():
+            print(f"Training cuts: {args.train_statistics}")
+            print(f"Validation cuts: {args.valid_statistics}")
         launch(run, args, args.world_size, args.master_port)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None

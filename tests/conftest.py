@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,19 +27,28 @@ def shared() -> Path:
     return SHARED
 
 
+@contextmanager
+def former_logging():
+    """Afterwards the root logger's handlers are those of before."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        for handler in root.handlers[:]:
+            root.removeHandler(handler)
+            if handler not in handlers:
+                handler.close()
+        for handler in handlers:
+            root.addHandler(handler)
+        root.setLevel(level)
+
+
 @pytest.fixture
 def restore_logging():
     """For tests of programs that set up logging: afterwards the handlers are the former ones."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    for handler in root.handlers[:]:
-        root.removeHandler(handler)
-        if handler not in handlers:
-            handler.close()
-    for handler in handlers:
-        root.addHandler(handler)
-    root.setLevel(level)
+    with former_logging():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -177,3 +187,53 @@ def tiny_encoder_dir(tmp_path_factory, encoder_size) -> Path:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         save_encoder(encoder, folder / f"{name}.pt")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_argv(tiny_corpus, tiny_llm_dir, tiny_encoder_dir, encoder_size):
+    """Flags of the four programs for the tiny models and corpus, with n encoders."""
+
+    def flags(n: int = 1) -> list[str]:
+        encoders = ",".join(str(tiny_encoder_dir / f"{name}.pt") for name in "ab"[:n])
+        return [
+            "--manifest-dir", str(tiny_corpus), "--num-workers", "0", "--max-duration", "6",
+            "--llm-path", str(tiny_llm_dir), "--speech-encoder-path", encoders,
+            "--speech-encoder-type", encoder_size, "--use-fp16", "false",
+        ]  # fmt: skip
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def tiny_train_argv(tiny_argv):
+    """Flags of train.py and train_mose.py for these, with n encoders and two epochs."""
+
+    def flags(exp_dir: Path, n: int = 1) -> list[str]:
+        return [
+            *tiny_argv(n), "--exp-dir", str(exp_dir), "--num-epochs", "2", "--world-size", "1",
+            "--train-cuts", "tiny_cuts_train", "--valid-cuts", "tiny_cuts_dev",
+        ]  # fmt: skip
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def tiny_exp(tmp_path_factory, tiny_train_argv) -> Path:
+    """The experiment that train.py leaves behind after two epochs; do not write into it."""
+    import train
+
+    exp_dir = tmp_path_factory.mktemp("tiny_exp") / "exp"
+    with former_logging():
+        train.main(tiny_train_argv(exp_dir))
+    return exp_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_mose_exp(tmp_path_factory, tiny_train_argv) -> Path:
+    """The same of train_mose.py with two encoders."""
+    import train_mose
+
+    exp_dir = tmp_path_factory.mktemp("tiny_mose_exp") / "exp"
+    with former_logging():
+        train_mose.main(tiny_train_argv(exp_dir, n=2))
+    return exp_dir

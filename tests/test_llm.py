@@ -118,7 +118,9 @@ def test_a_file_cut_off(llm_dir, name):
 
 def test_no_weights(llm_dir):
     (llm_dir / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=f"^the LLM cannot be loaded from {llm_dir}: .*model.safetensors"):
+    with pytest.raises(
+        ValueError, match=f"^the LLM cannot be loaded from {llm_dir}: .*model.safetensors"
+    ):
         load_llm(str(llm_dir))
 
 

@@ -49,6 +49,10 @@ def check_model_files(args) -> None:
     Raises:
       FileNotFoundError, ValueError: one sentence naming the file.
     """
+    if args.encoder_projector_ds_rate < 1:
+        raise ValueError(
+            f"--encoder-projector-ds-rate {args.encoder_projector_ds_rate} must be at least 1"
+        )
     check_llm_path(args.llm_path)
     for path, size in encoder_files(args):
         if not Path(path).is_file():

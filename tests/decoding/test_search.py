@@ -13,7 +13,7 @@ from speechllm.prompt import chat_ids, prompt_ids
 from speechllm.zipformer import load_encoder
 
 LENS = torch.tensor([160, 61, 122])
-LENGTH = 12  # most tokens of a hypothesis here
+LENGTH = 8  # most tokens of a hypothesis here
 
 
 def make_model(llm_dir, encoder_dir, encoder_size, n):
@@ -39,23 +39,35 @@ def features():
     return torch.randn(3, 160, 80, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="module")
+def prompts(model, features):
+    """The merged prompt (1, L, D) of each utterance alone."""
+    with torch.no_grad():
+        return [
+            model.merge(
+                prompt_ids(model.chat, [len(model.encoder)]),
+                None,
+                model.speech_embeddings(
+                    features[b : b + 1, : LENS[b]], LENS[b : b + 1], model.all_encoders(1)
+                ),
+            )[0]
+            for b in range(3)
+        ]
+
+
 @torch.no_grad()
-def log_probs(model, features, b, answers):
+def log_probs(model, prompt, answers):
     """Of the next token after each of N answers of one length: (N, V)."""
-    speech = model.speech_embeddings(
-        features[b : b + 1, : LENS[b]], LENS[b : b + 1], model.all_encoders(1)
-    )
-    prompt = model.merge(prompt_ids(model.chat, [len(model.encoder)]), None, speech)[0]
     answers = model.llm.get_input_embeddings()(torch.tensor(answers, dtype=torch.long))
     embeds = torch.cat([prompt.expand(len(answers), -1, -1), answers], dim=1)
     return model.llm(inputs_embeds=embeds, use_cache=False).logits[:, -1].log_softmax(dim=-1)
 
 
-def naive_beam(model, features, b, size, length):
-    """The best hypothesis, where none comes to an end before `length` tokens."""
+def naive_beam(model, prompt, size, length):
+    """The best hypothesis, where none comes to an end before `length` tokens; 1 is greedy."""
     hypotheses, scores = [[]], torch.zeros(1)
     for _ in range(length):
-        scores = scores[:, None] + log_probs(model, features, b, hypotheses)
+        scores = scores[:, None] + log_probs(model, prompt, hypotheses)
         vocabulary = scores.size(1)
         scores, best = scores.flatten().topk(size)
         hypotheses = [[*hypotheses[i // vocabulary], i % vocabulary] for i in best.tolist()]
@@ -63,16 +75,15 @@ def naive_beam(model, features, b, size, length):
     return hypotheses[0]
 
 
-def log_prob(model, features, b, answer):
+def log_prob(model, prompt, answer):
     return sum(
-        float(log_probs(model, features, b, [answer[:i]])[0, token])
-        for i, token in enumerate(answer)
+        float(log_probs(model, prompt, [answer[:i]])[0, token]) for i, token in enumerate(answer)
     )
 
 
-def test_greedy_is_the_most_probable_token_again_and_again(model, features):
+def test_greedy_is_the_most_probable_token_again_and_again(model, features, prompts):
     hypotheses = search(model, features, LENS, max_new_tokens=LENGTH)
-    assert hypotheses == [naive_beam(model, features, b, 1, LENGTH) for b in range(3)]
+    assert hypotheses == [naive_beam(model, prompt, 1, LENGTH) for prompt in prompts]
     assert len({tuple(ids) for ids in hypotheses}) == 3  # they heard different things
 
 
@@ -85,21 +96,21 @@ def test_a_batch_is_its_utterances_alone(model, features):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_beam_is_the_naive_one_and_more_probable_than_greedy(model, features, size):
+def test_beam_is_the_naive_one_and_more_probable_than_greedy(model, features, prompts, size):
     greedy, beam = (search(model, features, LENS, k, LENGTH) for k in (1, size))
-    assert beam == [naive_beam(model, features, b, size, LENGTH) for b in range(3)]
+    assert beam == [naive_beam(model, prompt, size, LENGTH) for prompt in prompts]
     assert beam != greedy
     best, first = (
-        sum(log_prob(model, features, b, ids) for b, ids in enumerate(hypotheses))
+        sum(log_prob(model, prompt, ids) for prompt, ids in zip(prompts, hypotheses))
         for hypotheses in (beam, greedy)
     )
     assert best > first
 
 
-def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_pair_of_tokens(model, features):
-    first = log_probs(model, features, 0, [[]])[0]
+def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_pair_of_tokens(model, features, prompts):
+    first = log_probs(model, prompts[0], [[]])[0]
     size = len(first)
-    second = log_probs(model, features, 0, [[token] for token in range(size)])
+    second = log_probs(model, prompts[0], [[token] for token in range(size)])
     best = divmod(int((first[:, None] + second).argmax()), size)
     assert search(model, features[:1], LENS[:1], size, 2) == [list(best)]
 

@@ -32,7 +32,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     gpus = torch.cuda.device_count()
     add("--world-size", type=int, default=min(4, max(1, gpus)),
-        help="processes for DDP, by default one for each of up to 4 GPUs; torchrun's wins")  # fmt: skip
+        help="processes for DDP, by default one a GPU, at most 4; torchrun's wins")  # fmt: skip
     add("--master-port", type=int, default=12354, help="for DDP on one machine")
     add("--num-epochs", type=int, default=10, help="train up to this epoch")
     add("--start-epoch", type=int, default=1, help="above 1: continue from epoch-(N-1).pt")

@@ -54,14 +54,14 @@ _COMMON = dict(downsampling_factor=(1, 2, 4, 8, 4, 2), cnn_module_kernel=(31, 31
 
 SIZES = {
     "tiny": ZipformerConfig(
-        num_encoder_layers=(1, 1, 2, 1),
-        downsampling_factor=(1, 2, 4, 2),
-        feedforward_dim=(256, 384, 512, 384),
+        num_encoder_layers=(1, 1, 1),
+        downsampling_factor=(2, 4, 2),
+        feedforward_dim=(256, 384, 256),
         num_heads=(4,),
-        encoder_dim=(96, 128, 192, 128),
-        encoder_unmasked_dim=(96, 96, 128, 96),
-        cnn_module_kernel=(31, 31, 15, 31),
-        frontend_channels=32,
+        encoder_dim=(96, 144, 96),
+        encoder_unmasked_dim=(64, 96, 64),
+        cnn_module_kernel=(31, 15, 31),
+        frontend_channels=16,
     ),
     "small": ZipformerConfig(
         num_encoder_layers=(2, 2, 2, 2, 2, 2),

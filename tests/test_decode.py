@@ -1,0 +1,335 @@
+"""The rest of a user's day: average, decode and score, with decode.py and decode_mose.py."""
+
+import json
+import logging
+import re
+import shutil
+
+import pytest
+import torch
+from lhotse import CutSet, load_manifest
+
+import decode
+import decode_mose
+from speechllm.training.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
+TOKENS = "12"  # an untrained LLM knows no end
+
+
+@pytest.fixture(scope="module")
+def test_cuts(tiny_corpus, tmp_path_factory):
+    """A cut file of four utterances: one in capitals, one too short for a speech embedding."""
+    cuts = list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
+    cuts[1].supervisions[0].text = cuts[1].supervisions[0].text.upper()
+    short = cuts[2].truncate(duration=0.2).with_id("short")
+    short.supervisions[0].duration = 0.2
+    path = tmp_path_factory.mktemp("test_cuts") / "tiny_cuts_test-all.jsonl.gz"
+    CutSet.from_cuts([*cuts, short]).to_file(path)
+    return path
+
+
+@pytest.fixture
+def copies(tiny_exp, tiny_mose_exp, tmp_path):
+    """A copy of the experiment with n encoders, to decode in."""
+
+    def copy(n=1):
+        exp_dir = tmp_path / f"exp{n}"
+        shutil.copytree({1: tiny_exp, 2: tiny_mose_exp}[n], exp_dir)
+        return exp_dir
+
+    return copy
+
+
+@pytest.fixture
+def run(tiny_argv, test_cuts):
+    """decode.py, or decode_mose.py with two encoders; by default the average of both epochs."""
+
+    def run(exp_dir, *flags, n=1):
+        program = decode if n == 1 else decode_mose
+        program.main([
+            *tiny_argv(n), "--exp-dir", str(exp_dir), "--test-cuts", str(test_cuts), "--epoch", "2",
+            "--avg", "2", "--max-new-tokens", TOKENS, *map(str, flags),
+        ])  # fmt: skip
+
+    return run
+
+
+def recogs(exp_dir, suffix, name="tiny_test_all"):
+    """(id, reference, hypothesis) of each utterance in a recogs- file."""
+    text = (exp_dir / "decode" / f"recogs-{name}-{suffix}.txt").read_text()
+    lines = re.findall(r"^(\S+):\tref=(\[.*\])\n\1:\thyp=(\[.*\])$", text, flags=re.MULTILINE)
+    assert 2 * len(lines) == text.count("\n")
+    return [(i, *(json.loads(w.replace("'", '"')) for w in words)) for i, *words in lines]
+
+
+def hypotheses(exp_dir, suffix, name="tiny_test_all"):
+    """Without looking into them: an untrained LLM writes anything."""
+    text = (exp_dir / "decode" / f"recogs-{name}-{suffix}.txt").read_text()
+    return re.findall(r"^(\S+):\thyp=(.*)$", text, flags=re.MULTILINE)
+
+
+def references(exp_dir, suffix, name="tiny_test_all"):
+    text = (exp_dir / "decode" / f"recogs-{name}-{suffix}.txt").read_text()
+    return re.findall(r"^(\S+):\tref=(.*)$", text, flags=re.MULTILINE)
+
+
+# ---- average, decode, score
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_users_day(copies, run, test_cuts, n):
+    exp_dir = copies(n)
+    run(exp_dir, n=n)
+
+    average = load_checkpoint(exp_dir / "epoch-2-avg-2.pt")
+    epochs = [load_checkpoint(exp_dir / f"epoch-{k}.pt")["model"] for k in (1, 2)]
+    assert average.keys() == {"model"} and average["model"].keys() == epochs[0].keys()
+    for key, value in average["model"].items():
+        torch.testing.assert_close(value, (epochs[0][key] + epochs[1][key]) / 2)
+
+    suffix = "decode-beam1-epoch-2-avg-2"
+    names = {path.name for path in (exp_dir / "decode").iterdir() if "log-" not in path.name}
+    assert names == {
+        f"{kind}-tiny_test_all-{suffix}.txt" for kind in ("recogs", "errs", "wer-summary")
+    }
+    cuts = load_manifest(test_cuts)
+    assert references(exp_dir, suffix) == sorted(
+        (cut.id, str(cut.supervisions[0].text.lower().split())) for cut in cuts
+    )
+    heard = dict(hypotheses(exp_dir, suffix))
+    assert len(heard) == 4 and heard.pop("short") == "[]"
+    assert "[]" not in heard.values() and len(set(heard.values())) == 3
+
+    (log_file,) = (exp_dir / "decode").glob(f"log-{suffix}-*")
+    line = re.search(r"\[tiny_test_all\] %WER ([\d.]+)% \[\d+ / \d+, \d+ ins", log_file.read_text())
+    errs = (exp_dir / "decode" / f"errs-tiny_test_all-{suffix}.txt").read_text()
+    assert errs.startswith(f"%WER = {line[1]}\n")
+    assert "1 cuts are too short to hear" in log_file.read_text()
+
+
+def test_published_ways_are_the_defaults():
+    args = vars(decode.get_parser(decode.train.DEFAULTS).parse_args([]))
+    assert (args["epoch"], args["avg"], args["checkpoint"]) == (10, 5, None)
+    assert (args["beam_size"], args["max_new_tokens"], args["normalize"]) == (1, 200, "none")
+    assert args["max_duration"] == 2000.0
+    assert args["test_cuts"] == "librispeech_cuts_test-clean,librispeech_cuts_test-other"
+    four = vars(decode.get_parser(decode_mose.train_mose.DEFAULTS).parse_args([]))
+    assert four["speech_encoder_path"].count(",") == 3
+
+
+def test_several_sets(copies, run, tiny_corpus):
+    exp_dir = copies()
+    run(exp_dir, "--test-cuts", "tiny_cuts_test,tiny_cuts_dev", "--max-new-tokens", 2)
+    suffix = "decode-beam1-epoch-2-avg-2"
+    assert [i for i, _ in hypotheses(exp_dir, suffix, "tiny_test")] == [
+        "test-0", "test-1", "test-2"
+    ]  # fmt: skip
+    assert len(hypotheses(exp_dir, suffix, "tiny_dev")) == 5
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_size_of_the_batches_does_not_matter(copies, run, n):
+    suffix, exp_dir = "decode-beam1-epoch-2-avg-2", copies(n)
+    run(exp_dir, "--max-duration", 100, n=n)
+    together = hypotheses(exp_dir, suffix)
+    run(exp_dir, "--max-duration", 0.5, n=n)
+    assert hypotheses(exp_dir, suffix) == together
+
+
+def test_a_checkpoint_by_name(copies, run):
+    """Also with the useless keys of a published one."""
+    exp_dir = copies()
+    run(exp_dir)
+    averaged = hypotheses(exp_dir, "decode-beam1-epoch-2-avg-2")
+    model = load_checkpoint(exp_dir / "epoch-2-avg-2.pt")["model"]
+    useless = {
+        "prompt_embedding.weight": torch.randn(4, 32),
+        "llm.base_model.model.lm_head.weight": torch.randn(320, 32),
+    }
+    torch.save({"model": model | useless}, exp_dir / "published.pt")
+    run(exp_dir, "--checkpoint", "published.pt")
+    assert hypotheses(exp_dir, "decode-beam1-published") == averaged
+    (log_file,) = (exp_dir / "decode").glob("log-decode-beam1-published-*")
+    assert "ignored: prompt_embedding.weight, llm.base_model.model.lm_head.weight" in (
+        log_file.read_text()
+    )
+    run(exp_dir, "--checkpoint", "best-train-loss.pt")
+    assert hypotheses(exp_dir, "decode-beam1-best-train-loss") != averaged
+
+
+def test_one_epoch(copies, run):
+    exp_dir = copies()
+    run(exp_dir, "--avg", 1)
+    run(exp_dir, "--checkpoint", "epoch-2.pt")
+    assert hypotheses(exp_dir, "decode-beam1-epoch-2-avg-1") == hypotheses(
+        exp_dir, "decode-beam1-epoch-2"
+    )
+    assert not (exp_dir / "epoch-2-avg-1.pt").exists()
+
+
+def test_beam_search(copies, run):
+    exp_dir = copies()
+    run(exp_dir, "--beam-size", 3)
+    run(exp_dir)
+    beam, greedy = (hypotheses(exp_dir, f"decode-beam{k}-epoch-2-avg-2") for k in (3, 1))
+    assert beam != greedy and [i for i, _ in beam] == [i for i, _ in greedy]
+
+
+def test_longest_hypothesis(copies, run, monkeypatch):
+    exp_dir, lengths = copies(), []
+
+    def search(*args):
+        ids = original(*args)
+        lengths.extend(map(len, ids))
+        return ids
+
+    original = decode.search
+    monkeypatch.setattr(decode, "search", search)
+    run(exp_dir, "--max-new-tokens", 3)
+    assert lengths == [3] * 3
+
+
+def test_normalization(copies, run, tiny_corpus, tmp_path):
+    cuts = list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
+    cuts[0].supervisions[0].text = "Mr. Colour, it's"
+    CutSet.from_cuts(cuts).to_file(tmp_path / "odd_cuts_test.jsonl.gz")
+    exp_dir, flags = copies(), ("--test-cuts", tmp_path / "odd_cuts_test.jsonl.gz")
+    run(exp_dir, *flags)
+    run(exp_dir, *flags, "--normalize", "basic")
+    suffix = "decode-beam1-epoch-2-avg-2"
+    assert references(exp_dir, suffix, "odd_test")[0] == (
+        "test-0",
+        """['mr.', 'colour,', "it's"]""",
+    )
+    assert references(exp_dir, f"{suffix}-basic", "odd_test")[0] == (
+        "test-0", """['mr', 'colour', "it's"]"""
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("flag, dtype", [
+    ("--use-fp16", torch.float16), ("--use-bf16", torch.bfloat16), ("--use-lora", torch.float32)
+])  # fmt: skip
+def test_precision(copies, run, monkeypatch, flag, dtype):
+    seen = set()
+
+    def search(model, *args):
+        seen.add(model.llm.get_input_embeddings().weight.dtype)
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return original(model, *args)
+
+    original = decode.search
+    monkeypatch.setattr(decode, "search", search)
+    exp_dir = copies()
+    run(exp_dir, flag, "true", "--max-new-tokens", 2)
+    assert seen == {dtype, None if dtype == torch.float32 else dtype}
+    assert len(hypotheses(exp_dir, "decode-beam1-epoch-2-avg-2")) == 4
+
+
+def test_features_from_the_audio(copies, run, tiny_corpus):
+    """They are those on disk, up to what their compression loses."""
+    exp_dir = copies()
+    flags = ("--test-cuts", "tiny_cuts_test", "--max-new-tokens", 1)
+    run(exp_dir, *flags)
+    stored = hypotheses(exp_dir, "decode-beam1-epoch-2-avg-2", "tiny_test")
+    run(exp_dir, *flags, "--on-the-fly-feats", "true")
+    assert hypotheses(exp_dir, "decode-beam1-epoch-2-avg-2", "tiny_test") == stored
+
+
+# ---- what goes wrong is said in one sentence
+
+
+@pytest.fixture
+def said(run):
+    def said(exp_dir, *flags, n=1):
+        with pytest.raises(SystemExit) as error:
+            run(exp_dir, *flags, n=n)
+        sentence = error.value.code
+        assert isinstance(sentence, str) and sentence and "\n" not in sentence
+        assert not list((exp_dir / "decode").glob("*.txt"))
+        return sentence
+
+    return said
+
+
+def test_missing_epochs(said, copies):
+    exp_dir = copies()
+    assert said(exp_dir, "--epoch", 4, "--avg", 3) == (
+        f"epoch-3.pt is missing in {exp_dir}: --epoch 4 --avg 3 needs 2, 3, 4"
+    )
+    assert (
+        said(exp_dir, "--epoch", 2, "--avg", 3) == "--epoch 2 --avg 3 reaches back before epoch 1"
+    )
+    assert said(exp_dir, "--avg", 0) == "--epoch 2 --avg 0 reaches back before epoch 1"
+    assert said(exp_dir, "--checkpoint", "x.pt") == f"{exp_dir}/x.pt is missing"
+    assert {path.name for path in exp_dir.glob("*avg*")} == set()
+
+
+def test_a_checkpoint_of_another_model(said, copies, tiny_exp):
+    alien = re.escape("epoch-2-avg-2 has the alien llm.base_model.model.model.layers.0.mlp")
+    assert re.match(alien, said(copies(), "--unfreeze-llm", "false"))
+    assert said(copies(2)) == (
+        "epoch-2-avg-2 lacks encoder_projector.proj.1.bias and 3 more: "
+        "it is of another model than this one with 1 encoder"
+    )
+    assert said(tiny_exp, "--checkpoint", "epoch-1.pt", n=2).startswith("epoch-1 lacks encoder_pro")
+
+
+def test_damaged_checkpoint(said, copies):
+    exp_dir = copies()
+    content = (exp_dir / "epoch-2.pt").read_bytes()
+    (exp_dir / "epoch-2.pt").unlink()  # a link to the best one
+    (exp_dir / "epoch-2.pt").write_bytes(content[: len(content) // 2])
+    assert said(exp_dir).startswith(f"{exp_dir}/epoch-2.pt cannot be read as a checkpoint")
+
+
+def test_missing_model_files(said, copies, tmp_path):
+    exp_dir = copies()
+    assert said(exp_dir, "--llm-path", tmp_path / "x").startswith(f"LLM directory {tmp_path}/x is")
+    assert said(exp_dir, "--speech-encoder-path", "x.pt").startswith("encoder x.pt is missing")
+
+
+def test_too_long_for_the_positions_of_the_llm(said, copies, test_cuts, tiny_llm_dir, tmp_path):
+    llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
+    config = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 33}))
+    # A prompt of 11, 6 embeddings for each second, an answer of 12.
+    sentence = said(copies(), "--llm-path", llm)
+    assert re.fullmatch(
+        rf"{test_cuts}: cut test-1 of 2.2 s needs 36 positions, the LLM has 33", sentence
+    )
+
+
+def test_cuts_that_cannot_be_used(said, copies, tiny_corpus, tmp_path):
+    exp_dir, path = copies(), tmp_path / "cuts.jsonl.gz"
+    whole = tiny_corpus / "tiny_cuts_test.jsonl.gz"
+    flags = ("--test-cuts", path)
+
+    assert said(exp_dir, "--test-cuts", ",") == "--test-cuts ',' names no cut file"
+    assert said(exp_dir, *flags) == f"cut file {path} is missing"
+    path.write_bytes(b"")
+    assert said(exp_dir, *flags).startswith(f"{path} cannot be read beyond cut 0: ")
+    path.write_bytes(whole.read_bytes()[:-30])
+    assert said(exp_dir, *flags).startswith(f"{path} cannot be read beyond cut ")
+    cuts = list(load_manifest(whole))
+    cuts[2].supervisions = []
+    CutSet.from_cuts(cuts).to_file(path)
+    assert said(exp_dir, *flags) == f"{path}: cut test-2 has no text"
+    cuts = list(load_manifest(whole))
+    cuts[1].features.num_features = 40
+    CutSet.from_cuts(cuts).to_file(path)
+    assert said(exp_dir, *flags) == f"{path}: cut test-1 has features of 40 dimensions, not 80"
+
+
+@pytest.mark.parametrize("flag", ["--beam-size", "--max-new-tokens"])
+def test_impossible_numbers(said, copies, flag):
+    assert said(copies(), flag, 0) == f"{flag} 0 must be at least 1"
+
+
+def test_nothing_is_left_open(copies, run):
+    """The log file is closed with the program's next set-up; its lines are all there."""
+    exp_dir = copies()
+    run(exp_dir, "--max-new-tokens", 1)
+    logging.shutdown()
+    (log_file,) = (exp_dir / "decode").glob("log-*")
+    assert log_file.read_text().rstrip().endswith(f"Results are in {exp_dir / 'decode'}")

@@ -1,0 +1,314 @@
+"""Every flag of train.py and decode.py changes something; a new one without an entry here fails.
+
+What the flags reach is compared: the objects given to the training loop, and what decoding wrote.
+What the values themselves do is tested where it is done.
+"""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from lhotse.dataset import OnTheFlyFeatures
+
+import decode
+import train
+from speechllm import data
+from speechllm.decoding import test_set
+from speechllm.training.distributed import Ranks
+from speechllm.training.loop import seed_everything
+from speechllm.training.schedule import Eden
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
+
+@dataclass
+class Change:
+    """A flag's other value, what is looked at, and flags without which it would change nothing."""
+
+    value: str
+    seen: callable
+    context: tuple[str, ...] = field(default=())
+
+
+def flags_of(parser) -> set[str]:
+    return {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
+
+
+# ---- train.py
+
+
+@pytest.fixture
+def reached(monkeypatch, tiny_train_argv, tiny_exp, tmp_path):
+    """A function from flags to what reached the training loop, or the sentence instead."""
+
+    def run(*flags):
+        seen = SimpleNamespace(sentence="")
+        loop = {}
+
+        def launch(run, args, world_size, master_port):
+            seen.args, seen.world_size, seen.master_port = args, world_size, master_port
+            run(Ranks(), args)
+
+        monkeypatch.setattr(train, "launch", launch)
+        monkeypatch.setattr(train, "train", lambda **given: loop.update(given))
+        exp_dir = tmp_path / "exp"
+        if not exp_dir.exists():
+            exp_dir.mkdir()
+            (exp_dir / "epoch-1.pt").symlink_to(tiny_exp / "epoch-1.pt")
+        try:
+            train.main([*tiny_train_argv(exp_dir), *(f.format(tmp=tmp_path) for f in flags)])
+        except SystemExit as error:
+            seen.sentence = error.code
+        return SimpleNamespace(**vars(seen), **loop)
+
+    return run
+
+
+def batches(reached, epoch=1):
+    """One epoch, listed: ids, texts, shapes and sums of the features."""
+    seed_everything(0)
+    return [
+        (batch["ids"], batch["texts"], batch["features"].shape, float(batch["features"].sum()))
+        for batch in reached.train_loader(epoch)
+    ]
+
+
+def ids(reached):
+    return [batch[0] for batch in batches(reached)]
+
+
+def trained_names(reached):
+    return sorted(reached.model_state())
+
+
+def parameter(name):
+    return lambda reached: reached.model.get_parameter(name).tolist()
+
+
+def rates(reached):
+    """Learning rates over some batches and epochs."""
+    listed = []
+    for epoch in (0, 3):
+        reached.schedule.step_epoch(epoch)
+        for batch in (0, 100, 9000):
+            reached.schedule.step_batch(batch)
+            listed += reached.schedule.get_last_lr()
+    return listed
+
+
+def attribute(name):
+    return lambda reached: getattr(reached, name)
+
+
+def plain(reached):
+    """Without what is drawn at random: the order and the features of the batches."""
+    return sorted(batches(reached))
+
+
+MANY = ("--train-cuts", "tiny_cuts_many", "--max-duration", "20")
+QUIET = ("--enable-musan", "false", "--enable-spec-aug", "false")
+JOINED = (*MANY, *QUIET, "--concatenate-cuts", "true", "--min-utterance", "0.3")
+EDEN = ("--lr-schedule", "eden")
+
+TRAIN = {
+    "--world-size": Change("2", attribute("world_size")),
+    "--master-port": Change("12399", attribute("master_port")),
+    "--num-epochs": Change("3", attribute("num_epochs")),
+    "--start-epoch": Change("2", lambda r: (r.start_epoch, r.state.batch_idx_train)),
+    "--exp-dir": Change("{tmp}/other", lambda r: (r.exp_dir, sorted(r.exp_dir.iterdir()))),
+    "--base-lr": Change("0.005", rates),
+    "--optimizer": Change("adamw", lambda r: type(r.optimizer)),
+    "--lr-schedule": Change("eden", rates),
+    "--lr-batches": Change("5000", rates, EDEN),
+    "--lr-epochs": Change("2", rates, EDEN),
+    "--warmup-batches": Change("200", rates, EDEN),
+    "--seed": Change("7", lambda r: (r.seed, ids(r))),
+    "--use-fp16": Change("true", lambda r: (r.dtype, r.scaler.is_enabled())),
+    "--use-bf16": Change("true", attribute("dtype")),
+    "--inf-check": Change("true", lambda r: len(r.model.encoder[0]._forward_hooks)),
+    "--tensorboard": Change("false", attribute("tensorboard")),
+    "--log-interval": Change("10", attribute("log_interval")),
+    "--valid-interval": Change("10", attribute("valid_interval")),
+    "--use-lora": Change("false", trained_names),
+    "--unfreeze-llm": Change("false", trained_names),
+    "--unfreeze-encoder": Change("true", trained_names),
+    "--encoder-feature-mask": Change("false", lambda r: r.model.encoder_feature_mask),
+    "--pretrained-model-path": Change(
+        "{tmp}/exp/epoch-1.pt", parameter("encoder_projector.0.proj.1.bias")
+    ),
+    "--llm-path": Change("{tmp}/other_llm", attribute("sentence")),
+    "--speech-encoder-type": Change("medium", attribute("sentence")),
+    "--speech-encoder-path": Change(
+        "{tmp}/other.pt", parameter("encoder.0.encoder_embed.conv.0.bias")
+    ),
+    # Nothing reads it yet: text from a CTC head comes with draft-verified decoding.
+    "--speech-encoder-bpe-path": Change("other.model", lambda r: r.args.speech_encoder_bpe_path),
+    "--encoder-projector-ds-rate": Change("2", lambda r: r.model.encoder_projector[0].ds_rate),
+    "--use-flash-attn": Change(
+        "true", lambda r: r.sentence or r.model.llm.config._attn_implementation
+    ),
+    "--manifest-dir": Change("{tmp}", attribute("sentence")),
+    "--max-duration": Change("3", lambda r: len(batches(r))),
+    "--bucketing-sampler": Change("false", ids, MANY),
+    "--num-buckets": Change("2", ids, MANY),
+    "--num-workers": Change("1", lambda r: r.train_loader(1).num_workers),
+    "--on-the-fly-feats": Change("true", plain, QUIET),
+    "--shuffle": Change("false", ids),
+    "--drop-last": Change("false", lambda r: len(batches(r)), MANY),
+    "--min-utterance": Change("0.3", lambda r: r.epoch_seconds),
+    "--max-utterance": Change("2.5", lambda r: r.epoch_seconds),
+    "--concatenate-cuts": Change("true", plain, (*MANY, *QUIET, "--min-utterance", "0.3")),
+    "--duration-factor": Change("2", plain, JOINED),
+    "--gap": Change("0.1", plain, JOINED),
+    "--enable-musan": Change("false", plain, ("--enable-spec-aug", "false", "--shuffle", "false")),
+    "--enable-spec-aug": Change("false", plain, ("--enable-musan", "false")),
+    "--spec-aug-time-warp-factor": Change("0", plain, ("--enable-musan", "false")),
+    "--train-cuts": Change("tiny_cuts_dev", lambda r: r.epoch_seconds),
+    "--valid-cuts": Change("tiny_cuts_test", lambda r: [b["ids"] for b in r.valid_loader()]),
+}  # fmt: skip
+
+
+def test_every_flag_of_train_has_an_entry():
+    assert set(TRAIN) == flags_of(train.get_parser(train.DEFAULTS))
+
+
+@pytest.mark.parametrize("flag", TRAIN)
+def test_flag_of_train(reached, tiny_encoder_dir, tmp_path, flag):
+    (tmp_path / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
+    change = TRAIN[flag]
+    before = change.seen(reached(*change.context))
+    assert before == change.seen(reached(*change.context)), "it changes by itself"
+    assert before != change.seen(reached(*change.context, flag, change.value))
+
+
+def test_eden_is_given_its_flags(reached):
+    schedule = reached(
+        *EDEN, "--lr-batches", "11", "--lr-epochs", "12", "--warmup-batches", "13"
+    ).schedule
+    assert isinstance(schedule, Eden)
+    assert (schedule.lr_batches, schedule.lr_epochs, schedule.warmup_batches) == (11, 12, 13)
+
+
+def test_bf16_wins_over_fp16(reached):
+    both = reached("--use-fp16", "true", "--use-bf16", "true")
+    assert both.dtype == reached("--use-bf16", "true").dtype
+    assert not both.scaler.is_enabled()
+
+
+def test_the_llm_is_held_in_the_training_dtype_unless_it_is_trained_itself(reached):
+    def dtype(*flags):
+        return reached(*flags).model.llm.get_input_embeddings().weight.dtype
+
+    bf16 = ("--use-bf16", "true")
+    assert dtype(*bf16) == reached(*bf16).dtype != dtype()
+    assert dtype(*bf16, "--use-lora", "false") == dtype()
+    assert dtype(*bf16, "--use-lora", "false", "--unfreeze-llm", "false") == dtype(*bf16)
+
+
+# ---- decode.py
+
+
+@pytest.fixture
+def decoded(monkeypatch, tiny_argv, tiny_exp, tmp_path):
+    """A function from flags to what decoding used and wrote, or the sentence instead."""
+
+    def run(*flags):
+        seen = SimpleNamespace(sentence="", searches=[], loaders=[])
+        search, evaluation_loader = decode.search, data.evaluation_loader
+
+        def watched_search(model, features, *rest):
+            seen.model = model
+            seen.searches.append((features.shape, float(features.sum()), *rest[1:]))
+            return search(model, features, *rest)
+
+        def watched_loader(*args, **options):
+            seen.loaders.append(evaluation_loader(*args, **options))
+            return seen.loaders[-1]
+
+        exp_dir = tmp_path / "exp"
+        exp_dir.mkdir(exist_ok=True)
+        for name in ("epoch-1.pt", "epoch-2.pt"):
+            if not (exp_dir / name).exists():
+                (exp_dir / name).symlink_to(tiny_exp / name)
+        argv = [
+            *tiny_argv(), "--exp-dir", str(exp_dir), "--test-cuts", "tiny_cuts_test",
+            "--epoch", "2", "--avg", "2", "--max-new-tokens", "3", *flags,
+        ]  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "search", watched_search)
+            patch.setattr(test_set, "evaluation_loader", watched_loader)
+            try:
+                decode.main([text.format(tmp=tmp_path) for text in argv])
+            except SystemExit as error:
+                seen.sentence = error.code
+        out = sorted((exp_dir / "decode").glob("*.txt"))
+        seen.files = {path.name: path.read_text() for path in out if "summary" not in path.name}
+        for path in out:
+            path.unlink()
+        return seen
+
+    return run
+
+
+def files(seen):
+    return seen.sentence, seen.files
+
+
+def names(seen):
+    return seen.sentence, set(seen.files)
+
+
+def searches(seen):
+    return seen.searches
+
+
+def samplers(seen):
+    """The batches, in order."""
+    return [[batch["ids"] for batch in loader] for loader in seen.loaders]
+
+
+DECODE = {
+    "--exp-dir": Change("{tmp}/other", files),
+    "--epoch": Change("1", files, ("--avg", "1")),
+    "--avg": Change("1", files),
+    "--checkpoint": Change("epoch-1.pt", files),
+    "--beam-size": Change("2", names),
+    "--max-new-tokens": Change("1", searches),
+    "--normalize": Change("basic", names),
+    "--use-fp16": Change("true", lambda s: s.model.llm.dtype),
+    "--use-bf16": Change("true", lambda s: s.model.llm.dtype),
+    "--test-cuts": Change("tiny_cuts_dev", files),
+    "--use-lora": Change("false", files),
+    "--unfreeze-llm": Change("false", files),
+    "--unfreeze-encoder": Change("true", files),
+    "--llm-path": Change("{tmp}/other_llm", files),
+    "--speech-encoder-type": Change("medium", files),
+    "--speech-encoder-path": Change("{tmp}/other.pt", files),
+    # As in training: nothing reads it yet, so it is looked at no further than its being a flag.
+    "--speech-encoder-bpe-path": None,
+    "--encoder-projector-ds-rate": Change("2", files),
+    "--use-flash-attn": Change("true", lambda s: s.sentence or s.model.llm.config._attn_implementation),
+    "--manifest-dir": Change("{tmp}", files),
+    "--max-duration": Change("1", searches),
+    "--bucketing-sampler": Change("false", samplers, MANY[2:] + ("--test-cuts", "tiny_cuts_many")),
+    "--num-buckets": Change("2", samplers, MANY[2:] + ("--test-cuts", "tiny_cuts_many")),
+    "--num-workers": Change("1", lambda s: [loader.num_workers for loader in s.loaders]),
+    "--on-the-fly-feats": Change("true", lambda s: isinstance(
+        s.loaders[0].dataset.input_strategy, OnTheFlyFeatures)),
+}  # fmt: skip
+
+
+def test_every_flag_of_decode_has_an_entry():
+    assert set(DECODE) == flags_of(decode.get_parser(train.DEFAULTS))
+
+
+@pytest.mark.parametrize("flag", [flag for flag in DECODE if DECODE[flag]])
+def test_flag_of_decode(decoded, tiny_encoder_dir, tmp_path, flag):
+    (tmp_path / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
+    change = DECODE[flag]
+    before = change.seen(decoded(*change.context))
+    assert before != change.seen(decoded(*change.context, flag, change.value))
+
+
+def test_decoding_again_gives_the_same(decoded):
+    assert files(decoded()) == files(decoded())
