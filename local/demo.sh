@@ -5,13 +5,13 @@
 #   bash local/demo.sh --corpus my/table.tsv  your own (columns: utt_id, text, path[, speaker, split])
 #
 # Finished stages are kept. --stage N repeats stage N and all after it, --stop-stage N ends with N:
-#   1 corpus  2 features  3 tiny LLM  4 two encoders  5 train  6 decode  7 MoSE: train and decode
+#   1 corpus  2 features  3 tiny LLM  4 two encoders  5 train and train_mose  6 decode both
 # Everything is written to data/demo and exp/demo (data/<table> and exp/<table> with --corpus).
 set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-table="" name=demo stage=8 stop_stage=8
+table="" name=demo stage=7 stop_stage=7
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
   case "$1" in
@@ -45,7 +45,7 @@ quietly() {
   "$@" >"$file" 2>&1 || { tail -n 20 "$file" >&2; echo "failed; all of it is in $file" >&2; exit 1; }
 }
 
-# The small models of the demo gain nothing from a second thread: the two encoders share the cores.
+# Models this small gain little from a second thread: trainings run two at a time, a core each.
 export OMP_NUM_THREADS=1
 corpus=(--manifest-dir "$data/fbank" --min-utterance 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
@@ -53,11 +53,12 @@ model=(--llm-path "$exp/llm" --speech-encoder-type tiny)
 one=(--speech-encoder-path "$exp/encoder1/pretrained.pt")
 two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained.pt")
 
-encoder_epochs=9 llm_epochs=5 mose_epochs=5
-batches=(--world-size 1 --use-fp16 false --num-buckets 8 --enable-spec-aug false --log-interval 20)
+encoder_epochs=9 llm_epochs=5
+batches=(--world-size 1 --use-fp16 false --num-buckets 8 --enable-spec-aug false
+  --encoder-feature-mask false --log-interval 20)
 encoder=(--encoder-size tiny --num-epochs $encoder_epochs --avg 2 --max-duration 15
-  --lr-epochs 5 --warmup-batches 100)
-llm=(--max-duration 60)
+  --lr-epochs 5 --warmup-batches 100 --dropout 0)
+llm=(--max-duration 20 --base-lr 0.03 --num-epochs $llm_epochs)
 test=(--test-cuts "${name}_cuts_test" --max-duration 120 --max-new-tokens 100
   --manifest-dir "$data/fbank" --num-workers 0)
 
@@ -78,8 +79,8 @@ fi
 
 if due 3 "a tiny LLM of the transcripts"; then
   rm -rf "$exp/llm"
-  quietly llm.log $python local/make_tiny_llm.py --text "$data/fbank/${name}_cuts_train.jsonl.gz" \
-    --out "$exp/llm" --max-steps 250
+  OMP_NUM_THREADS=2 quietly llm.log $python local/make_tiny_llm.py --text "$data/fbank/${name}_cuts_train.jsonl.gz" \
+    --out "$exp/llm" --max-steps 200
   finished 3
 fi
 
@@ -91,38 +92,33 @@ if due 4 "two tiny encoders with CTC, side by side"; then
       --vocab-size $((100 * n)) --seed $n --exp-dir "$exp/encoder$n" &
     jobs[n]=$!
   done
-  wait "${jobs[1]}"
-  wait "${jobs[2]}"
+  for n in 1 2; do wait "${jobs[n]}"; done
   finished 4
 fi
-export OMP_NUM_THREADS=2
-
-if due 5 "train.py: projector and LoRA on the first encoder"; then
-  rm -rf "$exp/llm_asr"
+if due 5 "train.py on the first encoder and train_mose.py on both, side by side"; then
+  rm -rf "$exp/llm_asr" "$exp/mose"
   quietly train.log $python src/train.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" \
-    "${model[@]}" "${one[@]}" --num-epochs $llm_epochs --exp-dir "$exp/llm_asr"
+    "${model[@]}" "${one[@]}" --exp-dir "$exp/llm_asr" &
+  job=$!
+  quietly train_mose.log $python src/train_mose.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" \
+    "${llm[@]}" "${model[@]}" "${two[@]}" --exp-dir "$exp/mose" &
+  wait $job
+  wait $!
   finished 5
 fi
 
-if due 6 "decode.py"; then
+if due 6 "decode.py and decode_mose.py"; then
   quietly decode.log $python src/decode.py "${test[@]}" "${model[@]}" "${one[@]}" \
     --epoch $llm_epochs --avg 2 --exp-dir "$exp/llm_asr"
-  finished 6
-fi
-
-if due 7 "train_mose.py and decode_mose.py: both encoders"; then
-  rm -rf "$exp/mose"
-  quietly train_mose.log $python src/train_mose.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" \
-    "${llm[@]}" "${model[@]}" "${two[@]}" --num-epochs $mose_epochs --exp-dir "$exp/mose"
   quietly decode_mose.log $python src/decode_mose.py "${test[@]}" "${model[@]}" "${two[@]}" \
-    --epoch $mose_epochs --avg 2 --exp-dir "$exp/mose"
-  finished 7
+    --epoch $llm_epochs --avg 2 --exp-dir "$exp/mose"
+  finished 6
 fi
 
 # wer DIR: from the first line of its error file, `%WER = 3.14`.
 wer() { head -q -n 1 "$1"/decode/errs-*.txt 2>/dev/null | head -n 1 | sed 's/.*= //'; }
 
-[ "$stop_stage" -ge 7 ] || { log "Stopped after stage $stop_stage"; exit 0; }
+[ "$stop_stage" -ge 6 ] || { log "Stopped after stage $stop_stage"; exit 0; }
 ctc=$(wer "$exp/encoder1") llm_wer=$(wer "$exp/llm_asr") mose=$(wer "$exp/mose")
 cat <<TXT
 

@@ -28,7 +28,7 @@ from speechllm.data import (
     read_cuts,
 )
 from speechllm.decoding.test_set import decode_cuts, set_name
-from speechllm.flags import comma_list
+from speechllm.flags import comma_list, str2bool
 from speechllm.scoring import log_line, score
 from speechllm.training.checkpoint import (
     TrainState,
@@ -88,6 +88,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--encoder-size", choices=list(SIZES), default="medium", help="see zipformer/sizes.py")
     add("--vocab-size", type=int, default=500, help="BPE pieces at most; small corpora give fewer")
     add("--dropout", type=float, default=0.1, help="in the encoder and before the CTC head")
+    add("--encoder-feature-mask", type=str2bool, default=True,
+        help="mask encoder channels in training, as in the paper")  # fmt: skip
     add("--avg", type=int, default=5, help="last epochs averaged into pretrained.pt")
     parser.set_defaults(
         exp_dir=Path("exp/encoder"), base_lr=0.045, lr_schedule="eden", num_epochs=30
@@ -218,7 +220,7 @@ def run(ranks: Ranks, args) -> None:
         state = restore_state(checkpoint)
     encoder = make_encoder(args, bpe.vocab_size(), checkpoint)
     logging.info(f"Number of model parameters: {sum(p.numel() for p in encoder.parameters())}")
-    model = CtcModel(encoder).to(ranks.device)
+    model = CtcModel(encoder, args.encoder_feature_mask).to(ranks.device)
     if args.inf_check:
         check_outputs_finite(model)
     optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)

@@ -4,11 +4,13 @@ What the flags reach is compared: the objects given to the training loop, and wh
 What the values themselves do is tested where it is done.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 from lhotse.dataset import OnTheFlyFeatures
+from safetensors.torch import load_file, save_file
 
 import decode
 import train
@@ -32,6 +34,16 @@ class Change:
 
 def flags_of(parser) -> set[str]:
     return {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
+
+
+@pytest.fixture
+def other_files(tiny_encoder_dir, tiny_llm_dir, tmp_path):
+    """`other.pt`, another encoder, and `llm`, another LLM."""
+    (tmp_path / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
+    llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
+    weights = load_file(llm / "model.safetensors")
+    weights["model.norm.weight"] *= -1
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
 
 
 # ---- train.py
@@ -107,7 +119,8 @@ def plain(reached):
 
 MANY = ("--train-cuts", "tiny_cuts_many", "--max-duration", "20")
 QUIET = ("--enable-musan", "false", "--enable-spec-aug", "false")
-JOINED = (*MANY, *QUIET, "--concatenate-cuts", "true", "--min-utterance", "0.3")
+JOINABLE = (*QUIET, "--max-duration", "20", "--min-utterance", "0.3")
+JOINED = (*JOINABLE, "--concatenate-cuts", "true")
 EDEN = ("--lr-schedule", "eden")
 
 TRAIN = {
@@ -136,7 +149,7 @@ TRAIN = {
     "--pretrained-model-path": Change(
         "{tmp}/exp/epoch-1.pt", parameter("encoder_projector.0.proj.1.bias")
     ),
-    "--llm-path": Change("{tmp}/other_llm", attribute("sentence")),
+    "--llm-path": Change("{tmp}/llm", parameter("llm.base_model.model.model.norm.weight")),
     "--speech-encoder-type": Change("medium", attribute("sentence")),
     "--speech-encoder-path": Change(
         "{tmp}/other.pt", parameter("encoder.0.encoder_embed.conv.0.bias")
@@ -157,7 +170,7 @@ TRAIN = {
     "--drop-last": Change("false", lambda r: len(batches(r)), MANY),
     "--min-utterance": Change("0.3", lambda r: r.epoch_seconds),
     "--max-utterance": Change("2.5", lambda r: r.epoch_seconds),
-    "--concatenate-cuts": Change("true", plain, (*MANY, *QUIET, "--min-utterance", "0.3")),
+    "--concatenate-cuts": Change("true", plain, JOINABLE),
     "--duration-factor": Change("2", plain, JOINED),
     "--gap": Change("0.1", plain, JOINED),
     "--enable-musan": Change("false", plain, ("--enable-spec-aug", "false", "--shuffle", "false")),
@@ -173,8 +186,7 @@ def test_every_flag_of_train_has_an_entry():
 
 
 @pytest.mark.parametrize("flag", TRAIN)
-def test_flag_of_train(reached, tiny_encoder_dir, tmp_path, flag):
-    (tmp_path / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
+def test_flag_of_train(reached, other_files, flag):
     change = TRAIN[flag]
     before = change.seen(reached(*change.context))
     assert before == change.seen(reached(*change.context)), "it changes by itself"
@@ -281,13 +293,15 @@ DECODE = {
     "--use-lora": Change("false", files),
     "--unfreeze-llm": Change("false", files),
     "--unfreeze-encoder": Change("true", files),
-    "--llm-path": Change("{tmp}/other_llm", files),
+    "--llm-path": Change("{tmp}/llm", files),
     "--speech-encoder-type": Change("medium", files),
     "--speech-encoder-path": Change("{tmp}/other.pt", files),
     # As in training: nothing reads it yet, so it is looked at no further than its being a flag.
     "--speech-encoder-bpe-path": None,
     "--encoder-projector-ds-rate": Change("2", files),
-    "--use-flash-attn": Change("true", lambda s: s.sentence or s.model.llm.config._attn_implementation),
+    "--use-flash-attn": Change(
+        "true", lambda s: s.sentence or s.model.llm.config._attn_implementation
+    ),
     "--manifest-dir": Change("{tmp}", files),
     "--max-duration": Change("1", searches),
     "--bucketing-sampler": Change("false", samplers, MANY[2:] + ("--test-cuts", "tiny_cuts_many")),
@@ -303,8 +317,7 @@ def test_every_flag_of_decode_has_an_entry():
 
 
 @pytest.mark.parametrize("flag", [flag for flag in DECODE if DECODE[flag]])
-def test_flag_of_decode(decoded, tiny_encoder_dir, tmp_path, flag):
-    (tmp_path / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
+def test_flag_of_decode(decoded, other_files, flag):
     change = DECODE[flag]
     before = change.seen(decoded(*change.context))
     assert before != change.seen(decoded(*change.context, flag, change.value))
