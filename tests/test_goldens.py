@@ -33,7 +33,7 @@ def added(value, *path):
         for key in path[:-1]:
             golden = golden[key]
         if torch.is_tensor(golden[path[-1]]):
-            golden[path[-1]].view(-1)[0] += value
+            golden[path[-1]][(0,) * golden[path[-1]].ndim] += value
         else:
             golden[path[-1]] += value
 
