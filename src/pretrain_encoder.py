@@ -38,20 +38,15 @@ from speechllm.training.checkpoint import (
     restore_state,
 )
 from speechllm.training.distributed import Ranks, is_first_process, launch
-from speechllm.training.loop import seed_everything, train, validate
+from speechllm.training.loop import seed_everything, validate
 from speechllm.training.progress import setup_logging
 from speechllm.training.setup import (
     add_training_arguments,
-    autocast_dtype,
     check_data,
     check_epochs,
-    check_outputs_finite,
-    make_optimizer,
-    make_schedule,
-    make_train_loader,
+    fit,
     make_valid_loader,
     train_paths,
-    wrap_ddp,
 )
 from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
 from speechllm.zipformer.checkpoint import encoder_from_state
@@ -221,41 +216,10 @@ def run(ranks: Ranks, args) -> None:
     encoder = make_encoder(args, bpe.vocab_size(), checkpoint)
     logging.info(f"Number of model parameters: {sum(p.numel() for p in encoder.parameters())}")
     model = CtcModel(encoder, args.encoder_feature_mask).to(ranks.device)
-    if args.inf_check:
-        check_outputs_finite(model)
-    optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)
-    schedule = make_schedule(args, optimizer)
-    dtype = autocast_dtype(args.use_fp16, args.use_bf16)
-    scaler = torch.amp.GradScaler(
-        ranks.device.type, init_scale=1.0, enabled=dtype == torch.float16
-    )
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["scheduler"])
-        scaler.load_state_dict(checkpoint["grad_scaler"])
-
     batch_loss = make_batch_loss(bpe, ranks.device)
     valid_loader = make_valid_loader(args, args.valid_statistics, ranks)
-    train(
-        model=wrap_ddp(model, ranks),
-        batch_loss=batch_loss,
-        optimizer=optimizer,
-        schedule=schedule,
-        scaler=scaler,
-        train_loader=make_train_loader(args, args.train_statistics, ranks),
-        valid_loader=valid_loader,
-        model_state=encoder.state_dict,
-        state=state,
-        exp_dir=args.exp_dir,
-        start_epoch=args.start_epoch,
-        num_epochs=args.num_epochs,
-        epoch_seconds=args.train_statistics.seconds,
-        dtype=dtype,
-        seed=args.seed,
-        log_interval=args.log_interval,
-        valid_interval=args.valid_interval,
-        tensorboard=args.tensorboard,
-        ranks=ranks,
+    fit(
+        model, batch_loss, valid_loader, encoder.state_dict, state, checkpoint, args, ranks
     )
     finish(model, batch_loss, valid_loader, args, ranks)
     if ranks.is_main:

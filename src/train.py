@@ -27,21 +27,18 @@ from speechllm.model_flags import add_model_arguments, build_model, check_model_
 from speechllm.prompt import encode_transcripts, training_ids
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
 from speechllm.training.distributed import Ranks, is_first_process, launch
-from speechllm.training.loop import seed_everything, train
+from speechllm.training.loop import seed_everything
 from speechllm.training.progress import setup_logging
 from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,
     check_data,
     check_epochs,
-    check_outputs_finite,
+    fit,
     make_optimizer,
-    make_schedule,
-    make_train_loader,
     make_valid_loader,
     train_paths,
     valid_paths,
-    wrap_ddp,
 )
 
 DEFAULTS = {
@@ -180,36 +177,15 @@ def run(ranks: Ranks, args) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     logging.info(f"Number of model parameters: {sum(p.numel() for p in model.parameters())}")
     logging.info(f"Number of trained parameters: {sum(p.numel() for p in trained.values())}")
-    if args.inf_check:
-        check_outputs_finite(model)
-    optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)
-    schedule = make_schedule(args, optimizer)
-    scaler = torch.amp.GradScaler(ranks.device.type, init_scale=1.0, enabled=dtype == torch.float16)
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["scheduler"])
-        if checkpoint["grad_scaler"]:  # empty after a training without fp16
-            scaler.load_state_dict(checkpoint["grad_scaler"])
-    train(
-        model=wrap_ddp(model, ranks),
-        batch_loss=make_batch_loss(tokenizer, len(model.encoder), ranks.device),
-        optimizer=optimizer,
-        schedule=schedule,
-        scaler=scaler,
-        train_loader=make_train_loader(args, args.train_statistics, ranks),
-        valid_loader=make_valid_loader(args, args.valid_statistics, ranks),
-        model_state=lambda: trainable_state(model),
-        state=state,
-        exp_dir=args.exp_dir,
-        start_epoch=args.start_epoch,
-        num_epochs=args.num_epochs,
-        epoch_seconds=args.train_statistics.seconds,
-        dtype=dtype,
-        seed=args.seed,
-        log_interval=args.log_interval,
-        valid_interval=args.valid_interval,
-        tensorboard=args.tensorboard,
-        ranks=ranks,
+    fit(
+        model,
+        make_batch_loss(tokenizer, len(model.encoder), ranks.device),
+        make_valid_loader(args, args.valid_statistics, ranks),
+        lambda: trainable_state(model),
+        state,
+        checkpoint,
+        args,
+        ranks,
     )
 
 

@@ -219,7 +219,8 @@ def test_precision(copies, run, monkeypatch, flag, value, dtype):
 
     def search(model, *args):
         seen.add(model.llm.get_input_embeddings().weight.dtype)
-        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        seen.add(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
         return original(model, *args)
 
     original = decode.search

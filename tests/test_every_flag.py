@@ -16,6 +16,7 @@ import decode
 import train
 from speechllm import data
 from speechllm.decoding import test_set
+from speechllm.training import setup
 from speechllm.training.distributed import Ranks
 from speechllm.training.loop import seed_everything
 from speechllm.training.schedule import Eden
@@ -62,7 +63,7 @@ def reached(monkeypatch, tiny_train_argv, tiny_exp, tmp_path):
             run(Ranks(), args)
 
         monkeypatch.setattr(train, "launch", launch)
-        monkeypatch.setattr(train, "train", lambda **given: loop.update(given))
+        monkeypatch.setattr(setup, "train", lambda **given: loop.update(given))
         exp_dir = tmp_path / "exp"
         if not exp_dir.exists():
             exp_dir.mkdir()

@@ -10,6 +10,7 @@ import sentencepiece
 import torch
 
 import pretrain_encoder
+from speechllm.training import setup
 from speechllm.training.checkpoint import load_checkpoint
 from speechllm.zipformer import load_encoder
 
@@ -155,7 +156,7 @@ def handed_over(flags, tmp_path, monkeypatch):
 
     def run(**more):
         given = {}
-        monkeypatch.setattr(pretrain_encoder, "train", lambda **options: given.update(options))
+        monkeypatch.setattr(setup, "train", lambda **options: given.update(options))
         main(flags, tmp_path, **more)
         return given
 

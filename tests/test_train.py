@@ -172,6 +172,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank would need a GPU")
 def test_two_ranks_with_a_mixture_of_encoders(tiny_train_argv, tmp_path):
     """Other processes do not know the tests' encoder size. Encoders are trained here, too: each
     rank needs a gradient for all of them, also when none of its utterances drew one."""

@@ -21,8 +21,9 @@ from speechllm.data import (
     training_loader,
 )
 from speechllm.flags import comma_list, str2bool
-from speechllm.training.checkpoint import epoch_path
+from speechllm.training.checkpoint import TrainState, epoch_path
 from speechllm.training.distributed import Ranks
+from speechllm.training.loop import BatchLoss, train
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden, FixedLR
 
@@ -202,3 +203,51 @@ def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
         )
 
     return loader
+
+
+def fit(
+    model: nn.Module,
+    batch_loss: BatchLoss,
+    valid_loader: Callable,
+    model_state: Callable,
+    state: TrainState,
+    checkpoint: dict,
+    args,
+    ranks: Ranks,
+) -> None:
+    """Train `model` as the flags say, going on from `checkpoint` unless that is empty.
+
+    See `loop.train` for the other arguments; `args.train_statistics` is of `check_data`.
+    """
+    if args.inf_check:
+        check_outputs_finite(model)
+    optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)
+    schedule = make_schedule(args, optimizer)
+    dtype = autocast_dtype(args.use_fp16, args.use_bf16)
+    scaler = torch.amp.GradScaler(ranks.device.type, init_scale=1.0, enabled=dtype == torch.float16)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["scheduler"])
+        if checkpoint["grad_scaler"]:  # empty after a training without fp16
+            scaler.load_state_dict(checkpoint["grad_scaler"])
+    train(
+        model=wrap_ddp(model, ranks),
+        batch_loss=batch_loss,
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=scaler,
+        train_loader=make_train_loader(args, args.train_statistics, ranks),
+        valid_loader=valid_loader,
+        model_state=model_state,
+        state=state,
+        exp_dir=args.exp_dir,
+        start_epoch=args.start_epoch,
+        num_epochs=args.num_epochs,
+        epoch_seconds=args.train_statistics.seconds,
+        dtype=dtype,
+        seed=args.seed,
+        log_interval=args.log_interval,
+        valid_interval=args.valid_interval,
+        tensorboard=args.tensorboard,
+        ranks=ranks,
+    )
