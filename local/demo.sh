@@ -53,13 +53,13 @@ model=(--llm-path "$exp/llm" --speech-encoder-type tiny)
 one=(--speech-encoder-path "$exp/encoder1/pretrained.pt")
 two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained.pt")
 
-encoder_epochs=8 llm_epochs=6
+encoder_epochs=8 llm_epochs=8
 batches=(--world-size 1 --use-fp16 false --num-buckets 8 --enable-spec-aug false
   --encoder-feature-mask false --log-interval 20)
 encoder=(--encoder-size tiny --num-epochs $encoder_epochs --avg 2 --max-duration 15
   --lr-epochs 5 --warmup-batches 100 --dropout 0)
 llm=(--num-epochs $llm_epochs --max-duration 12 --base-lr 0.05
-  --lr-schedule eden --lr-epochs 2 --warmup-batches 50)
+  --lr-schedule eden --lr-epochs 3 --warmup-batches 50)
 test=(--test-cuts "${name}_cuts_test" --max-duration 120 --max-new-tokens 100
   --manifest-dir "$data/fbank" --num-workers 0)
 
