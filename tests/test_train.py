@@ -8,9 +8,11 @@ import socket
 import pytest
 import torch
 from lhotse import CutSet, load_manifest
+from torch import nn
 
 import train
 import train_mose
+from speechllm.prompt import IGNORED, ChatIds
 from speechllm.training.checkpoint import average_epochs, load_checkpoint
 from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
 
@@ -36,7 +38,7 @@ def equal(state, other):
 @pytest.mark.parametrize("exp, n", [("tiny_exp", 1), ("tiny_mose_exp", 2)])
 def test_what_a_training_leaves_behind(request, exp, n):
     exp_dir = request.getfixturevalue(exp)
-    names = {path.name for path in exp_dir.iterdir()}
+    names = {path.name for path in exp_dir.iterdir()} - {"decode"}  # other tests decode with it
     assert names == {
         "epoch-1.pt", "epoch-2.pt", "best-train-loss.pt", "best-valid-loss.pt", "log", "tensorboard"
     }  # fmt: skip
@@ -151,6 +153,36 @@ def test_going_on_in_another_precision(tiny_exp, tiny_train_argv, tmp_path):
     shutil.copy(tiny_exp / "epoch-1.pt", tmp_path)
     train.main([*tiny_train_argv(tmp_path), "--start-epoch", "2", "--use-fp16", "true"])
     assert load_checkpoint(tmp_path / "epoch-2.pt")["grad_scaler"]["scale"] > 0
+
+
+# ---- what the model is given
+
+
+class Listener(nn.Module):
+    """Keeps what it is called with."""
+
+    chat = ChatIds(before=(1,), group=(2, 3, 4), after=(5,), end=6, pad=0)
+
+    def forward(self, features, feature_lens, ids, labels, used):
+        self.ids, self.labels, self.used = ids, labels, used
+        return {"loss": torch.zeros(())}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_texts_are_lower_cased_and_encoders_dropped_in_training_only(tiny_tokenizer, n):
+    batch = {
+        "features": torch.zeros(20, 50, 80), "feature_lens": torch.full((20,), 45),
+        "texts": ["ONE two"] * 20,
+    }  # fmt: skip
+    batch_loss = train.make_batch_loss(tiny_tokenizer, n, torch.device("cpu"))
+    model = Listener()
+    assert batch_loss(model.eval(), batch)["frames"] == 20 * 22
+    assert model.used == [list(range(n))] * 20
+    answer = [*tiny_tokenizer.encode("one two"), 6]
+    assert model.labels[0].tolist() == [IGNORED] * (3 * n + 2) + answer
+    batch_loss(model.train(), batch)
+    assert (model.used == [[0]] * 20) == (n == 1)
+    assert (model.ids == 3).sum(dim=1).tolist() == [len(used) for used in model.used]
 
 
 # ---- precision and ranks

@@ -249,6 +249,8 @@ def test_interrupting_the_first_process_ends_all(tmp_path, port):
     process = subprocess.Popen(
         [sys.executable, script, "wait"],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        # A background job's children ignore interrupts unless told otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
