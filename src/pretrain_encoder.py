@@ -51,6 +51,7 @@ from speechllm.training.setup import (
 from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
 from speechllm.zipformer.checkpoint import encoder_from_state
 from speechllm.zipformer.ctc import ctc_frames_needed, ctc_greedy, ctc_loss
+from speechllm.zipformer.flat_start import flat_start_loss
 
 
 class CtcModel(nn.Module):
@@ -85,6 +86,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--dropout", type=float, default=0.1, help="in the encoder and before the CTC head")
     add("--encoder-feature-mask", type=str2bool, default=True,
         help="mask encoder channels in training, as in the paper")  # fmt: skip
+    add("--flat-start-batches", type=int, default=300,
+        help="first batches that learn from evenly spread tokens instead of by CTC")  # fmt: skip
     add("--avg", type=int, default=5, help="last epochs averaged into pretrained.pt")
     parser.set_defaults(
         exp_dir=Path("exp/encoder"), base_lr=0.045, lr_schedule="eden", num_epochs=30
@@ -121,22 +124,35 @@ def train_bpe(texts: list[str], vocab_size: int, path: Path) -> None:
     os.replace(partial, path)
 
 
-def make_batch_loss(bpe: sentencepiece.SentencePieceProcessor, device: torch.device):
-    """CTC loss of a batch in nats, per encoder frame; word errors of greedy CTC in validation."""
+class CtcBatchLoss:
+    """CTC loss of a batch in nats, per encoder frame; word errors of greedy CTC in validation.
 
-    def batch_loss(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    The first `flat_start_batches` in training have the loss of flat_start.py instead.
+    """
+
+    def __init__(
+        self,
+        bpe: sentencepiece.SentencePieceProcessor,
+        device: torch.device,
+        flat_start_batches: int = 0,
+    ):
+        self.bpe, self.device = bpe, device
+        self.flat_start_batches = flat_start_batches
+
+    def __call__(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         texts = [text.upper() for text in batch["texts"]]
-        log_probs, lens = model(
-            batch["features"].to(device), batch["feature_lens"].to(device)
-        )
-        targets = bpe.encode(texts)
-        sums = {
-            "loss": ctc_loss(log_probs, lens, targets),
-            "tokens": lens.sum(),
-            "frames": lens.sum(),
-        }
+        features = batch["features"].to(self.device)
+        feature_lens = batch["feature_lens"].to(self.device)
+        log_probs, lens = model(features, feature_lens)
+        targets = self.bpe.encode(texts)
+        if model.training and self.flat_start_batches > 0:
+            self.flat_start_batches -= 1
+            loss = flat_start_loss(log_probs, lens, features, feature_lens, targets)
+        else:
+            loss = ctc_loss(log_probs, lens, targets)
+        sums = {"loss": loss, "tokens": lens.sum(), "frames": lens.sum()}
         if not model.training:
-            hypotheses = bpe.decode(ctc_greedy(log_probs, lens))
+            hypotheses = self.bpe.decode(ctc_greedy(log_probs, lens))
             errors = sum(
                 kaldialign.edit_distance(text.split(), hyp.split())["total"]
                 for text, hyp in zip(texts, hypotheses)
@@ -144,8 +160,6 @@ def make_batch_loss(bpe: sentencepiece.SentencePieceProcessor, device: torch.dev
             sums["errors"] = torch.tensor(errors)
             sums["words"] = torch.tensor(sum(len(text.split()) for text in texts))
         return sums
-
-    return batch_loss
 
 
 def prepare_bpe(args) -> None:
@@ -216,7 +230,7 @@ def run(ranks: Ranks, args) -> None:
     encoder = make_encoder(args, bpe.vocab_size(), checkpoint)
     logging.info(f"Number of model parameters: {sum(p.numel() for p in encoder.parameters())}")
     model = CtcModel(encoder, args.encoder_feature_mask).to(ranks.device)
-    batch_loss = make_batch_loss(bpe, ranks.device)
+    batch_loss = CtcBatchLoss(bpe, ranks.device, args.flat_start_batches - state.batch_idx_train)
     valid_loader = make_valid_loader(args, args.valid_statistics, ranks)
     fit(
         model, batch_loss, valid_loader, encoder.state_dict, state, checkpoint, args, ranks

@@ -66,6 +66,7 @@ def check_zipformer(path: Path) -> float:
     for i, alone in enumerate(golden["alone"]):
         one, one_len = features[i : i + 1, : lens[i]], lens[i : i + 1]
         embed, embed_len = encoder.encoder_embed(one, one_len)
+        same("embed_lens", int(embed_len[0]), int(golden["embed_lens"][i]))
         errors.append(distance(embed[0, : embed_len[0]], alone["embed"]))
         errors.append(distance(encoder(one, one_len)[0][0], alone["encoder_out"]))
         errors.append(distance(batched[i, : batched_lens[i]], alone["encoder_out"]))
@@ -114,7 +115,9 @@ def check_speech_llm(path: Path) -> float:
         prompt = embeds.size(1) - len(targets)
         same("num_prompt_embeds", prompt, alone["num_prompt_embeds"])
         loss = nn.functional.cross_entropy(logits, targets)
+        accuracy = (logits.argmax(dim=-1) == targets).float().mean()
         errors += [distance(logits, alone["label_logits"]), distance(loss, alone["loss"])]
+        errors.append(distance(accuracy, alone["acc"]))
         for key, beam_size in (("generated", 1), ("generated_beam4", 4)):
             tokens = alone[key].tolist()
             ours = search(model, one, one_len, beam_size, max_new_tokens=len(tokens))[0]

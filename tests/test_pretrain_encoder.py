@@ -25,7 +25,7 @@ def flags(tiny_corpus, encoder_size):
         "--valid-cuts": "tiny_cuts_test", "--encoder-size": encoder_size, "--vocab-size": 40,
         "--num-epochs": 1, "--avg": 1, "--max-duration": 12, "--num-workers": 0,
         "--min-utterance": 0.3, "--max-utterance": 1.5, "--drop-last": "false",
-        "--enable-musan": "false",
+        "--enable-musan": "false", "--flat-start-batches": 1,
         "--warmup-batches": 10, "--use-fp16": "false", "--tensorboard": "false",
         "--world-size": 1,
     }  # fmt: skip
@@ -186,6 +186,21 @@ def handed_over(flags, tmp_path, monkeypatch):
 def test_flags_that_reach_the_loop(handed_over, flag, value, seen):
     assert seen(handed_over()) != value
     assert seen(handed_over(**{flag: value})) == value
+
+
+def test_the_first_batches_have_the_loss_of_the_flat_start(flags, trained, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        pretrain_encoder, "flat_start_loss",
+        lambda log_probs, *_: calls.append(1) or log_probs.sum() * 0,
+    )  # fmt: skip
+    main(flags, tmp_path / "new", **{"--num-epochs": 3, "--flat-start-batches": 2})
+    assert len(calls) == 2
+    exp_dir = begin_from(trained, tmp_path / "continued")
+    done = load_checkpoint(exp_dir / "epoch-1.pt")["batch_idx_train"]
+    more = {"--num-epochs": 2, "--start-epoch": 2, "--flat-start-batches": done + 1}
+    main(flags, exp_dir, **more)
+    assert len(calls) == 3
 
 
 def test_precision(handed_over):
