@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 import train
-from speechllm.data import add_data_arguments, check_cuts, cuts_file
+from speechllm.data import add_data_arguments, loader_options
 from speechllm.decoding.search import MAX_NEW_TOKENS, search
-from speechllm.decoding.test_set import decode_cuts, set_name
-from speechllm.flags import comma_list, str2bool
+from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
+from speechllm.flags import str2bool
 from speechllm.model import SpeechLLM, load_trainable_state
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.prompt import decode_transcripts
@@ -101,11 +101,9 @@ def run(args) -> None:
         if value < 1:
             raise ValueError(f"{flag} {value} must be at least 1")
     check_model_files(args)
-    paths = [cuts_file(args.manifest_dir, name) for name in comma_list(args.test_cuts)]
+    paths = files_to_decode(args)
     if not paths:
         raise ValueError(f"--test-cuts {args.test_cuts!r} names no cut file")
-    for path in paths:
-        check_cuts([path], need_text=False, need_features=not args.on_the_fly_feats)
     parameters, parameters_name = read_parameters(args)
     suffix = result_suffix(args, parameters_name)
     out_dir = args.exp_dir / "decode"
@@ -123,16 +121,7 @@ def run(args) -> None:
     recognize = make_recognizer(model, tokenizer, args, device, dtype)
     for path in paths:
         name, start = set_name(path), time.monotonic()
-        results = decode_cuts(
-            path,
-            recognize,
-            args.normalize,
-            max_duration=args.max_duration,
-            bucketing_sampler=args.bucketing_sampler,
-            num_buckets=args.num_buckets,
-            num_workers=args.num_workers,
-            on_the_fly_feats=args.on_the_fly_feats,
-        )
+        results = decode_cuts(path, recognize, args.normalize, **loader_options(args))
         extra = {"decoded with": suffix, "seconds of decoding": time.monotonic() - start}
         counts = score(results, out_dir, name, suffix, extra)
         logging.info(log_line(name, counts))

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from speechllm.data import (
     add_data_arguments,
     add_training_data_arguments,
-    check_cuts,
-    cuts_file,
+    loader_options,
     read_cuts,
 )
-from speechllm.decoding.test_set import decode_cuts, set_name
-from speechllm.flags import comma_list, str2bool
+from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
+from speechllm.flags import str2bool
 from speechllm.scoring import log_line, score
 from speechllm.training.checkpoint import (
     TrainState,
@@ -232,9 +231,7 @@ def run(ranks: Ranks, args) -> None:
     model = CtcModel(encoder, args.encoder_feature_mask).to(ranks.device)
     batch_loss = CtcBatchLoss(bpe, ranks.device, args.flat_start_batches - state.batch_idx_train)
     valid_loader = make_valid_loader(args, args.valid_statistics, ranks)
-    fit(
-        model, batch_loss, valid_loader, encoder.state_dict, state, checkpoint, args, ranks
-    )
+    fit(model, batch_loss, valid_loader, encoder.state_dict, state, checkpoint, args, ranks)
     finish(model, batch_loss, valid_loader, args, ranks)
     if ranks.is_main:
         decode_tests(model, bpe, args, ranks.device)
@@ -253,18 +250,6 @@ def finish(model: CtcModel, batch_loss, valid_loader, args, ranks: Ranks) -> Non
     logging.info(f"Average of the last {avg} epochs, validation: {totals}")
 
 
-def check_tests(args) -> list[Path]:
-    """The cut files of --test-cuts, if any.
-
-    Raises:
-      FileNotFoundError, ValueError: one sentence with the file, the cut and the value.
-    """
-    paths = [cuts_file(args.manifest_dir, name) for name in comma_list(args.test_cuts or "")]
-    for path in paths:
-        check_cuts([path], need_text=False, need_features=not args.on_the_fly_feats)
-    return paths
-
-
 @torch.no_grad()
 def decode_tests(model: CtcModel, bpe, args, device: torch.device) -> None:
     """Decode the test sets by greedy CTC; results go to `decode/` of the exp dir."""
@@ -275,15 +260,7 @@ def decode_tests(model: CtcModel, bpe, args, device: torch.device) -> None:
 
     model.eval()
     for path in args.test_paths:
-        results = decode_cuts(
-            path,
-            recognize,
-            max_duration=args.max_duration,
-            bucketing_sampler=args.bucketing_sampler,
-            num_buckets=args.num_buckets,
-            num_workers=args.num_workers,
-            on_the_fly_feats=args.on_the_fly_feats,
-        )
+        results = decode_cuts(path, recognize, **loader_options(args))
         counts = score(results, args.exp_dir / "decode", set_name(path), "ctc-greedy")
         logging.info(log_line(set_name(path), counts))
 
@@ -294,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
         check_epochs(args)
         check_average(args)
         args.train_statistics, args.valid_statistics = check_data(args)
-        args.test_paths = check_tests(args)
+        args.test_paths = files_to_decode(args)
         if is_first_process():
             print(f"Training cuts: {args.train_statistics}")
             print(f"Validation cuts: {args.valid_statistics}")

@@ -155,6 +155,12 @@ def test_going_on_in_another_precision(tiny_exp, tiny_train_argv, tmp_path):
     assert load_checkpoint(tmp_path / "epoch-2.pt")["grad_scaler"]["scale"] > 0
 
 
+def test_going_on_with_another_learning_rate(tiny_exp, tiny_train_argv, tmp_path):
+    shutil.copy(tiny_exp / "epoch-1.pt", tmp_path)
+    train.main([*tiny_train_argv(tmp_path), "--start-epoch", "2", "--base-lr", "0.0025"])
+    assert set(re.findall(r"lr: (\S+),", log(tmp_path))) == {"2.50e-03"}
+
+
 # ---- what the model is given
 
 

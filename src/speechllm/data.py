@@ -50,6 +50,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute fbank from the audio instead of reading it")  # fmt: skip
 
 
+def loader_options(args) -> dict:
+    """What the flags of `add_data_arguments` say, as keywords of both loaders."""
+    names = "max_duration", "bucketing_sampler", "num_buckets", "num_workers", "on_the_fly_feats"
+    return {name: getattr(args, name) for name in names}
+
+
 def add_training_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training data")
     add = group.add_argument

@@ -4,9 +4,29 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from speechllm.data import check_cuts, evaluation_loader, long_enough, read_cuts, training_cuts
+from speechllm.data import (
+    check_cuts,
+    cuts_file,
+    evaluation_loader,
+    long_enough,
+    read_cuts,
+    training_cuts,
+)
+from speechllm.flags import comma_list
 from speechllm.scoring import NORMALIZERS, Result
 from speechllm.training.progress import ProgressBar
+
+
+def files_to_decode(args) -> list[Path]:
+    """The cut files that --test-cuts names, each of which can be decoded.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence with the file, the cut and the value.
+    """
+    paths = [cuts_file(args.manifest_dir, name) for name in comma_list(args.test_cuts or "")]
+    for path in paths:
+        check_cuts([path], need_text=False, need_features=not args.on_the_fly_feats)
+    return paths
 
 
 def decode_cuts(

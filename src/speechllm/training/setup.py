@@ -16,6 +16,7 @@ from speechllm.data import (
     check_noise,
     cuts_file,
     evaluation_loader,
+    loader_options,
     share_of_cuts,
     training_cuts,
     training_loader,
@@ -161,14 +162,10 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
     def loader(epoch: int):
         return training_loader(
             cuts,
-            max_duration=args.max_duration,
+            **loader_options(args),
             num_cuts=statistics.kept,
-            bucketing_sampler=args.bucketing_sampler,
-            num_buckets=args.num_buckets,
             shuffle=args.shuffle,
             drop_last=args.drop_last,
-            num_workers=args.num_workers,
-            on_the_fly_feats=args.on_the_fly_feats,
             concatenate_cuts=args.concatenate_cuts,
             duration_factor=args.duration_factor,
             gap=args.gap,
@@ -194,12 +191,8 @@ def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
     def loader():
         return evaluation_loader(
             mine,
-            max_duration=args.max_duration,
+            **loader_options(args),
             num_cuts=len(range(ranks.rank, statistics.kept, ranks.world_size)),
-            bucketing_sampler=args.bucketing_sampler,
-            num_buckets=args.num_buckets,
-            num_workers=args.num_workers,
-            on_the_fly_feats=args.on_the_fly_feats,
         )
 
     return loader
@@ -227,6 +220,8 @@ def fit(
     scaler = torch.amp.GradScaler(ranks.device.type, init_scale=1.0, enabled=dtype == torch.float16)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["initial_lr"] = args.base_lr  # the flags decide, not what they once were
         schedule.load_state_dict(checkpoint["scheduler"])
         if checkpoint["grad_scaler"]:  # empty after a training without fp16
             scaler.load_state_dict(checkpoint["grad_scaler"])
