@@ -6,18 +6,21 @@
 #
 # Finished stages are kept. --stage N repeats stage N and all after it, --stop-stage N ends with N:
 #   1 corpus  2 features  3 tiny LLM  4 two encoders  5 train and train_mose  6 decode both
+# --encoder-epochs N and --llm-epochs N: how long stages 4 and 5 train.
 # Everything is written to data/demo and exp/demo (data/<table> and exp/<table> with --corpus).
 set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-table="" name=demo stage=7 stop_stage=7
+table="" name=demo stage=7 stop_stage=7 encoder_epochs=6 llm_epochs=10
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
   case "$1" in
     --corpus) table=$(cd "$caller" && realpath -- "$2"); name=$(basename "${2%.*}") ;;
     --stage) stage=$2 ;;
     --stop-stage) stop_stage=$2 ;;
+    --encoder-epochs) encoder_epochs=$2 ;;
+    --llm-epochs) llm_epochs=$2 ;;
     *) echo "unknown option $1 (see the first lines of local/demo.sh)" >&2; exit 2 ;;
   esac
   shift 2
@@ -47,19 +50,21 @@ quietly() {
 
 # Models this small gain little from a second thread: trainings run two at a time, a core each.
 export OMP_NUM_THREADS=1
+# People vary more than espeak-ng's voices: their speech is augmented.
+[ -z "$table" ] && speed_perturb=false dropout=0 || speed_perturb=true dropout=0.1
 corpus=(--manifest-dir "$data/fbank" --min-utterance 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
 model=(--llm-path "$exp/llm" --speech-encoder-type tiny)
 one=(--speech-encoder-path "$exp/encoder1/pretrained.pt")
 two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained.pt")
 
-encoder_epochs=8 llm_epochs=8
 batches=(--world-size 1 --use-fp16 false --num-buckets 8 --enable-spec-aug false
   --encoder-feature-mask false --log-interval 20)
-encoder=(--encoder-size tiny --num-epochs $encoder_epochs --avg 2 --max-duration 15
-  --lr-epochs 5 --warmup-batches 100 --dropout 0)
+encoder=(--encoder-size tiny --num-epochs $encoder_epochs --max-duration 15
+  --avg $(((encoder_epochs + 1) / 2)) --lr-epochs 3 --warmup-batches 100 --dropout $dropout)
 llm=(--num-epochs $llm_epochs --max-duration 12 --base-lr 0.05
-  --lr-schedule eden --lr-epochs 3 --warmup-batches 50)
+  --lr-schedule eden --lr-epochs 2 --warmup-batches 50)
+average=(--epoch $llm_epochs --avg $(((llm_epochs + 1) / 2)))
 test=(--test-cuts "${name}_cuts_test" --max-duration 120 --max-new-tokens 100
   --manifest-dir "$data/fbank" --num-workers 0)
 
@@ -73,15 +78,15 @@ table=${table:-$data/corpus/transcripts.tsv}
 
 if due 2 "features of $table"; then
   quietly features.log $python local/prepare_corpus.py --table "$table" --corpus "$name" \
-    --manifest-dir "$data/fbank" --speed-perturb "$([ "$name" = demo ] && echo false || echo true)" \
-    --num-jobs 2
+    --manifest-dir "$data/fbank" --speed-perturb $speed_perturb --num-jobs 2
   finished 2
 fi
 
 if due 3 "a tiny LLM of the transcripts"; then
   rm -rf "$exp/llm"
-  OMP_NUM_THREADS=2 quietly llm.log $python local/make_tiny_llm.py --text "$data/fbank/${name}_cuts_train.jsonl.gz" \
-    --out "$exp/llm" --max-steps 200
+  OMP_NUM_THREADS=2 quietly llm.log $python local/make_tiny_llm.py --out "$exp/llm" \
+    --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps 600 \
+    --hidden-size 192 --num-layers 3 --num-heads 3 --num-kv-heads 1 --intermediate-size 512
   finished 3
 fi
 
@@ -90,7 +95,7 @@ if due 4 "two tiny encoders with CTC, side by side"; then
   for n in 1 2; do
     quietly encoder$n.log $python src/pretrain_encoder.py "${corpus[@]}" "${cuts[@]}" \
       "${batches[@]}" "${encoder[@]}" --test-cuts "${name}_cuts_test" \
-      --vocab-size $((100 * n)) --seed $n --exp-dir "$exp/encoder$n" &
+      --vocab-size $((300 - 100 * n)) --seed $n --exp-dir "$exp/encoder$n" &
     jobs[n]=$!
   done
   for n in 1 2; do wait "${jobs[n]}"; done
@@ -110,9 +115,9 @@ fi
 
 if due 6 "decode.py and decode_mose.py"; then
   quietly decode.log $python src/decode.py "${test[@]}" "${model[@]}" "${one[@]}" \
-    --epoch $llm_epochs --avg 2 --exp-dir "$exp/llm_asr"
+    "${average[@]}" --exp-dir "$exp/llm_asr"
   quietly decode_mose.log $python src/decode_mose.py "${test[@]}" "${model[@]}" "${two[@]}" \
-    --epoch $llm_epochs --avg 2 --exp-dir "$exp/mose"
+    "${average[@]}" --exp-dir "$exp/mose"
   finished 6
 fi
 

@@ -85,7 +85,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--dropout", type=float, default=0.1, help="in the encoder and before the CTC head")
     add("--encoder-feature-mask", type=str2bool, default=True,
         help="mask encoder channels in training, as in the paper")  # fmt: skip
-    add("--flat-start-batches", type=int, default=300,
+    add("--flat-start-batches", type=int, default=400,
         help="first batches that learn from evenly spread tokens instead of by CTC")  # fmt: skip
     add("--avg", type=int, default=5, help="last epochs averaged into pretrained.pt")
     parser.set_defaults(
@@ -137,6 +137,8 @@ class CtcBatchLoss:
     ):
         self.bpe, self.device = bpe, device
         self.flat_start_batches = flat_start_batches
+        pieces = [bpe.id_to_piece(i).replace("\u2581", "") for i in range(bpe.vocab_size())]
+        self.num_letters = torch.tensor([max(1, len(piece)) for piece in pieces])
 
     def __call__(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         texts = [text.upper() for text in batch["texts"]]
@@ -146,7 +148,9 @@ class CtcBatchLoss:
         targets = self.bpe.encode(texts)
         if model.training and self.flat_start_batches > 0:
             self.flat_start_batches -= 1
-            loss = flat_start_loss(log_probs, lens, features, feature_lens, targets)
+            loss = flat_start_loss(
+                log_probs, lens, features, feature_lens, targets, self.num_letters
+            )
         else:
             loss = ctc_loss(log_probs, lens, targets)
         sums = {"loss": loss, "tokens": lens.sum(), "frames": lens.sum()}

@@ -3,6 +3,8 @@ import torch
 
 from speechllm.zipformer.flat_start import flat_start_loss, is_speech, spread_evenly
 
+WIDTHS = torch.ones(4)
+
 
 def booleans(text: str) -> torch.Tensor:
     return torch.tensor([letter == "x" for letter in text])
@@ -14,14 +16,17 @@ def booleans(text: str) -> torch.Tensor:
         ([5, 6], "xxxx", [5, 5, 6, 6]),
         ([5, 6], "..xx.xx.", [0, 0, 5, 5, 0, 6, 6, 0]),
         ([5, 5, 7], "xxx", [5, 5, 7]),
-        ([5, 6], "xxxxx", [5, 5, 5, 6, 6]),
+        ([5, 6], "xxxxxx", [5, 5, 5, 6, 6, 6]),
+        ([5, 8], "xxxx", [5, 8, 8, 8]),  # as wide as three
+        ([8, 8], "xxxxxx", [8] * 6),
         ([], "xxx", [0, 0, 0]),
-        ([5, 6, 7], ".x..", [5, 5, 6, 7]),  # too little speech: everywhere
-        ([5, 6, 7], "..", [5, 6]),  # too few frames at all: as many as fit
+        ([5, 6, 7], ".x..", [5, 6, 6, 7]),  # too little speech: everywhere
+        ([5, 6, 7], "..", [5, 7]),  # too few frames at all: what fits
     ],
 )
 def test_spread_evenly(target, speech, alignment):
-    assert spread_evenly(target, booleans(speech)).tolist() == alignment
+    widths = torch.tensor([1] * 8 + [3])
+    assert spread_evenly(torch.tensor(target), widths, booleans(speech)).tolist() == alignment
 
 
 def test_loud_frames_are_speech():
@@ -32,7 +37,7 @@ def test_loud_frames_are_speech():
 
 def test_equally_loud_everywhere_spreads_over_everything():
     speech = is_speech(torch.zeros(27, 80), 5)
-    assert spread_evenly([5], speech).tolist() == [5] * 5
+    assert spread_evenly(torch.tensor([1]), WIDTHS, speech).tolist() == [1] * 5
 
 
 def batch_of_two() -> tuple[torch.Tensor, ...]:
@@ -45,7 +50,7 @@ def batch_of_two() -> tuple[torch.Tensor, ...]:
 
 def test_loss_is_the_cross_entropy_of_the_alignments():
     log_probs, lens, features, feature_lens = batch_of_two()
-    loss = flat_start_loss(log_probs, lens, features, feature_lens, [[1, 3], [2]])
+    loss = flat_start_loss(log_probs, lens, features, feature_lens, [[1, 3], [2]], WIDTHS)
     first = [log_probs[0, t, token] for t, token in enumerate([0, 0, 1, 3, 0])]
     second = [log_probs[1, t, token] for t, token in enumerate([0, 0, 2, 2])]
     torch.testing.assert_close(loss, -sum(first + second))
@@ -53,8 +58,8 @@ def test_loss_is_the_cross_entropy_of_the_alignments():
 
 def test_padding_does_not_matter():
     log_probs, lens, features, feature_lens = batch_of_two()
-    before = flat_start_loss(log_probs, lens, features, feature_lens, [[1, 3], [2]])
+    before = flat_start_loss(log_probs, lens, features, feature_lens, [[1, 3], [2]], WIDTHS)
     log_probs[1, 4:] = 99.0
     features[1, 23:] = 99.0
-    after = flat_start_loss(log_probs, lens, features, feature_lens, [[1, 3], [2]])
+    after = flat_start_loss(log_probs, lens, features, feature_lens, [[1, 3], [2]], WIDTHS)
     torch.testing.assert_close(after, before)
