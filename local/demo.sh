@@ -13,19 +13,21 @@ caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 table="" name=demo stage=7 stop_stage=7 encoder_epochs=6 llm_epochs=10
+refuse() { echo "$*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
-  [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
+  [ $# -ge 2 ] || refuse "$1 needs a value"
   case "$1" in
-    --corpus) table=$(cd "$caller" && realpath -- "$2"); name=$(basename "${2%.*}") ;;
-    --stage) stage=$2 ;;
-    --stop-stage) stop_stage=$2 ;;
-    --encoder-epochs) encoder_epochs=$2 ;;
-    --llm-epochs) llm_epochs=$2 ;;
-    *) echo "unknown option $1 (see the first lines of local/demo.sh)" >&2; exit 2 ;;
+    --corpus)
+      table=$(cd "$caller" && realpath -m -- "$2") name=$(basename "${2%.*}")
+      [ -f "$table" ] || refuse "--corpus $2: there is no such file" ;;
+    --stage | --stop-stage | --encoder-epochs | --llm-epochs)
+      [[ $2 =~ ^[1-9][0-9]*$ ]] || refuse "$1 $2: a whole number, at least 1, is needed"
+      flag=${1#--}
+      declare "${flag//-/_}=$2" ;;
+    *) refuse "unknown option $1 (see the first lines of local/demo.sh)" ;;
   esac
   shift 2
 done
-[ -z "$table" ] || [ -f "$table" ] || { echo "--corpus $table: there is no such file" >&2; exit 2; }
 
 start=$SECONDS
 source local/venv.sh requirements.txt
@@ -49,6 +51,9 @@ quietly() {
 }
 
 # Models this small gain little from a second thread: trainings run two at a time, a core each.
+# Each has its own process group (set -m), which ends with this script.
+set -m
+trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
 # People vary more than espeak-ng's voices: their speech is augmented.
 [ -z "$table" ] && speed_perturb=false dropout=0 || speed_perturb=true dropout=0.1
