@@ -24,11 +24,11 @@ from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
 from speechllm.flags import str2bool
 from speechllm.model import SpeechLLM, load_trainable_state
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
+from speechllm.progress import setup_logging
 from speechllm.prompt import decode_transcripts
 from speechllm.scoring import NORMALIZERS, log_line, score
 from speechllm.training.checkpoint import average_epochs, load_checkpoint
 from speechllm.training.distributed import Ranks
-from speechllm.training.progress import setup_logging
 from speechllm.training.setup import autocast_dtype
 
 TEST_CUTS = "librispeech_cuts_test-clean,librispeech_cuts_test-other"

@@ -28,6 +28,7 @@ from speechllm.data import (
 )
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
 from speechllm.flags import str2bool
+from speechllm.progress import setup_logging
 from speechllm.scoring import log_line, score
 from speechllm.training.checkpoint import (
     TrainState,
@@ -38,7 +39,6 @@ from speechllm.training.checkpoint import (
 )
 from speechllm.training.distributed import Ranks, is_first_process, launch
 from speechllm.training.loop import seed_everything, validate
-from speechllm.training.progress import setup_logging
 from speechllm.training.setup import (
     add_training_arguments,
     check_data,

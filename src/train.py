@@ -24,11 +24,11 @@ from speechllm.decoding.search import MAX_NEW_TOKENS
 from speechllm.flags import str2bool
 from speechllm.model import SpeechLLM, draw_encoders, load_trainable_state, trainable_state
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
+from speechllm.progress import setup_logging
 from speechllm.prompt import encode_transcripts, training_ids
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
 from speechllm.training.distributed import Ranks, is_first_process, launch
 from speechllm.training.loop import seed_everything
-from speechllm.training.progress import setup_logging
 from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,

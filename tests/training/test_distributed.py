@@ -117,7 +117,7 @@ def toy_training(exp_dir, batches, valid, ranks):
 
 def rank_together(ranks, args):
     """Rank 1 has more tokens, no validation batch, and no `correct` to report."""
-    from speechllm.training.progress import Metrics
+    from speechllm.training.metrics import Metrics
 
     batch = toy_batch(8)
     mine = slice(0, 3) if ranks.rank == 0 else slice(3, 8)

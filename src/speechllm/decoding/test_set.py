@@ -13,8 +13,8 @@ from speechllm.data import (
     training_cuts,
 )
 from speechllm.flags import comma_list
+from speechllm.progress import ProgressBar
 from speechllm.scoring import NORMALIZERS, Result
-from speechllm.training.progress import ProgressBar
 
 
 def files_to_decode(args) -> list[Path]:
@@ -53,7 +53,7 @@ def decode_cuts(
         loader = evaluation_loader(
             training_cuts([path], 0.0, float("inf")), num_cuts=statistics.kept, **loader_options
         )
-        progress = ProgressBar(set_name(path), statistics.seconds, True)
+        progress = ProgressBar(set_name(path), statistics.seconds)
         for batch in loader:
             pairs += zip(batch["ids"], batch["texts"], recognize(batch))
             progress.advance(batch["seconds"])

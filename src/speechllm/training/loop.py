@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speechllm.progress import ProgressBar
 from speechllm.training.checkpoint import (
     TrainState,
     copy_best,
@@ -17,7 +18,7 @@ from speechllm.training.checkpoint import (
     save_checkpoint,
 )
 from speechllm.training.distributed import Ranks
-from speechllm.training.progress import RESET_INTERVAL, Metrics, ProgressBar, TensorBoard
+from speechllm.training.metrics import RESET_INTERVAL, Metrics, TensorBoard
 
 BatchLoss = Callable[[nn.Module, dict], dict[str, Tensor]]
 
@@ -101,7 +102,7 @@ def _train_epoch(
 ) -> Metrics:  # fmt: skip
     """One epoch; returns this rank's sums over it."""
     epoch_sums, recent, audio_seconds = Metrics(), Metrics(), 0.0
-    progress = ProgressBar(state.epoch, epoch_seconds, ranks.is_main)
+    progress = ProgressBar(f"epoch {state.epoch}", epoch_seconds, ranks.is_main)
     start = time.monotonic()
     model.train()
     batch_idx = -1

@@ -1,8 +1,5 @@
-"""What a training tells: running sums, the log lines users grep, a progress bar, tensorboard."""
+"""What a training counts: running sums, as the log lines users grep and for tensorboard."""
 
-import datetime
-import logging
-import sys
 from pathlib import Path
 
 import torch
@@ -51,57 +48,6 @@ class Metrics:
     def __str__(self) -> str:
         values = "".join(f"{name}={value:.4g}, " for name, value in self.means().items())
         return f"{values}over {float(self.sums['frames']):.2f} frames. "
-
-
-def setup_logging(prefix: Path, ranks) -> None:
-    """Log to `<prefix>-<date>[-<rank>]`, and to the terminal on rank 0."""
-    date = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    suffix = f"-{ranks.rank}" if ranks.world_size > 1 else ""
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    where = f"({ranks.rank}/{ranks.world_size}) " if ranks.world_size > 1 else ""
-    handlers: list[logging.Handler] = [logging.FileHandler(f"{prefix}-{date}{suffix}")]
-    if ranks.is_main:
-        handlers.append(_TerminalHandler())
-    logging.basicConfig(
-        level=logging.INFO,
-        format=f"%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] {where}%(message)s",
-        handlers=handlers,
-        force=True,
-    )
-
-
-class _TerminalHandler(logging.StreamHandler):
-    """Writes lines above a progress bar instead of through it."""
-
-    def emit(self, record):
-        from tqdm import tqdm
-
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-class ProgressBar:
-    """Audio seconds done in this epoch, speed, time left and loss; silent without a terminal."""
-
-    def __init__(self, epoch: int, seconds: float, enabled: bool):
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            total=round(seconds),
-            desc=f"epoch {epoch}",
-            unit="s",
-            disable=not (enabled and sys.stderr.isatty()),
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s of audio "
-            "[{elapsed}<{remaining}, {rate_fmt} {postfix}]",
-        )
-
-    def advance(self, seconds: float) -> None:
-        self.bar.update(round(seconds))
-
-    def show(self, **values: float) -> None:
-        self.bar.set_postfix(values, refresh=False)
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 class TensorBoard:

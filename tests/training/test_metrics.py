@@ -1,15 +1,9 @@
-"""Running sums, log files, the progress bar and tensorboard."""
+"""Running sums and tensorboard."""
 
-import io
-import logging
-import re
-import sys
-
-import pytest
 import torch
 
 from speechllm.training.distributed import Ranks
-from speechllm.training.progress import Metrics, ProgressBar, TensorBoard, setup_logging
+from speechllm.training.metrics import Metrics, TensorBoard
 
 
 def metrics(**sums):
@@ -53,49 +47,6 @@ def test_one_rank_alone_reduces_to_itself():
     one = metrics(loss=6, tokens=4, frames=9, errors=3, words=5)
     assert one.reduced(Ranks()).means() == one.means()
     assert str(one.reduced(Ranks())) == str(one)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "suffix", "where"),
-    [
-        (Ranks(), "", r"\] hello"),
-        (Ranks(0, 2), "-0", r"\] \(0/2\) hello"),
-        (Ranks(1, 2), "-1", r"\] \(1/2\) hello"),
-    ],
-)
-def test_log_files(tmp_path, capsys, restore_logging, ranks, suffix, where):
-    setup_logging(tmp_path / "log" / "log-train", ranks)
-    logging.info("hello")
-    [path] = (tmp_path / "log").iterdir()
-    assert re.fullmatch(rf"log-train-\d{{4}}(-\d\d){{5}}{suffix}", path.name)
-    assert re.search(rf"INFO \[test_progress.py:\d+{where}\n", path.read_text())
-    assert ("hello" in capsys.readouterr().err) == ranks.is_main
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_the_bar_counts_seconds_of_audio_on_a_terminal(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    bar = ProgressBar(2, 100.0, True)
-    bar.advance(40.2)
-    bar.show(loss=0.5)
-    bar.bar.refresh()
-    bar.close()
-    assert "epoch 2" in terminal.getvalue()
-    assert re.search(r"40%.* 40/100 s of audio .*loss=0.5", terminal.getvalue())
-
-
-def test_the_bar_is_silent_in_a_log_file_and_on_other_ranks(monkeypatch):
-    for stream, enabled in ((io.StringIO(), True), (Terminal(), False)):
-        monkeypatch.setattr(sys, "stderr", stream)
-        bar = ProgressBar(1, 100.0, enabled)
-        bar.advance(50.0)
-        bar.close()
-        assert stream.getvalue() == ""
 
 
 def test_tensorboard(tmp_path):
