@@ -7,7 +7,7 @@
 # Finished stages are kept. --stage N repeats stage N and all after it, --stop-stage N ends with N:
 #   1 corpus  2 features  3 tiny LLM  4 two encoders  5 train and train_mose  6 decode both
 # --encoder-epochs N and --llm-epochs N: how long stages 4 and 5 train.
-# Everything is written to data/demo and exp/demo (data/<table> and exp/<table> with --corpus).
+# Everything is written to data/demo and exp/demo; with --corpus a/b.tsv to data/a-b and exp/a-b.
 set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,8 +18,10 @@ while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || refuse "$1 needs a value"
   case "$1" in
     --corpus)
-      table=$(cd "$caller" && realpath -m -- "$2") name=$(basename "${2%.*}")
-      [ -f "$table" ] || refuse "--corpus $2: there is no such file" ;;
+      table=$(cd "$caller" && realpath -m -- "$2")
+      [ -f "$table" ] || refuse "--corpus $2: there is no such file"
+      name=$(basename "$(dirname "$table")")-$(basename "${table%.*}")
+      name=${name//[^[:alnum:]-]/-} ;;
     --stage | --stop-stage | --encoder-epochs | --llm-epochs)
       [[ $2 =~ ^[1-9][0-9]*$ ]] || refuse "$1 $2: a whole number, at least 1, is needed"
       flag=${1#--}
@@ -33,6 +35,12 @@ start=$SECONDS
 source local/venv.sh requirements.txt
 python=.venv/bin/python data=data/$name exp=exp/$name
 mkdir -p "$data/fbank" "$exp/log"
+
+# Another table of the same name, or a changed one, is another corpus: nothing is kept.
+if [ -n "$table" ] && ! cksum <"$table" | cmp -s - "$exp/.table"; then
+  stage=1
+  cksum <"$table" >"$exp/.table"
+fi
 
 log() { echo "$(date '+%H:%M:%S') (${name}, $((SECONDS - start)) s) $*"; }
 

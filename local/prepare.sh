@@ -3,7 +3,7 @@
 #
 #   local/prepare.sh                                # everything, into download/ and data/
 #   local/prepare.sh --stage 3 --stop-stage 3       # LibriSpeech's features only
-#   ln -s /corpora/LibriSpeech download/LibriSpeech # before: nothing of LibriSpeech is downloaded
+#   mkdir -p download && ln -s /corpora/LibriSpeech download/ # before: it is not downloaded then
 #
 # Stages: 0 download, 1 LibriSpeech manifests, 2 MUSAN manifests,
 #         3 LibriSpeech fbank, train-all-shuf and validation, 4 MUSAN fbank.
@@ -13,6 +13,7 @@
 # --data-dir say otherwise.
 
 set -eou pipefail
+shopt -s extglob
 
 stage=0
 stop_stage=4
@@ -193,7 +194,7 @@ trap 'rm -rf "$manifests/.part" "$fbank/.part-train-all-shuf"' EXIT # nothing ha
 if runs 0; then
   log "Stage 0: download"
   mkdir -p "$dl_dir"
-  download LibriSpeech "$corpus" '*-*.tar.gz' librispeech --full
+  download LibriSpeech "$corpus" '@(train|dev|test)-@(clean|other)*.tar.gz' librispeech --full
   download musan "$musan" 'musan.tar.gz' musan
 fi
 if runs 1; then log "Stage 1: LibriSpeech manifests"; librispeech_manifests; fi

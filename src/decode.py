@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 import train
-from speechllm.data import add_data_arguments, loader_options
+from speechllm.data import add_data_arguments, frames_needed, loader_options
 from speechllm.decoding.search import MAX_NEW_TOKENS, search
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
-from speechllm.flags import str2bool
+from speechllm.flags import Help, str2bool
 from speechllm.model import SpeechLLM, load_trainable_state
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.progress import setup_logging
@@ -36,7 +36,7 @@ TEST_CUTS = "librispeech_cuts_test-clean,librispeech_cuts_test-other"
 
 def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=Help
     )
     add = parser.add_argument_group("decoding").add_argument
     add("--exp-dir", type=Path, help="where the checkpoints are; results go to its decode/")
@@ -72,7 +72,8 @@ def read_parameters(args) -> tuple[dict, str]:
 def result_suffix(args, parameters_name: str) -> str:
     """What tells result files of different ways to decode apart."""
     normalized = f"-{args.normalize}" if args.normalize != "none" else ""
-    return f"decode-beam{args.beam_size}-{parameters_name}{normalized}"
+    longest = f"-max{args.max_new_tokens}" if args.max_new_tokens != MAX_NEW_TOKENS else ""
+    return f"decode-beam{args.beam_size}-{parameters_name}{longest}{normalized}"
 
 
 def make_recognizer(model: SpeechLLM, tokenizer, args, device, dtype) -> Callable:
@@ -121,7 +122,13 @@ def run(args) -> None:
     recognize = make_recognizer(model, tokenizer, args, device, dtype)
     for path in paths:
         name, start = set_name(path), time.monotonic()
-        results = decode_cuts(path, recognize, args.normalize, **loader_options(args))
+        results = decode_cuts(
+            path,
+            recognize,
+            args.normalize,
+            frames_needed(args.encoder_projector_ds_rate),
+            **loader_options(args),
+        )
         extra = {"decoded with": suffix, "seconds of decoding": time.monotonic() - start}
         counts = score(results, out_dir, name, suffix, extra)
         logging.info(log_line(name, counts))

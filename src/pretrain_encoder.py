@@ -27,7 +27,7 @@ from speechllm.data import (
     read_cuts,
 )
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
-from speechllm.flags import str2bool
+from speechllm.flags import Help, str2bool
 from speechllm.progress import setup_logging
 from speechllm.scoring import log_line, score
 from speechllm.training.checkpoint import (
@@ -42,7 +42,7 @@ from speechllm.training.loop import seed_everything, validate
 from speechllm.training.setup import (
     add_training_arguments,
     check_data,
-    check_epochs,
+    check_training,
     fit,
     make_valid_loader,
     train_paths,
@@ -69,7 +69,7 @@ class CtcModel(nn.Module):
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=Help
     )
     add_training_arguments(parser)
     add_data_arguments(parser)
@@ -272,7 +272,7 @@ def decode_tests(model: CtcModel, bpe, args, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     try:
-        check_epochs(args)
+        check_training(args)
         check_average(args)
         args.train_statistics, args.valid_statistics = check_data(args)
         args.test_paths = files_to_decode(args)

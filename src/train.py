@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from speechllm.data import add_data_arguments, add_training_data_arguments, read_cuts
 from speechllm.decoding.search import MAX_NEW_TOKENS
-from speechllm.flags import str2bool
+from speechllm.flags import Help, str2bool
 from speechllm.model import SpeechLLM, draw_encoders, load_trainable_state, trainable_state
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.progress import setup_logging
-from speechllm.prompt import encode_transcripts, training_ids
+from speechllm.prompt import ChatIds, encode_transcripts, training_ids
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
 from speechllm.training.distributed import Ranks, is_first_process, launch
 from speechllm.training.loop import seed_everything
@@ -33,9 +33,8 @@ from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,
     check_data,
-    check_epochs,
+    check_training,
     fit,
-    make_optimizer,
     make_valid_loader,
     train_paths,
     valid_paths,
@@ -51,12 +50,12 @@ DEFAULTS = {
 
 def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=Help
     )
     add_training_arguments(parser)
     add = parser.add_argument_group("what is trained").add_argument
     add("--use-lora", type=str2bool, default=True, help="train LoRA matrices, not the LLM itself")
-    add("--unfreeze-llm", type=str2bool, default=True, help="false: only projectors are trained")
+    add("--unfreeze-llm", type=str2bool, default=True, help="false: nothing of the LLM is trained")
     add("--unfreeze-encoder", type=str2bool, default=False, help="train the encoders too")
     add("--encoder-feature-mask", type=str2bool, default=True,
         help="mask encoder channels in training, as published")  # fmt: skip
@@ -73,7 +72,7 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
     return parser
 
 
-def make_batch_loss(tokenizer, num_encoders: int, device: torch.device):
+def make_batch_loss(tokenizer, chat: ChatIds, num_encoders: int, device: torch.device):
     """Cross entropy over the transcripts' tokens; several encoders are dropped in training."""
 
     def batch_loss(model: nn.Module, batch: dict) -> dict[str, Tensor]:
@@ -83,7 +82,6 @@ def make_batch_loss(tokenizer, num_encoders: int, device: torch.device):
         else:
             used = [list(range(num_encoders))] * size
         transcripts = encode_transcripts(tokenizer, [text.lower() for text in batch["texts"]])
-        chat = (model.module if hasattr(model, "module") else model).chat
         ids, labels = training_ids(chat, transcripts, [len(encoders) for encoders in used])
         sums = model(
             batch["features"].to(device),
@@ -112,22 +110,6 @@ def initial_parameters(model: SpeechLLM, args) -> tuple[TrainState, dict]:
             f"Started from {args.pretrained_model_path}; ignored: {', '.join(ignored) or 'nothing'}"
         )
     return TrainState(), {}
-
-
-def check_resumable(path: Path, args) -> None:
-    """Whether a checkpoint has more than a model, from the same optimizer.
-
-    Raises:
-      FileNotFoundError, ValueError: one sentence naming the file.
-    """
-    checkpoint = load_checkpoint(path)
-    for part in ("optimizer", "scheduler", "grad_scaler"):
-        if part not in checkpoint:
-            raise ValueError(f"{path} has no {part} to continue with (see --pretrained-model-path)")
-    optimizer = make_optimizer(args.optimizer, [nn.Parameter(torch.zeros(2))], args.base_lr)
-    known = {*optimizer.param_groups[0], "initial_lr"}
-    if checkpoint["optimizer"]["param_groups"][0].keys() - known:
-        raise ValueError(f"{path} is of another optimizer than --optimizer {args.optimizer}")
 
 
 def check_lengths(
@@ -179,7 +161,7 @@ def run(ranks: Ranks, args) -> None:
     logging.info(f"Number of trained parameters: {sum(p.numel() for p in trained.values())}")
     fit(
         model,
-        make_batch_loss(tokenizer, len(model.encoder), ranks.device),
+        make_batch_loss(tokenizer, model.chat, len(model.encoder), ranks.device),
         make_valid_loader(args, args.valid_statistics, ranks),
         lambda: trainable_state(model),
         state,
@@ -195,10 +177,13 @@ def main(
     args = get_parser(defaults, description).parse_args(argv)
     try:
         check_model_files(args)
-        check_epochs(args)
-        if args.start_epoch > 1:
-            check_resumable(epoch_path(args.exp_dir, args.start_epoch - 1), args)
-        elif args.pretrained_model_path:
+        check_training(args)
+        if args.pretrained_model_path:
+            if args.start_epoch > 1:
+                raise ValueError(
+                    f"--start-epoch {args.start_epoch} goes on from this training's own "
+                    f"checkpoint, not from --pretrained-model-path {args.pretrained_model_path}"
+                )
             load_checkpoint(args.pretrained_model_path)
         args.train_statistics, args.valid_statistics = check_data(args)
         if is_first_process():

@@ -31,7 +31,7 @@ def train_batches(path, **options):
         "max_duration": 12.0, "num_cuts": len(load_manifest(path)), "num_workers": 0,
         "shuffle": False, "drop_last": False, "enable_spec_aug": False, **options,
     }  # fmt: skip
-    return list(data.training_loader(data.training_cuts([path], 0.0, ALL), **options))
+    return list(data.training_loader(data.cuts_within([path], 0.0, ALL), **options))
 
 
 def eval_batches(cuts, num_cuts, **options):
@@ -107,7 +107,7 @@ def test_buckets_save_padding_and_more_buckets_save_more(many):
 
 
 def test_small_sets_need_no_buckets(tiny_corpus):
-    cuts = data.training_cuts([path_of(tiny_corpus)], 0.0, ALL)
+    cuts = data.cuts_within([path_of(tiny_corpus)], 0.0, ALL)
     for count in (1, 2, 3):
         few = CutSet.from_cuts(list(cuts)[:count])
         loader = data.training_loader(
@@ -124,13 +124,13 @@ def test_drop_last_drops_what_does_not_fill_a_batch(many):
 
 
 def test_limits_leave_out_short_and_long_utterances(tiny_corpus):
-    kept = [cut.duration for cut in data.training_cuts([path_of(tiny_corpus)], 1.0, 2.5)]
+    kept = [cut.duration for cut in data.cuts_within([path_of(tiny_corpus)], 1.0, 2.5)]
     assert len(kept) == 6 and 1.0 <= min(kept) and max(kept) <= 2.5
 
 
 def test_several_files_are_interleaved(tiny_corpus):
     paths = [path_of(tiny_corpus, part) for part in ("train", "dev")]
-    ids = [cut.id for cut in data.training_cuts(paths, 0.0, ALL)]
+    ids = [cut.id for cut in data.cuts_within(paths, 0.0, ALL)]
     assert len(ids) == len(set(ids)) == 17
     assert "train" in ids[-1] and "dev" in "".join(ids[:8])
 
@@ -266,7 +266,7 @@ def test_loader_processes_draw_different_noise(tiny_corpus, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"bucketing_sampler": False}])
 def test_evaluation_has_every_cut_once_and_says_nothing(many, options):
-    cuts = data.training_cuts([many], 0.0, ALL)
+    cuts = data.cuts_within([many], 0.0, ALL)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batches = eval_batches(cuts, 96, **options)
@@ -275,7 +275,7 @@ def test_evaluation_has_every_cut_once_and_says_nothing(many, options):
 
 
 def test_evaluation_flags(many):
-    cuts = data.training_cuts([many], 0.0, ALL)
+    cuts = data.cuts_within([many], 0.0, ALL)
     first = ids_of(eval_batches(cuts, 96))
     assert first != ids_of(eval_batches(cuts, 96, num_buckets=2))
     assert first != ids_of(eval_batches(cuts, 96, bucketing_sampler=False))
@@ -284,13 +284,13 @@ def test_evaluation_flags(many):
 
 def test_evaluation_leaves_torchs_generator_alone(tiny_corpus):
     before = torch.get_rng_state(), random.getstate()
-    eval_batches(data.training_cuts([path_of(tiny_corpus)], 0.0, ALL), 12)
+    eval_batches(data.cuts_within([path_of(tiny_corpus)], 0.0, ALL), 12)
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 7])
 def test_shares_make_up_the_whole_also_with_fewer_cuts_than_ranks(tiny_corpus, world_size):
-    cuts = data.training_cuts([path_of(tiny_corpus, "dev")], 0.0, ALL)
+    cuts = data.cuts_within([path_of(tiny_corpus, "dev")], 0.0, ALL)
     ids = []
     for rank in range(world_size):
         share = data.share_of_cuts(cuts, rank, world_size)
@@ -324,6 +324,16 @@ def altered(tiny_corpus, tmp_path, change, number=1, part="train"):
     return path
 
 
+def lasting(seconds):
+    """A change to a cut: its duration and its supervision's."""
+
+    def change(cut):
+        cut.update(duration=seconds)
+        cut["supervisions"][0].update(duration=seconds)
+
+    return change
+
+
 def sentence(paths, **options):
     with pytest.raises(ValueError) as error:
         data.check_cuts(paths, **options)
@@ -331,7 +341,7 @@ def sentence(paths, **options):
 
 
 def test_check_counts_what_is_kept_and_left_out(tiny_corpus, tmp_path):
-    too_short = altered(tiny_corpus, tmp_path, lambda cut: cut.update(duration=0.2), part="dev")
+    too_short = altered(tiny_corpus, tmp_path, lasting(0.2), part="dev")
     statistics = data.check_cuts([path_of(tiny_corpus), too_short], min_seconds=0.5, max_seconds=2)
     assert (statistics.too_short, statistics.too_long) == (3 + 1, 4 + 1)
     seconds = [cut.duration for cut in load_manifest(path_of(tiny_corpus))]
@@ -346,9 +356,62 @@ def test_check_counts_what_is_kept_and_left_out(tiny_corpus, tmp_path):
 def test_fewer_than_21_frames_are_too_short_whatever_the_limit(
     tiny_corpus, tmp_path, frames, too_short
 ):
-    path = altered(tiny_corpus, tmp_path, lambda cut: cut.update(duration=frames / 100))
+    path = altered(tiny_corpus, tmp_path, lasting(frames / 100))
     assert data.check_cuts([path]).too_short == too_short
-    assert len(list(data.training_cuts([path], 0.0, ALL))) == 12 - too_short
+    assert len(list(data.cuts_within([path]))) == 12 - too_short
+
+
+@pytest.mark.parametrize(("ds_rate", "frames"), [(1, 9), (2, 13), (4, 21), (8, 37)])
+def test_frames_needed_for_one_speech_embedding(ds_rate, frames):
+    assert data.frames_needed(ds_rate) == frames
+    encoder_frames = [((n - 7) // 2 + 1) // 2 for n in (frames - 1, frames)]
+    assert [n // ds_rate for n in encoder_frames] == [0, 1]
+
+
+def test_what_is_said_decides_whether_a_cut_is_too_short(tiny_corpus, tmp_path):
+    path = altered(
+        tiny_corpus, tmp_path, lambda cut: cut["supervisions"][0].update(duration=0.2)
+    )
+    assert data.check_cuts([path]).too_short == 1
+    assert data.check_cuts([path], min_frames=9).too_short == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reach"),
+    [({"start": -0.5}, "from -0.5 to 1.65231 s"), ({"duration": 9}, "from 0 to 9 s")],
+)
+def test_a_supervision_beyond_its_cut_is_named(tiny_corpus, tmp_path, change, reach):
+    path = altered(tiny_corpus, tmp_path, lambda cut: cut["supervisions"][0].update(change))
+    assert sentence([path]) == (
+        f"{path}: cut train-1 of 2.15231 s has a supervision {reach}"
+    )
+
+
+def test_features_of_another_rate(tiny_corpus, tmp_path):
+    path = altered(tiny_corpus, tmp_path, lambda cut: cut["features"].update(frame_shift=0.0125))
+    assert sentence([path]) == f"{path}: cut train-1 has features every 12.5 ms, not 10 ms"
+
+
+def test_an_id_that_is_there_twice(tiny_corpus, tmp_path):
+    path = altered(tiny_corpus, tmp_path, lambda cut: cut.update(id="train-0"))
+    assert data.check_cuts([path]).kept == 12
+    assert sentence([path], unique_ids=True) == f"{path}: cut train-0 is there twice"
+
+
+def test_buckets_that_would_lose_much_are_not_made(many):
+    """With the default flags; ten epochs use every cut of the corpus."""
+    cuts = data.cuts_within([many])
+    durations = {cut.id: cut.duration for cut in cuts}
+    seen, seconds = set(), 0.0
+    for epoch in range(1, 11):
+        for batch in data.training_loader(
+            cuts, max_duration=12.0, num_cuts=len(durations), seconds=sum(durations.values()),
+            epoch=epoch, enable_spec_aug=False, num_workers=0,
+        ):  # fmt: skip
+            seen.update(batch["ids"])
+            seconds += batch["seconds"]
+    assert seen == set(durations)
+    assert seconds > 0.8 * 10 * sum(durations.values())
 
 
 @pytest.mark.parametrize("text", [None, "", "  \n"])

@@ -13,7 +13,7 @@ import decode_mose
 from speechllm.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
-TOKENS = "12"  # an untrained LLM knows no end
+TOKENS = 12  # an untrained LLM knows no end
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,15 @@ def copies(tiny_exp, tiny_mose_exp, tmp_path):
 
 
 @pytest.fixture
-def run(tiny_argv, test_cuts):
+def run(tiny_argv, test_cuts, monkeypatch):
     """decode.py, or decode_mose.py with two encoders; by default the average of both epochs."""
+    monkeypatch.setattr(decode, "MAX_NEW_TOKENS", TOKENS)
 
     def run(exp_dir, *flags, n=1):
         program = decode if n == 1 else decode_mose
         program.main([
             *tiny_argv(n), "--exp-dir", str(exp_dir), "--test-cuts", str(test_cuts), "--epoch", "2",
-            "--avg", "2", "--max-new-tokens", TOKENS, *map(str, flags),
+            "--avg", "2", *map(str, flags),
         ])  # fmt: skip
 
     return run
@@ -120,7 +121,7 @@ def test_published_ways_are_the_defaults():
 def test_several_sets(copies, run, tiny_corpus):
     exp_dir = copies()
     run(exp_dir, "--test-cuts", "tiny_cuts_test,tiny_cuts_dev", "--max-new-tokens", 2)
-    suffix = "decode-beam1-epoch-2-avg-2"
+    suffix = "decode-beam1-epoch-2-avg-2-max2"
     assert [i for i, _ in hypotheses(exp_dir, suffix, "tiny_test")] == [
         "test-0", "test-1", "test-2"
     ]  # fmt: skip
@@ -226,7 +227,7 @@ def test_precision(copies, run, monkeypatch, flag, value, dtype):
     original = decode.search
     monkeypatch.setattr(decode, "search", search)
     exp_dir = copies()
-    run(exp_dir, flag, value, "--max-new-tokens", 2)
+    run(exp_dir, flag, value)
     assert seen == {dtype, None if dtype == torch.float32 else dtype}
     assert len(hypotheses(exp_dir, "decode-beam1-epoch-2-avg-2")) == 4
 
@@ -234,7 +235,7 @@ def test_precision(copies, run, monkeypatch, flag, value, dtype):
 def test_features_from_the_audio(copies, run, tiny_corpus):
     """They are those on disk, up to what their compression loses."""
     exp_dir = copies()
-    flags = ("--test-cuts", "tiny_cuts_test", "--max-new-tokens", 1)
+    flags = ("--test-cuts", "tiny_cuts_test")
     run(exp_dir, *flags)
     stored = hypotheses(exp_dir, "decode-beam1-epoch-2-avg-2", "tiny_test")
     run(exp_dir, *flags, "--on-the-fly-feats", "true")

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -179,6 +180,7 @@ def handed_over(flags, tmp_path, monkeypatch):
         ("--dropout", 0.7, lambda given: given["model"].encoder.ctc_output[0].p),
         ("--tensorboard", "true", lambda given: str(given["tensorboard"]).lower()),
         ("--use-fp16", "true", lambda given: str(given["scaler"].is_enabled()).lower()),
+        ("--encoder-feature-mask", "false", lambda given: str(given["model"].feature_mask).lower()),
         ("--inf-check", "true",
          lambda given: "true" if given["model"].encoder._forward_hooks else "false"),
     ],
@@ -186,6 +188,16 @@ def handed_over(flags, tmp_path, monkeypatch):
 def test_flags_that_reach_the_loop(handed_over, flag, value, seen):
     assert seen(handed_over()) != value
     assert seen(handed_over(**{flag: value})) == value
+
+
+def test_every_flag_is_tested():
+    """Here or, where other programs have it too, with the loaders they share."""
+    parser = pretrain_encoder.get_parser()
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    tests = Path(__file__).parent
+    texts = [tests / "test_pretrain_encoder.py", tests / "training" / "test_setup.py"]
+    tested = set(re.findall(r'"(--[a-z0-9-]+)"', "".join(path.read_text() for path in texts)))
+    assert flags - {"-h", "--help"} <= tested
 
 
 def test_the_first_batches_have_the_loss_of_the_flat_start(flags, trained, tmp_path, monkeypatch):
@@ -266,14 +278,12 @@ def test_encoder_frames(frames, trained, encoder_size):
 
 
 def test_sentences_about_epochs(flags, trained, tmp_path):
-    assert said(flags, tmp_path, **{"--start-epoch": 0}) == (
-        "--start-epoch 0: epochs are counted from 1"
-    )
+    assert said(flags, tmp_path, **{"--start-epoch": 0}) == "--start-epoch 0 must be at least 1"
     assert said(flags, tmp_path, **{"--avg": 0}) == "--avg 0 must be at least 1"
-    assert said(flags, tmp_path, **{"--start-epoch": 3}) == (
+    assert said(flags, tmp_path, **{"--start-epoch": 3, "--num-epochs": 3}) == (
         f"{tmp_path}/epoch-2.pt is missing: --start-epoch 3 needs it"
     )
-    (tmp_path / "epoch-2.pt").touch()
+    shutil.copy(trained / "epoch-2.pt", tmp_path)
     more = {"--start-epoch": 3, "--num-epochs": 4, "--avg": 4}
     assert said(flags, tmp_path, **more) == (
         f"epoch-1.pt is missing in {tmp_path}: --num-epochs 4 --avg 4 needs it"

@@ -102,11 +102,11 @@ def section(text: str, title: str) -> list[str]:
 @pytest.mark.skipif(not GOLDENS.is_dir(), reason=f"{GOLDENS} is absent")
 def test_golden_files(tmp_path):
     results = json.loads((GOLDENS / "results-sample.json").read_text(encoding="utf-8"))
-    scoring.write_recogs(tmp_path / "recogs.txt", results)
-    counts = scoring.write_errs(tmp_path / "errs.txt", results)
+    counts = scoring.score(results, tmp_path, "a", "b")
 
-    assert (tmp_path / "recogs.txt").read_bytes() == (GOLDENS / "recogs-sample.txt").read_bytes()
-    assert (tmp_path / "errs.txt").read_bytes() == (GOLDENS / "errs-sample.txt").read_bytes()
+    for kind in ("recogs", "errs"):
+        golden = (GOLDENS / f"{kind}-sample.txt").read_bytes()
+        assert (tmp_path / f"{kind}-a-b.txt").read_bytes() == golden
     assert counts == ErrorCounts(insertions=6, deletions=16, substitutions=5, ref_words=68)
 
 
@@ -175,9 +175,6 @@ def test_counts_hold_together_on_random_words():
 
 def test_two_results_of_one_id_are_an_error(tmp_path):
     results = [result("a", "a", "utt-7"), result("b", "b", "utt-8"), result("a", "c", "utt-7")]
-    for write in (scoring.write_recogs, scoring.write_errs):
-        with pytest.raises(ValueError, match="utt-7"):
-            write(tmp_path / "file.txt", results)
     with pytest.raises(ValueError, match="utt-7"):
         scoring.score(results, tmp_path, "test", "epoch-1")
     assert list(tmp_path.iterdir()) == []
@@ -215,16 +212,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    path = tmp_path / "recogs.txt"
-    scoring.write_recogs(path, [result("a", "a")])
-    before = path.read_bytes()
+    scoring.score([result("a", "a")], tmp_path, "a", "b")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UnicodeEncodeError):
-        scoring.write_errs(path, [("utt", ["a"], ["\ud800"])])  # half a surrogate pair
+        scoring.score([("utt", ["a"], ["\ud800"])], tmp_path, "a", "b")  # half a surrogate pair
     monkeypatch.setattr(scoring.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        scoring.write_errs(path, [result("a", "b")])
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+        scoring.score([result("a", "b")], tmp_path, "a", "b")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # ---- the numbers

@@ -180,7 +180,7 @@ def test_texts_are_lower_cased_and_encoders_dropped_in_training_only(tiny_tokeni
         "features": torch.zeros(20, 50, 80), "feature_lens": torch.full((20,), 45),
         "texts": ["ONE two"] * 20,
     }  # fmt: skip
-    batch_loss = train.make_batch_loss(tiny_tokenizer, n, torch.device("cpu"))
+    batch_loss = train.make_batch_loss(tiny_tokenizer, Listener.chat, n, torch.device("cpu"))
     model = Listener()
     assert batch_loss(model.eval(), batch)["frames"] == 20 * 22
     assert model.used == [list(range(n))] * 20

@@ -31,20 +31,21 @@ from lhotse.dataset import (
 )
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
-from speechllm.features import NUM_MEL_BINS, SAMPLING_RATE, fbank_extractor
+from speechllm.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLING_RATE, fbank_extractor
 from speechllm.flags import str2bool
 
-MIN_FRAMES = 21  # fewer give no speech embedding at the published rate of 6.25 per second
 MIN_CUTS_IN_BUCKET = 20  # small sets get fewer buckets
+MIN_BATCHES_IN_BUCKET = 10  # of which --drop-last may drop one
+TOLERANCE = 2e-3  # s, lhotse's, by which a supervision may reach beyond its cut
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--manifest-dir", type=Path, default=Path("data/fbank"), help="where the cut files are")
-    add("--max-duration", type=float, default=200.0, help="seconds of audio in a batch")
+    add("--max-duration", type=float, default=200.0, help="seconds of audio in a process' batch")
     add("--bucketing-sampler", type=str2bool, default=True, help="batches of similar durations")
-    add("--num-buckets", type=int, default=30, help="for the bucketing sampler")
+    add("--num-buckets", type=int, default=30, help="of durations; fewer for a small corpus")
     add("--num-workers", type=int, default=2, help="loader processes")
     add("--on-the-fly-feats", type=str2bool, default=False,
         help="compute fbank from the audio instead of reading it")  # fmt: skip
@@ -60,7 +61,7 @@ def add_training_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training data")
     add = group.add_argument
     add("--shuffle", type=str2bool, default=True, help="a new order in each epoch")
-    add("--drop-last", type=str2bool, default=True, help="drop incomplete batches")
+    add("--drop-last", type=str2bool, default=True, help="drop a bucket's last, incomplete batch")
     add("--min-utterance", type=float, default=1.0, help="shorter ones (s) are not trained on")
     add("--max-utterance", type=float, default=20.0, help="longer ones (s) are not trained on")
     add("--concatenate-cuts", type=str2bool, default=False,
@@ -88,6 +89,11 @@ class CutStatistics:
             f"{self.kept} utterances, {self.seconds / 3600:.2f} hours; left out: "
             f"{self.too_short} too short, {self.too_long} too long"
         )
+
+
+def frames_needed(ds_rate: int = 4) -> int:
+    """The fewest feature frames that give a speech embedding, 21 at the published rate."""
+    return 4 * ds_rate + 5
 
 
 def cuts_file(manifest_dir: Path, name: str) -> Path:
@@ -128,8 +134,10 @@ def check_cuts(
     *,
     min_seconds: float = 0.0,
     max_seconds: float = float("inf"),
+    min_frames: int = frames_needed(),
     need_text: bool = True,
     need_features: bool = True,
+    unique_ids: bool = False,
 ) -> CutStatistics:
     """Read every cut once, so that what is wrong with it is said before the work begins.
 
@@ -138,15 +146,21 @@ def check_cuts(
 
     Raises:
       ValueError: naming the file, the cut and the value: no or blank text where it is needed,
-        no features or another dimension than 80 (or no audio of 16 kHz), or nothing left to use.
-        Of each file the first cut's features (or audio) are read as well.
+        no features or others than 80 dimensions every 10 ms (or no audio of 16 kHz), a
+        supervision that reaches beyond its cut, an id that is there twice (where they must be
+        unique), or nothing left to use. Of each file the first cut's features (or audio) are
+        read as well.
     """
     kept, seconds, too_short, too_long = 0, 0.0, 0, 0
+    ids: set[str] = set()
     for path in paths:
         for number, cut in enumerate(read_cuts(path)):
-            _check_text(cut, path, need_text)
+            if unique_ids and cut.id in ids:
+                raise ValueError(f"{path}: cut {cut.id} is there twice")
+            ids.update([cut.id] if unique_ids else [])
+            _check_supervisions(cut, path, need_text)
             _check_input(cut, path, need_features, read=number == 0)
-            if cut.duration < min_seconds or not long_enough(cut):
+            if cut.duration < min_seconds or not long_enough(cut, min_frames):
                 too_short += 1
             elif cut.duration > max_seconds:
                 too_long += 1
@@ -159,9 +173,10 @@ def check_cuts(
     return statistics
 
 
-def long_enough(cut: Cut) -> bool:
-    """Whether the cut gives at least one speech embedding."""
-    return cut.duration >= MIN_FRAMES * 0.01
+def long_enough(cut: Cut, min_frames: int) -> bool:
+    """Whether what is said in the cut has enough frames for a speech embedding."""
+    end = max((supervision.end for supervision in cut.supervisions), default=cut.duration)
+    return round(min(end, cut.duration) * 100) >= min_frames
 
 
 def check_noise(path: Path, need_features: bool = True) -> None:
@@ -174,10 +189,16 @@ def check_noise(path: Path, need_features: bool = True) -> None:
         _check_input(cut, path, need_features, read=number == 0)
 
 
-def _check_text(cut: Cut, path: Path, need_text: bool) -> None:
+def _check_supervisions(cut: Cut, path: Path, need_text: bool) -> None:
     texts = [supervision.text for supervision in cut.supervisions]
     if not texts or any(text is None or (need_text and not text.strip()) for text in texts):
         raise ValueError(f"{path}: cut {cut.id} has no text")
+    for supervision in cut.supervisions:
+        if supervision.start < -TOLERANCE or supervision.end > cut.duration + TOLERANCE:
+            raise ValueError(
+                f"{path}: cut {cut.id} of {cut.duration:g} s has a supervision from "
+                f"{supervision.start:g} to {supervision.end:g} s"
+            )
 
 
 def _check_input(cut: Cut, path: Path, need_features: bool, read: bool) -> None:
@@ -188,6 +209,11 @@ def _check_input(cut: Cut, path: Path, need_features: bool, read: bool) -> None:
         raise ValueError(
             f"{path}: cut {cut.id} has features of {cut.num_features} dimensions, "
             f"not {NUM_MEL_BINS}"
+        )
+    if need_features and abs(cut.frame_shift - FRAME_SHIFT) > 1e-6:
+        raise ValueError(
+            f"{path}: cut {cut.id} has features every {cut.frame_shift * 1000:g} ms, "
+            f"not {FRAME_SHIFT * 1000:g} ms"
         )
     if not need_features and not cut.has_recording:
         raise ValueError(f"{path}: cut {cut.id} has no audio to compute features from")
@@ -205,11 +231,16 @@ def _check_input(cut: Cut, path: Path, need_features: bool, read: bool) -> None:
             ) from None
 
 
-def training_cuts(paths: list[Path], min_seconds: float, max_seconds: float) -> CutSet:
+def cuts_within(
+    paths: list[Path],
+    min_seconds: float = 0.0,
+    max_seconds: float = float("inf"),
+    min_frames: int = frames_needed(),
+) -> CutSet:
     """The cuts of several files within the limits, read lazily, the files interleaved."""
     cuts = [load_manifest_lazy(path) for path in paths]
     joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
-    return joined.filter(_Within(min_seconds, max_seconds))
+    return joined.filter(_Within(min_seconds, max_seconds, min_frames))
 
 
 def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:
@@ -235,9 +266,13 @@ class _Within:
 
     min_seconds: float
     max_seconds: float
+    min_frames: int
 
     def __call__(self, cut: Cut) -> bool:
-        return long_enough(cut) and self.min_seconds <= cut.duration <= self.max_seconds
+        return (
+            long_enough(cut, self.min_frames)
+            and self.min_seconds <= cut.duration <= self.max_seconds
+        )
 
 
 class SpeechDataset(K2SpeechRecognitionDataset):
@@ -266,7 +301,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
             "feature_lens": lens,
             "texts": [" ".join(parts) for parts in texts],
             "ids": ids,
-            "seconds": lens.sum().item() * 0.01,
+            "seconds": lens.sum().item() * FRAME_SHIFT,
         }
 
 
@@ -297,6 +332,7 @@ def training_loader(
     *,
     max_duration: float,
     num_cuts: int,
+    seconds: float = float("inf"),
     bucketing_sampler: bool = True,
     num_buckets: int = 30,
     shuffle: bool = True,
@@ -316,8 +352,12 @@ def training_loader(
 ) -> DataLoader:
     """The augmented batches of one epoch, this rank's share; order and noise follow seed and epoch.
 
-    Without loader processes SpecAugment draws from the generators of Python, numpy and torch.
+    `num_cuts` of `seconds` in all are in `cuts`. Without loader processes SpecAugment draws from
+    the generators of Python, numpy and torch.
     """
+    if drop_last:  # each bucket may lose a batch
+        batches = seconds / (max_duration * world_size)
+        num_buckets = int(min(num_buckets, batches / MIN_BATCHES_IN_BUCKET))
     cut_transforms, input_transforms = [], []
     if concatenate_cuts:
         cut_transforms.append(CutConcatenate(duration_factor=duration_factor, gap=gap))

@@ -21,6 +21,7 @@ from lhotse.cut import Cut
 
 SAMPLING_RATE = 16000  # Hz
 NUM_MEL_BINS = 80
+FRAME_SHIFT = 0.01  # s
 SPEED_FACTORS = (0.9, 1.1)  # besides 1.0
 
 logger = logging.getLogger(__name__)

@@ -20,3 +20,7 @@ def str2bool(value: str) -> bool:
 def comma_list(value: str) -> list[str]:
     """`"a,b"` as `["a", "b"]`; spaces around the commas are ignored."""
     return [item.strip() for item in value.split(",") if item.strip()]
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The program's docstring as it is, and after each flag its default."""

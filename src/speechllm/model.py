@@ -94,25 +94,24 @@ class SpeechLLM(nn.Module):
         An encoder sees only the utterances that use it.
         """
         by_encoder: list[dict[int, Tensor]] = []
+        unheard = []
         for k, (encoder, projector) in enumerate(zip(self.encoder, self.encoder_projector)):
-            rows = [b for b, encoders in enumerate(used) if k in encoders]
-            # What is trained must have a gradient on every rank, be it zero.
-            seen = rows or [0]
+            hearers = [b for b, encoders in enumerate(used) if k in encoders]
+            # Without one it hears the first: what is trained must have a gradient on every rank.
+            rows = hearers or [0]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
                 encoder_out, lens = encoder(
-                    features[seen],
-                    feature_lens[seen],
+                    features[rows],
+                    feature_lens[rows],
                     feature_mask=self.encoder_feature_mask and self.training,
                 )
             embeddings = projector(encoder_out)
             counts = (lens // self.ds_rate).tolist()
             by_encoder.append({b: embeddings[i, : counts[i]] for i, b in enumerate(rows)})
-            if not rows:
-                by_encoder[-1][-1] = embeddings[0, :0]
-        unused = [table[-1] for table in by_encoder if -1 in table]
+            if not hearers:
+                unheard.append(embeddings[0, :0])
         spoken = [[by_encoder[k][b] for k in encoders] for b, encoders in enumerate(used)]
-        if unused:
-            spoken[0][0] = torch.cat([spoken[0][0], *unused])
+        spoken[0][0] = torch.cat([spoken[0][0], *unheard])  # empty, but in the graph
         return spoken
 
     def merge(
@@ -243,7 +242,13 @@ def load_trainable_state(
     parameters = {
         _published_name(name, n): p for name, p in model.named_parameters() if p.requires_grad
     }
-    ignored = [key for key in IGNORED_KEYS if key in state and key not in parameters]
+    ignored = [
+        key
+        for key in IGNORED_KEYS
+        if key in state
+        and key not in parameters
+        and ("lm_head" not in key or _is_copy_of_embedding(state[key], model.llm))
+    ]
     for what, keys in (
         ("lacks", parameters.keys() - state.keys()),
         ("has the alien", state.keys() - parameters.keys() - set(ignored)),
@@ -263,6 +268,11 @@ def load_trainable_state(
         for key, parameter in parameters.items():
             parameter.copy_(state[key])
     return ignored
+
+
+def _is_copy_of_embedding(lm_head: Tensor, llm: nn.Module) -> bool:
+    tied = llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
+    return tied and lm_head.shape == llm.get_input_embeddings().weight.shape
 
 
 def _published_name(name: str, num_encoders: int) -> str:

@@ -116,28 +116,6 @@ def summary_text(
     return "\n".join(lines) + "\n"
 
 
-def write_recogs(path: str | Path, results: Sequence[Result]) -> None:
-    """Writes `recogs_text(results)`; the file appears whole or not at all."""
-    _write(Path(path), recogs_text(results))
-
-
-def write_errs(path: str | Path, results: Sequence[Result]) -> ErrorCounts:
-    """Writes `errs_text(results)`; the file appears whole or not at all."""
-    text, counts = errs_text(results)
-    _write(Path(path), text)
-    return counts
-
-
-def write_summary(
-    path: str | Path,
-    set_name: str,
-    results: Sequence[Result],
-    extra: Mapping[str, str | float] | None = None,
-) -> None:
-    """Writes `summary_text(...)`; the file appears whole or not at all."""
-    _write(Path(path), summary_text(set_name, results, extra))
-
-
 def score(
     results: Sequence[Result],
     out_dir: str | Path,
@@ -158,8 +136,9 @@ def score(
         "errs": errs,
         "wer-summary": summary_text(set_name, results, extra),
     }
-    for kind, text in texts.items():
-        _write(Path(out_dir) / f"{kind}-{set_name}-{suffix}.txt", text)
+    encoded = {kind: text.encode("utf-8") for kind, text in texts.items()}
+    for kind, content in encoded.items():
+        _write(Path(out_dir) / f"{kind}-{set_name}-{suffix}.txt", content)
     return counts
 
 
@@ -317,12 +296,12 @@ def _number(value: str | float) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes UTF-8 under a temporary name in the same directory, then renames."""
+def _write(path: Path, content: bytes) -> None:
+    """Writes under a temporary name in the same directory, then renames."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

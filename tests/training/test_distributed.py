@@ -80,6 +80,12 @@ def test_who_speaks_before_launch(monkeypatch):
 # What two ranks compute together
 
 
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
 def toy_loss(model, batch):
     """Squared errors, summed; a token is a row."""
     return {
@@ -136,10 +142,7 @@ def rank_together(ranks, args):
 def together(tmp_path_factory):
     """Results of one launch of two processes, and of one process with all of their batches."""
     folder = tmp_path_factory.mktemp("together")
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        free = sock.getsockname()[1]
-    launch(rank_together, argparse.Namespace(exp_dir=folder), 2, free)
+    launch(rank_together, argparse.Namespace(exp_dir=folder), 2, free_port())
     two = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     (folder / "alone").mkdir()
     alone = toy_training(folder / "alone", [toy_batch(8)] * 2, [toy_batch(5)], Ranks())
@@ -167,6 +170,84 @@ def test_only_rank_0_writes(together):
         "best-train-loss.pt", "best-valid-loss.pt", "epoch-1.pt", "epoch-2.pt",
         "rank-0.pt", "rank-1.pt",
     ]  # fmt: skip
+
+
+# The gradients of the model itself
+
+
+def speech_llm():
+    """Two frozen encoders, and trained parameters that are not zero, without dropout."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from speechllm.llm import prepare_llm
+    from speechllm.model import SpeechLLM
+    from speechllm.prompt import ChatIds
+    from speechllm.zipformer import ZipformerConfig, ZipformerEncoder
+
+    torch.manual_seed(0)
+    encoder = ZipformerConfig(
+        num_encoder_layers=(1,), downsampling_factor=(1,), feedforward_dim=(16,), num_heads=(2,),
+        encoder_dim=(16,), encoder_unmasked_dim=(16,), cnn_module_kernel=(5,), query_head_dim=(8,),
+        value_head_dim=(4,), frontend_channels=16, pos_dim=12,
+    )  # fmt: skip
+    llm = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=24, tie_word_embeddings=True,
+    ))  # fmt: skip
+    chat = ChatIds(before=(1, 2), group=(3, 4, 5), after=(6, 7), end=8, pad=0)
+    encoders = [ZipformerEncoder(encoder).freeze() for _ in range(2)]
+    model = SpeechLLM(encoders, prepare_llm(llm, unfreeze=True, use_lora=True), chat).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def gradients(rows, ranks):
+    """Of a training step on these utterances of a batch of four, before the optimizer's step."""
+    from speechllm.prompt import training_ids
+    from speechllm.training.loop import _step
+    from speechllm.training.setup import wrap_ddp
+
+    model = speech_llm()
+    used = [[0], [0], [1, 0], [1]]  # the first two do not use the second encoder at all
+    transcripts = [[10, 11], [12], [13, 14, 15, 16, 17], [18, 19, 20]]
+    features = torch.randn(4, 90, 80, generator=torch.Generator().manual_seed(1))
+    lens = torch.tensor([90, 60, 75, 81])
+
+    def batch_loss(model, batch):
+        ids, labels = training_ids(
+            chat, [transcripts[b] for b in rows], [len(used[b]) for b in rows]
+        )
+        return model(features[rows], lens[rows], ids, labels, [used[b] for b in rows])
+
+    chat, found = model.chat, {}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: found.update({name: p.grad.clone() for name, p in trained.items()})
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    _step(wrap_ddp(model, ranks), batch_loss, {}, optimizer, scaler, torch.float32, ranks)
+    return found
+
+
+def rank_gradients(ranks, args):
+    rows = [[0, 1], [2, 3]][ranks.rank]
+    torch.save(gradients(rows, ranks), args.exp_dir / f"rank-{ranks.rank}.pt")
+
+
+def test_the_ranks_gradients_are_those_of_the_joint_batch(tmp_path):
+    launch(rank_gradients, argparse.Namespace(exp_dir=tmp_path), 2, free_port())
+    joint = gradients([0, 1, 2, 3], Ranks())
+    assert any("encoder_projector.1" in name for name in joint)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
+        assert found.keys() == joint.keys()
+        for name, gradient in joint.items():
+            assert gradient.abs().max() > 0, name
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 # Errors in one of several processes

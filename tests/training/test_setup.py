@@ -16,8 +16,8 @@ from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,
     check_data,
-    check_epochs,
     check_outputs_finite,
+    check_training,
     make_optimizer,
     make_schedule,
     make_train_loader,
@@ -65,8 +65,8 @@ def listing(batches):
     [
         ("--train-cuts", "tiny_cuts_train", {}),
         ("--max-duration", 6, {}),
-        ("--bucketing-sampler", "false", {}),
-        ("--num-buckets", 2, {}),
+        ("--bucketing-sampler", "false", {"--drop-last": "false"}),
+        ("--num-buckets", 2, {"--drop-last": "false"}),
         ("--on-the-fly-feats", "true", {}),
         ("--shuffle", "false", {}),
         ("--drop-last", "false", {}),
@@ -174,13 +174,29 @@ def test_limits_that_leave_nothing(flags):
 
 
 def test_epochs(tmp_path):
-    check_epochs(parse("--exp-dir", tmp_path))
-    with pytest.raises(ValueError, match="--start-epoch 0: epochs are counted from 1"):
-        check_epochs(parse("--exp-dir", tmp_path, "--start-epoch", 0))
+    check_training(parse("--exp-dir", tmp_path))
     with pytest.raises(FileNotFoundError, match="epoch-2.pt is missing: --start-epoch 3 needs it"):
-        check_epochs(parse("--exp-dir", tmp_path, "--start-epoch", 3))
-    (tmp_path / "epoch-2.pt").touch()
-    check_epochs(parse("--exp-dir", tmp_path, "--start-epoch", 3))
+        check_training(parse("--exp-dir", tmp_path, "--start-epoch", 3))
+    with pytest.raises(ValueError, match="--start-epoch 12 is beyond --num-epochs 10"):
+        check_training(parse("--exp-dir", tmp_path, "--start-epoch", 12))
+    torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "epoch-2.pt")
+    with pytest.raises(ValueError, match="epoch-2.pt has no optimizer to continue with"):
+        check_training(parse("--exp-dir", tmp_path, "--start-epoch", 3))
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--start-epoch", "--start-epoch 0 must be at least 1"),
+        ("--num-epochs", "--num-epochs 0 must be at least 1"),
+        ("--log-interval", "--log-interval 0 must be at least 1"),
+        ("--valid-interval", "--valid-interval 0 must be at least 1"),
+        ("--max-duration", "--max-duration 0 must be above 0"),
+    ],
+)
+def test_numbers_that_make_no_training(tmp_path, flag, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        check_training(parse("--exp-dir", tmp_path, flag, 0))
 
 
 # Flags of the training

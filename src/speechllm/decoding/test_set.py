@@ -7,10 +7,11 @@ from pathlib import Path
 from speechllm.data import (
     check_cuts,
     cuts_file,
+    cuts_within,
     evaluation_loader,
+    frames_needed,
     long_enough,
     read_cuts,
-    training_cuts,
 )
 from speechllm.flags import comma_list
 from speechllm.progress import ProgressBar
@@ -25,12 +26,20 @@ def files_to_decode(args) -> list[Path]:
     """
     paths = [cuts_file(args.manifest_dir, name) for name in comma_list(args.test_cuts or "")]
     for path in paths:
-        check_cuts([path], need_text=False, need_features=not args.on_the_fly_feats)
+        check_cuts(
+            [path], need_text=False, need_features=not args.on_the_fly_feats, unique_ids=True
+        )
+    if len(set(map(set_name, paths))) < len(paths):
+        raise ValueError(f"--test-cuts {args.test_cuts}: results of two would have one name")
     return paths
 
 
 def decode_cuts(
-    path: Path, recognize: Callable[[dict], list[str]], normalize: str = "none", **loader_options
+    path: Path,
+    recognize: Callable[[dict], list[str]],
+    normalize: str = "none",
+    min_frames: int = frames_needed(),
+    **loader_options,
 ) -> list[Result]:
     """(cut id, reference words, hypothesis words) of every cut of a file, in lower case.
 
@@ -38,12 +47,17 @@ def decode_cuts(
 
     Args:
       recognize: a batch (see speechllm.data) to its hypotheses' texts.
+      min_frames: fewer are too short.
       normalize: a name in `scoring.NORMALIZERS`, applied to references and hypotheses.
       loader_options: of `data.evaluation_loader`.
     """
     need_features = not loader_options.get("on_the_fly_feats", False)
-    statistics = check_cuts([path], need_text=False, need_features=need_features)
-    pairs = [(cut.id, _text(cut), "") for cut in read_cuts(path) if not long_enough(cut)]
+    statistics = check_cuts(
+        [path], min_frames=min_frames, need_text=False, need_features=need_features
+    )
+    pairs = [
+        (cut.id, _text(cut), "") for cut in read_cuts(path) if not long_enough(cut, min_frames)
+    ]
     if pairs:
         logging.warning(
             f"{path}: {len(pairs)} cuts are too short to hear and get empty hypotheses, "
@@ -51,7 +65,7 @@ def decode_cuts(
         )
     if statistics.kept:
         loader = evaluation_loader(
-            training_cuts([path], 0.0, float("inf")), num_cuts=statistics.kept, **loader_options
+            cuts_within([path], min_frames=min_frames), num_cuts=statistics.kept, **loader_options
         )
         progress = ProgressBar(set_name(path), statistics.seconds)
         for batch in loader:

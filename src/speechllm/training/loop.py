@@ -108,8 +108,10 @@ def _train_epoch(
     batch_idx = -1
     for batch_idx, batch in enumerate(loader):
         if batch_idx % valid_interval == 0 and (batch_idx > 0 or validate_first):
+            pause = time.monotonic()
             _validate(model, batch_loss, valid_loader, state, dtype, board, ranks)
             model.train()
+            start += time.monotonic() - pause
         schedule.step_batch(state.batch_idx_train)
         sums = _step(model, batch_loss, batch, optimizer, scaler, dtype, ranks)
         state.batch_idx_train += 1
@@ -133,6 +135,10 @@ def _train_epoch(
     if batch_idx % log_interval:
         speed = audio_seconds / (time.monotonic() - start)
         _log_batch(batch_idx, batch, metrics, recent, schedule, scaler, speed, state, board)
+    logging.info(
+        f"Epoch {state.epoch}: {batch_idx + 1} batches with {audio_seconds:.0f} of "
+        f"{epoch_seconds:.0f} s of audio"
+    )
     return epoch_sums
 
 

@@ -15,14 +15,15 @@ from speechllm.data import (
     check_cuts,
     check_noise,
     cuts_file,
+    cuts_within,
     evaluation_loader,
+    frames_needed,
     loader_options,
     share_of_cuts,
-    training_cuts,
     training_loader,
 )
 from speechllm.flags import comma_list, str2bool
-from speechllm.training.checkpoint import TrainState, epoch_path
+from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint
 from speechllm.training.distributed import Ranks
 from speechllm.training.loop import BatchLoss, train
 from speechllm.training.scaled_adam import ScaledAdam
@@ -39,7 +40,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-epochs", type=int, default=10, help="train up to this epoch")
     add("--start-epoch", type=int, default=1, help="above 1: continue from epoch-(N-1).pt")
     add("--exp-dir", type=Path, help="checkpoints, logs and tensorboard files")
-    add("--base-lr", type=float, default=0.01, help="learning rate")
+    add("--base-lr", type=float, default=0.01,
+        help="learning rate; the default is for scaled_adam, adamw needs less")  # fmt: skip
     add("--optimizer", choices=["scaled_adam", "adamw"], default="scaled_adam", help="optimizer")
     add("--lr-schedule", choices=["fixed", "eden"], default="fixed", help="learning rate schedule")
     add("--lr-batches", type=float, default=7500.0, help="Eden: batches until the rate falls")
@@ -101,22 +103,47 @@ def check_outputs_finite(model: nn.Module) -> None:
                     )
 
     for name, module in model.named_modules():
-        module.register_forward_hook(
-            lambda m, i, o, name=name: hook(m, i, o, name or "the model")
-        )
+        module.register_forward_hook(lambda m, i, o, name=name: hook(m, i, o, name or "the model"))
 
 
-def check_epochs(args) -> None:
-    """Whether there is a training to continue, where --start-epoch says so.
+def check_training(args) -> None:
+    """Whether the numbers make sense, and there is a training to continue where one is wanted.
 
     Raises:
-      FileNotFoundError, ValueError: one sentence with the flag.
+      FileNotFoundError, ValueError: one sentence with the flag or the file.
     """
-    if args.start_epoch < 1:
-        raise ValueError(f"--start-epoch {args.start_epoch}: epochs are counted from 1")
-    needed = epoch_path(args.exp_dir, args.start_epoch - 1)
-    if args.start_epoch > 1 and not needed.is_file():
-        raise FileNotFoundError(f"{needed} is missing: --start-epoch {args.start_epoch} needs it")
+    for name in ("start_epoch", "num_epochs", "log_interval", "valid_interval"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{_flag(name)} {getattr(args, name)} must be at least 1")
+    if args.max_duration <= 0:
+        raise ValueError(f"--max-duration {args.max_duration:g} must be above 0")
+    if args.start_epoch > args.num_epochs + 1:
+        raise ValueError(
+            f"--start-epoch {args.start_epoch} is beyond --num-epochs {args.num_epochs}"
+        )
+    if args.start_epoch > 1:
+        needed = epoch_path(args.exp_dir, args.start_epoch - 1)
+        if not needed.is_file():
+            raise FileNotFoundError(
+                f"{needed} is missing: --start-epoch {args.start_epoch} needs it"
+            )
+        _check_resumable(needed, args)
+
+
+def _check_resumable(path: Path, args) -> None:
+    """Whether a checkpoint has more than a model, from the same optimizer.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence naming the file.
+    """
+    checkpoint = load_checkpoint(path)
+    for part in ("optimizer", "scheduler", "grad_scaler"):
+        if part not in checkpoint:
+            raise ValueError(f"{path} has no {part} to continue with (see --pretrained-model-path)")
+    optimizer = make_optimizer(args.optimizer, [nn.Parameter(torch.zeros(2))], args.base_lr)
+    known = {*optimizer.param_groups[0], "initial_lr"}
+    if checkpoint["optimizer"]["param_groups"][0].keys() - known:
+        raise ValueError(f"{path} is of another optimizer than --optimizer {args.optimizer}")
 
 
 def check_data(args) -> tuple[CutStatistics, CutStatistics]:
@@ -130,12 +157,22 @@ def check_data(args) -> tuple[CutStatistics, CutStatistics]:
         train_paths(args),
         min_seconds=args.min_utterance,
         max_seconds=args.max_utterance,
+        min_frames=_min_frames(args),
         need_features=need_features,
     )
-    valid = check_cuts(valid_paths(args), need_features=need_features)
+    valid = check_cuts(valid_paths(args), min_frames=_min_frames(args), need_features=need_features)
     if args.enable_musan:
         check_noise(cuts_file(args.manifest_dir, "musan_cuts"), need_features)
     return train, valid
+
+
+def _min_frames(args) -> int:
+    """An encoder alone is trained for the published rate of speech embeddings."""
+    return frames_needed(getattr(args, "encoder_projector_ds_rate", 4))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def train_paths(args) -> list[Path]:
@@ -154,7 +191,7 @@ def _paths(manifest_dir: Path, flag: str, names: str) -> list[Path]:
 
 def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
     """A function from the epoch, counted from 1, to its batches."""
-    cuts = training_cuts(train_paths(args), args.min_utterance, args.max_utterance)
+    cuts = cuts_within(train_paths(args), args.min_utterance, args.max_utterance, _min_frames(args))
     musan = None
     if args.enable_musan:
         musan = CutSet.from_cuts(load_manifest_lazy(cuts_file(args.manifest_dir, "musan_cuts")))
@@ -164,6 +201,7 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
             cuts,
             **loader_options(args),
             num_cuts=statistics.kept,
+            seconds=statistics.seconds,
             shuffle=args.shuffle,
             drop_last=args.drop_last,
             concatenate_cuts=args.concatenate_cuts,
@@ -183,7 +221,7 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
 
 def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
     """A function to this rank's share of the validation batches: every world_size-th cut."""
-    cuts = training_cuts(valid_paths(args), 0.0, float("inf"))
+    cuts = cuts_within(valid_paths(args), min_frames=_min_frames(args))
     mine = share_of_cuts(cuts, ranks.rank, ranks.world_size)
     if statistics.too_short:
         logging.info(f"Validation leaves out {statistics.too_short} utterances too short to use")
