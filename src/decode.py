@@ -21,6 +21,7 @@ import train
 from speechllm.data import add_data_arguments, frames_needed, loader_options
 from speechllm.decoding.search import MAX_NEW_TOKENS, search
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
+from speechllm.errors import InputError
 from speechllm.flags import Help, str2bool
 from speechllm.model import SpeechLLM, load_trainable_state
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
@@ -100,11 +101,11 @@ def run(args) -> None:
         ("--max-new-tokens", args.max_new_tokens),
     ):
         if value < 1:
-            raise ValueError(f"{flag} {value} must be at least 1")
+            raise InputError(f"{flag} {value} must be at least 1")
     check_model_files(args)
     paths = files_to_decode(args)
     if not paths:
-        raise ValueError(f"--test-cuts {args.test_cuts!r} names no cut file")
+        raise InputError(f"--test-cuts {args.test_cuts!r} names no cut file")
     parameters, parameters_name = read_parameters(args)
     suffix = result_suffix(args, parameters_name)
     out_dir = args.exp_dir / "decode"
@@ -143,7 +144,7 @@ def main(
     args = get_parser(defaults, description).parse_args(argv)
     try:
         run(args)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, InputError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -27,6 +27,7 @@ from speechllm.data import (
     read_cuts,
 )
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
+from speechllm.errors import InputError
 from speechllm.flags import Help, str2bool
 from speechllm.progress import setup_logging
 from speechllm.scoring import log_line, score
@@ -117,7 +118,7 @@ def train_bpe(texts: list[str], vocab_size: int, path: Path) -> None:
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"no BPE model with --vocab-size {vocab_size}: {reason}") from None
+        raise InputError(f"no BPE model with --vocab-size {vocab_size}: {reason}") from None
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # torchrun: each process writes
     partial.write_bytes(model.getvalue())
     os.replace(partial, path)
@@ -193,7 +194,7 @@ def encoder_frames(seconds: float) -> int:
 def check_average(args) -> None:
     """Whether the epochs that pretrained.pt is the average of are there or to come."""
     if args.avg < 1:
-        raise ValueError(f"--avg {args.avg} must be at least 1")
+        raise InputError(f"--avg {args.avg} must be at least 1")
     for epoch in range(max(1, args.num_epochs - args.avg + 1), args.start_epoch):
         if not epoch_path(args.exp_dir, epoch).is_file():
             raise FileNotFoundError(
@@ -214,9 +215,9 @@ def make_encoder(args, vocab_size: int, checkpoint: dict) -> ZipformerEncoder:
     try:
         encoder = encoder_from_state(checkpoint["model"], SIZES[args.encoder_size], args.dropout)
     except ValueError as error:
-        raise ValueError(f"{path} is not of --encoder-size {args.encoder_size}: {error}") from None
+        raise InputError(f"{path} is not of --encoder-size {args.encoder_size}: {error}") from None
     if encoder.ctc_output is None or encoder.ctc_output.vocab_size != vocab_size:
-        raise ValueError(f"{path} is not of the {vocab_size} pieces of bpe.model beside it")
+        raise InputError(f"{path} is not of the {vocab_size} pieces of bpe.model beside it")
     return encoder
 
 
@@ -281,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"Validation cuts: {args.valid_statistics}")
         prepare_bpe(args)
         launch(run, args, args.world_size, args.master_port)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, InputError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from speechllm.data import add_data_arguments, add_training_data_arguments, read_cuts
 from speechllm.decoding.search import MAX_NEW_TOKENS
+from speechllm.errors import InputError
 from speechllm.flags import Help, str2bool
 from speechllm.model import SpeechLLM, draw_encoders, load_trainable_state, trainable_state
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
@@ -132,7 +133,7 @@ def check_lengths(
         for cut in read_cuts(path):
             if too_long <= cut.duration <= max_seconds:
                 needed = others + int(cut.duration * 25 / model.ds_rate) * n
-                raise ValueError(
+                raise InputError(
                     f"{path}: cut {cut.id} of {cut.duration:.1f} s needs "
                     f"{needed} positions, the LLM has {limit}"
                 )
@@ -180,7 +181,7 @@ def main(
         check_training(args)
         if args.pretrained_model_path:
             if args.start_epoch > 1:
-                raise ValueError(
+                raise InputError(
                     f"--start-epoch {args.start_epoch} goes on from this training's own "
                     f"checkpoint, not from --pretrained-model-path {args.pretrained_model_path}"
                 )
@@ -190,7 +191,7 @@ def main(
             print(f"Training cuts: {args.train_statistics}")
             print(f"Validation cuts: {args.valid_statistics}")
         launch(run, args, args.world_size, args.master_port)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, InputError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -161,6 +161,17 @@ def test_going_on_with_another_learning_rate(tiny_exp, tiny_train_argv, tmp_path
     assert set(re.findall(r"lr: (\S+),", log(tmp_path))) == {"2.50e-03"}
 
 
+def test_an_error_of_the_training_itself_keeps_its_traceback(
+    monkeypatch, tiny_train_argv, tmp_path
+):
+    def fail(**_):
+        raise ValueError("shapes do not fit")
+
+    monkeypatch.setattr("speechllm.training.setup.train", fail)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        train.main(tiny_train_argv(tmp_path))
+
+
 # ---- what the model is given
 
 

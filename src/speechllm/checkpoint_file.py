@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from speechllm.errors import InputError
+
 
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint on the CPU, loaded without running any code in it.
@@ -19,14 +21,14 @@ def load_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:  # unreadable or damaged
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
+        raise InputError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
     except Exception:  # unpickling raises any kind, and torch would advise to trust the file
-        raise ValueError(
+        raise InputError(
             f"{path} cannot be read as a checkpoint of tensors: "
             "it is empty, no file of torch.save, or holds more than tensors and plain values"
         ) from None
     if not isinstance(checkpoint, dict) or not _is_state_dict(checkpoint.get("model")):
-        raise ValueError(f"{path} has no 'model' entry with a state dict")
+        raise InputError(f"{path} has no 'model' entry with a state dict")
     return checkpoint
 
 

@@ -31,6 +31,7 @@ from lhotse.dataset import (
 )
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
+from speechllm.errors import InputError
 from speechllm.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLING_RATE, fbank_extractor
 from speechllm.flags import str2bool
 
@@ -114,14 +115,14 @@ def read_cuts(path: Path) -> Iterator[Cut]:
     try:
         cuts = load_manifest_lazy(path)
         if cuts is None:
-            raise ValueError("it is empty")
+            raise InputError("it is empty")
         for cut in cuts:
             if not isinstance(cut, Cut):
-                raise ValueError(f"{type(cut).__name__} where a cut should be")
+                raise InputError(f"{type(cut).__name__} where a cut should be")
             yield cut
             count += 1
     except Exception as error:  # gzip, json and lhotse each have their own
-        raise ValueError(f"{path} cannot be read beyond cut {count}: {_reason(error)}") from None
+        raise InputError(f"{path} cannot be read beyond cut {count}: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -156,7 +157,7 @@ def check_cuts(
     for path in paths:
         for number, cut in enumerate(read_cuts(path)):
             if unique_ids and cut.id in ids:
-                raise ValueError(f"{path}: cut {cut.id} is there twice")
+                raise InputError(f"{path}: cut {cut.id} is there twice")
             ids.update([cut.id] if unique_ids else [])
             _check_supervisions(cut, path, need_text)
             _check_input(cut, path, need_features, read=number == 0)
@@ -169,7 +170,7 @@ def check_cuts(
                 seconds += cut.duration
     statistics = CutStatistics(kept, seconds, too_short, too_long)
     if not kept and (need_text or not too_short):
-        raise ValueError(f"{', '.join(map(str, paths))}: nothing to use, {statistics}")
+        raise InputError(f"{', '.join(map(str, paths))}: nothing to use, {statistics}")
     return statistics
 
 
@@ -192,10 +193,10 @@ def check_noise(path: Path, need_features: bool = True) -> None:
 def _check_supervisions(cut: Cut, path: Path, need_text: bool) -> None:
     texts = [supervision.text for supervision in cut.supervisions]
     if not texts or any(text is None or (need_text and not text.strip()) for text in texts):
-        raise ValueError(f"{path}: cut {cut.id} has no text")
+        raise InputError(f"{path}: cut {cut.id} has no text")
     for supervision in cut.supervisions:
         if supervision.start < -TOLERANCE or supervision.end > cut.duration + TOLERANCE:
-            raise ValueError(
+            raise InputError(
                 f"{path}: cut {cut.id} of {cut.duration:g} s has a supervision from "
                 f"{supervision.start:g} to {supervision.end:g} s"
             )
@@ -204,21 +205,21 @@ def _check_supervisions(cut: Cut, path: Path, need_text: bool) -> None:
 def _check_input(cut: Cut, path: Path, need_features: bool, read: bool) -> None:
     """Whether the cut has features or audio of the right kind; `read`: and they are there."""
     if need_features and not cut.has_features:
-        raise ValueError(f"{path}: cut {cut.id} has no features (see --on-the-fly-feats)")
+        raise InputError(f"{path}: cut {cut.id} has no features (see --on-the-fly-feats)")
     if need_features and cut.num_features != NUM_MEL_BINS:
-        raise ValueError(
+        raise InputError(
             f"{path}: cut {cut.id} has features of {cut.num_features} dimensions, "
             f"not {NUM_MEL_BINS}"
         )
     if need_features and abs(cut.frame_shift - FRAME_SHIFT) > 1e-6:
-        raise ValueError(
+        raise InputError(
             f"{path}: cut {cut.id} has features every {cut.frame_shift * 1000:g} ms, "
             f"not {FRAME_SHIFT * 1000:g} ms"
         )
     if not need_features and not cut.has_recording:
-        raise ValueError(f"{path}: cut {cut.id} has no audio to compute features from")
+        raise InputError(f"{path}: cut {cut.id} has no audio to compute features from")
     if not need_features and cut.sampling_rate != SAMPLING_RATE:
-        raise ValueError(
+        raise InputError(
             f"{path}: cut {cut.id} has audio of {cut.sampling_rate} Hz, not {SAMPLING_RATE} Hz"
         )
     if read:
@@ -226,7 +227,7 @@ def _check_input(cut: Cut, path: Path, need_features: bool, read: bool) -> None:
             cut.load_features() if need_features else cut.load_audio()
         except Exception as error:  # lhotse's storages each have their own
             what = "features" if need_features else "audio"
-            raise ValueError(
+            raise InputError(
                 f"{path}: the {what} of cut {cut.id} cannot be read: {_reason(error)}"
             ) from None
 

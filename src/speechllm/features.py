@@ -19,6 +19,8 @@ from lhotse import CutSet, Fbank, FbankConfig, LilcomChunkyWriter
 from lhotse.augmentation import Speed
 from lhotse.cut import Cut
 
+from speechllm.errors import InputError
+
 SAMPLING_RATE = 16000  # Hz
 NUM_MEL_BINS = 80
 FRAME_SHIFT = 0.01  # s
@@ -73,7 +75,7 @@ def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
     """
     shared = [cut_id for cut_id, n in Counter(cut.id for cut in cuts).items() if n > 1]
     if shared:
-        raise ValueError(f"{len(shared)} ids belong to several cuts: {', '.join(shared)}")
+        raise InputError(f"{len(shared)} ids belong to several cuts: {', '.join(shared)}")
     feats = feats_dir(cuts_file)
     cuts_file.unlink(missing_ok=True)  # its features are about to go
     shutil.rmtree(feats, ignore_errors=True)
@@ -119,7 +121,7 @@ def _in_order(cuts: CutSet, stored: dict[str, Cut]) -> CutSet:
     """`stored` in the order of `cuts`; lhotse only logs the cuts it could not read, and goes on."""
     missing = [cut.id for cut in cuts if cut.id not in stored]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{len(missing)} of {len(cuts)} cuts have audio that cannot be read (see the log): "
             + ", ".join(missing)
         )

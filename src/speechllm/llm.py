@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from speechllm.errors import InputError
 from speechllm.prompt import add_speech_tokens
 
 LORA = dict(
@@ -49,10 +50,10 @@ def load_llm(
         )
     except Exception as error:  # transformers, the hub, safetensors and json have their own each
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"the LLM cannot be loaded from {path}: {reason}") from None
+        raise InputError(f"the LLM cannot be loaded from {path}: {reason}") from None
     missing = loaded["missing_keys"]  # transformers would go on with random numbers
     if missing:
-        raise ValueError(
+        raise InputError(
             f"the LLM in {path} lacks {len(missing)} of its weights, such as {min(missing)}"
         )
     add_speech_tokens(tokenizer, llm.get_input_embeddings().num_embeddings)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechllm.errors import InputError
 from speechllm.prompt import IGNORED, ChatIds
 from speechllm.zipformer import ZipformerEncoder
 from speechllm.zipformer.swoosh import swoosh_r
@@ -254,13 +255,13 @@ def load_trainable_state(
         ("has the alien", state.keys() - parameters.keys() - set(ignored)),
     ):
         if keys:
-            raise ValueError(
+            raise InputError(
                 f"{name} {what} {min(keys)} and {len(keys) - 1} more: "
                 f"it is of another model than this one with {n} encoder{'s' * (n > 1)}"
             )
     for key, parameter in parameters.items():
         if state[key].shape != parameter.shape:
-            raise ValueError(
+            raise InputError(
                 f"{key} is {tuple(state[key].shape)} in {name} "
                 f"and {tuple(parameter.shape)} in this model"
             )

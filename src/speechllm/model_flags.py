@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from speechllm.errors import InputError
 from speechllm.flags import comma_list, str2bool
 from speechllm.llm import check_llm_path, load_llm, prepare_llm
 from speechllm.model import SpeechLLM
@@ -36,7 +37,7 @@ def encoder_files(args) -> list[tuple[str, str]]:
     if len(sizes) == 1:
         sizes = sizes * len(paths)
     if not paths or len(sizes) != len(paths):
-        raise ValueError(
+        raise InputError(
             f"--speech-encoder-type names {len(sizes)} encoders, "
             f"--speech-encoder-path {len(paths)}"
         )
@@ -50,7 +51,7 @@ def check_model_files(args) -> None:
       FileNotFoundError, ValueError: one sentence naming the file.
     """
     if args.encoder_projector_ds_rate < 1:
-        raise ValueError(
+        raise InputError(
             f"--encoder-projector-ds-rate {args.encoder_projector_ds_rate} must be at least 1"
         )
     check_llm_path(args.llm_path)
@@ -58,7 +59,7 @@ def check_model_files(args) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"encoder {path} is missing (see local/download_models.sh)")
         if size not in SIZES:
-            raise ValueError(f"unknown encoder size {size!r}: choose from {', '.join(SIZES)}")
+            raise InputError(f"unknown encoder size {size!r}: choose from {', '.join(SIZES)}")
 
 
 def build_model(

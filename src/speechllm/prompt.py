@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from speechllm.errors import InputError
+
 SPEECH = "<speech>"
 START_SPEECH, END_SPEECH = "<start_speech>", "<end_speech>"
 SPEECH_TOKENS = [SPEECH, "<start_text>", "<end_text>", START_SPEECH, END_SPEECH]  # order fixes ids
@@ -58,11 +60,11 @@ def add_speech_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (IM_START, IM_END) if token not in vocabulary]
     if missing:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path} has no token {missing[0]}")
+        raise InputError(f"tokenizer {tokenizer.name_or_path} has no token {missing[0]}")
     tokenizer.add_special_tokens({"additional_special_tokens": SPEECH_TOKENS})
     highest = max(tokenizer.convert_tokens_to_ids(SPEECH_TOKENS))
     if highest >= embedding_rows:
-        raise ValueError(
+        raise InputError(
             f"tokenizer {tokenizer.name_or_path} has no room for the speech tokens: "
             f"they need ids up to {highest}, the LLM has {embedding_rows} embedding rows"
         )

@@ -22,6 +22,8 @@ from pathlib import Path
 import kaldialign
 import numpy as np
 
+from speechllm.errors import InputError
+
 Result = tuple[str, list[str], list[str]]  # cut id, reference words, hypothesis words
 Words = tuple[str, ...]
 Pair = tuple[Words, Words]  # aligned reference and hypothesis; () where one has no word
@@ -239,7 +241,7 @@ def _whisper_english() -> Callable[[str], str]:
 def _sorted_by_id(results: Sequence[Result]) -> list[Result]:
     for cut_id, n in Counter(cut_id for cut_id, _, _ in results).items():
         if n > 1:
-            raise ValueError(f"{cut_id} has {n} results: an utterance is scored once")
+            raise InputError(f"{cut_id} has {n} results: an utterance is scored once")
     return sorted(results, key=lambda result: result[0])
 
 

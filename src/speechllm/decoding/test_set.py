@@ -13,6 +13,7 @@ from speechllm.data import (
     long_enough,
     read_cuts,
 )
+from speechllm.errors import InputError
 from speechllm.flags import comma_list
 from speechllm.progress import ProgressBar
 from speechllm.scoring import NORMALIZERS, Result
@@ -30,7 +31,7 @@ def files_to_decode(args) -> list[Path]:
             [path], need_text=False, need_features=not args.on_the_fly_feats, unique_ids=True
         )
     if len(set(map(set_name, paths))) < len(paths):
-        raise ValueError(f"--test-cuts {args.test_cuts}: results of two would have one name")
+        raise InputError(f"--test-cuts {args.test_cuts}: results of two would have one name")
     return paths
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speechllm.checkpoint_file import load_checkpoint, write_checkpoint
+from speechllm.errors import InputError
 
 
 @dataclass
@@ -48,9 +49,9 @@ def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tenso
       FileNotFoundError, ValueError: naming the first missing epoch, or keys that differ.
     """
     if avg < 1:
-        raise ValueError(f"--epoch {epoch} --avg {avg} averages nothing")
+        raise InputError(f"--epoch {epoch} --avg {avg} averages nothing")
     if epoch - avg + 1 < 1:
-        raise ValueError(f"--epoch {epoch} --avg {avg} reaches back before epoch 1")
+        raise InputError(f"--epoch {epoch} --avg {avg} reaches back before epoch 1")
     needed = range(epoch - avg + 1, epoch + 1)
     for number in needed:
         if not epoch_path(exp_dir, number).is_file():
@@ -67,12 +68,12 @@ def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tenso
         model = load_checkpoint(epoch_path(exp_dir, number))["model"]
         if sums and sums.keys() != model.keys():
             odd = sorted(sums.keys() ^ model.keys())[0]
-            raise ValueError(f"epoch-{number}.pt and its predecessor differ: {odd} is in one only")
+            raise InputError(f"epoch-{number}.pt and its predecessor differ: {odd} is in one only")
         for key, value in model.items():
             dtypes[key] = value.dtype
             before = sums.get(key, torch.zeros(value.shape, dtype=torch.double))
             if before.shape != value.shape:
-                raise ValueError(
+                raise InputError(
                     f"epoch-{number}.pt and its predecessor differ: {key} is "
                     f"{tuple(value.shape)}, before {tuple(before.shape)}"
                 )

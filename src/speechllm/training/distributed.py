@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from speechllm.errors import InputError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -53,9 +55,9 @@ def launch(run: Callable, args, world_size: int, master_port: int) -> None:
         _start(int(os.environ["RANK"]), run, args, int(os.environ["WORLD_SIZE"]), None)
         return
     if world_size < 1:
-        raise ValueError(f"--world-size {world_size} must be at least 1")
+        raise InputError(f"--world-size {world_size} must be at least 1")
     if 0 < torch.cuda.device_count() < world_size:
-        raise ValueError(
+        raise InputError(
             f"--world-size {world_size} needs as many GPUs, "
             f"this machine has {torch.cuda.device_count()}"
         )
@@ -80,7 +82,7 @@ def _spawn(run: Callable, args, world_size: int, master_port: int) -> None:
     except (mp.ProcessRaisedException, mp.ProcessExitedException):
         if sentences.empty():
             raise
-        raise ValueError(sentences.get()) from None
+        raise InputError(sentences.get()) from None
     finally:  # no process outlives this one, not even after Ctrl-C
         for process in context.processes:
             process.terminate()
@@ -91,7 +93,7 @@ def _start_spawned(
 ) -> None:
     try:
         _start(rank, run, args, world_size, master_port)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, InputError) as error:
         sentences.put(str(error))
         sys.exit(1)
 
@@ -119,7 +121,7 @@ def _join_group(backend: str, rank: int, world_size: int) -> None:
         dist.init_process_group(backend, rank=rank, world_size=world_size)
     except dist.DistNetworkError as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
+        raise InputError(
             f"--master-port {os.environ['MASTER_PORT']} cannot be used, perhaps because another "
             f"training uses it: {reason}"
         ) from None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speechllm.errors import InputError
 from speechllm.progress import ProgressBar
 from speechllm.training.checkpoint import (
     TrainState,
@@ -129,7 +130,7 @@ def _train_epoch(
             progress.show(loss=recent.means()["loss"])
     progress.close()
     if batch_idx < 0:
-        raise ValueError(
+        raise InputError(
             f"epoch {state.epoch} had no batch: --max-duration, --drop-last or the cuts leave none"
         )
     if batch_idx % log_interval:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from speechllm.errors import InputError
+
 SIZE_PERIOD = 4  # steps between two updates of a tensor's size
 SIZE_LR = 0.1  # learning rate of sizes and of one-element tensors, relative to lr
 MIN_RMS, MAX_RMS = 1e-5, 3.0  # a tensor's size is learnt between these
@@ -58,13 +60,13 @@ class ScaledAdam(torch.optim.Optimizer):
         clipping_scale: float | None = 2.0,
     ):
         if not lr >= 0:
-            raise ValueError(f"lr must not be negative, got {lr}")
+            raise InputError(f"lr must not be negative, got {lr}")
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must lie in [0, 1), got {betas}")
+            raise InputError(f"betas must lie in [0, 1), got {betas}")
         if not eps > 0:
-            raise ValueError(f"eps must be positive, got {eps}")
+            raise InputError(f"eps must be positive, got {eps}")
         if clipping_scale is not None and not clipping_scale > 0:
-            raise ValueError(f"clipping_scale must be positive or None, got {clipping_scale}")
+            raise InputError(f"clipping_scale must be positive or None, got {clipping_scale}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "clipping_scale": clipping_scale}
         # The state of clipping: it belongs to a group, and in a group torch saves and loads it.
         progress = {"clip_step": 0, "clip_norms": None, "clip_threshold": math.inf}

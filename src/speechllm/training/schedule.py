@@ -7,6 +7,8 @@
 
 import torch
 
+from speechllm.errors import InputError
+
 
 class FixedLR:
     """Every parameter group keeps its initial learning rate; also the base of other schedules.
@@ -81,7 +83,7 @@ class Eden(FixedLR):
         warmup_start: float = 0.5,
     ):
         if not (lr_batches > 0 and lr_epochs > 0):
-            raise ValueError(
+            raise InputError(
                 f"lr_batches and lr_epochs must be positive, got {lr_batches} and {lr_epochs}"
             )
         self.lr_batches = lr_batches

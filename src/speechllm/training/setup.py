@@ -22,6 +22,7 @@ from speechllm.data import (
     share_of_cuts,
     training_loader,
 )
+from speechllm.errors import InputError
 from speechllm.flags import comma_list, str2bool
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint
 from speechllm.training.distributed import Ranks
@@ -114,11 +115,11 @@ def check_training(args) -> None:
     """
     for name in ("start_epoch", "num_epochs", "log_interval", "valid_interval"):
         if getattr(args, name) < 1:
-            raise ValueError(f"{_flag(name)} {getattr(args, name)} must be at least 1")
+            raise InputError(f"{_flag(name)} {getattr(args, name)} must be at least 1")
     if args.max_duration <= 0:
-        raise ValueError(f"--max-duration {args.max_duration:g} must be above 0")
+        raise InputError(f"--max-duration {args.max_duration:g} must be above 0")
     if args.start_epoch > args.num_epochs + 1:
-        raise ValueError(
+        raise InputError(
             f"--start-epoch {args.start_epoch} is beyond --num-epochs {args.num_epochs}"
         )
     if args.start_epoch > 1:
@@ -139,11 +140,11 @@ def _check_resumable(path: Path, args) -> None:
     checkpoint = load_checkpoint(path)
     for part in ("optimizer", "scheduler", "grad_scaler"):
         if part not in checkpoint:
-            raise ValueError(f"{path} has no {part} to continue with (see --pretrained-model-path)")
+            raise InputError(f"{path} has no {part} to continue with (see --pretrained-model-path)")
     optimizer = make_optimizer(args.optimizer, [nn.Parameter(torch.zeros(2))], args.base_lr)
     known = {*optimizer.param_groups[0], "initial_lr"}
     if checkpoint["optimizer"]["param_groups"][0].keys() - known:
-        raise ValueError(f"{path} is of another optimizer than --optimizer {args.optimizer}")
+        raise InputError(f"{path} is of another optimizer than --optimizer {args.optimizer}")
 
 
 def check_data(args) -> tuple[CutStatistics, CutStatistics]:
@@ -185,7 +186,7 @@ def valid_paths(args) -> list[Path]:
 
 def _paths(manifest_dir: Path, flag: str, names: str) -> list[Path]:
     if not comma_list(names):
-        raise ValueError(f"{flag} {names!r} names no cut file")
+        raise InputError(f"{flag} {names!r} names no cut file")
     return [cuts_file(manifest_dir, name) for name in comma_list(names)]
 
 

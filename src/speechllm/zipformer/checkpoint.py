@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from speechllm.checkpoint_file import load_checkpoint, write_checkpoint
+from speechllm.errors import InputError
 from speechllm.zipformer.encoder import ZipformerEncoder
 from speechllm.zipformer.sizes import SIZES, ZipformerConfig
 
@@ -27,14 +28,14 @@ def load_encoder(path: str | Path, size: str, dropout: float = 0.1) -> Zipformer
       ValueError: it is not a checkpoint, is of another size, or has keys of something else.
     """
     if size not in SIZES:
-        raise ValueError(f"unknown encoder size {size!r}: choose from {', '.join(SIZES)}")
+        raise InputError(f"unknown encoder size {size!r}: choose from {', '.join(SIZES)}")
     state = load_checkpoint(path)["model"]
     try:
         encoder = encoder_from_state(state, SIZES[size], dropout)
     except ValueError as error:
         others = [name for name in SIZES if name != size and _fits(state, SIZES[name])]
         hint = f"; its shapes are those of size {others[0]!r}" if others else ""
-        raise ValueError(f"{path} is not a Zipformer of size {size!r}: {error}{hint}") from None
+        raise InputError(f"{path} is not a Zipformer of size {size!r}: {error}{hint}") from None
     logging.info(f"{path}: {describe_unused(state)}")
     return encoder
 
@@ -51,7 +52,7 @@ def encoder_from_state(
     used = {k: v for k, v in state.items() if k.split(".")[0] not in UNUSED_HEADS}
     problem = _difference(used, config, vocab_size)
     if problem:
-        raise ValueError(problem)
+        raise InputError(problem)
     encoder = ZipformerEncoder(config, vocab_size, dropout)
     encoder.load_state_dict(used)
     return encoder

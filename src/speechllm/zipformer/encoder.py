@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from speechllm.errors import InputError
 from speechllm.zipformer.ctc import CtcHead
 from speechllm.zipformer.frontend import Frontend
 from speechllm.zipformer.layer import Bypass, ZipformerLayer, positional_embedding
@@ -183,13 +184,13 @@ class ZipformerEncoder(nn.Module):
             to give a single frame.
         """
         if features.size(-1) != self.config.feature_dim:
-            raise ValueError(
+            raise InputError(
                 f"features have {features.size(-1)} dimensions, "
                 f"the encoder takes {self.config.feature_dim}"
             )
         shortest = min(features.size(1), int(feature_lens.min()))
         if shortest < MIN_FEATURE_FRAMES:
-            raise ValueError(
+            raise InputError(
                 f"features of {shortest} frames are too short: "
                 f"the encoder needs at least {MIN_FEATURE_FRAMES}"
             )

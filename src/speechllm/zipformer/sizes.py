@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields
 
+from speechllm.errors import InputError
+
 
 @dataclass(frozen=True)
 class ZipformerConfig:
@@ -32,7 +34,7 @@ class ZipformerConfig:
                 if len(value) == 1:
                     object.__setattr__(self, field.name, value * stacks)
                 elif len(value) != stacks:
-                    raise ValueError(
+                    raise InputError(
                         f"{field.name} has {len(value)} entries, encoder_dim has {stacks}"
                     )
 
