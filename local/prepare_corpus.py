@@ -23,7 +23,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import random
 import re
 import sys
@@ -52,6 +51,7 @@ from speechllm.features import (
     with_perturbed_speed,
 )
 from speechllm.flags import str2bool
+from speechllm.whole_file import whole_file
 
 COLUMNS = {  # field: accepted names, in order of preference
     "id": ("utt_id", "id"),
@@ -314,10 +314,9 @@ class Stamp:
 
     def save(self, splits: list[str], complete: bool) -> None:
         self.splits, self.complete = splits, complete
-        part = self.path.with_name(f"{self.path.name}.part")
         content = {"source": self.source, "splits": splits, "complete": complete}
-        part.write_text(json.dumps(content))
-        os.replace(part, self.path)
+        with whole_file(self.path) as partial:
+            partial.write_text(json.dumps(content))
 
 
 def prepare_splits(args: argparse.Namespace, by_split: dict[str, list], stamp: Stamp) -> None:

@@ -12,7 +12,6 @@ last `--avg` epochs under icefall's names, which `train.py --speech-encoder-path
 import argparse
 import io
 import logging
-import os
 from pathlib import Path
 
 import kaldialign
@@ -48,6 +47,7 @@ from speechllm.training.setup import (
     make_valid_loader,
     train_paths,
 )
+from speechllm.whole_file import whole_file
 from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
 from speechllm.zipformer.checkpoint import encoder_from_state
 from speechllm.zipformer.ctc import ctc_frames_needed, ctc_greedy, ctc_loss
@@ -119,9 +119,8 @@ def train_bpe(texts: list[str], vocab_size: int, path: Path) -> None:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"no BPE model with --vocab-size {vocab_size}: {reason}") from None
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # torchrun: each process writes
-    partial.write_bytes(model.getvalue())
-    os.replace(partial, path)
+    with whole_file(path) as partial:  # under torchrun each process writes
+        partial.write_bytes(model.getvalue())
 
 
 class CtcBatchLoss:

@@ -1,12 +1,12 @@
 """Checkpoint files, `{"model": state_dict, …}`: written whole, read without running their code."""
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from speechllm.errors import InputError
+from speechllm.whole_file import whole_file
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -34,12 +34,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """Afterwards the file is whole, or as it was before."""
-    partial = Path(f"{path}.partial")
-    try:
+    with whole_file(path) as partial:
         torch.save(checkpoint, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _is_state_dict(value: object) -> bool:

@@ -8,7 +8,6 @@ programs are started in the same directory (the repository, in this recipe's com
 
 import logging
 import multiprocessing
-import os
 import shutil
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ from lhotse.augmentation import Speed
 from lhotse.cut import Cut
 
 from speechllm.errors import InputError
+from speechllm.whole_file import whole_file
 
 SAMPLING_RATE = 16000  # Hz
 NUM_MEL_BINS = 80
@@ -56,12 +56,8 @@ def has_perturbed_speed(cut: Cut) -> bool:
 
 def write_cuts(cuts: CutSet, cuts_file: Path) -> None:
     """Write a cut file in one move: it is complete or absent."""
-    part = cuts_file.with_name(f".part-{cuts_file.name}")  # lhotse goes by the ending
-    try:
-        cuts.to_file(part)
-        os.replace(part, cuts_file)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(cuts_file) as partial:
+        cuts.to_file(partial)
 
 
 def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:

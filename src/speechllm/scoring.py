@@ -10,7 +10,6 @@ Words are aligned by kaldialign with costs 1, 1, 1. In the lists of errs-*.txt t
 comes first, and among equal counts the last word by code point.
 """
 
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ import kaldialign
 import numpy as np
 
 from speechllm.errors import InputError
+from speechllm.whole_file import whole_file
 
 Result = tuple[str, list[str], list[str]]  # cut id, reference words, hypothesis words
 Words = tuple[str, ...]
@@ -139,8 +139,10 @@ def score(
         "wer-summary": summary_text(set_name, results, extra),
     }
     encoded = {kind: text.encode("utf-8") for kind, text in texts.items()}
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
     for kind, content in encoded.items():
-        _write(Path(out_dir) / f"{kind}-{set_name}-{suffix}.txt", content)
+        with whole_file(Path(out_dir) / f"{kind}-{set_name}-{suffix}.txt") as partial:
+            partial.write_bytes(content)
     return counts
 
 
@@ -298,12 +300,3 @@ def _number(value: str | float) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Writes under a temporary name in the same directory, then renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -130,4 +130,4 @@ def test_the_best_are_copied_when_they_are_reached(tmp_path, monkeypatch, links)
         assert (best_of(tmp_path, "train"), best_of(tmp_path, "valid")) == (train, valid)
     save_epochs(tmp_path, [2], bias=torch.zeros(1))  # written anew, as in a second training
     assert "bias" not in load_checkpoint(tmp_path / "best-train-loss.pt")["model"]
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".part-*"))

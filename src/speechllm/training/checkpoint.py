@@ -11,6 +11,7 @@ from torch import Tensor
 
 from speechllm.checkpoint_file import load_checkpoint, write_checkpoint
 from speechllm.errors import InputError
+from speechllm.whole_file import whole_file
 
 
 @dataclass
@@ -92,10 +93,8 @@ def copy_best(exp_dir: Path, state: TrainState) -> None:
         ("best-valid-loss.pt", state.best_valid_epoch),
     ):
         if best_epoch == state.epoch:
-            partial = exp_dir / f"{name}.partial"
-            partial.unlink(missing_ok=True)
-            try:
-                os.link(epoch_path(exp_dir, state.epoch), partial)
-            except OSError:  # not every file system has links
-                shutil.copyfile(epoch_path(exp_dir, state.epoch), partial)
-            os.replace(partial, exp_dir / name)
+            with whole_file(exp_dir / name) as partial:
+                try:
+                    os.link(epoch_path(exp_dir, state.epoch), partial)
+                except OSError:  # not every file system has links
+                    shutil.copyfile(epoch_path(exp_dir, state.epoch), partial)
