@@ -12,7 +12,7 @@ set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-table="" name=demo stage=7 stop_stage=7 encoder_epochs=6 llm_epochs=10
+table="" name=demo stage=7 stop_stage=7 encoder_epochs=6 llm_epochs=12
 refuse() { echo "$*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || refuse "$1 needs a value"
@@ -63,8 +63,12 @@ quietly() {
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
-# People vary more than espeak-ng's voices: their speech is augmented.
-[ -z "$table" ] && speed_perturb=false dropout=0 || speed_perturb=true dropout=0.1
+# People vary more than espeak-ng's voices, and take more time.
+if [ -z "$table" ]; then
+  speed_perturb=false dropout=0 llm_steps=600
+else
+  speed_perturb=true dropout=0.1 llm_steps=1500
+fi
 corpus=(--manifest-dir "$data/fbank" --min-utterance 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
 model=(--llm-path "$exp/llm" --speech-encoder-type tiny)
@@ -72,9 +76,10 @@ one=(--speech-encoder-path "$exp/encoder1/pretrained.pt")
 two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained.pt")
 
 batches=(--world-size 1 --use-fp16 false --num-buckets 8 --enable-spec-aug false
-  --encoder-feature-mask false --log-interval 20)
+  --log-interval 20)
 encoder=(--encoder-size tiny --num-epochs $encoder_epochs --max-duration 15
-  --avg $(((encoder_epochs + 1) / 2)) --lr-epochs 3 --warmup-batches 100 --dropout $dropout)
+  --avg $(((encoder_epochs + 1) / 2)) --lr-epochs 3 --warmup-batches 100 --dropout $dropout
+  --encoder-feature-mask false)
 llm=(--num-epochs $llm_epochs --max-duration 12 --base-lr 0.05
   --lr-schedule eden --lr-epochs 2 --warmup-batches 50)
 average=(--epoch $llm_epochs --avg $(((llm_epochs + 1) / 2)))
@@ -98,7 +103,8 @@ fi
 if due 3 "a tiny LLM of the transcripts"; then
   rm -rf "$exp/llm"
   OMP_NUM_THREADS=2 quietly llm.log $python local/make_tiny_llm.py --out "$exp/llm" \
-    --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps 600 \
+    --text "$data/fbank/${name}_cuts_train.jsonl.gz" \
+    --max-steps $llm_steps --minutes 10 \
     --hidden-size 192 --num-layers 3 --num-heads 3 --num-kv-heads 1 --intermediate-size 512
   finished 3
 fi

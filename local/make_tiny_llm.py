@@ -9,7 +9,7 @@ It is trained to answer, in the chat form of the recipe, with a lower-case trans
 (--repeat-prob) the user's turn says the words of the answer: an instruct model of the usual size
 can repeat what it is told, and speech recognition with a frozen LLM rests on that; a model that
 only ever saw empty user turns would have to learn it through LoRA. Such turns have pauses, and
-every other one has words drawn at random, so that listening pays more than guessing.
+most of them (--random-prob) have words drawn at random, so that listening pays more than guessing.
 """
 
 import argparse
@@ -164,7 +164,11 @@ def with_pauses(words: list[str], rng: random.Random) -> str:
 
 
 def training_examples(
-    tokenizer: PreTrainedTokenizerBase, transcripts: list[str], repeat_prob: float, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    transcripts: list[str],
+    repeat_prob: float,
+    random_prob: float,
+    seed: int,
 ) -> Iterator[Example]:
     """Examples without end, the transcripts in a new order each epoch."""
     rng = random.Random(seed)
@@ -175,7 +179,7 @@ def training_examples(
                 yield encode_example(tokenizer, transcript)
                 continue
             words = transcript.split()
-            if rng.random() < 0.5:
+            if rng.random() < random_prob:
                 words = rng.choices(all_words, k=len(words))
             yield encode_example(tokenizer, " ".join(words), with_pauses(words, rng))
 
@@ -313,7 +317,8 @@ def get_parser() -> argparse.ArgumentParser:
     # training
     add("--lr", type=float, default=1e-3, help="learning rate, after 50 steps falling to zero")
     add("--batch-size", type=int, default=32, help="transcripts a batch")
-    add("--repeat-prob", type=float, default=0.8, help="share of user turns that say the answer")
+    add("--repeat-prob", type=float, default=0.9, help="share of user turns that say the answer")
+    add("--random-prob", type=float, default=0.9, help="share of these that say random words")
     add("--max-steps", type=int, default=600, help="most training steps")
     add("--minutes", type=float, default=5.0, help="most minutes of training")
     add("--seed", type=int, default=0, help="of weights, order and held-out transcripts")
@@ -335,8 +340,12 @@ def check_args(args: argparse.Namespace) -> None:
         raise SystemExit(
             f"--num-heads {args.num_heads} is no multiple of --num-kv-heads {args.num_kv_heads}"
         )
-    if not 0 <= args.repeat_prob <= 1:
-        raise SystemExit(f"--repeat-prob {args.repeat_prob} is not between 0 and 1")
+    for flag, value in (
+        ("--repeat-prob", args.repeat_prob),
+        ("--random-prob", args.random_prob),
+    ):
+        if not 0 <= value <= 1:
+            raise SystemExit(f"{flag} {value} is not between 0 and 1")
     if args.max_steps < 1 or args.batch_size < 1:
         raise SystemExit("--max-steps and --batch-size are at least 1")
 
@@ -378,7 +387,9 @@ def main(argv: list[str] | None = None) -> None:
     repeating = [
         encode_example(tokenizer, text, with_pauses(text.split(), rng)) for text in held_out_texts
     ]
-    examples = training_examples(tokenizer, train_texts, args.repeat_prob, args.seed)
+    examples = training_examples(
+        tokenizer, train_texts, args.repeat_prob, args.random_prob, args.seed
+    )
     held_out = alone + (repeating if args.repeat_prob else [])
     try:
         train(

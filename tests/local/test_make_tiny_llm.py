@@ -162,7 +162,7 @@ def test_collate_pads_on_the_right():
 
 def test_repeat_prob_decides_how_many_users_say_the_answer(tokenizer):
     def user_turns(repeat_prob):
-        examples = tiny.training_examples(tokenizer, ["h i n", "a m y"], repeat_prob, seed=0)
+        examples = tiny.training_examples(tokenizer, ["h i n", "a m y"], repeat_prob, 0.5, seed=0)
         chats = [tokenizer.decode(next(examples)[0]) for _ in range(100)]
         return [
             (chat.split("user\n")[1].split("<|im_end|>")[0], chat.split("assistant\n")[1])
@@ -173,6 +173,20 @@ def test_repeat_prob_decides_how_many_users_say_the_answer(tokenizer):
     for user, answer in user_turns(1):
         assert " ".join(user.split()) + "<|im_end|>" == answer
     assert 30 < sum(user != "" for user, _ in user_turns(0.5)) < 70
+
+
+def test_random_prob_decides_how_many_answers_are_no_transcripts(tokenizer):
+    def answers(random_prob):
+        examples = tiny.training_examples(tokenizer, ["h i n", "a m y"], 1, random_prob, seed=0)
+        chats = [tokenizer.decode(next(examples)[0]) for _ in range(100)]
+        return [chat.split("assistant\n")[1].removesuffix("<|im_end|>") for chat in chats]
+
+    assert set(answers(0)) == {"h i n", "a m y"}
+    assert set("".join(answers(1))) == set("hinamy ")
+    counts = [
+        sum(answer in ("h i n", "a m y") for answer in answers(prob)) for prob in (0, 0.5, 1)
+    ]
+    assert 100 == counts[0] > counts[1] > 40 > counts[2]
 
 
 # ---- model
@@ -195,7 +209,7 @@ def test_training_stops_in_time_and_keeps_the_best_weights(tokenizer, monkeypatc
         return [3.0, 1.0, 2.0, 2.5, 0.5][len(states) - 1]  # the fifth comes too late
 
     monkeypatch.setattr(tiny, "mean_loss", scripted_loss)
-    examples = tiny.training_examples(tokenizer, ["h i n", "a m y"], 0, seed=0)
+    examples = tiny.training_examples(tokenizer, ["h i n", "a m y"], 0, 0, seed=0)
     tiny.train(model, examples, [], 1e-2, 2, 100, 1.0, valid_interval=2, patience=2)
     assert len(states) == 4
     weight = "model.embed_tokens.weight"
@@ -206,7 +220,7 @@ def test_training_stops_in_time_and_keeps_the_best_weights(tokenizer, monkeypatc
 def test_divergence_is_an_error(tokenizer, monkeypatch):
     model = tiny.build_model(tokenizer, 32, 1, 2, 1, 48)
     monkeypatch.setattr(tiny, "mean_loss", lambda model, examples: math.nan)
-    examples = tiny.training_examples(tokenizer, ["h i n"], 0, seed=0)
+    examples = tiny.training_examples(tokenizer, ["h i n"], 0, 0, seed=0)
     with pytest.raises(ValueError, match="diverged"):
         tiny.train(model, examples, [], 1e-2, 1, 1, 1.0)
 
@@ -293,7 +307,8 @@ def test_split_chooses_rows(tmp_path):
         ("--vocab-size 258", "258 is below 259"),
         ("--num-heads 3", "--hidden-size 32 over --num-heads 3"),
         ("--num-kv-heads 3", "--num-heads 2 is no multiple of --num-kv-heads 3"),
-        ("--repeat-prob 2", r"2\.0 is not between 0 and 1"),
+        ("--repeat-prob 2", r"--repeat-prob 2\.0 is not between 0 and 1"),
+        ("--random-prob -1", r"--random-prob -1\.0 is not between 0 and 1"),
         ("--batch-size 0", "at least 1"),
     ],
 )
