@@ -72,8 +72,10 @@ fi
 corpus=(--manifest-dir "$data/fbank" --min-utterance 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
 model=(--llm-path "$exp/llm" --speech-encoder-type tiny)
-one=(--speech-encoder-path "$exp/encoder1/pretrained.pt")
-two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained.pt")
+one=(--speech-encoder-path "$exp/encoder1/pretrained.pt"
+  --speech-encoder-bpe-path "$exp/encoder1/bpe.model")
+two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained.pt"
+  --speech-encoder-bpe-path "$exp/encoder1/bpe.model,$exp/encoder2/bpe.model")
 
 batches=(--world-size 1 --use-fp16 false --num-buckets 8 --enable-spec-aug false
   --log-interval 20)

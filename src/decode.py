@@ -11,18 +11,19 @@ each. A checkpoint by name, such as a published one: `--checkpoint epoch-10-avg-
 import argparse
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import train
 from speechllm.data import add_data_arguments, frames_needed, loader_options
+from speechllm.decoding.ctc_drafts import CtcDrafts, find_ctc_drafts
 from speechllm.decoding.search import MAX_NEW_TOKENS, search
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
 from speechllm.errors import InputError
-from speechllm.flags import Help, str2bool
+from speechllm.flags import Help, comma_list, str2bool
 from speechllm.model import SpeechLLM, load_trainable_state
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.progress import setup_logging
@@ -44,7 +45,10 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
     add("--epoch", type=int, default=10, help="last of the averaged epochs")
     add("--avg", type=int, default=5, help="how many epochs to average")
     add("--checkpoint", help="a file in --exp-dir instead of --epoch and --avg")
-    add("--beam-size", type=int, default=1, help="1: greedy; more: beam search")
+    add("--method", choices=["draft", "greedy", "beam"],
+        help="draft (the default where an encoder has a CTC head and a BPE model): greedy, faster "
+        "by verifying the CTC text; beam: the default with --beam-size above 1")  # fmt: skip
+    add("--beam-size", type=int, help="hypotheses kept by --method beam, 4 by default")
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest hypothesis, in tokens")
     add("--normalize", choices=list(NORMALIZERS), default="none",
         help="text normalisation of references and hypotheses before scoring")  # fmt: skip
@@ -70,28 +74,88 @@ def read_parameters(args) -> tuple[dict, str]:
     )
 
 
-def result_suffix(args, parameters_name: str) -> str:
+def result_suffix(args, method: str, parameters_name: str) -> str:
     """What tells result files of different ways to decode apart."""
     normalized = f"-{args.normalize}" if args.normalize != "none" else ""
     longest = f"-max{args.max_new_tokens}" if args.max_new_tokens != MAX_NEW_TOKENS else ""
-    return f"decode-beam{args.beam_size}-{parameters_name}{longest}{normalized}"
+    return f"decode-{method}-{parameters_name}{longest}{normalized}"
 
 
-def make_recognizer(model: SpeechLLM, tokenizer, args, device, dtype) -> Callable:
-    """A function from a batch to its hypotheses' texts."""
+def choose_search(args, drafter: CtcDrafts | None) -> tuple[int, CtcDrafts | None]:
+    """The beam size and the drafter that the flags ask for.
 
-    def recognize(batch: dict) -> list[str]:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            ids = search(
-                model,
-                batch["features"].to(device),
-                batch["feature_lens"].to(device),
-                args.beam_size,
-                args.max_new_tokens,
+    Raises:
+      ValueError: --method and --beam-size contradict each other, or nothing can draft.
+    """
+    beam_size = args.beam_size or (4 if args.method == "beam" else 1)
+    if args.method == "draft" and not drafter:
+        raise InputError(
+            "--method draft: no encoder has both a CTC head and a BPE model "
+            f"(--speech-encoder-bpe-path {args.speech_encoder_bpe_path})"
+        )
+    if args.method not in (None, "beam") and beam_size > 1:
+        raise InputError(f"--method {args.method} has no beam: --beam-size {beam_size}")
+    return beam_size, None if args.method == "greedy" or beam_size > 1 else drafter
+
+
+class Recognizer:
+    """From a batch to its hypotheses' texts; counts the work."""
+
+    def __init__(
+        self,
+        model: SpeechLLM,
+        tokenizer: PreTrainedTokenizerBase,
+        beam_size: int,
+        max_new_tokens: int,
+        drafter: CtcDrafts | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.model, self.tokenizer, self.drafter = model, tokenizer, drafter
+        self.beam_size, self.max_new_tokens = beam_size, max_new_tokens
+        self.device, self.dtype = device, dtype
+        self.start_counting()
+
+    @property
+    def method(self) -> str:
+        if self.beam_size > 1:
+            return f"beam{self.beam_size}"
+        return "draft" if self.drafter else "greedy"
+
+    def start_counting(self) -> None:
+        self.utterances = self.passes = self.drafted = self.accepted = 0
+        self.audio_seconds, self.start = 0.0, time.monotonic()
+
+    def __call__(self, batch: dict) -> list[str]:
+        with torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        ):
+            hypotheses = search(
+                self.model,
+                batch["features"].to(self.device),
+                batch["feature_lens"].to(self.device),
+                self.beam_size,
+                self.max_new_tokens,
+                self.drafter,
             )
-        return decode_transcripts(tokenizer, ids)
+        self.utterances += len(hypotheses)
+        self.audio_seconds += batch["seconds"]
+        self.passes += sum(h.passes for h in hypotheses)
+        self.drafted += sum(h.drafted for h in hypotheses)
+        self.accepted += sum(h.accepted for h in hypotheses)
+        return decode_transcripts(self.tokenizer, [h.ids for h in hypotheses])
 
-    return recognize
+    def counts(self) -> dict[str, float]:
+        """For the summary: since `start_counting`."""
+        seconds = time.monotonic() - self.start
+        counts = {
+            "seconds of decoding": seconds,
+            "RTFx (audio seconds per second)": self.audio_seconds / seconds,
+            "LLM passes per utterance": self.passes / max(1, self.utterances),
+        }
+        if self.drafted:
+            counts["accepted draft tokens (%)"] = 100 * self.accepted / self.drafted
+        return counts
 
 
 def run(args) -> None:
@@ -100,16 +164,15 @@ def run(args) -> None:
         ("--beam-size", args.beam_size),
         ("--max-new-tokens", args.max_new_tokens),
     ):
-        if value < 1:
+        if value is not None and value < 1:
             raise InputError(f"{flag} {value} must be at least 1")
     check_model_files(args)
     paths = files_to_decode(args)
     if not paths:
         raise InputError(f"--test-cuts {args.test_cuts!r} names no cut file")
     parameters, parameters_name = read_parameters(args)
-    suffix = result_suffix(args, parameters_name)
     out_dir = args.exp_dir / "decode"
-    setup_logging(out_dir / f"log-{suffix}", replace(Ranks(), device=device))
+    setup_logging(out_dir / f"log-decode-{parameters_name}", replace(Ranks(), device=device))
     logging.info(f"Decoding started: {vars(args)}")
 
     dtype = autocast_dtype(args.use_fp16, args.use_bf16)
@@ -120,9 +183,13 @@ def run(args) -> None:
     logging.info(f"Parameters of {parameters_name}; ignored: {', '.join(ignored) or 'nothing'}")
     model.to(device).eval()
     train.check_lengths(paths, model, args.max_new_tokens)
-    recognize = make_recognizer(model, tokenizer, args, device, dtype)
+    drafter = find_ctc_drafts(model, tokenizer, comma_list(args.speech_encoder_bpe_path or ""))
+    beam_size, drafter = choose_search(args, drafter)
+    recognize = Recognizer(model, tokenizer, beam_size, args.max_new_tokens, drafter, device, dtype)
+    suffix = result_suffix(args, recognize.method, parameters_name)
     for path in paths:
-        name, start = set_name(path), time.monotonic()
+        name = set_name(path)
+        recognize.start_counting()
         results = decode_cuts(
             path,
             recognize,
@@ -130,9 +197,10 @@ def run(args) -> None:
             frames_needed(args.encoder_projector_ds_rate),
             **loader_options(args),
         )
-        extra = {"decoded with": suffix, "seconds of decoding": time.monotonic() - start}
-        counts = score(results, out_dir, name, suffix, extra)
-        logging.info(log_line(name, counts))
+        counted = recognize.counts()
+        errors = score(results, out_dir, name, suffix, {"decoded with": suffix, **counted})
+        logging.info(log_line(name, errors))
+        logging.info(", ".join(f"{what}: {value:.2f}" for what, value in counted.items()))
     logging.info(f"Results are in {out_dir}")
 
 

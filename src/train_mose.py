@@ -16,9 +16,7 @@ DEFAULTS = {
     "speech_encoder_path": ",".join(
         f"models/zipformer/librispeech/{name}/pretrained.pt" for name in ENCODERS
     ),
-    "speech_encoder_bpe_path": ",".join(
-        ["models/zipformer/librispeech/bpe.model"] * len(ENCODERS)
-    ),
+    "speech_encoder_bpe_path": "models/zipformer/librispeech/bpe.model",  # of all
 }
 
 

@@ -124,7 +124,7 @@ def check_speech_llm(path: Path) -> float:
         errors.append(distance(accuracy, alone["acc"]))
         for key, beam_size in BEAMS.items():
             tokens = alone[key].tolist()
-            ours = search(model, one, one_len, beam_size, max_new_tokens=limit)[0]
+            ours = search(model, one, one_len, beam_size, max_new_tokens=limit)[0].ids
             ends = [t for t in tokens if t in (model.chat.end, model.chat.pad)]
             expected = tokens[: tokens.index(ends[0])] if ends else tokens
             same(f"{key} of utterance {i}", ours, expected)

@@ -173,9 +173,13 @@ def encoder_size():
 
 @pytest.fixture(scope="session")
 def tiny_encoder_dir(tmp_path_factory, encoder_size) -> Path:
-    """`a.pt` and `b.pt`: different encoders of `encoder_size` with CTC heads of 7 tokens."""
+    """`a.pt` and `b.pt`: different encoders of `encoder_size` with CTC heads of 7 tokens.
+
+    Their `bpe.model` knows the letters A, B and C.
+    """
     import torch
 
+    import pretrain_encoder
     from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
 
     folder = tmp_path_factory.mktemp("tiny_encoders")
@@ -186,6 +190,7 @@ def tiny_encoder_dir(tmp_path_factory, encoder_size) -> Path:
             for parameter in encoder.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         save_encoder(encoder, folder / f"{name}.pt")
+    pretrain_encoder.train_bpe(["A B C", "C A B", "B C A"], 7, folder / "bpe.model")
     return folder
 
 

@@ -10,6 +10,7 @@ from lhotse import CutSet, load_manifest
 
 import decode
 import decode_mose
+import pretrain_encoder
 from speechllm.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -88,7 +89,7 @@ def test_a_users_day(copies, run, test_cuts, n):
     for key, value in average["model"].items():
         torch.testing.assert_close(value, (epochs[0][key] + epochs[1][key]) / 2)
 
-    suffix = "decode-beam1-epoch-2-avg-2"
+    suffix = "decode-greedy-epoch-2-avg-2"
     names = {path.name for path in (exp_dir / "decode").iterdir() if "log-" not in path.name}
     assert names == {
         f"{kind}-tiny_test_all-{suffix}.txt" for kind in ("recogs", "errs", "wer-summary")
@@ -101,7 +102,7 @@ def test_a_users_day(copies, run, test_cuts, n):
     assert len(heard) == 4 and heard.pop("short") == "[]"
     assert "[]" not in heard.values() and len(set(heard.values())) == 3
 
-    (log_file,) = (exp_dir / "decode").glob(f"log-{suffix}-*")
+    (log_file,) = (exp_dir / "decode").glob("log-decode-epoch-2-avg-2-*")
     line = re.search(r"\[tiny_test_all\] %WER ([\d.]+)% \[\d+ / \d+, \d+ ins", log_file.read_text())
     errs = (exp_dir / "decode" / f"errs-tiny_test_all-{suffix}.txt").read_text()
     assert errs.startswith(f"%WER = {line[1]}\n")
@@ -111,7 +112,7 @@ def test_a_users_day(copies, run, test_cuts, n):
 def test_published_ways_are_the_defaults():
     args = vars(decode.get_parser(decode.train.DEFAULTS).parse_args([]))
     assert (args["epoch"], args["avg"], args["checkpoint"]) == (10, 5, None)
-    assert (args["beam_size"], args["max_new_tokens"], args["normalize"]) == (1, 200, "none")
+    assert (args["beam_size"], args["max_new_tokens"], args["normalize"]) == (None, 200, "none")
     assert args["max_duration"] == 2000.0
     assert args["test_cuts"] == "librispeech_cuts_test-clean,librispeech_cuts_test-other"
     four = vars(decode.get_parser(decode_mose.train_mose.DEFAULTS).parse_args([]))
@@ -121,7 +122,7 @@ def test_published_ways_are_the_defaults():
 def test_several_sets(copies, run, tiny_corpus):
     exp_dir = copies()
     run(exp_dir, "--test-cuts", "tiny_cuts_test,tiny_cuts_dev", "--max-new-tokens", 2)
-    suffix = "decode-beam1-epoch-2-avg-2-max2"
+    suffix = "decode-greedy-epoch-2-avg-2-max2"
     assert [i for i, _ in hypotheses(exp_dir, suffix, "tiny_test")] == [
         "test-0", "test-1", "test-2"
     ]  # fmt: skip
@@ -130,7 +131,7 @@ def test_several_sets(copies, run, tiny_corpus):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_size_of_the_batches_does_not_matter(copies, run, n):
-    suffix, exp_dir = "decode-beam1-epoch-2-avg-2", copies(n)
+    suffix, exp_dir = "decode-greedy-epoch-2-avg-2", copies(n)
     run(exp_dir, "--max-duration", 100, n=n)
     together = hypotheses(exp_dir, suffix)
     run(exp_dir, "--max-duration", 0.5, n=n)
@@ -141,7 +142,7 @@ def test_a_checkpoint_by_name(copies, run):
     """Also with the useless keys of a published one."""
     exp_dir = copies()
     run(exp_dir)
-    averaged = hypotheses(exp_dir, "decode-beam1-epoch-2-avg-2")
+    averaged = hypotheses(exp_dir, "decode-greedy-epoch-2-avg-2")
     model = load_checkpoint(exp_dir / "epoch-2-avg-2.pt")["model"]
     useless = {
         "prompt_embedding.weight": torch.randn(4, 32),
@@ -149,21 +150,21 @@ def test_a_checkpoint_by_name(copies, run):
     }
     torch.save({"model": model | useless}, exp_dir / "published.pt")
     run(exp_dir, "--checkpoint", "published.pt")
-    assert hypotheses(exp_dir, "decode-beam1-published") == averaged
-    (log_file,) = (exp_dir / "decode").glob("log-decode-beam1-published-*")
+    assert hypotheses(exp_dir, "decode-greedy-published") == averaged
+    (log_file,) = (exp_dir / "decode").glob("log-decode-published-*")
     assert "ignored: prompt_embedding.weight, llm.base_model.model.lm_head.weight" in (
         log_file.read_text()
     )
     run(exp_dir, "--checkpoint", "best-train-loss.pt")
-    assert hypotheses(exp_dir, "decode-beam1-best-train-loss") != averaged
+    assert hypotheses(exp_dir, "decode-greedy-best-train-loss") != averaged
 
 
 def test_one_epoch(copies, run):
     exp_dir = copies()
     run(exp_dir, "--avg", 1)
     run(exp_dir, "--checkpoint", "epoch-2.pt")
-    assert hypotheses(exp_dir, "decode-beam1-epoch-2-avg-1") == hypotheses(
-        exp_dir, "decode-beam1-epoch-2"
+    assert hypotheses(exp_dir, "decode-greedy-epoch-2-avg-1") == hypotheses(
+        exp_dir, "decode-greedy-epoch-2"
     )
     assert not (exp_dir / "epoch-2-avg-1.pt").exists()
 
@@ -172,17 +173,33 @@ def test_beam_search(copies, run):
     exp_dir = copies()
     run(exp_dir, "--beam-size", 3)
     run(exp_dir)
-    beam, greedy = (hypotheses(exp_dir, f"decode-beam{k}-epoch-2-avg-2") for k in (3, 1))
+    beam, greedy = (hypotheses(exp_dir, f"decode-{k}-epoch-2-avg-2") for k in ("beam3", "greedy"))
     assert beam != greedy and [i for i, _ in beam] == [i for i, _ in greedy]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_drafts_are_the_default_where_ctc_can_speak(copies, run, tiny_encoder_dir, n):
+    exp_dir, bpe = copies(n), tiny_encoder_dir / "bpe.model"
+    run(exp_dir, "--speech-encoder-bpe-path", bpe, n=n)
+    run(exp_dir, "--speech-encoder-bpe-path", bpe, "--method", "greedy", n=n)
+    suffixes = [f"decode-{method}-epoch-2-avg-2" for method in ("draft", "greedy")]
+    draft, greedy = (hypotheses(exp_dir, suffix) for suffix in suffixes)
+    assert draft == greedy
+    draft, greedy = (
+        (exp_dir / "decode" / f"wer-summary-tiny_test_all-{suffix}.txt").read_text()
+        for suffix in suffixes
+    )
+    assert f"LLM passes per utterance: {TOKENS}\n" in greedy
+    assert "accepted draft tokens" in draft and "accepted draft tokens" not in greedy
 
 
 def test_longest_hypothesis(copies, run, monkeypatch):
     exp_dir, lengths = copies(), []
 
     def search(*args):
-        ids = original(*args)
-        lengths.extend(map(len, ids))
-        return ids
+        found = original(*args)
+        lengths.extend(len(hypothesis.ids) for hypothesis in found)
+        return found
 
     original = decode.search
     monkeypatch.setattr(decode, "search", search)
@@ -197,7 +214,7 @@ def test_normalization(copies, run, tiny_corpus, tmp_path):
     exp_dir, flags = copies(), ("--test-cuts", tmp_path / "odd_cuts_test.jsonl.gz")
     run(exp_dir, *flags)
     run(exp_dir, *flags, "--normalize", "basic")
-    suffix = "decode-beam1-epoch-2-avg-2"
+    suffix = "decode-greedy-epoch-2-avg-2"
     assert references(exp_dir, suffix, "odd_test")[0] == (
         "test-0",
         """['mr.', 'colour,', "it's"]""",
@@ -229,7 +246,7 @@ def test_precision(copies, run, monkeypatch, flag, value, dtype):
     exp_dir = copies()
     run(exp_dir, flag, value)
     assert seen == {dtype, None if dtype == torch.float32 else dtype}
-    assert len(hypotheses(exp_dir, "decode-beam1-epoch-2-avg-2")) == 4
+    assert len(hypotheses(exp_dir, "decode-greedy-epoch-2-avg-2")) == 4
 
 
 def test_features_from_the_audio(copies, run, tiny_corpus):
@@ -237,9 +254,9 @@ def test_features_from_the_audio(copies, run, tiny_corpus):
     exp_dir = copies()
     flags = ("--test-cuts", "tiny_cuts_test")
     run(exp_dir, *flags)
-    stored = hypotheses(exp_dir, "decode-beam1-epoch-2-avg-2", "tiny_test")
+    stored = hypotheses(exp_dir, "decode-greedy-epoch-2-avg-2", "tiny_test")
     run(exp_dir, *flags, "--on-the-fly-feats", "true")
-    assert hypotheses(exp_dir, "decode-beam1-epoch-2-avg-2", "tiny_test") == stored
+    assert hypotheses(exp_dir, "decode-greedy-epoch-2-avg-2", "tiny_test") == stored
 
 
 # ---- what goes wrong is said in one sentence
@@ -256,6 +273,27 @@ def said(run):
         return sentence
 
     return said
+
+
+def test_methods_that_contradict_the_model_or_each_other(said, copies, tiny_encoder_dir, tmp_path):
+    assert said(copies(), "--method", "draft", "--speech-encoder-bpe-path", "no.model") == (
+        "--method draft: no encoder has both a CTC head and a BPE model "
+        "(--speech-encoder-bpe-path no.model)"
+    )
+    shutil.rmtree(tmp_path / "exp1")
+    assert said(copies(), "--method", "greedy", "--beam-size", 2) == (
+        "--method greedy has no beam: --beam-size 2"
+    )
+    shutil.rmtree(tmp_path / "exp1")
+    assert said(copies(), "--speech-encoder-bpe-path", "a.model,b.model") == (
+        "--speech-encoder-bpe-path names 2 files, the model has 1 encoders"
+    )
+    shutil.rmtree(tmp_path / "exp1")
+    other = tmp_path / "other.model"
+    pretrain_encoder.train_bpe(["A B C D"] * 3, 8, other)
+    assert said(copies(), "--speech-encoder-bpe-path", other) == (
+        f"{other} has 8 pieces, encoder 1's CTC head 7"
+    )
 
 
 def test_missing_epochs(said, copies):

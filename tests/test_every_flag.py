@@ -41,6 +41,7 @@ def flags_of(parser) -> set[str]:
 def other_files(tiny_encoder_dir, tiny_llm_dir, tmp_path):
     """`other.pt`, another encoder, and `llm`, another LLM."""
     (tmp_path / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
+    (tmp_path / "bpe.model").symlink_to(tiny_encoder_dir / "bpe.model")
     llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
     weights = load_file(llm / "model.safetensors")
     weights["model.norm.weight"] *= -1
@@ -155,7 +156,7 @@ TRAIN = {
     "--speech-encoder-path": Change(
         "{tmp}/other.pt", parameter("encoder.0.encoder_embed.conv.0.bias")
     ),
-    # Nothing reads it yet: text from a CTC head comes with draft-verified decoding.
+    # Training has the flag because decoding has it, and does not read it.
     "--speech-encoder-bpe-path": Change("other.model", lambda r: r.args.speech_encoder_bpe_path),
     "--encoder-projector-ds-rate": Change("2", lambda r: r.model.encoder_projector[0].ds_rate),
     "--use-flash-attn": Change(
@@ -163,8 +164,8 @@ TRAIN = {
     ),
     "--manifest-dir": Change("{tmp}", attribute("sentence")),
     "--max-duration": Change("3", lambda r: len(batches(r))),
-    "--bucketing-sampler": Change("false", ids, MANY),
-    "--num-buckets": Change("2", ids, MANY),
+    "--bucketing-sampler": Change("false", ids, (*MANY, "--drop-last", "false")),
+    "--num-buckets": Change("2", ids, (*MANY, "--drop-last", "false")),
     "--num-workers": Change("1", lambda r: r.train_loader(1).num_workers),
     "--on-the-fly-feats": Change("true", plain, QUIET),
     "--shuffle": Change("false", ids),
@@ -285,6 +286,7 @@ DECODE = {
     "--epoch": Change("1", files, ("--avg", "1")),
     "--avg": Change("1", files),
     "--checkpoint": Change("epoch-1.pt", files),
+    "--method": Change("beam", names),
     "--beam-size": Change("2", names),
     "--max-new-tokens": Change("1", searches),
     "--normalize": Change("basic", names),
@@ -297,8 +299,7 @@ DECODE = {
     "--llm-path": Change("{tmp}/llm", files),
     "--speech-encoder-type": Change("medium", files),
     "--speech-encoder-path": Change("{tmp}/other.pt", files),
-    # As in training: nothing reads it yet, so it is looked at no further than its being a flag.
-    "--speech-encoder-bpe-path": None,
+    "--speech-encoder-bpe-path": Change("{tmp}/bpe.model", names),
     "--encoder-projector-ds-rate": Change("2", files),
     "--use-flash-attn": Change(
         "true", lambda s: s.sentence or s.model.llm.config._attn_implementation

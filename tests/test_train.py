@@ -90,7 +90,6 @@ def test_four_encoders_are_the_default_of_train_mose():
         "exp_dir",
         "speech_encoder_path",
         "speech_encoder_type",
-        "speech_encoder_bpe_path",
     }
 
 

@@ -4,6 +4,7 @@ Shapes: B utterances, T feature frames, S speech embeddings, L ids, D width of t
 """
 
 import random
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,14 @@ IGNORED_KEYS = (  # in published checkpoints: an inert embedding, and copies of 
 class SwooshR(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return swoosh_r(x)
+
+
+class Heard(NamedTuple):
+    """What an encoder made of some utterances of a batch (of the first, unused, where of none)."""
+
+    rows: list[int]  # which utterances
+    encoder_out: Tensor  # (B, T / 4, C)
+    lens: Tensor  # (B,)
 
 
 class Projector(nn.Module):
@@ -87,33 +96,42 @@ class SpeechLLM(nn.Module):
         """Every encoder for every utterance, in order: validation and decoding."""
         return [list(range(len(self.encoder))) for _ in range(batch_size)]
 
-    def speech_embeddings(
-        self, features: Tensor, feature_lens: Tensor, used: list[list[int]]
-    ) -> list[list[Tensor]]:
-        """Speech embeddings (S, D) of each utterance's encoders, in the order of `used`.
+    def hear(self, features: Tensor, feature_lens: Tensor, used: list[list[int]]) -> list["Heard"]:
+        """The output of each encoder for the utterances that use it.
 
-        An encoder sees only the utterances that use it.
+        One that no utterance uses hears the first: what is trained must have a gradient on every
+        rank, be it zero.
         """
-        by_encoder: list[dict[int, Tensor]] = []
-        unheard = []
-        for k, (encoder, projector) in enumerate(zip(self.encoder, self.encoder_projector)):
-            hearers = [b for b, encoders in enumerate(used) if k in encoders]
-            # Without one it hears the first: what is trained must have a gradient on every rank.
-            rows = hearers or [0]
+        heard = []
+        for k, encoder in enumerate(self.encoder):
+            rows = [b for b, encoders in enumerate(used) if k in encoders] or [0]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
                 encoder_out, lens = encoder(
                     features[rows],
                     feature_lens[rows],
                     feature_mask=self.encoder_feature_mask and self.training,
                 )
+            heard.append(Heard(rows, encoder_out, lens))
+        return heard
+
+    def project(self, heard: list["Heard"], used: list[list[int]]) -> list[list[Tensor]]:
+        """Speech embeddings (S, D) of each utterance's encoders, in the order of `used`."""
+        by_encoder: list[dict[int, Tensor]] = []
+        for projector, (rows, encoder_out, lens) in zip(self.encoder_projector, heard):
             embeddings = projector(encoder_out)
             counts = (lens // self.ds_rate).tolist()
             by_encoder.append({b: embeddings[i, : counts[i]] for i, b in enumerate(rows)})
-            if not hearers:
-                unheard.append(embeddings[0, :0])
         spoken = [[by_encoder[k][b] for k in encoders] for b, encoders in enumerate(used)]
+        users = {k for encoders in used for k in encoders}
+        unheard = [table[0][:0] for k, table in enumerate(by_encoder) if k not in users]
         spoken[0][0] = torch.cat([spoken[0][0], *unheard])  # empty, but in the graph
         return spoken
+
+    def speech_embeddings(
+        self, features: Tensor, feature_lens: Tensor, used: list[list[int]]
+    ) -> list[list[Tensor]]:
+        """Hear and project."""
+        return self.project(self.hear(features, feature_lens, used), used)
 
     def merge(
         self, ids: Tensor, labels: Tensor | None, speech: list[list[Tensor]]

@@ -21,7 +21,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--speech-encoder-type", help=f"{'|'.join(SIZES)}, comma-separated for several")
     add("--speech-encoder-path", help="pretrained.pt, comma-separated for several")
     add("--speech-encoder-bpe-path",
-        help="bpe.model of each encoder; needed only for text from a CTC head")  # fmt: skip
+        help="bpe.model of each encoder, or one of all: decoding drafts with it")  # fmt: skip
     add("--encoder-projector-ds-rate", type=int, default=4,
         help="encoder frames in one speech embedding")  # fmt: skip
     add("--use-flash-attn", type=str2bool, default=False, help="flash-attn instead of SDPA")

@@ -43,6 +43,11 @@ class ChatIds:
     def speech(self) -> int:
         return self.group[1]
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The ids that end an answer: padding is none of its words."""
+        return self.end, self.pad
+
     def prompt(self, num_groups: int) -> list[int]:
         """Everything before the transcript."""
         return [*self.before, *self.group * num_groups, *self.after]

@@ -1,0 +1,85 @@
+"""Whatever the draft, the answer is plain greedy's; a good draft saves passes."""
+
+import random
+
+import pytest
+import torch
+from naive import LENGTH, LENS
+
+from speechllm.decoding.draft import Draft, verify_drafts
+from speechllm.prompt import prompt_ids
+
+
+def decode(model, features, drafts, length=LENGTH):
+    used = model.all_encoders(len(drafts))
+    with torch.no_grad():
+        speech = model.speech_embeddings(features, LENS, used)
+        ids = prompt_ids(model.chat, [len(encoders) for encoders in used])
+        embeds, mask, _ = model.merge(ids, None, speech)
+    return verify_drafts(model, embeds, mask, drafts, length)
+
+
+def test_without_drafts_it_is_greedy(model, features, greedy):
+    hypotheses = decode(model, features, [[], [], []])
+    assert [h.ids for h in hypotheses] == greedy
+    assert [h.passes for h in hypotheses] == [LENGTH] * 3
+
+
+def test_right_drafts_take_one_pass(model, features, greedy):
+    hypotheses = decode(model, features, greedy)
+    assert [h.ids for h in hypotheses] == greedy
+    assert [(h.passes, h.accepted) for h in hypotheses] == [(1, LENGTH - 1)] * 3
+
+
+HOSTILE = {
+    "another's": lambda ids, model: [ids[1], ids[2], ids[0]],
+    "early end": lambda ids, model: [row[:3] for row in ids],
+    "ten times": lambda ids, model: [row * 10 for row in ids],
+    "one wrong": lambda ids, model: [[*row[:2], row[2] + 1, *row[3:]] for row in ids],
+    "one missing": lambda ids, model: [[*row[:2], *row[3:]] for row in ids],
+    "one too many": lambda ids, model: [[*row[:2], 7, *row[2:]] for row in ids],
+    "special": lambda ids, model: [[*row[:3], model.chat.end, model.chat.speech, *row[3:]]
+                                   for row in ids],
+    "some": lambda ids, model: [[], ids[1], [5]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_drafts_change_nothing(model, features, greedy, what):
+    hypotheses = decode(model, features, HOSTILE[what](greedy, model))
+    assert [h.ids for h in hypotheses] == greedy
+
+
+def test_random_drafts_change_nothing(model, features, greedy):
+    rng = random.Random(0)
+    for _ in range(20):
+        drafts = [
+            [t if rng.random() < 0.7 else rng.randrange(300) for t in row * 2][: rng.randrange(15)]
+            for row in greedy
+        ]
+        assert [h.ids for h in decode(model, features, drafts)] == greedy
+
+
+@pytest.mark.parametrize("what", ["one wrong", "one missing", "one too many"])
+def test_one_error_costs_one_pass(model, features, greedy, what):
+    passes = [h.passes for h in decode(model, features, HOSTILE[what](greedy, model))]
+    assert max(passes) <= 3
+
+
+@pytest.mark.parametrize(
+    ("draft", "written", "rest"),
+    [
+        ([1, 2, 3], [], [1, 2, 3]),
+        ([1, 2, 3], [1, 2], [3]),
+        ([1, 2, 3], [1, 9], [3]),
+        ([1, 2, 3, 4], [1, 3], [4]),
+        ([1, 2, 3, 4], [1, 9, 2], [3, 4]),
+        ([], [1], []),
+        ([1], [1, 2, 3], []),
+    ],
+)
+def test_rest_of_a_draft(draft, written, rest):
+    draft = Draft(draft)
+    for token in written:
+        draft.write(token)
+    assert draft.proposal() == rest
