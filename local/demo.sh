@@ -84,8 +84,9 @@ encoder=(--encoder-size tiny --num-epochs $encoder_epochs --max-duration 15
   --encoder-feature-mask false)
 llm=(--num-epochs $llm_epochs --max-duration 12 --base-lr 0.05
   --lr-schedule eden --lr-epochs 2 --warmup-batches 50)
-average=(--epoch $llm_epochs --avg $(((llm_epochs + 1) / 2)))
-test=(--test-cuts "${name}_cuts_test" --max-duration 120 --max-new-tokens 100
+avg=$(((llm_epochs + 1) / 2))
+test=(--epoch $llm_epochs --avg $avg --method draft
+  --test-cuts "${name}_cuts_test" --max-duration 120 --max-new-tokens 100
   --manifest-dir "$data/fbank" --num-workers 0)
 
 if due 1 "corpus"; then
@@ -105,8 +106,7 @@ fi
 if due 3 "a tiny LLM of the transcripts"; then
   rm -rf "$exp/llm"
   OMP_NUM_THREADS=2 quietly llm.log $python local/make_tiny_llm.py --out "$exp/llm" \
-    --text "$data/fbank/${name}_cuts_train.jsonl.gz" \
-    --max-steps $llm_steps --minutes 10 \
+    --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps $llm_steps --minutes 10 \
     --hidden-size 192 --num-layers 3 --num-heads 3 --num-kv-heads 1 --intermediate-size 512
   finished 3
 fi
@@ -136,17 +136,19 @@ fi
 
 if due 6 "decode.py and decode_mose.py"; then
   quietly decode.log $python src/decode.py "${test[@]}" "${model[@]}" "${one[@]}" \
-    "${average[@]}" --exp-dir "$exp/llm_asr"
+    --exp-dir "$exp/llm_asr"
   quietly decode_mose.log $python src/decode_mose.py "${test[@]}" "${model[@]}" "${two[@]}" \
-    "${average[@]}" --exp-dir "$exp/mose"
+    --exp-dir "$exp/mose"
   finished 6
 fi
 
-# wer DIR: from the first line of its error file, `%WER = 3.14`.
-wer() { head -q -n 1 "$1"/decode/errs-*.txt 2>/dev/null | head -n 1 | sed 's/.*= //'; }
+# wer DIR SUFFIX: from the first line of the test set's error file, `%WER = 3.14`.
+wer() { sed -n '1s/.*= //p' "$1/decode/errs-${name//-/_}_test-$2.txt"; }
 
 [ "$stop_stage" -ge 6 ] || { log "Stopped after stage $stop_stage"; exit 0; }
-ctc=$(wer "$exp/encoder1") llm_wer=$(wer "$exp/llm_asr") mose=$(wer "$exp/mose")
+suffix=decode-draft-epoch-$llm_epochs-avg-$avg-max100
+ctc=$(wer "$exp/encoder1" ctc-greedy)
+llm_wer=$(wer "$exp/llm_asr" "$suffix") mose=$(wer "$exp/mose" "$suffix")
 cat <<TXT
 
   WER of ${name}_test      %      where to look
