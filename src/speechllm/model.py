@@ -92,6 +92,11 @@ class SpeechLLM(nn.Module):
             self.llm.eval()
         return self
 
+    @property
+    def plain_llm(self) -> nn.Module:
+        """The LLM without peft's wrapper; LoRA works within it."""
+        return self.llm.get_base_model() if hasattr(self.llm, "peft_config") else self.llm
+
     def all_encoders(self, batch_size: int) -> list[list[int]]:
         """Every encoder for every utterance, in order: validation and decoding."""
         return [list(range(len(self.encoder))) for _ in range(batch_size)]
@@ -173,15 +178,15 @@ class SpeechLLM(nn.Module):
 
     def label_logits(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, V) at the N places that predict a label, and these labels (N,)."""
-        base = self.llm.get_base_model() if hasattr(self.llm, "peft_config") else self.llm
-        hidden = base.get_decoder()(
+        hidden = self.plain_llm.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions(mask),
             use_cache=False,
         ).last_hidden_state
         predicts = labels[:, 1:] != IGNORED  # position t predicts the label at t + 1
-        return base.get_output_embeddings()(hidden[:, :-1][predicts]), labels[:, 1:][predicts]
+        head = self.plain_llm.get_output_embeddings()
+        return head(hidden[:, :-1][predicts]), labels[:, 1:][predicts]
 
 
 def positions(mask: Tensor) -> Tensor:

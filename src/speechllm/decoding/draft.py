@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from speechllm.model import SpeechLLM, positions
 
-GROWTH = 4  # of what is proposed
+GROWTH = 4  # a proposal is so many times as long as what was right of the last
 
 
 class Draft:
@@ -57,7 +57,6 @@ class Hypothesis:
     """An answer, without the closing token, and how it came about."""
 
     ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)  # of each id; nats
     passes: int = 0  # of the LLM
     drafted: int = 0  # tokens of drafts that were verified
     accepted: int = 0  # of these, the LLM's own choices
@@ -94,7 +93,7 @@ def verify_drafts(
         lens = torch.tensor([len(tokens) for tokens in proposals], device=mask.device)
         proposed = torch.arange(widest, device=mask.device) < lens[:, None]
         mask = torch.cat([mask, proposed], dim=1)
-        choices, log_probs = _choices(model, inputs, mask, cache, proposed)
+        choices = _choices(model, inputs, mask, cache, proposed)
 
         written, going_on = [], []
         for row, (b, tokens) in enumerate(zip(alive, proposals)):
@@ -106,11 +105,10 @@ def verify_drafts(
             hypothesis.accepted += count
             if tokens:
                 remaining[b].accepted(count)
-            for token, log_prob in zip(choices[row][: count + 1], log_probs[row]):
+            for token in choices[row][: count + 1]:
                 if token in model.chat.ends:
                     break
                 hypothesis.ids.append(token)
-                hypothesis.log_probs.append(log_prob)
                 remaining[b].write(token)
             else:
                 if len(hypothesis.ids) < max_new_tokens:
@@ -133,15 +131,14 @@ def verify_drafts(
 
 def _choices(
     model: SpeechLLM, inputs: Tensor, mask: Tensor, cache: DynamicCache, proposed: Tensor
-) -> tuple[list[list[int]], list[list[float]]]:
-    """The best token after the last one written and after each proposed one, with log-probability.
+) -> list[list[int]]:
+    """The best token after the last one written and after each proposed one.
 
     Args:
       inputs: (B, N, D), what is not in the cache yet; mask: (B, L) of cache and inputs.
       proposed: (B, P), true where the last P inputs are proposals.
     """
-    base = model.llm.get_base_model() if hasattr(model.llm, "peft_config") else model.llm
-    hidden = base.get_decoder()(
+    hidden = model.plain_llm.get_decoder()(
         inputs_embeds=inputs,
         attention_mask=mask.long(),
         position_ids=positions(mask)[:, -inputs.size(1) :],
@@ -149,13 +146,8 @@ def _choices(
         use_cache=True,
     ).last_hidden_state[:, -1 - proposed.size(1) :]
     asked = torch.cat([proposed.new_ones(proposed.size(0), 1), proposed], dim=1)
-    logits = base.get_output_embeddings()(hidden[asked]).float()
-    best, tokens = logits.max(dim=-1)
-    counts = asked.sum(dim=1).tolist()
-    return tuple(
-        [part.tolist() for part in values.split(counts)]
-        for values in (tokens, best - logits.logsumexp(dim=-1))
-    )
+    best = model.plain_llm.get_output_embeddings()(hidden[asked]).argmax(dim=-1)
+    return [part.tolist() for part in best.split(asked.sum(dim=1).tolist())]
 
 
 def _keep(cache: DynamicCache, rows: list[int], length: int) -> None:
