@@ -12,6 +12,7 @@ last `--avg` epochs under icefall's names, which `train.py --speech-encoder-path
 import argparse
 import io
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import kaldialign
@@ -19,13 +20,9 @@ import sentencepiece
 import torch
 from torch import Tensor, nn
 
-from speechllm.data import (
-    add_data_arguments,
-    add_training_data_arguments,
-    loader_options,
-    read_cuts,
-)
-from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
+from speechllm.cut_files import read_cuts
+from speechllm.data import add_data_arguments, add_training_data_arguments, loader_options
+from speechllm.decoding.test_set import decode_cuts, files_to_decode, results, set_name
 from speechllm.errors import InputError
 from speechllm.flags import Help, str2bool
 from speechllm.progress import setup_logging
@@ -258,14 +255,17 @@ def finish(model: CtcModel, batch_loss, valid_loader, args, ranks: Ranks) -> Non
 def decode_tests(model: CtcModel, bpe, args, device: torch.device) -> None:
     """Decode the test sets by greedy CTC; results go to `decode/` of the exp dir."""
 
-    def recognize(batch: dict) -> list[str]:
-        log_probs, lens = model(batch["features"].to(device), batch["feature_lens"].to(device))
-        return bpe.decode(ctc_greedy(log_probs, lens))
+    def recognize(batches: Iterable[dict]) -> Iterator[tuple[dict, list[str]]]:
+        for batch in batches:
+            log_probs, lens = model(batch["features"].to(device), batch["feature_lens"].to(device))
+            yield batch, bpe.decode(ctc_greedy(log_probs, lens))
 
     model.eval()
     for path in args.test_paths:
-        results = decode_cuts(path, recognize, **loader_options(args))
-        counts = score(results, args.exp_dir / "decode", set_name(path), "ctc-greedy")
+        decoded = decode_cuts(path, recognize, **loader_options(args))
+        texts = [one.answer or "" for one in decoded]
+        out_dir = args.exp_dir / "decode"
+        counts = score(results(decoded, texts), out_dir, set_name(path), "ctc-greedy")
         logging.info(log_line(set_name(path), counts))
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from speechllm.data import add_data_arguments, add_training_data_arguments, read_cuts
-from speechllm.decoding.search import MAX_NEW_TOKENS
+from speechllm.cut_files import read_cuts
+from speechllm.data import add_data_arguments, add_training_data_arguments
+from speechllm.decoding.search_options import MAX_NEW_TOKENS
 from speechllm.errors import InputError
 from speechllm.flags import Help, str2bool
 from speechllm.model import SpeechLLM, draw_encoders, load_trainable_state, trainable_state

@@ -27,7 +27,8 @@ from golden_scaled_adam import trajectory_error  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
-from speechllm.decoding.search import search  # noqa: E402
+from speechllm.decoding.beam import beam_search  # noqa: E402
+from speechllm.decoding.draft import verify_drafts  # noqa: E402
 from speechllm.llm import prepare_llm  # noqa: E402
 from speechllm.model import SpeechLLM, load_trainable_state  # noqa: E402
 from speechllm.prompt import ChatIds, training_ids  # noqa: E402
@@ -122,12 +123,17 @@ def check_speech_llm(path: Path) -> float:
         accuracy = (logits.argmax(dim=-1) == targets).float().mean()
         errors += [distance(logits, alone["label_logits"]), distance(loss, alone["loss"])]
         errors.append(distance(accuracy, alone["acc"]))
+        decoded = model.prompt(one, one_len)[:2]
         for key, beam_size in BEAMS.items():
             tokens = alone[key].tolist()
-            ours = search(model, one, one_len, beam_size, max_new_tokens=limit)[0].ids
+            found = (
+                beam_search(model, *decoded, beam_size, limit)[0]
+                if beam_size > 1
+                else verify_drafts(model, *decoded, [None], limit)
+            )
             ends = [t for t in tokens if t in (model.chat.end, model.chat.pad)]
             expected = tokens[: tokens.index(ends[0])] if ends else tokens
-            same(f"{key} of utterance {i}", ours, expected)
+            same(f"{key} of utterance {i}", found[0].ids, expected)
     return max(errors)
 
 

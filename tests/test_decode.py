@@ -1,5 +1,6 @@
 """The rest of a user's day: average, decode and score, with decode.py and decode_mose.py."""
 
+import argparse
 import json
 import re
 import shutil
@@ -11,6 +12,8 @@ from lhotse import CutSet, load_manifest
 import decode
 import decode_mose
 import pretrain_encoder
+from speechllm.decoding import recognizer, search_options
+from speechllm.decoding.recognizer import Recognizer
 from speechllm.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -44,6 +47,7 @@ def copies(tiny_exp, tiny_mose_exp, tmp_path):
 @pytest.fixture
 def run(tiny_argv, test_cuts, monkeypatch):
     """decode.py, or decode_mose.py with two encoders; by default the average of both epochs."""
+    monkeypatch.setattr(search_options, "MAX_NEW_TOKENS", TOKENS)
     monkeypatch.setattr(decode, "MAX_NEW_TOKENS", TOKENS)
 
     def run(exp_dir, *flags, n=1):
@@ -92,8 +96,16 @@ def test_a_users_day(copies, run, test_cuts, n):
     suffix = "decode-greedy-epoch-2-avg-2"
     names = {path.name for path in (exp_dir / "decode").iterdir() if "log-" not in path.name}
     assert names == {
-        f"{kind}-tiny_test_all-{suffix}.txt" for kind in ("recogs", "errs", "wer-summary")
-    }
+        f"{kind}-tiny_test_all-{suffix}.{ending}"
+        for kind, ending in {
+            "recogs": "txt", "errs": "txt", "wer-summary": "txt", "guard": "jsonl"
+        }.items()
+    }  # fmt: skip
+    guarded = (exp_dir / "decode" / f"guard-tiny_test_all-{suffix}.jsonl").read_text()
+    doubtful = [json.loads(line) for line in guarded.splitlines()]
+    assert doubtful and all("improbable" in line["reasons"] for line in doubtful)
+    summary = (exp_dir / "decode" / f"wer-summary-tiny_test_all-{suffix}.txt").read_text()
+    assert f"utterances flagged by the guard: {len(doubtful)}\n" in summary
     cuts = load_manifest(test_cuts)
     assert references(exp_dir, suffix) == sorted(
         (cut.id, str(cut.supervisions[0].text.lower().split())) for cut in cuts
@@ -193,16 +205,60 @@ def test_drafts_are_the_default_where_ctc_can_speak(copies, run, tiny_encoder_di
     assert "accepted draft tokens" in draft and "accepted draft tokens" not in greedy
 
 
+def test_every_word_has_a_time_where_ctc_can_speak(copies, run, tiny_encoder_dir):
+    exp_dir = copies()
+    run(exp_dir, "--speech-encoder-bpe-path", tiny_encoder_dir / "bpe.model")
+    suffix = "decode-draft-epoch-2-avg-2"
+    lines = (exp_dir / "decode" / f"ctm-tiny_test_all-{suffix}.ctm").read_text().splitlines()
+    words = [line.split()[4].lower() for line in lines if not line.startswith(";;")]
+    heard = [word for _, _, hypothesis in recogs(exp_dir, suffix) for word in hypothesis]
+    assert sorted(words) == sorted(heard) != []
+
+
+def test_n_best_chosen_with_ctc(copies, run, tiny_encoder_dir):
+    exp_dir = copies()
+    flags = ("--beam-size", 3, "--nbest", 3, "--speech-encoder-bpe-path",
+             tiny_encoder_dir / "bpe.model")  # fmt: skip
+    run(exp_dir, *flags)
+    run(exp_dir, *flags, "--ctc-weight", 1)
+    found = []
+    for name in ("beam3-nbest3", "beam3-nbest3-ctc1"):
+        suffix = f"decode-{name}-epoch-2-avg-2"
+        path = exp_dir / "decode" / f"nbest-tiny_test_all-{suffix}.jsonl"
+        lines = list(map(json.loads, path.read_text().splitlines()))
+        best = {line["id"]: line["nbest"][0]["text"].lower().split() for line in lines}
+        assert best.items() <= {i: h for i, _, h in recogs(exp_dir, suffix)}.items()
+        found.append({line["id"]: line["nbest"] for line in lines})
+    by_llm, by_ctc = found
+    assert by_llm.keys() == by_ctc.keys() and len(by_llm) == 3
+    for utterance, nbest in by_llm.items():
+        assert len(nbest) == 3
+        assert sorted(map(str, nbest)) == sorted(map(str, by_ctc[utterance]))
+        ranks = [one["ctc"] / one["tokens"] for one in by_ctc[utterance] if one["ctc"]]
+        assert ranks == sorted(ranks, reverse=True)
+
+
+def test_some_of_the_encoders(copies, run):
+    exp_dir = copies(2)
+    texts = {}
+    for used in ("1", "2", "1,2", None):
+        run(exp_dir, *(("--use-encoders", used) if used else ()), n=2)
+        ending = f"-encoders{used.replace(',', '+')}" if used else ""
+        texts[used] = hypotheses(exp_dir, f"decode-greedy-epoch-2-avg-2{ending}")
+    assert texts["1,2"] == texts[None]
+    assert len(set(map(str, texts.values()))) == 3
+
+
 def test_longest_hypothesis(copies, run, monkeypatch):
     exp_dir, lengths = copies(), []
 
-    def search(*args):
+    def write(*args):
         found = original(*args)
-        lengths.extend(len(hypothesis.ids) for hypothesis in found)
+        lengths.extend(len(recognition.hypothesis.ids) for recognition in found)
         return found
 
-    original = decode.search
-    monkeypatch.setattr(decode, "search", search)
+    original = Recognizer.write
+    monkeypatch.setattr(Recognizer, "write", write)
     run(exp_dir, "--max-new-tokens", 3)
     assert lengths == [3] * 3
 
@@ -241,8 +297,8 @@ def test_precision(copies, run, monkeypatch, flag, value, dtype):
         seen.add(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
         return original(model, *args)
 
-    original = decode.search
-    monkeypatch.setattr(decode, "search", search)
+    original = recognizer.verify_drafts
+    monkeypatch.setattr(recognizer, "verify_drafts", search)
     exp_dir = copies()
     run(exp_dir, flag, value)
     assert seen == {dtype, None if dtype == torch.float32 else dtype}
@@ -277,13 +333,22 @@ def said(run):
 
 def test_methods_that_contradict_the_model_or_each_other(said, copies, tiny_encoder_dir, tmp_path):
     assert said(copies(), "--method", "draft", "--speech-encoder-bpe-path", "no.model") == (
-        "--method draft: no encoder has both a CTC head and a BPE model "
-        "(--speech-encoder-bpe-path no.model)"
+        "--method draft: no encoder has both a CTC head and a BPE model (--speech-encoder-bpe-path)"
     )
     shutil.rmtree(tmp_path / "exp1")
     assert said(copies(), "--method", "greedy", "--beam-size", 2) == (
         "--method greedy has no beam: --beam-size 2"
     )
+    for flags, sentence in (
+        (("--accept", "relaxed:0.5", "--beam-size", 2),
+         "--method beam has no draft: --accept relaxed:0.5"),
+        (("--ctc-weight", 0.5), "--ctc-weight: no encoder has both a CTC head and a BPE model "
+         "(--speech-encoder-bpe-path)"),
+        (("--use-encoders", "1,2"), "--use-encoders 1,2: the model has encoders 1"),
+        (("--use-encoders", "0"), "--use-encoders 0: the model has encoders 1"),
+    ):  # fmt: skip
+        shutil.rmtree(tmp_path / "exp1")
+        assert said(copies(), "--speech-encoder-bpe-path", "no.model", *flags) == sentence
     shutil.rmtree(tmp_path / "exp1")
     assert said(copies(), "--speech-encoder-bpe-path", "a.model,b.model") == (
         "--speech-encoder-bpe-path names 2 files, the model has 1 encoders"
@@ -365,6 +430,23 @@ def test_cuts_that_cannot_be_used(said, copies, tiny_corpus, tmp_path):
     assert said(exp_dir, *flags) == f"{path}: cut test-1 has features of 40 dimensions, not 80"
 
 
-@pytest.mark.parametrize("flag", ["--beam-size", "--max-new-tokens"])
-def test_impossible_numbers(said, copies, flag):
-    assert said(copies(), flag, 0) == f"{flag} 0 must be at least 1"
+@pytest.mark.parametrize(
+    "flag, value, allowed",
+    [
+        ("--beam-size", 0, "at least 1"),
+        ("--max-new-tokens", 0, "at least 1"),
+        ("--nbest", 5, "from 1 to 4"),
+        ("--ctc-weight", 1.5, "from 0 to 1"),
+        ("--ctc-confident", -0.1, "at least 0"),
+    ],
+)
+def test_impossible_numbers(said, copies, flag, value, allowed):
+    assert said(copies(), flag, value) == f"{flag} {value} must be {allowed}"
+
+
+def test_acceptance():
+    for text, value in (("exact", 1), ("relaxed:0.25", 0.25), ("relaxed:.5", 0.5)):
+        assert search_options.acceptance(text) == value
+    for text in ("relaxed", "relaxed:2", "relaxed:x", "0.5", "relaxed:0.5x"):
+        with pytest.raises(argparse.ArgumentTypeError, match=text):
+            search_options.acceptance(text)

@@ -16,6 +16,7 @@ import decode
 import train
 from speechllm import data
 from speechllm.decoding import test_set
+from speechllm.decoding.recognizer import Recognizer
 from speechllm.training import setup
 from speechllm.training.distributed import Ranks
 from speechllm.training.loop import seed_everything
@@ -228,12 +229,13 @@ def decoded(monkeypatch, tiny_argv, tiny_exp, tmp_path):
 
     def run(*flags):
         seen = SimpleNamespace(sentence="", searches=[], loaders=[])
-        search, evaluation_loader = decode.search, data.evaluation_loader
+        hear, evaluation_loader = Recognizer.hear, data.evaluation_loader
 
-        def watched_search(model, features, *rest):
-            seen.model = model
-            seen.searches.append((features.shape, float(features.sum()), *rest[1:]))
-            return search(model, features, *rest)
+        def watched_hear(recognizer, batch):
+            seen.model = recognizer.model
+            features = batch["features"]
+            seen.searches.append((features.shape, float(features.sum()), recognizer.options))
+            return hear(recognizer, batch)
 
         def watched_loader(*args, **options):
             seen.loaders.append(evaluation_loader(*args, **options))
@@ -249,13 +251,13 @@ def decoded(monkeypatch, tiny_argv, tiny_exp, tmp_path):
             "--epoch", "2", "--avg", "2", "--max-new-tokens", "3", *flags,
         ]  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(decode, "search", watched_search)
+            patch.setattr(Recognizer, "hear", watched_hear)
             patch.setattr(test_set, "evaluation_loader", watched_loader)
             try:
                 decode.main([text.format(tmp=tmp_path) for text in argv])
             except SystemExit as error:
                 seen.sentence = error.code
-        out = sorted((exp_dir / "decode").glob("*.txt"))
+        out = [path for path in (exp_dir / "decode").glob("*-*") if "log-" not in path.name]
         seen.files = {path.name: path.read_text() for path in out if "summary" not in path.name}
         for path in out:
             path.unlink()
@@ -281,6 +283,7 @@ def samplers(seen):
     return [[batch["ids"] for batch in loader] for loader in seen.loaders]
 
 
+WITH_CTC = ("--speech-encoder-bpe-path", "{tmp}/bpe.model")
 DECODE = {
     "--exp-dir": Change("{tmp}/other", files),
     "--epoch": Change("1", files, ("--avg", "1")),
@@ -290,6 +293,14 @@ DECODE = {
     "--beam-size": Change("2", names),
     "--max-new-tokens": Change("1", searches),
     "--normalize": Change("basic", names),
+    "--nbest": Change("2", names, ("--beam-size", "2")),
+    "--ctc-weight": Change("0.9", files, ("--beam-size", "4", *WITH_CTC)),
+    "--accept": Change("relaxed:0", files, WITH_CTC),
+    "--ctc-confident": Change("9", files, WITH_CTC),
+    "--guard": Change("off", names),
+    "--word-times": Change("false", names, WITH_CTC),
+    "--ctc-lag": Change("0.3", searches, WITH_CTC),
+    "--use-encoders": Change("1", names),
     "--use-fp16": Change("true", lambda s: s.model.llm.dtype),
     "--use-bf16": Change("true", lambda s: s.model.llm.dtype),
     "--test-cuts": Change("tiny_cuts_dev", files),

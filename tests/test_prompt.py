@@ -211,3 +211,14 @@ def test_a_tokenizer_without_a_padding_token(tiny):
     chat = prompt.chat_ids(tiny)
     assert chat.pad == chat.end
     assert prompt.prompt_ids(chat, [1, 2]).shape == (2, len(chat.prompt(2)))
+
+
+@pytest.mark.parametrize(
+    "text", ["one two", "a\u202fb c", "x\u2003y", "one\u00a0two", "n\u00e9 \u00e0", "", " a  b "]
+)
+def test_each_word_of_a_transcript_has_its_tokens_log_probabilities(tiny, text):
+    ids = tiny.encode(text, add_special_tokens=False)
+    words = prompt.decode_transcripts(tiny, [ids])[0].split()
+    found = prompt.word_log_probs(tiny, ids, [-1.0] * len(ids))
+    assert len(found) == len(words)
+    assert not words or sum(found) == -len(ids)

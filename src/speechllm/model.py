@@ -3,6 +3,7 @@
 Shapes: B utterances, T feature frames, S speech embeddings, L ids, D width of the LLM.
 """
 
+import copy
 import random
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechllm.errors import InputError
-from speechllm.prompt import IGNORED, ChatIds
+from speechllm.prompt import IGNORED, ChatIds, prompt_ids
 from speechllm.zipformer import ZipformerEncoder
 from speechllm.zipformer.swoosh import swoosh_r
 
@@ -34,6 +35,14 @@ class Heard(NamedTuple):
     rows: list[int]  # which utterances
     encoder_out: Tensor  # (B, T / 4, C)
     lens: Tensor  # (B,)
+
+
+class Prompt(NamedTuple):
+    """What stands before the answers of a batch."""
+
+    embeds: Tensor  # left-padded, (B, L, D)
+    mask: Tensor  # (B, L), true where there is no padding
+    heard: list[Heard]  # what it was made of
 
 
 class Projector(nn.Module):
@@ -101,7 +110,7 @@ class SpeechLLM(nn.Module):
         """Every encoder for every utterance, in order: validation and decoding."""
         return [list(range(len(self.encoder))) for _ in range(batch_size)]
 
-    def hear(self, features: Tensor, feature_lens: Tensor, used: list[list[int]]) -> list["Heard"]:
+    def hear(self, features: Tensor, feature_lens: Tensor, used: list[list[int]]) -> list[Heard]:
         """The output of each encoder for the utterances that use it.
 
         One that no utterance uses hears the first: what is trained must have a gradient on every
@@ -119,7 +128,7 @@ class SpeechLLM(nn.Module):
             heard.append(Heard(rows, encoder_out, lens))
         return heard
 
-    def project(self, heard: list["Heard"], used: list[list[int]]) -> list[list[Tensor]]:
+    def project(self, heard: list[Heard], used: list[list[int]]) -> list[list[Tensor]]:
         """Speech embeddings (S, D) of each utterance's encoders, in the order of `used`."""
         by_encoder: list[dict[int, Tensor]] = []
         for projector, (rows, encoder_out, lens) in zip(self.encoder_projector, heard):
@@ -137,6 +146,26 @@ class SpeechLLM(nn.Module):
     ) -> list[list[Tensor]]:
         """Hear and project."""
         return self.project(self.hear(features, feature_lens, used), used)
+
+    def prompt(self, features: Tensor, feature_lens: Tensor) -> Prompt:
+        """What decoding begins with: every utterance through all encoders.
+
+        Args:
+          features: (B, T, 80); feature_lens: (B,).
+        """
+        used = self.all_encoders(features.size(0))
+        heard = self.hear(features, feature_lens, used)
+        ids = prompt_ids(self.chat, [len(encoders) for encoders in used]).to(features.device)
+        embeds, mask, _ = self.merge(ids, None, self.project(heard, used))
+        return Prompt(embeds, mask, heard)
+
+    def with_encoders(self, kept: list[int]) -> "SpeechLLM":
+        """This model, sharing its parameters, with some of its encoders."""
+        part = copy.copy(self)
+        part._modules = dict(self._modules)
+        part.encoder = nn.ModuleList(self.encoder[k] for k in kept)
+        part.encoder_projector = nn.ModuleList(self.encoder_projector[k] for k in kept)
+        return part
 
     def merge(
         self, ids: Tensor, labels: Tensor | None, speech: list[list[Tensor]]

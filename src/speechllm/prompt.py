@@ -10,6 +10,7 @@ transcript and the closing token alone. No other module contains template text.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -100,6 +101,22 @@ def encode_transcripts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> 
 def decode_transcripts(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
     """The texts of generated ids, without special tokens and outer spaces."""
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def word_log_probs(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], log_probs: list[float]
+) -> list[float]:
+    """Of each word of `decode_transcripts`, from those of the ids: a word's are added up."""
+    pieces = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True)
+    if any("\ufffd" in piece for piece in pieces):  # a character of several ids, maybe a space
+        written = decode_transcripts(tokenizer, [ids[: n + 1] for n in range(len(ids))])
+    else:
+        written = list(accumulate(pieces))
+    words = [0.0] * (len(written[-1].split()) if ids else 0)
+    for text, log_prob in zip(written, log_probs):
+        if words:
+            words[min(max(1, len(text.split())), len(words)) - 1] += log_prob
+    return words
 
 
 def training_ids(

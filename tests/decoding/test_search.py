@@ -1,17 +1,25 @@
-"""Greedy and beam search against loops that compute everything anew for each token."""
+"""The whole way from features, against loops that compute everything anew for each token."""
 
 import json
 import shutil
 
 import pytest
+import torch
 from naive import LENGTH, LENS, log_probs, make_model, naive_beam
 
-from speechllm.decoding.search import MAX_NEW_TOKENS, search
+from speechllm.decoding.beam import beam_search, log_probs_of
+from speechllm.decoding.draft import verify_drafts
 
 
-def decode(*args, **options):
+def decode(model, features, lens, beam_size=1, length=LENGTH):
     """The answers' ids."""
-    return [hypothesis.ids for hypothesis in search(*args, **options)]
+    with torch.no_grad():
+        embeds, mask, _ = model.prompt(features, lens)
+    if beam_size == 1:
+        found = verify_drafts(model, embeds, mask, [None] * len(lens), length)
+    else:
+        found = [best[0] for best in beam_search(model, embeds, mask, beam_size, length)]
+    return [hypothesis.ids for hypothesis in found]
 
 
 def log_prob(model, prompt, answer):
@@ -21,7 +29,7 @@ def log_prob(model, prompt, answer):
 
 
 def test_greedy_is_the_most_probable_token_again_and_again(model, features, prompts):
-    hypotheses = decode(model, features, LENS, max_new_tokens=LENGTH)
+    hypotheses = decode(model, features, LENS)
     assert hypotheses == [naive_beam(model, prompt, 1, LENGTH) for prompt in prompts]
     assert len({tuple(ids) for ids in hypotheses}) == 3  # they heard different things
 
@@ -61,9 +69,42 @@ def test_stops_at_the_longest_hypothesis(model, features, beam_size, length):
     assert [len(ids) for ids in hypotheses] == [length] * 3
 
 
-def test_longest_hypothesis_is_the_published_one(model, features):
-    assert MAX_NEW_TOKENS == 200
-    assert len(decode(model, features[:1], LENS[:1])[0]) == 200
+def test_n_best_are_ranked_and_scored(model, features, prompts):
+    with torch.no_grad():
+        embeds, mask, _ = model.prompt(features, LENS)
+    found = beam_search(model, embeds, mask, 4, LENGTH)
+    for prompt, nbest in zip(prompts, found, strict=True):
+        assert nbest[0].ids == naive_beam(model, prompt, 4, LENGTH)
+        assert len({tuple(hypothesis.ids) for hypothesis in nbest}) == 4
+        for hypothesis in nbest:
+            assert sum(hypothesis.log_probs) == pytest.approx(
+                log_prob(model, prompt, hypothesis.ids), abs=1e-3
+            )
+        sums = [sum(hypothesis.log_probs) for hypothesis in nbest]
+        assert sums == sorted(sums, reverse=True)
+
+
+def test_given_answers_keep_their_ids_however_long(model, features, prompts):
+    with torch.no_grad():
+        embeds, mask, _ = model.prompt(features, LENS)
+        answers = [[7] * 90, list(range(10, 40)), []]
+        found = log_probs_of(model, embeds, mask, answers, 90)
+    assert [hypothesis.ids for hypothesis in found] == answers
+    assert [len(hypothesis.log_probs) for hypothesis in found] == [90, 31, 1]  # 90 is the limit
+    for prompt, hypothesis, end in zip(prompts, found, ([], [model.chat.end], [model.chat.end])):
+        expected = log_prob(model, prompt, [*hypothesis.ids, *end])
+        assert sum(hypothesis.log_probs) == pytest.approx(expected, abs=1e-2)
+
+
+def test_greedy_tells_log_probabilities(model, features, prompts):
+    with torch.no_grad():
+        embeds, mask, _ = model.prompt(features, LENS)
+    for drafts in ([None] * 3, [[1, 2, 3]] * 3):
+        for prompt, hypothesis in zip(prompts, verify_drafts(model, embeds, mask, drafts, LENGTH)):
+            assert len(hypothesis.log_probs) == LENGTH
+            assert sum(hypothesis.log_probs) == pytest.approx(
+                log_prob(model, prompt, hypothesis.ids), abs=1e-3
+            )
 
 
 @pytest.mark.parametrize("what", ["end", "pad"])

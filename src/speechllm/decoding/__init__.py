@@ -1,1 +1,1 @@
-"""Search over the LLM's output: greedy and beam."""
+"""From speech to transcripts: drafts, greedy and beam search, guard, times of words."""

@@ -7,6 +7,8 @@ aligned to what is written, and the next pass goes on from there. Without a draf
 token: that is plain greedy decoding.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,20 +17,22 @@ from transformers import DynamicCache
 
 from speechllm.model import SpeechLLM, positions
 
-GROWTH = 4  # a proposal is so many times as long as what was right of the last
+# What a pass costs besides its tokens, in tokens: by the weights that it reads.
+PASS_PRICE = {"cpu": 64, "cuda": 1024}
+LOGITS_AT_ONCE = 256  # places of which logits exist at a time
 
 
 class Draft:
     """What is left of a draft, by edit distance, as the transcript is written.
 
-    The whole draft is proposed at first, then a few times as much as was right the last time. Where
-    nothing was, nothing is proposed until the LLM by itself writes what the draft says: a useless
-    draft costs little.
+    Where nothing of a proposal was right, nothing is proposed until the LLM by itself writes what
+    the draft says: a useless draft costs little.
     """
 
     def __init__(self, tokens: list[int]):
         self.tokens = tokens
-        self.limit = len(tokens)
+        self.trusted = True
+        self.right, self.wrong = 9.7, 0.3  # tokens; to begin with, what is common of a CTC text
         # Edit distances between what is written and each beginning of the draft.
         self.distances = list(range(len(tokens) + 1))
 
@@ -37,19 +41,45 @@ class Draft:
         before, row = self.distances, [self.distances[0] + 1]
         for i, drafted in enumerate(self.tokens):
             row.append(min(before[i] + (drafted != token), before[i + 1] + 1, row[i] + 1))
-        if not self.limit and min(row) == min(before):
-            self.limit = GROWTH
+        self.trusted = self.trusted or min(row) == min(before)
         self.distances = row
 
-    def accepted(self, count: int) -> None:
+    def verified(self, right: int, proposed: int) -> None:
         """Take note of how many of the tokens proposed last were right."""
-        self.limit = GROWTH * count
+        if proposed:
+            self.right += right
+            self.wrong += right < proposed
+            self.trusted = right > 0
 
     def proposal(self) -> list[int]:
         """What follows the beginning nearest to the transcript; the longest of several."""
+        if not self.trusted:
+            return []
         nearest = min(self.distances)
         used = max(i for i, distance in enumerate(self.distances) if distance == nearest)
-        return self.tokens[used : used + self.limit]
+        return self.tokens[used:]
+
+    @property
+    def chance(self) -> float:
+        """Of a proposed token to be right, if those before it are."""
+        return self.right / (self.right + self.wrong)
+
+
+def worth_proposing(lens: list[int], chances: list[float], inputs: int, price: int) -> int:
+    """How many tokens of each proposal to verify so that a token is written at the least cost.
+
+    Args:
+      lens: of each utterance's proposal; chances: of its tokens to be right.
+      inputs: tokens of each utterance that the pass reads besides; price: of the pass itself.
+    """
+    best, best_rate, written = 0, 0.0, float(len(lens))
+    for width in range(max(lens) + 1):
+        if width:
+            written += sum(c**width for n, c in zip(lens, chances) if width <= n)
+        rate = written / (price + len(lens) * (inputs + width))
+        if rate > best_rate:
+            best, best_rate = width, rate
+    return best
 
 
 @dataclass
@@ -57,9 +87,10 @@ class Hypothesis:
     """An answer, without the closing token, and how it came about."""
 
     ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)  # of the ids, and of the closing token
     passes: int = 0  # of the LLM
     drafted: int = 0  # tokens of drafts that were verified
-    accepted: int = 0  # of these, the LLM's own choices
+    accepted: int = 0  # of these, written
 
 
 @torch.no_grad()
@@ -67,18 +98,26 @@ def verify_drafts(
     model: SpeechLLM,
     embeds: Tensor,
     mask: Tensor,
-    drafts: list[list[int]],
+    drafts: Sequence[list[int] | None],
     max_new_tokens: int,
+    accept: float = 1.0,
+    ended: Callable[[int, list[int]], bool] = lambda b, ids: False,
 ) -> list[Hypothesis]:
     """Greedy hypotheses, the same whatever the drafts (but for ties within rounding).
 
     Args:
       embeds: prompts, left-padded, (B, L, D); mask: (B, L), true where there is no padding.
-      drafts: ids of a guess for each utterance, without the closing token; empty for none.
+      drafts: ids of a guess for each utterance, without the closing token; None for no guess.
+      accept: below 1, a draft's token is also written where the LLM gives it this probability.
+      ended: asked of utterance b and its ids after each token, whether to end it there.
     """
     embedding = model.llm.get_input_embeddings()
+    price = PASS_PRICE[embeds.device.type]
+    least = math.log(accept) if accept else -math.inf
     hypotheses = [Hypothesis() for _ in drafts]
-    remaining = [Draft([*tokens, model.chat.end] if tokens else []) for tokens in drafts]
+    remaining = [
+        Draft([] if tokens is None else [*tokens, model.chat.end]) for tokens in drafts
+    ]
     alive = list(range(len(drafts)))
     cache, inputs = DynamicCache(), embeds
     mask = mask.bool()
@@ -86,39 +125,43 @@ def verify_drafts(
         proposals = [
             remaining[b].proposal()[: max_new_tokens - len(hypotheses[b].ids) - 1] for b in alive
         ]
-        widest = max(map(len, proposals))
+        widest = worth_proposing(
+            [len(tokens) for tokens in proposals],
+            [remaining[b].chance for b in alive],
+            inputs.size(1),
+            price,
+        )
+        proposals = [tokens[:widest] for tokens in proposals]
         if widest:
             padded = [tokens + [0] * (widest - len(tokens)) for tokens in proposals]
             inputs = torch.cat([inputs, embedding(torch.tensor(padded, device=mask.device))], 1)
         lens = torch.tensor([len(tokens) for tokens in proposals], device=mask.device)
-        proposed = torch.arange(widest, device=mask.device) < lens[:, None]
-        mask = torch.cat([mask, proposed], dim=1)
-        choices = _choices(model, inputs, mask, cache, proposed)
+        proposed = torch.arange(widest, device=mask.device)
+        mask = torch.cat([mask, proposed < lens[:, None]], dim=1)
+        answers = _answers(model, _hidden(model, inputs, mask, cache, widest), proposals, least)
 
-        written, going_on = [], []
-        for row, (b, tokens) in enumerate(zip(alive, proposals)):
-            hypothesis, count = hypotheses[b], 0
-            while count < len(tokens) and tokens[count] == choices[row][count]:
-                count += 1
+        kept, going_on = [], []
+        for row, (b, tokens, answer) in enumerate(zip(alive, proposals, answers)):
+            hypothesis, right = hypotheses[b], len(answer) - 1
             hypothesis.passes += 1
             hypothesis.drafted += len(tokens)
-            hypothesis.accepted += count
-            if tokens:
-                remaining[b].accepted(count)
-            for token in choices[row][: count + 1]:
+            hypothesis.accepted += right
+            remaining[b].verified(right, len(tokens))
+            for token, log_prob in answer:
+                hypothesis.log_probs.append(log_prob)
                 if token in model.chat.ends:
                     break
                 hypothesis.ids.append(token)
                 remaining[b].write(token)
+                if len(hypothesis.ids) == max_new_tokens or ended(b, hypothesis.ids):
+                    break
             else:
-                if len(hypothesis.ids) < max_new_tokens:
-                    going_on.append(row)
-            written.append(count)
+                going_on.append(row)
+            kept.append(right)
 
         # Rejected tokens stay in the cache where another row needs the place, out of sight.
-        longest = max((written[row] for row in going_on), default=0)
-        rejected = torch.arange(widest, device=mask.device) >= lens.new_tensor(written)[:, None]
-        mask[:, mask.size(1) - widest :] &= ~rejected
+        longest = max((kept[row] for row in going_on), default=0)
+        mask[:, mask.size(1) - widest :] &= proposed < lens.new_tensor(kept)[:, None]
         mask = mask[going_on, : mask.size(1) - widest + longest]
         _keep(cache, going_on, mask.size(1))
         alive = [alive[row] for row in going_on]
@@ -129,25 +172,73 @@ def verify_drafts(
     return hypotheses
 
 
-def _choices(
-    model: SpeechLLM, inputs: Tensor, mask: Tensor, cache: DynamicCache, proposed: Tensor
-) -> list[list[int]]:
-    """The best token after the last one written and after each proposed one.
+def _hidden(
+    model: SpeechLLM, inputs: Tensor, mask: Tensor, cache: DynamicCache, proposed: int
+) -> Tensor:
+    """What predicts the next token, after the last one written and each of the proposed.
 
     Args:
       inputs: (B, N, D), what is not in the cache yet; mask: (B, L) of cache and inputs.
-      proposed: (B, P), true where the last P inputs are proposals.
+
+    Returns:
+      (B, 1 + proposed, D)
     """
-    hidden = model.plain_llm.get_decoder()(
+    return model.plain_llm.get_decoder()(
         inputs_embeds=inputs,
         attention_mask=mask.long(),
         position_ids=positions(mask)[:, -inputs.size(1) :],
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state[:, -1 - proposed.size(1) :]
-    asked = torch.cat([proposed.new_ones(proposed.size(0), 1), proposed], dim=1)
-    best = model.plain_llm.get_output_embeddings()(hidden[asked]).argmax(dim=-1)
-    return [part.tolist() for part in best.split(asked.sum(dim=1).tolist())]
+    ).last_hidden_state[:, -1 - proposed :]
+
+
+def _answers(
+    model: SpeechLLM, hidden: Tensor, proposals: list[list[int]], least: float
+) -> list[list[tuple[int, float]]]:
+    """What each row writes, with log-probabilities: the right part of its proposal and a token.
+
+    Logits are large. They are computed for each row's first token, and for the rest of the proposal
+    of those rows only that were right there.
+    """
+    head = model.plain_llm.get_output_embeddings()
+    answers: list[list[tuple[int, float]]] = [[] for _ in proposals]
+    open_rows = set(range(len(proposals)))
+    places = [(row, 0) for row in sorted(open_rows)]
+    while places:
+        rows, columns = map(list, zip(*places))
+        drafted = [(*proposals[row], model.chat.end)[column] for row, column in places]
+        scores = token_scores(head, hidden[rows, columns], drafted)
+        for (row, column), token, (choice, its_log_prob, log_prob) in zip(places, drafted, scores):
+            if row not in open_rows:
+                continue
+            if column < len(proposals[row]) and (token == choice or log_prob >= least):
+                answers[row].append((token, log_prob))
+            else:
+                answers[row].append((choice, its_log_prob))
+                open_rows.discard(row)
+        places = [(row, i) for row in open_rows for i in range(1, len(proposals[row]) + 1)]
+    return answers
+
+
+def token_scores(
+    head: torch.nn.Module, hidden: Tensor, tokens: list[int]
+) -> list[tuple[int, float, float]]:
+    """At each of N places the best token, its log-probability and that of the given token.
+
+    Args:
+      head: from hidden (N, D) to logits (N, V), of which LOGITS_AT_ONCE exist at a time.
+    """
+    parts = []
+    for some, given in zip(
+        hidden.split(LOGITS_AT_ONCE),
+        torch.tensor(tokens, device=hidden.device).split(LOGITS_AT_ONCE),
+    ):
+        logits = head(some).float()
+        highest, best = logits.max(dim=1)
+        those = logits.gather(1, given[:, None])[:, 0]
+        total = logits.logsumexp(dim=1)
+        parts += zip(best.tolist(), (highest - total).tolist(), (those - total).tolist())
+    return parts
 
 
 def _keep(cache: DynamicCache, rows: list[int], length: int) -> None:

@@ -1,18 +1,15 @@
 """A test set through a recognizer, every cut exactly once."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from speechllm.data import (
-    check_cuts,
-    cuts_file,
-    cuts_within,
-    evaluation_loader,
-    frames_needed,
-    long_enough,
-    read_cuts,
-)
+from lhotse.cut import Cut
+
+from speechllm.cut_files import check_cuts, cuts_file, cuts_within, frames_needed, read_cuts
+from speechllm.data import evaluation_loader
 from speechllm.errors import InputError
 from speechllm.flags import comma_list
 from speechllm.progress import ProgressBar
@@ -35,55 +32,68 @@ def files_to_decode(args) -> list[Path]:
     return paths
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A cut of a test set and the recognizer's answer, None where it is too short to hear."""
+
+    cut: Cut
+    answer: Any
+
+    @property
+    def reference(self) -> str:
+        return " ".join(supervision.text for supervision in self.cut.supervisions)
+
+
 def decode_cuts(
     path: Path,
-    recognize: Callable[[dict], list[str]],
-    normalize: str = "none",
+    recognize: Callable[[Iterable[dict]], Iterator[tuple[dict, list]]],
     min_frames: int = frames_needed(),
     **loader_options,
-) -> list[Result]:
-    """(cut id, reference words, hypothesis words) of every cut of a file, in lower case.
-
-    A cut too short for one speech embedding stays in the test set: its hypothesis is empty.
+) -> list[Decoded]:
+    """Every cut of a file with its answer.
 
     Args:
-      recognize: a batch (see speechllm.data) to its hypotheses' texts.
+      recognize: batches (see speechllm.data) to pairs of a batch and its answers.
       min_frames: fewer are too short.
-      normalize: a name in `scoring.NORMALIZERS`, applied to references and hypotheses.
       loader_options: of `data.evaluation_loader`.
     """
     need_features = not loader_options.get("on_the_fly_feats", False)
     statistics = check_cuts(
         [path], min_frames=min_frames, need_text=False, need_features=need_features
     )
-    pairs = [
-        (cut.id, _text(cut), "") for cut in read_cuts(path) if not long_enough(cut, min_frames)
-    ]
-    if pairs:
-        logging.warning(
-            f"{path}: {len(pairs)} cuts are too short to hear and get empty hypotheses, "
-            f"such as {pairs[0][0]}"
-        )
+    answers: dict[str, Any] = {}
     if statistics.kept:
         loader = evaluation_loader(
             cuts_within([path], min_frames=min_frames), num_cuts=statistics.kept, **loader_options
         )
         progress = ProgressBar(set_name(path), statistics.seconds)
-        for batch in loader:
-            pairs += zip(batch["ids"], batch["texts"], recognize(batch))
+        for batch, found in recognize(loader):
+            answers |= zip(batch["ids"], found, strict=True)
             progress.advance(batch["seconds"])
         progress.close()
+    decoded = [Decoded(cut, answers.pop(cut.id, None)) for cut in read_cuts(path)]
+    short = [one.cut.id for one in decoded if one.answer is None]
+    if short:
+        logging.warning(
+            f"{path}: {len(short)} cuts are too short to hear and get empty hypotheses, "
+            f"such as {short[0]}"
+        )
+    return decoded
+
+
+def results(decoded: list[Decoded], texts: list[str], normalize: str = "none") -> list[Result]:
+    """(cut id, reference words, hypothesis words), in lower case, to be scored.
+
+    Args:
+      normalize: a name in `scoring.NORMALIZERS`, applied to references and hypotheses.
+    """
     function = NORMALIZERS[normalize]
     return [
-        (cut_id, function(reference.lower()).split(), function(hypothesis.lower()).split())
-        for cut_id, reference, hypothesis in pairs
+        (one.cut.id, function(one.reference.lower()).split(), function(text.lower()).split())
+        for one, text in zip(decoded, texts, strict=True)
     ]
 
 
 def set_name(path: Path) -> str:
     """`librispeech_cuts_test-clean.jsonl.gz` -> `librispeech_test_clean`."""
     return path.name.removesuffix(".jsonl.gz").replace("_cuts", "").replace("-", "_")
-
-
-def _text(cut) -> str:
-    return " ".join(supervision.text for supervision in cut.supervisions)

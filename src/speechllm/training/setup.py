@@ -10,18 +10,16 @@ import torch
 from lhotse import CutSet, load_manifest_lazy
 from torch import nn
 
-from speechllm.data import (
+from speechllm.cut_files import (
     CutStatistics,
     check_cuts,
     check_noise,
     cuts_file,
     cuts_within,
-    evaluation_loader,
     frames_needed,
-    loader_options,
     share_of_cuts,
-    training_loader,
 )
+from speechllm.data import evaluation_loader, loader_options, training_loader
 from speechllm.errors import InputError
 from speechllm.flags import comma_list, str2bool
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint

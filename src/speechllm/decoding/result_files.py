@@ -1,0 +1,100 @@
+"""The files that a decoding leaves: scores, doubts, n best, times of words."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from lhotse.cut import Cut, MonoCut
+
+from speechllm.decoding.recognizer import Recognition
+from speechllm.decoding.test_set import Decoded, results
+from speechllm.decoding.word_times import ctm_lines
+from speechllm.scoring import ErrorCounts, score
+from speechllm.whole_file import whole_file
+
+
+def write_results(
+    decoded: list[Decoded],
+    out_dir: Path,
+    set_name: str,
+    suffix: str,
+    normalize: str,
+    counted: Mapping[str, float],
+) -> ErrorCounts:
+    """What decode.py writes of a test set; `counted` goes into the summary.
+
+    Beside the files of `scoring.score`, where they have anything to say:
+      guard-<set>-<suffix>.jsonl: utterances to distrust and why.
+      nbest-<set>-<suffix>.jsonl: the best first, log-probabilities in nats.
+      ctm-<set>-<suffix>.ctm: NIST CTM, times in the recording.
+    """
+    texts = [one.answer.text if one.answer else "" for one in decoded]
+    extra = {"decoded with": suffix, **counted}
+    answered = sorted((one for one in decoded if one.answer), key=lambda one: one.cut.id)
+    contents: dict[Path, bytes] = {}
+    for kind, ending, lines in (
+        ("guard", "jsonl", map(_guard_line, (one for one in answered if one.answer.reasons))),
+        ("nbest", "jsonl", map(_nbest_line, (one for one in answered if one.answer.nbest))),
+        ("ctm", "ctm", _ctm(answered)),
+    ):
+        path = Path(out_dir) / f"{kind}-{set_name}-{suffix}.{ending}"
+        contents[path] = "".join(f"{line}\n" for line in lines).encode()
+    errors = score(results(decoded, texts, normalize), out_dir, set_name, suffix, extra)
+    for path, content in contents.items():
+        if content:
+            with whole_file(path) as partial:
+                partial.write_bytes(content)
+        else:
+            path.unlink(missing_ok=True)  # of an earlier decoding
+    return errors
+
+
+def _guard_line(one: Decoded) -> str:
+    answer: Recognition = one.answer
+    log_probs = answer.hypothesis.log_probs
+    mean = sum(log_probs) / len(log_probs) if log_probs else math.nan
+    return _json(
+        id=one.cut.id,
+        reasons=answer.reasons,
+        text=answer.text,
+        source=answer.source,
+        replaced=answer.replaced,
+        ctc_text=answer.ctc_text,
+        seconds=round(one.cut.duration, 3),
+        mean_log_prob=round(mean, 4) if math.isfinite(mean) else None,
+    )
+
+
+def _nbest_line(one: Decoded) -> str:
+    return _json(
+        id=one.cut.id,
+        reference=one.reference,
+        nbest=[
+            {
+                "text": candidate.text,
+                "llm": round(candidate.llm, 4),
+                "ctc": None if candidate.ctc is None else round(candidate.ctc, 4),
+                "tokens": candidate.tokens,
+            }
+            for candidate in one.answer.nbest
+        ],
+    )
+
+
+def _json(**fields) -> str:
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def _ctm(answered: list[Decoded]) -> Iterable[str]:
+    """By recording and time, as NIST's tools want it."""
+    timed = [(_place(one.cut), one.answer.words) for one in answered if one.answer.words]
+    for place, words in sorted(timed):
+        yield from ctm_lines(*place, words)
+
+
+def _place(cut: Cut) -> tuple[str, str, float]:
+    """Recording, channel and start in it; of a cut that is made of several, the cut itself."""
+    if not isinstance(cut, MonoCut):
+        return "_".join(cut.id.split()), "1", 0.0
+    return "_".join(cut.recording_id.split()), str(cut.channel + 1), cut.start

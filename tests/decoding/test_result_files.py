@@ -1,0 +1,69 @@
+"""Files beside the scores, of cuts of every kind."""
+
+import json
+import math
+
+import pytest
+from lhotse import load_manifest
+
+from speechllm.decoding.beam import Candidate
+from speechllm.decoding.draft import Hypothesis
+from speechllm.decoding.recognizer import Recognition
+from speechllm.decoding.result_files import write_results
+from speechllm.decoding.test_set import Decoded
+from speechllm.decoding.word_times import WordTime
+
+
+def answer(text="a b", **fields):
+    words = [WordTime(word, i, i + 0.5, 0.9, True) for i, word in enumerate(text.split())]
+    return Recognition(text, Hypothesis([1, 2], [-0.5, -0.5, -0.5]), words=words, **fields)
+
+
+@pytest.fixture
+def cuts(tiny_corpus):
+    return list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
+
+
+def lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def test_times_are_in_the_recording_or_in_a_cut_of_several(cuts, tmp_path):
+    later = cuts[1].truncate(offset=0.5, duration=1.0, preserve_id=True)
+    mixed = cuts[2].pad(duration=9.0, preserve_id=True).with_id("of several")
+    write_results(
+        [Decoded(cut, answer()) for cut in (cuts[0], later, mixed)], tmp_path, "x", "y", "none", {}
+    )
+    times = [line.split()[:3] for line in lines(tmp_path / "ctm-x-y.ctm")]
+    assert sorted(times) == sorted([
+        [cuts[0].recording_id, "1", "0.000"], [cuts[0].recording_id, "1", "1.000"],
+        [later.recording_id, "1", "0.500"], [later.recording_id, "1", "1.500"],
+        ["of_several", "1", "0.000"], ["of_several", "1", "1.000"],
+    ])  # fmt: skip
+
+
+def test_doubts_and_n_best_are_strict_json(cuts, tmp_path):
+    doubtful = answer(reasons=["improbable"], nbest=[Candidate("a b", -1.5, 3, None)])
+    doubtful.hypothesis.log_probs = [math.nan]
+    write_results([Decoded(cuts[0], doubtful)], tmp_path, "x", "y", "none", {})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    (line,) = lines(tmp_path / "guard-x-y.jsonl")
+    guard = json.loads(line, parse_constant=refuse)
+    assert guard["reasons"] == ["improbable"] and guard["mean_log_prob"] is None
+    (line,) = lines(tmp_path / "nbest-x-y.jsonl")
+    nbest = json.loads(line, parse_constant=refuse)
+    assert nbest["nbest"] == [{"text": "a b", "llm": -1.5, "ctc": None, "tokens": 3}]
+
+
+def test_nothing_stays_of_an_earlier_decoding(cuts, tmp_path):
+    for reasons in (["improbable"], []):
+        write_results([Decoded(cuts[0], answer(reasons=reasons))], tmp_path, "x", "y", "none", {})
+        assert (tmp_path / "guard-x-y.jsonl").exists() == bool(reasons)
+
+
+def test_what_is_too_short_to_hear_is_in_no_other_file(cuts, tmp_path):
+    write_results([Decoded(cuts[0], None)], tmp_path, "x", "y", "none", {})
+    assert {path.name.split("-")[0] for path in tmp_path.iterdir()} == {"recogs", "errs", "wer"}
