@@ -58,16 +58,31 @@ quietly() {
   "$@" >"$file" 2>&1 || { tail -n 20 "$file" >&2; echo "failed; all of it is in $file" >&2; exit 1; }
 }
 
+# in_halves LOG EPOCHS HARDER… -- PROGRAM…: the second half of the epochs with the flags HARDER.
+in_halves() {
+  local log=$1 epochs=$2 half=$((($2 + 1) / 2)) harder=()
+  shift 2
+  while [ "$1" != -- ]; do harder+=("$1"); shift; done
+  shift
+  [ ${#harder[@]} -gt 0 ] || half=$epochs
+  quietly "$log.log" "$@" --num-epochs "$half"
+  [ "$half" -eq "$epochs" ] || quietly "$log-harder.log" "$@" --num-epochs "$epochs" \
+    --start-epoch $((half + 1)) "${harder[@]}"
+}
+
 # Models this small gain little from a second thread: trainings run two at a time, a core each.
 # Each has its own process group (set -m), which ends with this script.
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
-# People vary more than espeak-ng's voices, and take more time.
+# People vary more than espeak-ng's voices, and a corpus is small: what was heard before is masked,
+# and utterances are joined to texts that were never read.
 if [ -z "$table" ]; then
-  speed_perturb=false dropout=0 llm_steps=600
+  speed_perturb=false dropout=0 llm_steps=600 masked=() joined=()
 else
-  speed_perturb=true dropout=0.1 llm_steps=1500
+  speed_perturb=true dropout=0.1 llm_steps=1500 masked=(--enable-spec-aug true)
+  joined=(--bucketing-sampler false --concatenate-cuts true --duration-factor 2 --gap 0.1
+    --max-duration 20)
 fi
 corpus=(--manifest-dir "$data/fbank" --min-utterance 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
@@ -79,15 +94,27 @@ two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained
 
 batches=(--world-size 1 --use-fp16 false --num-buckets 8 --enable-spec-aug false
   --log-interval 20)
-encoder=(--encoder-size tiny --num-epochs $encoder_epochs --max-duration 15
+encoder=(--encoder-size tiny --max-duration 15
   --avg $(((encoder_epochs + 1) / 2)) --lr-epochs 3 --warmup-batches 100 --dropout $dropout
   --encoder-feature-mask false)
-llm=(--num-epochs $llm_epochs --max-duration 12 --base-lr 0.05
-  --lr-schedule eden --lr-epochs 2 --warmup-batches 50)
+llm=(--max-duration 12 --base-lr 0.05 --lr-schedule eden --lr-epochs 2 --warmup-batches 50)
 avg=$(((llm_epochs + 1) / 2))
-test=(--epoch $llm_epochs --avg $avg --method draft
-  --test-cuts "${name}_cuts_test" --max-duration 120 --max-new-tokens 100
+decoding=(--epoch $llm_epochs --avg $avg --max-duration 120 --max-new-tokens 100
   --manifest-dir "$data/fbank" --num-workers 0)
+
+# decode_twice EXP PROGRAM FLAGS…: as by default, and the best of a beam by LLM and CTC together.
+decode_twice() {
+  local out=$1 run=("$python" "src/$2.py" "${decoding[@]}" "${@:3}" --exp-dir "$exp/$1")
+  local test=(--test-cuts "${name}_cuts_test") weight
+  quietly "$2.log" "${run[@]}" "${test[@]}" --method draft
+  quietly "$2-dev.log" "${run[@]}" --test-cuts "${name}_cuts_dev" --beam-size 4 --nbest 4
+  quietly "$out-ctc-weight.log" $python src/find_ctc_weight.py \
+    "$exp/$out/decode/nbest-${name//-/_}_dev-decode-beam4-nbest4-$suffix.jsonl"
+  weight=$(ctc_weight "$out")
+  quietly "$2-ctc.log" "${run[@]}" "${test[@]}" --beam-size 4 --ctc-weight "$weight"
+}
+suffix=epoch-$llm_epochs-avg-$avg-max100
+ctc_weight() { sed -n '$s/^best --ctc-weight \([0-9.]*\):.*/\1/p' "$exp/log/$1-ctc-weight.log"; }
 
 if due 1 "corpus"; then
   if [ -z "$table" ]; then
@@ -114,8 +141,9 @@ fi
 if due 4 "two tiny encoders with CTC, side by side"; then
   rm -rf "$exp"/encoder[12]
   for n in 1 2; do
-    quietly encoder$n.log $python src/pretrain_encoder.py "${corpus[@]}" "${cuts[@]}" \
-      "${batches[@]}" "${encoder[@]}" --test-cuts "${name}_cuts_test" \
+    in_halves encoder$n $encoder_epochs "${masked[@]}" -- \
+      $python src/pretrain_encoder.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" \
+      "${encoder[@]}" --test-cuts "${name}_cuts_test" \
       --vocab-size $((300 - 100 * n)) --seed $n --exp-dir "$exp/encoder$n" &
     jobs[n]=$!
   done
@@ -124,40 +152,50 @@ if due 4 "two tiny encoders with CTC, side by side"; then
 fi
 if due 5 "train.py on the first encoder and train_mose.py on both, side by side"; then
   rm -rf "$exp/llm_asr" "$exp/mose"
-  quietly train.log $python src/train.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" \
-    "${model[@]}" "${one[@]}" --exp-dir "$exp/llm_asr" &
+  training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}")
+  in_halves train $llm_epochs "${joined[@]}" -- \
+    $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr" &
   job=$!
-  quietly train_mose.log $python src/train_mose.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" \
-    "${llm[@]}" "${model[@]}" "${two[@]}" --exp-dir "$exp/mose" &
+  in_halves train_mose $llm_epochs "${joined[@]}" -- \
+    $python src/train_mose.py "${training[@]}" "${two[@]}" --exp-dir "$exp/mose" &
   wait $job
   wait $!
   finished 5
 fi
 
-if due 6 "decode.py and decode_mose.py"; then
-  quietly decode.log $python src/decode.py "${test[@]}" "${model[@]}" "${one[@]}" \
-    --exp-dir "$exp/llm_asr"
-  quietly decode_mose.log $python src/decode_mose.py "${test[@]}" "${model[@]}" "${two[@]}" \
-    --exp-dir "$exp/mose"
+if due 6 "decode.py and decode_mose.py, side by side"; then
+  decode_twice llm_asr decode "${model[@]}" "${one[@]}" &
+  job=$!
+  decode_twice mose decode_mose "${model[@]}" "${two[@]}" &
+  wait $job
+  wait $!
+  [ ! -f "$data/corpus/words.jsonl" ] || quietly word_times.log $python local/score_word_times.py \
+    "$exp/llm_asr/decode/ctm-${name//-/_}_test-decode-draft-$suffix.ctm" "$data/corpus/words.jsonl"
   finished 6
 fi
 
-# wer DIR SUFFIX: from the first line of the test set's error file, `%WER = 3.14`.
-wer() { sed -n '1s/.*= //p' "$1/decode/errs-${name//-/_}_test-$2.txt"; }
+# wer EXP SUFFIX: from the first line of the test set's error file, `%WER = 3.14`.
+wer() { sed -n '1s/.*= //p' "$exp/$1/decode/errs-${name//-/_}_test-$2.txt"; }
 
 [ "$stop_stage" -ge 6 ] || { log "Stopped after stage $stop_stage"; exit 0; }
-suffix=decode-draft-epoch-$llm_epochs-avg-$avg-max100
-ctc=$(wer "$exp/encoder1" ctc-greedy)
-llm_wer=$(wer "$exp/llm_asr" "$suffix") mose=$(wer "$exp/mose" "$suffix")
+ctc=$(wer encoder1 ctc-greedy)
+of_llm=$(ctc_weight llm_asr) of_mose=$(ctc_weight mose)
+beam() { [ "$1" = 0 ] && echo beam4 || echo "beam4-ctc$1"; }
+llm_wer=$(wer llm_asr "decode-$(beam "$of_llm")-$suffix")
+mose_wer=$(wer mose "decode-$(beam "$of_mose")-$suffix")
 cat <<TXT
 
-  WER of ${name}_test      %      where to look
-  CTC alone        $(printf %8s "$ctc")      $exp/encoder1/decode
-  LLM              $(printf %8s "$llm_wer")      $exp/llm_asr/decode
-  MoSE, 2 encoders $(printf %8s "$mose")      $exp/mose/decode
+  WER of ${name}_test                      %      where to look
+  CTC alone                        $(printf %8s "$ctc")      $exp/encoder1/decode
+  LLM, greedy                      $(printf %8s "$(wer llm_asr "decode-draft-$suffix")")      $exp/llm_asr/decode
+  LLM, beam with CTC weight $(printf %-6s "$of_llm") $(printf %8s "$llm_wer")
+  MoSE of 2 encoders, greedy       $(printf %8s "$(wer mose "decode-draft-$suffix")")      $exp/mose/decode
+  MoSE, beam with CTC weight $(printf %-5s "$of_mose") $(printf %8s "$mose_wer")
 
+  The CTC weights are those that were best on ${name}_dev.
+$(sed -n '2,5s/^/  /p' "$exp/log/word_times.log" 2>/dev/null || true)
   errs-*.txt shows every error, tensorboard --logdir $exp the trainings.
 
 TXT
 log "done"
-echo "demo result: ctc=$ctc% llm=$llm_wer% mose=$mose%"
+echo "demo result: ctc=$ctc% llm=$llm_wer% mose=$mose_wer%"
