@@ -9,5 +9,10 @@
 import sweep
 import train_mose
 
+
+def main(argv: list[str] | None = None) -> None:
+    sweep.main(argv, train_mose.DEFAULTS)
+
+
 if __name__ == "__main__":
-    sweep.main(defaults=train_mose.DEFAULTS)
+    main()

@@ -10,7 +10,10 @@ from lhotse import CutSet, load_manifest
 import decode
 import decode_mose
 import sweep
+import sweep_mose
+import train_mose
 from speechllm.decoding.recognizer import Recognizer
+from speechllm.errors import InputError
 from sweep import Row, aligned, best_rows, combinations, plot, table
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -112,7 +115,7 @@ def test_plot_labels_each_point():
 def test_subsets_of_encoders(argv, out_dir, capsys):
     """What sweep.py writes of each is what decode_mose.py would have."""
     subsets = "1", "2", "2,1", "1,2"
-    sweep.main(argv(2, *over("use-encoders", *subsets)))
+    sweep_mose.main(argv(2, *over("use-encoders", *subsets)))
     suffixes = [f"decode-greedy-epoch-2-avg-2-encoders{s.replace(',', '+')}" for s in subsets]
     recogs = [out_dir / f"recogs-tiny_test-{suffix}-max4.txt" for suffix in suffixes]
     swept = [path.read_bytes() for path in recogs]
@@ -226,3 +229,16 @@ def test_said_before_decoding(argv, out_dir, flags, sentence):
     with pytest.raises(SystemExit, match=sentence):
         sweep.main(argv(1, *flags))
     assert not list(out_dir.glob("*.txt"))
+
+
+def test_a_mixture_has_decode_moses_encoders_by_default(monkeypatch):
+    seen = []
+
+    def prepare(args, program):
+        seen.append(args)
+        raise InputError("that is enough")
+
+    monkeypatch.setattr(decode, "prepare", prepare)
+    with pytest.raises(SystemExit, match="that is enough"):
+        sweep_mose.main(over("use-encoders", "1", "1,2,3,4"))
+    assert seen[0].speech_encoder_path == train_mose.DEFAULTS["speech_encoder_path"]

@@ -115,9 +115,7 @@ def verify_drafts(
     price = PASS_PRICE[embeds.device.type]
     least = math.log(accept) if accept else -math.inf
     hypotheses = [Hypothesis() for _ in drafts]
-    remaining = [
-        Draft([] if tokens is None else [*tokens, model.chat.end]) for tokens in drafts
-    ]
+    remaining = [Draft([] if tokens is None else [*tokens, model.chat.end]) for tokens in drafts]
     alive = list(range(len(drafts)))
     cache, inputs = DynamicCache(), embeds
     mask = mask.bool()

@@ -217,7 +217,7 @@ class Recognizer:
                     del hypothesis.ids[keep:], hypothesis.log_probs[keep:]
         texts = decode_transcripts(self.tokenizer, [h.ids for h in hypotheses])
         ctc = [None] * len(texts)
-        if reading and options.method == "beam":
+        if reading and (options.ctc_weight or options.nbest > 1):
             ctc = [reading.log_prob(text) for text in texts]
         candidates = [
             Candidate(text, sum(h.log_probs), len(h.log_probs), by_ctc)

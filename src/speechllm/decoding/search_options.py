@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from speechllm.decoding.word_times import LAG
 from speechllm.errors import InputError
@@ -110,15 +110,5 @@ def search_options(args, can_draft: bool) -> SearchOptions:
     if method != "draft" and args.accept < 1:
         raise InputError(f"--method {method} has no draft: --accept relaxed:{args.accept:g}")
     beam_size = (args.beam_size or BEAM_SIZE) if method == "beam" else 1
-    return SearchOptions(
-        method=method,
-        beam_size=beam_size,
-        nbest=args.nbest,
-        ctc_weight=args.ctc_weight,
-        accept=args.accept,
-        ctc_confident=args.ctc_confident,
-        guard=args.guard,
-        word_times=args.word_times,
-        ctc_lag=args.ctc_lag,
-        max_new_tokens=args.max_new_tokens,
-    )
+    given = {field.name: getattr(args, field.name) for field in fields(SearchOptions)}
+    return SearchOptions(**given | {"method": method, "beam_size": beam_size})
