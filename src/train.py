@@ -28,6 +28,7 @@ from speechllm.model import SpeechLLM, draw_encoders, load_trainable_state, trai
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.progress import setup_logging
 from speechllm.prompt import ChatIds, encode_transcripts, training_ids
+from speechllm.sampling import LLMPositions
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
 from speechllm.training.distributed import Ranks, is_first_process, launch
 from speechllm.training.loop import seed_everything
@@ -66,6 +67,8 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
     add_data_arguments(parser)
     add_training_data_arguments(parser)
     add = parser.add_argument_group("corpus").add_argument
+    add("--max-tokens", type=int, default=0,
+        help="LLM positions in a process' batch with padding; 0: --max-duration alone")  # fmt: skip
     add("--train-cuts", default="librispeech_cuts_train-all-shuf",
         help="cut files in --manifest-dir, comma-separated")  # fmt: skip
     add("--valid-cuts", default="librispeech_cuts_dev-clean,librispeech_cuts_dev-other",
@@ -157,6 +160,9 @@ def run(ranks: Ranks, args) -> None:
     state, checkpoint = initial_parameters(model, args)
     check_lengths(train_paths(args), model, max_seconds=args.max_utterance)
     check_lengths(valid_paths(args), model)
+    args.count_positions = LLMPositions(
+        tokenizer, model.chat, len(model.encoder), model.ds_rate
+    )
     model.to(ranks.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     logging.info(f"Number of model parameters: {sum(p.numel() for p in model.parameters())}")

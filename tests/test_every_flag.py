@@ -179,6 +179,7 @@ TRAIN = {
     "--enable-musan": Change("false", plain, ("--enable-spec-aug", "false", "--shuffle", "false")),
     "--enable-spec-aug": Change("false", plain, ("--enable-musan", "false")),
     "--spec-aug-time-warp-factor": Change("0", plain, ("--enable-musan", "false")),
+    "--max-tokens": Change("100", lambda r: len(batches(r))),
     "--train-cuts": Change("tiny_cuts_dev", lambda r: r.epoch_seconds),
     "--valid-cuts": Change("tiny_cuts_test", lambda r: [b["ids"] for b in r.valid_loader()]),
 }  # fmt: skip

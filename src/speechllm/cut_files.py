@@ -35,6 +35,11 @@ def frames_needed(ds_rate: int = 4) -> int:
     return 4 * ds_rate + 5
 
 
+def speech_embeddings(frames: int, ds_rate: int = 4) -> int:
+    """How many an encoder and its projector make of feature frames, 6.25 a second."""
+    return ((frames - 7) // 2 + 1) // 2 // ds_rate
+
+
 def cuts_file(manifest_dir: Path, name: str) -> Path:
     """`name` as a path, or as a file name under `manifest_dir`, with or without its ending."""
     for candidate in (manifest_dir / name, manifest_dir / f"{name}.jsonl.gz", Path(name)):

@@ -11,26 +11,26 @@ A batch is a dict:
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from lhotse import CutSet
+from lhotse.cut import Cut
 from lhotse.dataset import (
     CutConcatenate,
     CutMix,
-    DynamicBucketingSampler,
     K2SpeechRecognitionDataset,
     OnTheFlyFeatures,
     PrecomputedFeatures,
-    SimpleCutSampler,
     SpecAugment,
 )
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from speechllm.features import FRAME_SHIFT, fbank_extractor
 from speechllm.flags import str2bool
+from speechllm.sampling import BatchLimit, make_sampler, with_positions
 
-MIN_CUTS_IN_BUCKET = 20  # small sets get fewer buckets
 MIN_BATCHES_IN_BUCKET = 10  # of which --drop-last may drop one
 
 
@@ -126,6 +126,8 @@ def training_loader(
     cuts: CutSet,
     *,
     max_duration: float,
+    max_tokens: int = 0,
+    count_positions: Callable[[Cut], int] | None = None,
     num_cuts: int,
     seconds: float = float("inf"),
     bucketing_sampler: bool = True,
@@ -147,8 +149,9 @@ def training_loader(
 ) -> DataLoader:
     """The augmented batches of one epoch, this rank's share; order and noise follow seed and epoch.
 
-    `num_cuts` of `seconds` in all are in `cuts`. Without loader processes SpecAugment draws from
-    the generators of Python, numpy and torch.
+    `num_cuts` of `seconds` in all are in `cuts`. With `max_tokens` above 0 a batch has at most so
+    many LLM positions, padding included; `count_positions` tells those of a cut. Without loader
+    processes SpecAugment draws from the generators of Python, numpy and torch.
     """
     if drop_last:  # each bucket may lose a batch
         batches = seconds / (max_duration * world_size)
@@ -174,11 +177,13 @@ def training_loader(
         input_transforms=input_transforms,
         input_strategy=_input_strategy(on_the_fly_feats),
     )
-    sampler = _sampler(
+    if max_tokens:
+        cuts = with_positions(cuts, count_positions)
+    sampler = make_sampler(
         cuts,
+        BatchLimit(max_duration, max_tokens=max_tokens),
         num_cuts=num_cuts,
         num_buckets=num_buckets if bucketing_sampler else 0,
-        max_duration=max_duration,
         shuffle=shuffle,
         drop_last=drop_last,
         seed=seed,
@@ -201,11 +206,11 @@ def evaluation_loader(
 ) -> DataLoader:
     """Every cut exactly once, similar durations together, nothing augmented."""
     dataset = SpeechDataset(return_cuts=True, input_strategy=_input_strategy(on_the_fly_feats))
-    sampler = _sampler(
+    sampler = make_sampler(
         cuts,
+        BatchLimit(max_duration),
         num_cuts=num_cuts,
         num_buckets=num_buckets if bucketing_sampler else 0,
-        max_duration=max_duration,
         shuffle=False,
         drop_last=False,
         seed=0,
@@ -213,16 +218,6 @@ def evaluation_loader(
         world_size=1,
     )
     return _data_loader(dataset, sampler, num_workers, "evaluation")
-
-
-def _sampler(cuts: CutSet, *, num_cuts: int, num_buckets: int, **options) -> Sampler:
-    """Batches of similar durations, unless there are fewer than two buckets or cuts for them."""
-    num_buckets = min(num_buckets, num_cuts // MIN_CUTS_IN_BUCKET)
-    if num_buckets < 2:
-        return SimpleCutSampler(cuts, **options)
-    return DynamicBucketingSampler(
-        cuts, num_buckets=num_buckets, buffer_size=num_buckets * 7000, **options
-    )
 
 
 def _data_loader(

@@ -16,6 +16,7 @@ from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,
     check_data,
+    check_max_tokens,
     check_outputs_finite,
     check_training,
     make_optimizer,
@@ -182,6 +183,17 @@ def test_epochs(tmp_path):
     torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "epoch-2.pt")
     with pytest.raises(ValueError, match="epoch-2.pt has no optimizer to continue with"):
         check_training(parse("--exp-dir", tmp_path, "--start-epoch", 3))
+
+
+def test_tokens_of_a_batch(flags):
+    args = parse()
+    check_max_tokens(args)  # an encoder alone has no such flag
+    args.max_tokens = -1
+    with pytest.raises(ValueError, match="^--max-tokens -1 must be at least 0$"):
+        check_data(args)
+    args.max_tokens, args.concatenate_cuts = 9, True
+    with pytest.raises(ValueError, match="--max-tokens 9 does not know what --concatenate-cuts"):
+        check_data(args)
 
 
 @pytest.mark.parametrize(

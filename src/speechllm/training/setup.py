@@ -151,6 +151,7 @@ def check_data(args) -> tuple[CutStatistics, CutStatistics]:
     Raises:
       FileNotFoundError, ValueError: one sentence with the file, the cut and the value.
     """
+    check_max_tokens(args)
     need_features = not args.on_the_fly_feats
     train = check_cuts(
         train_paths(args),
@@ -163,6 +164,21 @@ def check_data(args) -> tuple[CutStatistics, CutStatistics]:
     if args.enable_musan:
         check_noise(cuts_file(args.manifest_dir, "musan_cuts"), need_features)
     return train, valid
+
+
+def check_max_tokens(args) -> None:
+    """Only training an LLM has the flag.
+
+    Raises:
+      ValueError: with the flags that cannot be.
+    """
+    max_tokens = getattr(args, "max_tokens", 0)
+    if max_tokens < 0:
+        raise InputError(f"--max-tokens {max_tokens} must be at least 0")
+    if max_tokens and args.concatenate_cuts:
+        raise InputError(
+            f"--max-tokens {max_tokens} does not know what --concatenate-cuts will join"
+        )
 
 
 def _min_frames(args) -> int:
@@ -189,7 +205,10 @@ def _paths(manifest_dir: Path, flag: str, names: str) -> list[Path]:
 
 
 def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
-    """A function from the epoch, counted from 1, to its batches."""
+    """A function from the epoch, counted from 1, to its batches.
+
+    `args.count_positions` tells the LLM positions of a cut where --max-tokens is above 0.
+    """
     cuts = cuts_within(train_paths(args), args.min_utterance, args.max_utterance, _min_frames(args))
     musan = None
     if args.enable_musan:
@@ -199,6 +218,8 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
         return training_loader(
             cuts,
             **loader_options(args),
+            max_tokens=getattr(args, "max_tokens", 0),
+            count_positions=getattr(args, "count_positions", None),
             num_cuts=statistics.kept,
             seconds=statistics.seconds,
             shuffle=args.shuffle,
