@@ -50,6 +50,8 @@ from speechllm.zipformer.checkpoint import encoder_from_state
 from speechllm.zipformer.ctc import ctc_frames_needed, ctc_greedy, ctc_loss
 from speechllm.zipformer.flat_start import flat_start_loss
 
+BPE_TEXTS = 1_000_000  # sentencepiece holds them all
+
 
 class CtcModel(nn.Module):
     """Features (B, T, 80) -> CTC log-probabilities (B, T / 4, V) and their lengths."""
@@ -92,8 +94,10 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train_bpe(texts: list[str], vocab_size: int, path: Path) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """A sentencepiece model of upper-case `texts` with icefall's ids: 0 blank, 2 unknown.
+
+    Of more than a million texts so many are drawn.
 
     Raises:
       ValueError: `vocab_size` is below the number of characters.
@@ -105,6 +109,7 @@ def train_bpe(texts: list[str], vocab_size: int, path: Path) -> None:
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
+            input_sentence_size=BPE_TEXTS,
             hard_vocab_limit=False,
             character_coverage=1.0,
             user_defined_symbols=["<blk>", "<sos/eos>"],
@@ -162,23 +167,29 @@ class CtcBatchLoss:
         return sums
 
 
+def training_texts(args) -> Iterator[tuple[float, str]]:
+    """Duration (s) and upper-case text of every training cut, read one after the other."""
+    for path in train_paths(args):
+        for cut in read_cuts(path):
+            yield cut.duration, " ".join(s.text for s in cut.supervisions).upper()
+
+
 def prepare_bpe(args) -> None:
     """Train the BPE model, once; say how many utterances CTC cannot align to their text."""
     path = args.exp_dir / "bpe.model"
-    cuts = [(cut.duration, " ".join(s.text for s in cut.supervisions).upper())
-            for cuts_path in train_paths(args) for cut in read_cuts(cuts_path)]  # fmt: skip
     if args.start_epoch == 1:
         args.exp_dir.mkdir(parents=True, exist_ok=True)
-        train_bpe([text for _, text in cuts], args.vocab_size, path)
+        train_bpe((text for _, text in training_texts(args)), args.vocab_size, path)
     elif not path.is_file():
         raise FileNotFoundError(f"{path} is missing: --start-epoch {args.start_epoch} needs it")
     bpe = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    used = [cut for cut in cuts if args.min_utterance <= cut[0] <= args.max_utterance]
-    too_dense = sum(
-        ctc_frames_needed(bpe.encode(text)) > encoder_frames(seconds) for seconds, text in used
-    )
+    used = too_dense = 0
+    for seconds, text in training_texts(args):
+        if args.min_utterance <= seconds <= args.max_utterance:
+            used += 1
+            too_dense += ctc_frames_needed(bpe.encode(text)) > encoder_frames(seconds)
     if too_dense and is_first_process():
-        print(f"{too_dense} of {len(used)} utterances have more text than CTC can align: "
+        print(f"{too_dense} of {used} utterances have more text than CTC can align: "
               "they add nothing to the loss")  # fmt: skip
 
 

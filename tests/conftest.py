@@ -80,6 +80,19 @@ def tiny_corpus(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_shards(tiny_corpus, tmp_path_factory) -> Path:
+    """The cuts of tiny_cuts_many in 12 shards of 8; do not write into it."""
+    import write_shar
+
+    out = tmp_path_factory.mktemp("tiny_shards") / "many"
+    write_shar.main(
+        ["--manifest-dir", str(tiny_corpus), "--cuts", "tiny_cuts_many", "--out", str(out),
+         "--shard-size", "8"]
+    )  # fmt: skip
+    return out
+
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 
 

@@ -39,8 +39,9 @@ def flags_of(parser) -> set[str]:
 
 
 @pytest.fixture
-def other_files(tiny_encoder_dir, tiny_llm_dir, tmp_path):
-    """`other.pt`, another encoder, and `llm`, another LLM."""
+def other_files(tiny_encoder_dir, tiny_llm_dir, tiny_shards, tmp_path):
+    """`other.pt`, another encoder, `llm`, another LLM, and `shards` of another corpus."""
+    (tmp_path / "shards").symlink_to(tiny_shards)
     (tmp_path / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
     (tmp_path / "bpe.model").symlink_to(tiny_encoder_dir / "bpe.model")
     llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
@@ -179,6 +180,7 @@ TRAIN = {
     "--enable-musan": Change("false", plain, ("--enable-spec-aug", "false", "--shuffle", "false")),
     "--enable-spec-aug": Change("false", plain, ("--enable-musan", "false")),
     "--spec-aug-time-warp-factor": Change("0", plain, ("--enable-musan", "false")),
+    "--shar-dir": Change("{tmp}/shards", lambda r: (r.epoch_seconds, len(batches(r)))),
     "--max-tokens": Change("100", lambda r: len(batches(r))),
     "--train-cuts": Change("tiny_cuts_dev", lambda r: r.epoch_seconds),
     "--valid-cuts": Change("tiny_cuts_test", lambda r: [b["ids"] for b in r.valid_loader()]),

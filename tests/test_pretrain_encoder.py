@@ -330,3 +330,13 @@ def test_unknown_flags_and_sizes_are_refused_by_the_parser(flags, tmp_path, caps
         with pytest.raises(SystemExit):
             main(flags, tmp_path, **more)
         assert next(iter(more)) in capsys.readouterr().err
+
+
+def test_texts_of_shards_are_those_of_the_cut_files(tiny_corpus, tiny_shards):
+    def texts(*flags):
+        flags = ("--manifest-dir", str(tiny_corpus), "--train-cuts", "tiny_cuts_many", *flags)
+        args = pretrain_encoder.get_parser().parse_args(flags)
+        return sorted(pretrain_encoder.training_texts(args))
+
+    assert len(texts()) == 96
+    assert texts() == texts("--shar-dir", str(tiny_shards), "--train-cuts", "nowhere")

@@ -65,10 +65,10 @@ def read_cuts(path: Path) -> Iterator[Cut]:
             yield cut
             count += 1
     except Exception as error:  # gzip, json and lhotse each have their own
-        raise InputError(f"{path} cannot be read beyond cut {count}: {_reason(error)}") from None
+        raise InputError(f"{path} cannot be read beyond cut {count}: {reason(error)}") from None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -123,6 +123,22 @@ def long_enough(cut: Cut, min_frames: int) -> bool:
     return round(min(end, cut.duration) * 100) >= min_frames
 
 
+def check_first_cut(cuts: CutSet, name: str, need_features: bool = True) -> None:
+    """The same for the first of `cuts`, its features or audio included; `name` says whose.
+
+    Raises:
+      ValueError: naming them, the cut and the value.
+    """
+    try:
+        cut = next(iter(cuts), None)
+    except Exception as error:  # gzip, tarfile, json and lhotse each have their own
+        raise InputError(f"{name} cannot be read: {reason(error)}") from None
+    if cut is None:
+        raise InputError(f"{name} has no cut")
+    _check_supervisions(cut, name, need_text=True)
+    _check_input(cut, name, need_features, read=True)
+
+
 def check_noise(path: Path, need_features: bool = True) -> None:
     """The same for the cuts of noise, which have no text.
 
@@ -133,7 +149,7 @@ def check_noise(path: Path, need_features: bool = True) -> None:
         _check_input(cut, path, need_features, read=number == 0)
 
 
-def _check_supervisions(cut: Cut, path: Path, need_text: bool) -> None:
+def _check_supervisions(cut: Cut, path: Path | str, need_text: bool) -> None:
     texts = [supervision.text for supervision in cut.supervisions]
     if not texts or any(text is None or (need_text and not text.strip()) for text in texts):
         raise InputError(f"{path}: cut {cut.id} has no text")
@@ -145,7 +161,7 @@ def _check_supervisions(cut: Cut, path: Path, need_text: bool) -> None:
             )
 
 
-def _check_input(cut: Cut, path: Path, need_features: bool, read: bool) -> None:
+def _check_input(cut: Cut, path: Path | str, need_features: bool, read: bool) -> None:
     """Whether the cut has features or audio of the right kind; `read`: and they are there."""
     if need_features and not cut.has_features:
         raise InputError(f"{path}: cut {cut.id} has no features (see --on-the-fly-feats)")
@@ -171,7 +187,7 @@ def _check_input(cut: Cut, path: Path, need_features: bool, read: bool) -> None:
         except Exception as error:  # lhotse's storages each have their own
             what = "features" if need_features else "audio"
             raise InputError(
-                f"{path}: the {what} of cut {cut.id} cannot be read: {_reason(error)}"
+                f"{path}: the {what} of cut {cut.id} cannot be read: {reason(error)}"
             ) from None
 
 
@@ -184,7 +200,17 @@ def cuts_within(
     """The cuts of several files within the limits, read lazily, the files interleaved."""
     cuts = [load_manifest_lazy(path) for path in paths]
     joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
-    return joined.filter(_Within(min_seconds, max_seconds, min_frames))
+    return within(joined, min_seconds, max_seconds, min_frames)
+
+
+def within(
+    cuts: CutSet,
+    min_seconds: float = 0.0,
+    max_seconds: float = float("inf"),
+    min_frames: int = frames_needed(),
+) -> CutSet:
+    """The cuts within the limits, read lazily."""
+    return cuts.filter(_Within(min_seconds, max_seconds, min_frames))
 
 
 def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:

@@ -20,18 +20,21 @@ from lhotse.cut import Cut
 from lhotse.dataset import (
     CutConcatenate,
     CutMix,
+    IterableDatasetWrapper,
     K2SpeechRecognitionDataset,
     OnTheFlyFeatures,
     PrecomputedFeatures,
     SpecAugment,
 )
-from torch.utils.data import DataLoader, Sampler, get_worker_info
+from lhotse.dataset.dataloading import make_worker_init_fn
+from torch.utils.data import DataLoader, get_worker_info
 
 from speechllm.features import FRAME_SHIFT, fbank_extractor
 from speechllm.flags import str2bool
 from speechllm.sampling import BatchLimit, make_sampler, with_positions
 
 MIN_BATCHES_IN_BUCKET = 10  # of which --drop-last may drop one
+BATCHES_IN_BUFFER = 4  # of each bucket, where cuts hold their data
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +60,7 @@ def add_training_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--shuffle", type=str2bool, default=True, help="a new order in each epoch")
     add("--drop-last", type=str2bool, default=True, help="drop a bucket's last, incomplete batch")
+    add("--shar-dir", help="in place of --train-cuts: directories of shards, comma-separated")
     add("--min-utterance", type=float, default=1.0, help="shorter ones (s) are not trained on")
     add("--max-utterance", type=float, default=20.0, help="longer ones (s) are not trained on")
     add("--concatenate-cuts", type=str2bool, default=False,
@@ -125,6 +129,7 @@ class _Noise:
 def training_loader(
     cuts: CutSet,
     *,
+    sample: CutSet | None = None,
     max_duration: float,
     max_tokens: int = 0,
     count_positions: Callable[[Cut], int] | None = None,
@@ -152,46 +157,68 @@ def training_loader(
     `num_cuts` of `seconds` in all are in `cuts`. With `max_tokens` above 0 a batch has at most so
     many LLM positions, padding included; `count_positions` tells those of a cut. Without loader
     processes SpecAugment draws from the generators of Python, numpy and torch.
+
+    With a `sample` of them, `cuts` are of shards: each process of each rank has a part of its own
+    (see `Shards.cuts`), and makes batches of that alone.
     """
+    streamed = sample is not None
+    parts = world_size * max(1, num_workers) if streamed else world_size
     if drop_last:  # each bucket may lose a batch
-        batches = seconds / (max_duration * world_size)
+        batches = seconds / (max_duration * parts)
         num_buckets = int(min(num_buckets, batches / MIN_BATCHES_IN_BUCKET))
-    cut_transforms, input_transforms = [], []
-    if concatenate_cuts:
-        cut_transforms.append(CutConcatenate(duration_factor=duration_factor, gap=gap))
-    if musan_cuts is not None:
-        cut_transforms.append(_Noise(musan_cuts, f"{seed} {epoch} {rank}"))
-    if enable_spec_aug:
-        input_transforms.append(
-            SpecAugment(
-                time_warp_factor=spec_aug_time_warp_factor,
-                num_frame_masks=10,
-                frames_mask_size=100,
-                num_feature_masks=2,
-                features_mask_size=27,
-            )
-        )
-    dataset = SpeechDataset(
-        return_cuts=True,
-        cut_transforms=cut_transforms,
-        input_transforms=input_transforms,
-        input_strategy=_input_strategy(on_the_fly_feats),
-    )
-    if max_tokens:
-        cuts = with_positions(cuts, count_positions)
+    options = {"shuffle": shuffle, "drop_last": drop_last, "seed": seed}
+    if streamed:  # the shards are divided already
+        in_batch = max_duration * num_cuts / seconds
+        in_buffer = round(BATCHES_IN_BUFFER * max(1, num_buckets) * in_batch)
+        options.update(rank=0, world_size=1, sample=sample, cuts_in_buffer=in_buffer)
+    else:
+        options.update(rank=rank, world_size=world_size)
     sampler = make_sampler(
-        cuts,
+        with_positions(cuts, count_positions) if max_tokens else cuts,
         BatchLimit(max_duration, max_tokens=max_tokens),
-        num_cuts=num_cuts,
+        num_cuts=num_cuts // parts if streamed else num_cuts,
         num_buckets=num_buckets if bucketing_sampler else 0,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
+        **options,
     )
     sampler.set_epoch(epoch - 1)
-    return _data_loader(dataset, sampler, num_workers, f"{seed} {epoch} {rank}")
+    process_seed = f"{seed} {epoch} {rank}"
+    dataset = SpeechDataset(
+        return_cuts=True,
+        cut_transforms=_cut_transforms(
+            concatenate_cuts, duration_factor, gap, musan_cuts, process_seed
+        ),
+        input_transforms=[_spec_augment(spec_aug_time_warp_factor)] if enable_spec_aug else [],
+        input_strategy=_input_strategy(on_the_fly_feats),
+    )
+    if not streamed:
+        return _data_loader(dataset, num_workers, process_seed, sampler=sampler)
+    return _data_loader(
+        IterableDatasetWrapper(dataset, sampler, reset_on_iter=True),
+        num_workers,
+        process_seed,
+        worker_init_fn=make_worker_init_fn(rank, world_size, False),  # tells them their rank
+    )
+
+
+def _cut_transforms(
+    concatenate_cuts: bool, duration_factor: float, gap: float, musan_cuts: CutSet | None, seed: str
+) -> list[Callable[[CutSet], CutSet]]:
+    transforms = []
+    if concatenate_cuts:
+        transforms.append(CutConcatenate(duration_factor=duration_factor, gap=gap))
+    if musan_cuts is not None:
+        transforms.append(_Noise(musan_cuts, seed))
+    return transforms
+
+
+def _spec_augment(time_warp_factor: int) -> SpecAugment:
+    return SpecAugment(
+        time_warp_factor=time_warp_factor,
+        num_frame_masks=10,
+        frames_mask_size=100,
+        num_feature_masks=2,
+        features_mask_size=27,
+    )
 
 
 def evaluation_loader(
@@ -217,14 +244,12 @@ def evaluation_loader(
         rank=0,
         world_size=1,
     )
-    return _data_loader(dataset, sampler, num_workers, "evaluation")
+    return _data_loader(dataset, num_workers, "evaluation", sampler=sampler)
 
 
-def _data_loader(
-    dataset: SpeechDataset, sampler: Sampler, num_workers: int, seed: str
-) -> DataLoader:
+def _data_loader(dataset, num_workers: int, seed: str, **options) -> DataLoader:
     """Its processes are seeded by `seed` alone; torch's own generator is neither used nor moved."""
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     return DataLoader(
-        dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=generator
+        dataset, batch_size=None, num_workers=num_workers, generator=generator, **options
     )

@@ -98,9 +98,21 @@ class BatchLimit(TimeConstraint):
 
 
 def make_sampler(
-    cuts: CutSet, limit: BatchLimit, *, num_cuts: int, num_buckets: int, **options
+    cuts: CutSet,
+    limit: BatchLimit,
+    *,
+    num_cuts: int,
+    num_buckets: int,
+    sample: Iterable[Cut] | None = None,
+    cuts_in_buffer: int | None = None,
+    **options,
 ) -> CutSampler:
-    """Batches of similar lengths, unless there are fewer than two buckets or cuts for them."""
+    """Batches of similar lengths, unless there are fewer than two buckets or cuts for them.
+
+    Args:
+      sample: cuts to estimate the buckets from; by default the first ones of `cuts`.
+      cuts_in_buffer: read ahead to choose from, by default 7000 for each bucket.
+    """
     num_buckets = min(num_buckets, num_cuts // MIN_CUTS_IN_BUCKET)
     if num_buckets < 2:
         sampler = SimpleCutSampler(cuts, max_duration=limit.max_duration, **options)
@@ -109,8 +121,8 @@ def make_sampler(
     return DynamicBucketingSampler(
         cuts,
         constraint=limit,
-        duration_bins=_bins(cuts, num_buckets, limit),
-        buffer_size=num_buckets * CUTS_IN_BUFFER,
+        duration_bins=_bins(cuts if sample is None else sample, num_buckets, limit),
+        buffer_size=cuts_in_buffer or num_buckets * CUTS_IN_BUFFER,
         **options,
     )
 

@@ -1,6 +1,7 @@
-"""Files that are whole or as they were before, whatever happens while they are written."""
+"""Files and folders that are whole or as they were before, whatever happens while writing."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,3 +17,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Yields a new folder beside `path`, which is not there yet; it becomes `path` at the end."""
+    partial = path.with_name(f".part-{os.getpid()}-{path.name}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from speechllm.training import distributed
-from speechllm.training.distributed import Ranks, is_first_process, launch
+from speechllm.training.distributed import InStep, Ranks, is_first_process, launch
 
 SRC = str(Path(distributed.__file__).parents[2])
 
@@ -138,11 +138,21 @@ def rank_together(ranks, args):
     torch.save(result, args.exp_dir / f"rank-{ranks.rank}.pt")
 
 
+def rank_both(ranks, args):
+    rank_together(ranks, args)
+    rank_streams(ranks, args)
+
+
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
+def together(tiny_corpus, tiny_shards, tmp_path_factory):
     """Results of one launch of two processes, and of one process with all of their batches."""
     folder = tmp_path_factory.mktemp("together")
-    launch(rank_together, argparse.Namespace(exp_dir=folder), 2, free_port())
+    (folder / "streams").mkdir()
+    flags = [
+        "--manifest-dir", str(tiny_corpus), "--shar-dir", str(tiny_shards), "--num-workers", "1",
+        "--max-duration", "6", "--min-utterance", "0.3", "--enable-musan", "false",
+    ]  # fmt: skip
+    launch(rank_both, argparse.Namespace(exp_dir=folder, flags=flags), 2, free_port())
     two = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     (folder / "alone").mkdir()
     alone = toy_training(folder / "alone", [toy_batch(8)] * 2, [toy_batch(5)], Ranks())
@@ -170,6 +180,67 @@ def test_only_rank_0_writes(together):
         "best-train-loss.pt", "best-valid-loss.pt", "epoch-1.pt", "epoch-2.pt",
         "rank-0.pt", "rank-1.pt",
     ]  # fmt: skip
+
+
+# Shards: each rank has a part of its own
+
+
+def rank_streams(ranks, args):
+    """The epochs of both ranks, of lists of batches and of shards."""
+    from speechllm.data import add_data_arguments, add_training_data_arguments
+    from speechllm.training.setup import check_data, make_train_loader
+
+    mine = [{"ids": [f"{ranks.rank}-{i}"]} for i in range(2 + 3 * ranks.rank)]
+    ids = {
+        drop_last: [batch["ids"][0] for batch in InStep(mine, ranks, drop_last, 7)]
+        for drop_last in (True, False)
+    }
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    add_training_data_arguments(parser)
+    flags = parser.parse_args([*args.flags, "--drop-last", "false"])
+    flags.seed, flags.train_cuts, flags.valid_cuts = 42, "", "tiny_cuts_dev"
+    loader = make_train_loader(flags, check_data(flags)[0], ranks)
+    ids["shards"] = [[batch["ids"] for batch in loader(epoch)] for epoch in (1, 2)]
+    torch.save(ids, args.exp_dir / "streams" / f"rank-{ranks.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def streamed(together):
+    folder = together[2] / "streams"
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_the_first_rank_that_is_through_ends_the_epoch_or_begins_again(streamed):
+    assert streamed[0][True] == ["0-0", "0-1"]
+    assert streamed[1][True] == ["1-0", "1-1"]
+    assert streamed[0][False] == ["0-0", "0-1", "0-0", "0-1", "0-0"]
+    assert streamed[1][False] == ["1-0", "1-1", "1-2", "1-3", "1-4"]
+
+
+def test_ranks_read_all_shards_between_them_in_as_many_batches(streamed, tiny_corpus):
+    from lhotse import load_manifest
+
+    all_ids = {cut.id for cut in load_manifest(tiny_corpus / "tiny_cuts_many.jsonl.gz")}
+    epochs = [[result["shards"][epoch] for result in streamed] for epoch in (0, 1)]
+    for first, second in epochs:
+        ids = [{cut_id for batch in rank for cut_id in batch} for rank in (first, second)]
+        assert len(first) == len(second)
+        assert not ids[0] & ids[1]
+        assert ids[0] | ids[1] == all_ids
+    assert epochs[0] != epochs[1]
+
+
+def test_a_rank_without_any_batch_is_named():
+    with pytest.raises(ValueError, match="rank 1 has no batch in its part of the shards"):
+        list(InStep([], Empty(1, 2), False, 0))
+
+
+class Empty(Ranks):
+    """Of two ranks only the other has batches."""
+
+    def sum(self, value):
+        return value
 
 
 # The gradients of the model itself

@@ -108,6 +108,32 @@ def test_several_cut_files(flags):
     assert len(ids) == 15
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_in_place_of_cut_files(flags, tiny_shards, num_workers):
+    flags = {**flags, "--drop-last": "false", "--num-workers": num_workers}
+    sharded = {**flags, "--shar-dir": tiny_shards, "--train-cuts": "nowhere"}
+    ids = [cut_id for batch in batches(sharded) for cut_id in batch["ids"]]
+    assert sorted(ids) == sorted(cut_id for batch in batches(flags) for cut_id in batch["ids"])
+    assert listing(batches(sharded)) == listing(batches(sharded))
+    assert listing(batches(sharded)) != listing(batches(sharded, epoch=2))
+    quiet = {**sharded, "--shuffle": "false"}
+    assert listing(batches(quiet)) == listing(batches(quiet, epoch=2))
+
+
+def test_limits_hold_for_shards(flags, tiny_shards):
+    flags = {**flags, "--shar-dir": tiny_shards, "--max-utterance": 1.5, "--drop-last": "false"}
+    lens = [length for batch in batches(flags) for length in batch["feature_lens"].tolist()]
+    assert lens and max(lens) <= 150
+
+
+def test_the_log_tells_what_an_epoch_of_shards_left_out(flags, tiny_shards, caplog):
+    with caplog.at_level("INFO"):
+        here = {**flags, "--shar-dir": tiny_shards, "--max-duration": 25}
+        used = sum(len(batch["ids"]) for batch in batches(here))
+    assert f"Shards: {used} of 96 utterances, 0 repeated" in caplog.text
+    assert used < 96
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 7])
 def test_validation_covers_the_cuts_of_all_ranks_also_when_there_are_fewer(flags, world_size):
     args = parse(*(item for pair in flags.items() for item in pair))
@@ -158,6 +184,14 @@ def test_no_cut_file_at_all(flags):
 def test_missing_files(flags):
     assert "tiny_cuts_x is missing" in said(flags, **{"--train-cuts": "tiny_cuts_x"})
     assert "tiny_cuts_x is missing" in said(flags, **{"--valid-cuts": "tiny_cuts_dev,tiny_cuts_x"})
+
+
+def test_missing_and_few_shards(flags, tiny_shards, tmp_path):
+    assert said(flags, **{"--shar-dir": ","}) == "--shar-dir ',' names no directory"
+    assert f"{tmp_path}/x/index.json is missing" in said(flags, **{"--shar-dir": tmp_path / "x"})
+    assert said(flags, **{"--shar-dir": tiny_shards, "--num-workers": 13}).endswith(
+        "has 12 shards for 13 processes: --world-size 1 times --num-workers 13"
+    )
 
 
 def test_noise_is_looked_for_when_it_is_wanted(flags, tiny_corpus, tmp_path):

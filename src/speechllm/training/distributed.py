@@ -1,14 +1,16 @@
 """Data-parallel processes: by `--world-size N` on one machine, by torchrun on many."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from speechllm.errors import InputError
 
@@ -26,7 +28,10 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """`value` added up over all ranks, in place; as it is for a single rank."""
+        """`value` added up over all ranks, in place; as it is for a single rank.
+
+        Also on the CPU, where that says nothing about the work a GPU still has to do.
+        """
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
@@ -34,6 +39,44 @@ class Ranks:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+
+@dataclass(frozen=True)
+class InStep:
+    """As many batches of an epoch on every rank, whose parts of the shards are not alike.
+
+    A rank that is through would leave the others waiting for its gradients. With `drop_last` the
+    epoch ends for all with the first that is through, and the log tells what was left; without, it
+    ends with the last, and those that are through begin again. `num_cuts` are in an epoch.
+    """
+
+    loader: DataLoader
+    ranks: Ranks
+    drop_last: bool
+    num_cuts: int
+
+    @property
+    def num_workers(self) -> int:
+        return self.loader.num_workers
+
+    def __iter__(self) -> Iterator[dict]:
+        batches, through, first, again = iter(self.loader), False, 0, 0
+        while True:
+            batch = next(batches, None)
+            through = through or batch is None
+            num_through = int(self.ranks.sum(torch.tensor(int(through))))
+            if num_through == self.ranks.world_size or (num_through and self.drop_last):
+                break
+            if batch is None:
+                batches = iter(self.loader)
+                batch = next(batches, None)
+            if batch is None:
+                raise InputError(f"rank {self.ranks.rank} has no batch in its part of the shards")
+            yield batch
+            first += 0 if through else len(batch["ids"])
+            again += len(batch["ids"]) if through else 0
+        first, again = self.ranks.sum(torch.tensor([first, again])).tolist()
+        logging.info(f"Shards: {first} of {self.num_cuts} utterances, {again} repeated")
 
 
 def is_first_process() -> bool:
@@ -110,7 +153,7 @@ def _start(rank: int, run: Callable, args, world_size: int, master_port: int | N
             os.environ["MASTER_ADDR"] = "localhost"
             os.environ["MASTER_PORT"] = str(master_port)
             torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
-        _join_group("nccl" if cuda else "gloo", rank, world_size)
+        _join_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank, world_size)
     run(Ranks(rank, world_size, device), args)
     if world_size > 1:  # after an error the others may wait for ever: then the process just ends
         dist.destroy_process_group()

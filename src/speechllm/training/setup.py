@@ -18,12 +18,14 @@ from speechllm.cut_files import (
     cuts_within,
     frames_needed,
     share_of_cuts,
+    within,
 )
 from speechllm.data import evaluation_loader, loader_options, training_loader
 from speechllm.errors import InputError
 from speechllm.flags import comma_list, str2bool
+from speechllm.shards import Shards, check_shards, read_shards
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint
-from speechllm.training.distributed import Ranks
+from speechllm.training.distributed import InStep, Ranks
 from speechllm.training.loop import BatchLoss, train
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden, FixedLR
@@ -148,18 +150,18 @@ def _check_resumable(path: Path, args) -> None:
 def check_data(args) -> tuple[CutStatistics, CutStatistics]:
     """One pass over all training and validation cuts, before anything expensive.
 
+    Of training shards the index is read instead, and the first cuts of some.
+
     Raises:
       FileNotFoundError, ValueError: one sentence with the file, the cut and the value.
     """
     check_max_tokens(args)
     need_features = not args.on_the_fly_feats
-    train = check_cuts(
-        train_paths(args),
-        min_seconds=args.min_utterance,
-        max_seconds=args.max_utterance,
-        min_frames=_min_frames(args),
-        need_features=need_features,
-    )
+    limits = {**_limits(args), "need_features": need_features}
+    if args.shar_dir:
+        train = check_shards(_shards(args), **limits)
+    else:
+        train = check_cuts(train_paths(args), **limits)
     valid = check_cuts(valid_paths(args), min_frames=_min_frames(args), need_features=need_features)
     if args.enable_musan:
         check_noise(cuts_file(args.manifest_dir, "musan_cuts"), need_features)
@@ -186,12 +188,30 @@ def _min_frames(args) -> int:
     return frames_needed(getattr(args, "encoder_projector_ds_rate", 4))
 
 
+def _limits(args) -> dict:
+    """Which utterances are trained on."""
+    return {
+        "min_seconds": args.min_utterance,
+        "max_seconds": args.max_utterance,
+        "min_frames": _min_frames(args),
+    }
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def train_paths(args) -> list[Path]:
+def train_paths(args) -> list[Path | str]:
+    """The training's cut files; of shards, those of them that hold the texts."""
+    if args.shar_dir:
+        return _shards(args).fields["cuts"]
     return _paths(args.manifest_dir, "--train-cuts", args.train_cuts)
+
+
+def _shards(args) -> Shards:
+    if not comma_list(args.shar_dir):
+        raise InputError(f"--shar-dir {args.shar_dir!r} names no directory")
+    return read_shards(comma_list(args.shar_dir))
 
 
 def valid_paths(args) -> list[Path]:
@@ -209,15 +229,16 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
 
     `args.count_positions` tells the LLM positions of a cut where --max-tokens is above 0.
     """
-    cuts = cuts_within(train_paths(args), args.min_utterance, args.max_utterance, _min_frames(args))
+    cuts_of_epoch, sample = _train_cuts(args, ranks)
     musan = None
     if args.enable_musan:
         musan = CutSet.from_cuts(load_manifest_lazy(cuts_file(args.manifest_dir, "musan_cuts")))
 
     def loader(epoch: int):
-        return training_loader(
-            cuts,
+        batches = training_loader(
+            cuts_of_epoch(epoch),
             **loader_options(args),
+            sample=sample,
             max_tokens=getattr(args, "max_tokens", 0),
             count_positions=getattr(args, "count_positions", None),
             num_cuts=statistics.kept,
@@ -235,8 +256,34 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
+        if args.shar_dir:
+            return InStep(batches, ranks, args.drop_last, statistics.kept)
+        return batches
 
     return loader
+
+
+def _train_cuts(args, ranks: Ranks) -> tuple[Callable[[int], CutSet], CutSet | None]:
+    """A function from the epoch to its cuts, and of shards a sample of them.
+
+    Raises:
+      ValueError: there are fewer shards than processes to read them.
+    """
+    limits = _limits(args)
+    if not args.shar_dir:
+        cuts = cuts_within(train_paths(args), **limits)
+        return lambda epoch: cuts, None
+    shards, readers = _shards(args), ranks.world_size * max(1, args.num_workers)
+    if len(shards) < readers:
+        raise InputError(
+            f"--shar-dir {args.shar_dir} has {len(shards)} shards for {readers} processes: "
+            f"--world-size {ranks.world_size} times --num-workers {args.num_workers}"
+        )
+
+    def cuts_of_epoch(epoch: int) -> CutSet:
+        return within(shards.cuts(args.seed + epoch if args.shuffle else None), **limits)
+
+    return cuts_of_epoch, within(shards.sample(), **limits)
 
 
 def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
