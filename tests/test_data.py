@@ -309,3 +309,11 @@ def test_flags_and_functions_have_the_same_defaults():
     for function in (data.training_loader, data.evaluation_loader):
         for name, default in function.__kwdefaults__.items():
             assert args.get(name, default) == default
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_batches_are_pinned_where_there_is_a_gpu(tiny_corpus, monkeypatch, cuda):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    cuts = cut_files.cuts_within([path_of(tiny_corpus)], 0.0, ALL)
+    for make in (data.training_loader, data.evaluation_loader):
+        assert make(cuts, max_duration=12.0, num_cuts=12).pin_memory is cuda

@@ -248,8 +248,15 @@ def evaluation_loader(
 
 
 def _data_loader(dataset, num_workers: int, seed: str, **options) -> DataLoader:
-    """Its processes are seeded by `seed` alone; torch's own generator is neither used nor moved."""
-    generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+    """Its processes are seeded by `seed` alone; torch's own generator is neither used nor moved.
+
+    Each has two batches ready (torch's default), in memory from which a GPU copies fastest.
+    """
     return DataLoader(
-        dataset, batch_size=None, num_workers=num_workers, generator=generator, **options
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(random.Random(seed).getrandbits(63)),
+        **options,
     )

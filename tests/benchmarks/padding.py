@@ -68,7 +68,7 @@ def measure(paths: list[Path], num_cuts: int, num_buckets: int, positions, args)
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,7 +82,7 @@ def main() -> None:
     add("--tokenizer", default="../shared/tokenizer", help="a directory with Qwen2's")
     add("--num-encoders", type=int, default=1)
     add("--json", action="store_true", help="one JSON object a line")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     positions = llm_positions(args.tokenizer, args.num_encoders)
     try:
         statistics = check_cuts(

@@ -30,7 +30,7 @@ class Ranks:
     def sum(self, value: Tensor) -> Tensor:
         """`value` added up over all ranks, in place; as it is for a single rank.
 
-        Also on the CPU, where that says nothing about the work a GPU still has to do.
+        A value on the CPU goes over the CPU: that does not wait for a GPU's work.
         """
         if self.world_size > 1:
             dist.all_reduce(value)

@@ -1,0 +1,53 @@
+"""The benchmarks of the data run, and tell what they are named for."""
+
+import importlib
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def lines(monkeypatch, capsys):
+    """A function from a benchmark's name and flags to the JSON lines it prints."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tests" / "benchmarks"), *sys.path])
+
+    def run(name, *flags):
+        importlib.import_module(name).main([*map(str, flags), "--json"])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_padding_shrinks_with_buckets(lines, tiny_corpus, tiny_llm_dir):
+    none, four = lines(
+        "padding", tiny_corpus / "tiny_cuts_many.jsonl.gz", "--tokenizer", tiny_llm_dir,
+        "--max-duration", 12, "--num-buckets", 0, 4, "--min-utterance", 0.3,
+    )  # fmt: skip
+    assert 0 < four["padding_frames"] < none["padding_frames"] < 1
+    assert 0 < four["padding_positions"] < none["padding_positions"] < 1
+    [tight] = lines(
+        "padding", tiny_corpus / "tiny_cuts_many.jsonl.gz", "--tokenizer", tiny_llm_dir,
+        "--max-duration", 12, "--num-buckets", 4, "--max-tokens", 120,
+    )  # fmt: skip
+    assert tight["most_positions"] <= 120 < four["most_positions"]
+
+
+def test_loader_tells_every_case(lines, tiny_corpus):
+    found = lines(
+        "loader", tiny_corpus / "tiny_cuts_train.jsonl.gz", "--rounds", 1,
+        "--noise", tiny_corpus / "musan_cuts.jsonl.gz",
+    )  # fmt: skip
+    assert len({line["name"] for line in found}) == 16
+    assert found[0]["name"] == "features from files" and found[0]["ratio"] == 1
+    assert all(line["audio_s_per_s"] > 0 for line in found)
+
+
+@pytest.mark.parametrize("source", ["iterator", "jsonl", "shards"])
+def test_big_manifest_draws_until_the_time_is_over(lines, tiny_shards, source):
+    flags = ["--shar-dir", tiny_shards] if source == "shards" else ["--source", source]
+    found = lines("big_manifest", "--cuts", 3000, "--seconds", 0.3, "--every", 0.01, *flags)
+    assert [line["event"] for line in found[:3]] == ["start", "buckets estimated", "first batch"]
+    assert all(line["rss_mib"] > 50 for line in found)
+    assert found[-1]["event"] == "drawing" and found[-1]["cuts"] > 100
