@@ -181,6 +181,7 @@ def test_what_is_said_of_shards_that_are_not_whole(copy, tiny_corpus, tmp_path):
         return str(error.value)
 
     assert "index.json is missing" in said(tmp_path)
+    assert "index.json cannot be read (URLs need the package smart_open)" in said("s3://no/where")
     assert "has no audio" in said(copy, need_features=False)
     assert "nothing to use, 0 utterances" in said(copy, max_seconds=0.1)
     written(tiny_corpus, tmp_path / "audio", "--audio", "wav")

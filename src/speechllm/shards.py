@@ -225,7 +225,8 @@ def _read_index(directory: str) -> dict:
     except InputError:
         raise
     except Exception as error:  # of JSON, of its contents, of the store
-        raise InputError(f"{path} cannot be read: {reason(error)}") from None
+        hint = " (URLs need the package smart_open)" if is_valid_url(path) else ""
+        raise InputError(f"{path} cannot be read{hint}: {reason(error)}") from None
     return index
 
 
