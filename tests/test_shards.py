@@ -11,7 +11,9 @@ from lhotse import CutSet, MonoCut, SupervisionSegment, load_manifest, load_mani
 
 from speechllm import cut_files, data, shards
 from speechllm.errors import InputError
-from speechllm.sampling import BatchLimit, make_sampler
+from speechllm.llm import load_llm
+from speechllm.prompt import chat_ids
+from speechllm.sampling import BatchLimit, LLMPositions, make_sampler
 
 
 def path_of(tiny_corpus, part="many"):
@@ -257,6 +259,26 @@ def test_batches_hold_what_they_hold_from_cut_files(tiny_corpus, tiny_shards):
             theirs = torch.from_numpy(cuts[cut_id].load_features())
             assert text == cuts[cut_id].supervisions[0].text
             torch.testing.assert_close(row[:length], theirs, rtol=0, atol=1 / 32)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_of_shards_keep_to_max_tokens(
+    tiny_corpus, tiny_shards, tiny_llm_dir, num_workers, capfd
+):
+    """Loader processes use the tokenizer, also after this one did."""
+    _, tokenizer = load_llm(str(tiny_llm_dir))
+    count = LLMPositions(tokenizer, chat_ids(tokenizer))
+    cuts = load_manifest(path_of(tiny_corpus))
+    positions = {cut.id: count(cut) for cut in cuts}
+    capfd.readouterr()
+    batches = batches_of(
+        tiny_shards, max_duration=60.0, max_tokens=100, count_positions=count,
+        num_workers=num_workers, num_buckets=3,
+    )  # fmt: skip
+    assert all_ids(batches) == many_ids(tiny_corpus)
+    sizes = [len(b["ids"]) * max(positions[i] for i in b["ids"]) for b in batches]
+    assert 80 < max(sizes) <= 100
+    assert capfd.readouterr().err == ""
 
 
 def test_noise_masks_and_joining_work_as_with_cut_files(tiny_corpus, tiny_shards):

@@ -162,6 +162,9 @@ def training_loader(
     (see `Shards.cuts`), and makes batches of that alone.
     """
     streamed = sample is not None
+    if max_tokens:
+        cuts = with_positions(cuts, count_positions)
+        sample = with_positions(sample, count_positions) if streamed else None
     parts = world_size * max(1, num_workers) if streamed else world_size
     if drop_last:  # each bucket may lose a batch
         batches = seconds / (max_duration * parts)
@@ -174,7 +177,7 @@ def training_loader(
     else:
         options.update(rank=rank, world_size=world_size)
     sampler = make_sampler(
-        with_positions(cuts, count_positions) if max_tokens else cuts,
+        cuts,
         BatchLimit(max_duration, max_tokens=max_tokens),
         num_cuts=num_cuts // parts if streamed else num_cuts,
         num_buckets=num_buckets if bucketing_sampler else 0,
