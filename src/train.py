@@ -160,9 +160,7 @@ def run(ranks: Ranks, args) -> None:
     state, checkpoint = initial_parameters(model, args)
     check_lengths(train_paths(args), model, max_seconds=args.max_utterance)
     check_lengths(valid_paths(args), model)
-    args.count_positions = LLMPositions(
-        tokenizer, model.chat, len(model.encoder), model.ds_rate
-    )
+    args.count_positions = LLMPositions(tokenizer, model.chat, len(model.encoder), model.ds_rate)
     model.to(ranks.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     logging.info(f"Number of model parameters: {sum(p.numel() for p in model.parameters())}")

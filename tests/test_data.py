@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from lhotse import CutSet, load_manifest, load_manifest_lazy
+from lhotse.dataset import DynamicBucketingSampler
 
 from speechllm import cut_files, data
 from speechllm.training.loop import seed_everything
@@ -299,6 +300,15 @@ def test_buckets_that_would_lose_much_are_not_made(many):
             seconds += batch["seconds"]
     assert seen == set(durations)
     assert seconds > 0.8 * 10 * sum(durations.values())
+
+
+def test_buckets_are_made_also_where_tokens_are_the_only_limit(many):
+    seconds = sum(cut.duration for cut in load_manifest(many))
+    loader = data.training_loader(
+        cut_files.cuts_within([many]), max_duration=1e6, max_tokens=30, num_cuts=96,
+        seconds=seconds, count_positions=lambda cut: round(cut.duration * 7),
+    )  # fmt: skip
+    assert isinstance(loader.sampler, DynamicBucketingSampler)
 
 
 def test_flags_and_functions_have_the_same_defaults():

@@ -34,6 +34,7 @@ from speechllm.flags import str2bool
 from speechllm.sampling import BatchLimit, make_sampler, with_positions
 
 MIN_BATCHES_IN_BUCKET = 10  # of which --drop-last may drop one
+POSITIONS_A_SECOND = 6.25  # of the LLM, at least: speech of one encoder, at the published rate
 BATCHES_IN_BUFFER = 4  # of each bucket, where cuts hold their data
 
 
@@ -165,13 +166,14 @@ def training_loader(
     if max_tokens:
         cuts = with_positions(cuts, count_positions)
         sample = with_positions(sample, count_positions) if streamed else None
+    full = min(max_duration, max_tokens / POSITIONS_A_SECOND if max_tokens else max_duration)
     parts = world_size * max(1, num_workers) if streamed else world_size
     if drop_last:  # each bucket may lose a batch
-        batches = seconds / (max_duration * parts)
+        batches = seconds / (full * parts)
         num_buckets = int(min(num_buckets, batches / MIN_BATCHES_IN_BUCKET))
     options = {"shuffle": shuffle, "drop_last": drop_last, "seed": seed}
     if streamed:  # the shards are divided already
-        in_batch = max_duration * num_cuts / seconds
+        in_batch = full * num_cuts / seconds
         in_buffer = round(BATCHES_IN_BUFFER * max(1, num_buckets) * in_batch)
         options.update(rank=0, world_size=1, sample=sample, cuts_in_buffer=in_buffer)
     else:
