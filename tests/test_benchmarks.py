@@ -3,15 +3,17 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
 @pytest.fixture
 def lines(monkeypatch, capsys):
     """A function from a benchmark's name and flags to the JSON lines it prints."""
-    monkeypatch.setattr(sys, "path", [str(ROOT / "tests" / "benchmarks"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
 
     def run(name, *flags):
         importlib.import_module(name).main([*map(str, flags), "--json"])
