@@ -6,29 +6,37 @@ import pytest
 import torch
 from naive import LENGTH, LENS
 
-from speechllm.decoding.draft import Draft, verify_drafts
-from speechllm.prompt import prompt_ids
+from speechllm.decoding.draft import PASS_PRICE, STAKE, Draft, verify_drafts
 
 
-def decode(model, features, drafts, length=LENGTH):
-    used = model.all_encoders(len(drafts))
+def decode(model, features, drafts, copies=1):
     with torch.no_grad():
-        speech = model.speech_embeddings(features, LENS, used)
-        ids = prompt_ids(model.chat, [len(encoders) for encoders in used])
-        embeds, mask, _ = model.merge(ids, None, speech)
-    return verify_drafts(model, embeds, mask, drafts, length)
+        embeds, mask, _ = model.prompt(features, LENS)
+    embeds, mask = embeds.repeat(copies, 1, 1), mask.repeat(copies, 1)
+    return verify_drafts(model, embeds, mask, drafts * copies, LENGTH), embeds.size(1)
 
 
 def test_without_drafts_it_is_greedy(model, features, greedy):
-    hypotheses = decode(model, features, [[], [], []])
+    hypotheses, _ = decode(model, features, [[], [], []])
     assert [h.ids for h in hypotheses] == greedy
     assert [h.passes for h in hypotheses] == [LENGTH] * 3
 
 
 def test_right_drafts_take_one_pass(model, features, greedy):
-    hypotheses = decode(model, features, greedy)
+    hypotheses, _ = decode(model, features, greedy)
     assert [h.ids for h in hypotheses] == greedy
     assert [(h.passes, h.accepted) for h in hypotheses] == [(1, LENGTH - 1)] * 3
+
+
+@pytest.mark.parametrize("copies", [1, 8])
+def test_useless_drafts_cost_a_small_share_of_greedy(model, features, greedy, copies):
+    unsaid = next(token for token in range(300) if not any(token in row for row in greedy))
+    hypotheses, prompt = decode(model, features, [[unsaid] * LENGTH] * 3, copies)
+    assert [h.ids for h in hypotheses] == greedy * copies
+    rows, price = 3 * copies, PASS_PRICE["cpu"]
+    word_by_word = price + rows * prompt + (LENGTH + 1) * (price + rows)
+    lost = rows * max(h.drafted for h in hypotheses)
+    assert 1 <= lost <= max(rows, STAKE * word_by_word)
 
 
 HOSTILE = {
@@ -46,7 +54,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_drafts_change_nothing(model, features, greedy, what):
-    hypotheses = decode(model, features, HOSTILE[what](greedy, model))
+    hypotheses, _ = decode(model, features, HOSTILE[what](greedy, model))
     assert [h.ids for h in hypotheses] == greedy
 
 
@@ -57,12 +65,12 @@ def test_random_drafts_change_nothing(model, features, greedy):
             [t if rng.random() < 0.7 else rng.randrange(300) for t in row * 2][: rng.randrange(15)]
             for row in greedy
         ]
-        assert [h.ids for h in decode(model, features, drafts)] == greedy
+        assert [h.ids for h in decode(model, features, drafts)[0]] == greedy
 
 
 @pytest.mark.parametrize("what", ["one wrong", "one missing", "one too many"])
 def test_one_error_costs_one_pass(model, features, greedy, what):
-    passes = [h.passes for h in decode(model, features, HOSTILE[what](greedy, model))]
+    passes = [h.passes for h in decode(model, features, HOSTILE[what](greedy, model))[0]]
     assert max(passes) <= 3
 
 

@@ -19,6 +19,7 @@ from speechllm.model import SpeechLLM, positions
 
 # What a pass costs besides its tokens, in tokens: by the weights that it reads.
 PASS_PRICE = {"cpu": 64, "cuda": 1024}
+STAKE = 0.05  # what untried drafts may cost, of what their text costs word by word
 LOGITS_AT_ONCE = 128  # places of which logits exist at a time
 
 
@@ -82,6 +83,13 @@ def worth_proposing(lens: list[int], chances: list[float], inputs: int, price: i
     return best
 
 
+def _stake(drafts: list[list[int]], inputs: int, price: int) -> int:
+    """How many tokens of each draft may be lost if none of them is right."""
+    rows, longest = len(drafts), max(map(len, drafts))
+    word_by_word = price + rows * inputs + longest * (price + rows)
+    return max(1, int(STAKE * word_by_word / rows))
+
+
 @dataclass
 class Hypothesis:
     """An answer, without the closing token, and how it came about."""
@@ -129,6 +137,8 @@ def verify_drafts(
             inputs.size(1),
             price,
         )
+        if not cache.get_seq_length():
+            widest = min(widest, _stake(proposals, inputs.size(1), price))
         proposals = [tokens[:widest] for tokens in proposals]
         if widest:
             padded = [tokens + [0] * (widest - len(tokens)) for tokens in proposals]
