@@ -144,8 +144,8 @@ class CtcBatchLoss:
 
     def __call__(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         texts = [text.upper() for text in batch["texts"]]
-        features = batch["features"].to(self.device)
-        feature_lens = batch["feature_lens"].to(self.device)
+        features = batch["features"].to(self.device, non_blocking=True)
+        feature_lens = batch["feature_lens"]
         log_probs, lens = model(features, feature_lens)
         targets = self.bpe.encode(texts)
         if model.training and self.flat_start_batches > 0:
@@ -268,7 +268,7 @@ def decode_tests(model: CtcModel, bpe, args, device: torch.device) -> None:
 
     def recognize(batches: Iterable[dict]) -> Iterator[tuple[dict, list[str]]]:
         for batch in batches:
-            log_probs, lens = model(batch["features"].to(device), batch["feature_lens"].to(device))
+            log_probs, lens = model(batch["features"].to(device), batch["feature_lens"])
             yield batch, bpe.decode(ctc_greedy(log_probs, lens))
 
     model.eval()

@@ -89,10 +89,10 @@ def make_batch_loss(tokenizer, chat: ChatIds, num_encoders: int, device: torch.d
         transcripts = encode_transcripts(tokenizer, [text.lower() for text in batch["texts"]])
         ids, labels = training_ids(chat, transcripts, [len(encoders) for encoders in used])
         sums = model(
-            batch["features"].to(device),
-            batch["feature_lens"].to(device),
-            ids.to(device),
-            labels.to(device),
+            batch["features"].to(device, non_blocking=True),
+            batch["feature_lens"],
+            ids,
+            labels,
             used,
         )
         # The published logs count frames at 50 per second.

@@ -114,8 +114,9 @@ def check_speech_llm(path: Path) -> float:
         same("number of encoders", len(speech[0]), len(theirs))
         errors += [distance(a, b) for a, b in zip(speech[0], theirs)]
         one_ids, one_labels = training_ids(model.chat, golden["texts"][i : i + 1], [n])
-        embeds, mask, merged = model.merge(one_ids, one_labels, speech)
-        logits, targets = model.label_logits(embeds, mask, merged)
+        embeds, _, merged = model.merge(one_ids, one_labels, speech)
+        hidden, targets = model.before_labels(embeds, merged)
+        logits = model.llm.get_output_embeddings()(hidden)
         same("num_label_tokens", len(targets), alone["num_label_tokens"])
         prompt = embeds.size(1) - len(targets)
         same("num_prompt_embeds", prompt, alone["num_prompt_embeds"])

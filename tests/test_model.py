@@ -10,7 +10,9 @@ import pytest
 import torch
 from check_goldens import speech_llm
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from speechllm import label_loss
 from speechllm.llm import load_llm, prepare_llm
 from speechllm.model import (
     KEEP_PROBABILITY,
@@ -23,6 +25,7 @@ from speechllm.model import (
     trainable_state,
 )
 from speechllm.prompt import IGNORED, chat_ids, training_ids
+from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.zipformer import load_encoder
 from speechllm.zipformer.swoosh import swoosh_r
 
@@ -105,11 +108,11 @@ def test_each_speech_token_becomes_as_many_as_it_has_embeddings():
          [x, x, x, x, 8]],
         [[2], [4]],
     )  # fmt: skip
-    assert ids == [[0, 1, 9, 9, 2, 7, 8],
+    assert ids == [[1, 9, 9, 2, 7, 8, 0],
                    [1, 9, 9, 9, 9, 2, 8]]  # fmt: skip
-    assert mask == [[0, 1, 1, 1, 1, 1, 1],
+    assert mask == [[1, 1, 1, 1, 1, 1, 0],
                     [1, 1, 1, 1, 1, 1, 1]]  # fmt: skip
-    assert labels == [[x, x, x, x, x, 7, 8],
+    assert labels == [[x, x, x, x, 7, 8, x],
                       [x, x, x, x, x, x, 8]]  # fmt: skip
 
 
@@ -122,11 +125,11 @@ def test_several_groups_and_rows_with_different_numbers_of_them():
         [[1, 3], [2]],
     )  # fmt: skip
     assert ids == [[1, 9, 2, 9, 9, 9, 3, 8],
-                   [0, 0, 0, 1, 9, 9, 2, 8]]  # fmt: skip
+                   [1, 9, 9, 2, 8, 0, 0, 0]]  # fmt: skip
     assert mask == [[1, 1, 1, 1, 1, 1, 1, 1],
-                    [0, 0, 0, 1, 1, 1, 1, 1]]  # fmt: skip
+                    [1, 1, 1, 1, 1, 0, 0, 0]]  # fmt: skip
     assert labels == [[x, x, x, x, x, x, x, 8],
-                      [x, x, x, x, x, x, x, 8]]  # fmt: skip
+                      [x, x, x, x, 8, x, x, x]]  # fmt: skip
 
 
 def test_nothing_heard_leaves_nothing_and_prompts_have_no_labels():
@@ -163,9 +166,9 @@ def test_speech_embeddings_take_their_places(make_model):
         expected = torch.stack([rows[e] if isinstance(e, int) else e for e in expected])
         assert mask[row].sum() == len(expected)
         torch.testing.assert_close(embeds[row][mask[row]], expected, rtol=0, atol=0)
-        assert labels[row][-2:].tolist() == [[10, 20][row], chat.end]
-        assert (labels[row][:-2] == IGNORED).all()
-    assert mask[0].all() and not mask[1][: len(pictures[0]) - len(pictures[1])].any()
+        prompt = [IGNORED] * (len(expected) - 2)
+        assert labels[row][mask[row]].tolist() == [*prompt, [10, 20][row], chat.end]
+        assert mask[row][: len(expected)].all()
 
 
 # ---- projector
@@ -272,6 +275,47 @@ def test_half_precision(make_model, features, dtype):
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=0.05)
     for gradient in gradients(model).values():
         assert gradient.dtype == torch.float32 and torch.isfinite(gradient).all()
+
+
+# ---- what a step costs
+
+
+class Shapes(TorchDispatchMode):
+    """Of all tensors that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        outputs = made if isinstance(made, (tuple, list)) else [made]
+        self.seen |= {tuple(tensor.shape) for tensor in outputs if torch.is_tensor(tensor)}
+        return made
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_logits_exist_for_few_labels_at_a_time(make_model, features, monkeypatch, use_lora):
+    monkeypatch.setattr(label_loss, "LABELS_AT_ONCE", 4)
+    model = make_model(use_lora=use_lora)
+    vocabulary, width = model.llm.get_input_embeddings().weight.shape
+    with Shapes() as shapes:
+        mean_loss(model, features).backward()
+    of_logits = {shape for shape in shapes.seen if shape and shape[-1] == vocabulary}
+    assert of_logits - {(width, vocabulary)} == {(4, vocabulary), (2, vocabulary)}  # 10 labels
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_step_waits_for_no_device(make_model, features, n):
+    """On the device `meta` tensors have no values: reading one would be an error."""
+    model = make_model(n, dtype=torch.float32).to("meta").train()
+    optimizer = ScaledAdam([p for p in model.parameters() if p.requires_grad])
+    for _ in range(5):
+        sums = run(model, features.to("meta"), draw_encoders(n, 3))
+        (sums["loss"] / sums["tokens"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sums["loss"].is_meta and sums["correct"].is_meta
 
 
 # ---- mixture of encoders

@@ -1,11 +1,9 @@
 """Qwen2 from a directory or the hub, with LoRA or without, and its tokenizer."""
 
 import logging
-import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -15,15 +13,8 @@ from transformers import (
 )
 
 from speechllm.errors import InputError
+from speechllm.lora import with_lora
 from speechllm.prompt import add_speech_tokens
-
-LORA = dict(
-    r=64,
-    lora_alpha=16,
-    lora_dropout=0.05,
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    task_type="CAUSAL_LM",
-)
 
 
 def load_llm(
@@ -66,9 +57,7 @@ def prepare_llm(llm: nn.Module, unfreeze: bool, use_lora: bool) -> nn.Module:
     """What of the LLM is trained: nothing, LoRA matrices in float32, or everything."""
     llm.requires_grad_(unfreeze and not use_lora)
     if unfreeze and use_lora:
-        with warnings.catch_warnings():  # peft 0.21 calls transformers 5.23 by an old name
-            warnings.simplefilter("ignore", FutureWarning)
-            llm = get_peft_model(llm, LoraConfig(**LORA))
+        llm = with_lora(llm)
     trained = sum(p.numel() for p in llm.parameters() if p.requires_grad)
     logging.info(f"LLM: {sum(p.numel() for p in llm.parameters())} parameters, {trained} trained")
     return llm

@@ -8,10 +8,10 @@ import random
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechllm.errors import InputError
+from speechllm.label_loss import label_loss
 from speechllm.prompt import IGNORED, ChatIds, prompt_ids
 from speechllm.zipformer import ZipformerEncoder
 from speechllm.zipformer.swoosh import swoosh_r
@@ -121,7 +121,7 @@ class SpeechLLM(nn.Module):
             rows = [b for b, encoders in enumerate(used) if k in encoders] or [0]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
                 encoder_out, lens = encoder(
-                    features[rows],
+                    features[_to(features.device, torch.tensor(rows))],
                     feature_lens[rows],
                     feature_mask=self.encoder_feature_mask and self.training,
                 )
@@ -151,11 +151,11 @@ class SpeechLLM(nn.Module):
         """What decoding begins with: every utterance through all encoders.
 
         Args:
-          features: (B, T, 80); feature_lens: (B,).
+          features: (B, T, 80); feature_lens: (B,), on the CPU.
         """
         used = self.all_encoders(features.size(0))
         heard = self.hear(features, feature_lens, used)
-        ids = prompt_ids(self.chat, [len(encoders) for encoders in used]).to(features.device)
+        ids = prompt_ids(self.chat, [len(encoders) for encoders in used])
         embeds, mask, _ = self.merge(ids, None, self.project(heard, used))
         return Prompt(embeds, mask, heard)
 
@@ -170,13 +170,19 @@ class SpeechLLM(nn.Module):
     def merge(
         self, ids: Tensor, labels: Tensor | None, speech: list[list[Tensor]]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids (B, L) and speech -> inputs_embeds (B, L', D), attention mask, labels (B, L')."""
+        """Ids (B, L) and speech -> inputs_embeds (B, L', D), attention mask, labels (B, L').
+
+        Ids and labels are on the CPU, where the labels stay. Prompts are padded on the left, so
+        that answers begin together; with labels padding is on the right, where it needs no mask.
+        """
         counts = [[part.size(0) for part in parts] for parts in speech]
         expanded, mask, labels = expand_speech(ids, labels, counts, self.chat.speech, self.chat.pad)
-        embeds = self.llm.get_input_embeddings()(expanded)
-        flat = torch.cat([part for parts in speech for part in parts]).to(embeds.dtype)
-        is_speech = (expanded == self.chat.speech).unsqueeze(-1)
-        return embeds.masked_scatter(is_speech, flat), mask, labels
+        flat = torch.cat([part for parts in speech for part in parts])
+        places = (expanded == self.chat.speech).nonzero(as_tuple=True)
+        device = flat.device
+        embeds = self.llm.get_input_embeddings()(_to(device, expanded))
+        places = tuple(_to(device, place) for place in places)
+        return embeds.index_put(places, flat.to(embeds.dtype)), _to(device, mask), labels
 
     def forward(
         self,
@@ -186,36 +192,41 @@ class SpeechLLM(nn.Module):
         labels: Tensor,
         used: list[list[int]],
     ) -> dict[str, Tensor]:
-        """Summed cross entropy of a batch.
+        """Summed cross entropy of a batch. Nothing here waits for the device.
 
         Args:
-          features: (B, T, 80); feature_lens: (B,).
-          ids, labels: (B, L), left-padded, `len(used[b])` speech groups in row b.
+          features: (B, T, 80); feature_lens: (B,), on the CPU.
+          ids, labels: (B, L), on the CPU, left-padded, `len(used[b])` speech groups in row b.
           used: for each utterance the encoders of its speech groups.
 
         Returns:
           Sums over the label tokens: `loss` (nats), `tokens`, `correct`.
         """
         speech = self.speech_embeddings(features, feature_lens, used)
-        embeds, mask, labels = self.merge(ids, labels, speech)
-        logits, targets = self.label_logits(embeds, mask, labels)
-        return {
-            "loss": F.cross_entropy(logits.float(), targets, reduction="sum"),
-            "tokens": torch.tensor(targets.numel(), device=targets.device),
-            "correct": (logits.argmax(dim=-1) == targets).sum(),
-        }
+        embeds, _, labels = self.merge(ids, labels, speech)
+        hidden, targets = self.before_labels(embeds, labels)
+        loss, correct = label_loss(hidden, self.plain_llm.get_output_embeddings().weight, targets)
+        return {"loss": loss, "tokens": torch.tensor(targets.numel()), "correct": correct}
 
-    def label_logits(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, V) at the N places that predict a label, and these labels (N,)."""
-        hidden = self.plain_llm.get_decoder()(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            use_cache=False,
-        ).last_hidden_state
-        predicts = labels[:, 1:] != IGNORED  # position t predicts the label at t + 1
-        head = self.plain_llm.get_output_embeddings()
-        return head(hidden[:, :-1][predicts]), labels[:, 1:][predicts]
+    def before_labels(self, embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What predicts the N labels, (N, D), and these labels (N,).
+
+        Args:
+          embeds: (B, L, D), padded on the right; labels: (B, L), on the CPU.
+        """
+        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+        targets = labels[rows, columns]
+        rows, before, targets = (_to(embeds.device, t) for t in (rows, columns - 1, targets))
+        decoder = self.plain_llm.get_decoder()
+        # Attention is causal and the padding comes last: no mask, also none that is searched for.
+        no_mask = dict.fromkeys(decoder.config.layer_types)
+        out = decoder(inputs_embeds=embeds, attention_mask=no_mask, use_cache=False)
+        return out.last_hidden_state[rows, before], targets
+
+
+def _to(device: torch.device, small: Tensor) -> Tensor:
+    """From the CPU to the model's device, without waiting for it."""
+    return small.to(device, non_blocking=True)
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -226,7 +237,9 @@ def positions(mask: Tensor) -> Tensor:
 def expand_speech(
     ids: Tensor, labels: Tensor | None, counts: list[list[int]], speech: int, pad: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Each `<speech>` repeated as often as it has embeddings, rows padded on the left again.
+    """Each `<speech>` repeated as often as it has embeddings, rows padded anew.
+
+    The padding is on the left of prompts, and on the right of what has labels.
 
     Args:
       ids, labels: (B, L), left-padded with `pad` and IGNORED.
@@ -237,11 +250,13 @@ def expand_speech(
     """
     repeats = (ids != pad).long().cummax(dim=1).values  # a `pad` within the text stays
     repeats[ids == speech] = torch.tensor(
-        [count for row in counts for count in row], device=ids.device
+        [count for row in counts for count in row]
     )
     totals = repeats.sum(dim=1)
     length = int(totals.max())
-    mask = torch.arange(length, device=ids.device) >= (length - totals)[:, None]
+    padding = (length - totals)[:, None]
+    columns = torch.arange(length)
+    mask = columns >= padding if labels is None else columns < length - padding
     new_ids = torch.full_like(mask, pad, dtype=torch.long)
     new_ids[mask] = ids.flatten().repeat_interleave(repeats.flatten())
     if labels is None:

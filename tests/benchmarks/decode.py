@@ -14,7 +14,6 @@ the utterances that differ are counted.
 import argparse
 import json
 import random
-import re
 import statistics
 import sys
 import time
@@ -24,39 +23,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import decode  # noqa: E402
+from measure import DTYPES, SHAPES, forget_peak, make_llm, peak_memory, random_chat  # noqa: E402
 from speechllm.data import loader_options  # noqa: E402
 from speechllm.decoding.draft import verify_drafts  # noqa: E402
 from speechllm.decoding.test_set import decode_cuts  # noqa: E402
 from speechllm.model import SpeechLLM  # noqa: E402
-from speechllm.prompt import ChatIds  # noqa: E402
-
-SHAPES = {  # hidden size, layers, heads, heads of keys and values, feed-forward, vocabulary
-    "tiny": (192, 3, 3, 1, 512, 512),
-    "0.5B": (896, 24, 14, 2, 4864, 151936),
-    "1.5B": (1536, 28, 12, 2, 8960, 151936),
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def make_model(shape: str, dtype: torch.dtype, device: str) -> SpeechLLM:
-    hidden, layers, heads, kv_heads, feed_forward, vocabulary = SHAPES[shape]
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=feed_forward,
-        max_position_embeddings=4096, tie_word_embeddings=True,
-    )  # fmt: skip
-    llm = Qwen2ForCausalLM(config).to(device, dtype)
-    llm.generation_config = GenerationConfig()
-    # Ids that random weights will not choose: answers go on to the last token.
-    chat = ChatIds((1,), (2, 3, 4), (5,), end=vocabulary - 1, pad=vocabulary - 2)
-    with torch.no_grad():
+    llm = make_llm(shape, dtype, device)
+    with torch.no_grad():  # ids that random weights will not choose: answers go on to the last token
         llm.get_input_embeddings().weight[-2:] = 0
-    return SpeechLLM([], llm, chat).eval()
+    return SpeechLLM([], llm, random_chat(shape)).eval()
 
 
 @dataclass
@@ -127,23 +108,6 @@ def ours(model: SpeechLLM, batches: list[Batch], drafts: str | None, tokens: int
             batch.drafts[drafts] if drafts else [None] * len(batch.embeds), tokens,
         )
     ]  # fmt: skip
-
-
-def forget_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is used now
-
-
-def peak_memory(device: str) -> float:
-    """Most memory since `forget_peak`, weights included, GiB; what runs on a GPU has finished."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
 
 
 def main() -> None:

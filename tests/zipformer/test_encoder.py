@@ -142,7 +142,7 @@ def test_output_takes_wide_channels_from_the_latest_stack_that_has_them(encoder)
     assert [output.size(2) for output in outputs] == [16, 32, 24, 20]
     full = torch.cat([outputs[3], outputs[2][..., 20:], outputs[1][..., 24:]], dim=2)
     expected, _ = encoder.encoder.downsample_output(full, lens)
-    found, _ = encoder.encoder(x, lens, feature_mask=False)
+    found = encoder.encoder(x, lens, feature_mask=False)
     torch.testing.assert_close(found, expected)
 
 

@@ -126,7 +126,7 @@ class Recognizer:
         """Through encoders and projectors to the LLM's prompt and the CTC head's opinion."""
         with self._autocast():
             features, lens = batch["features"], batch["feature_lens"]
-            prompt = self.model.prompt(features.to(self.device), lens.to(self.device))
+            prompt = self.model.prompt(features.to(self.device), lens)
             readings = self.reader(prompt.heard) if self.reader else [None] * len(lens)
         ids = [None] * len(lens)
         if self.reader:

@@ -22,7 +22,7 @@ def ctc_loss(log_probs: Tensor, lens: Tensor, targets: list[list[int]]) -> Tenso
 
     Args:
       log_probs: (B, T, V).
-      lens: (B,) valid frames.
+      lens: (B,) valid frames, on the CPU.
       targets: token ids per utterance, without blanks. One that cannot be aligned because it
         is longer than its frames allow contributes nothing (see `ctc_frames_needed`).
     """
@@ -31,7 +31,7 @@ def ctc_loss(log_probs: Tensor, lens: Tensor, targets: list[list[int]]) -> Tenso
         log_probs.transpose(0, 1).float(),
         flat.to(log_probs.device),
         lens,
-        torch.tensor([len(target) for target in targets], device=log_probs.device),
+        torch.tensor([len(target) for target in targets]),
         blank=BLANK,
         reduction="sum",
         zero_infinity=True,

@@ -14,6 +14,11 @@ FEATURE_MASK_PROBABILITY = 0.125
 MIN_FEATURE_FRAMES = 9  # fewer give no frame at all
 
 
+def encoder_out_lens(feature_lens: Tensor) -> Tensor:
+    """Valid frames of the encoder's output, 25 per second."""
+    return ((feature_lens - 7) // 2 + 1) // 2
+
+
 class Downsample(nn.Module):
     """Learned weighted mean of groups of s frames: (B, T, C) -> (B, ceil(T / s), C)."""
 
@@ -129,7 +134,7 @@ class Zipformer(nn.Module):
             outputs.append(x)
         return outputs
 
-    def forward(self, x: Tensor, lens: Tensor, feature_mask: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, lens: Tensor, feature_mask: bool) -> Tensor:
         outputs = self.stack_outputs(x, lens, feature_mask)
         # The last stack's channels, and every wider range from the latest stack that has it.
         pieces, dim = [outputs[-1]], self.dims[-1]
@@ -137,7 +142,7 @@ class Zipformer(nn.Module):
             if output.size(-1) > dim:
                 pieces.append(output[..., dim:])
                 dim = output.size(-1)
-        return self.downsample_output(torch.cat(pieces, dim=-1), lens)
+        return self.downsample_output(torch.cat(pieces, dim=-1), lens)[0]
 
 
 class ZipformerEncoder(nn.Module):
@@ -177,6 +182,8 @@ class ZipformerEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """features (B, T, 80), feature_lens (B,) -> (B, T / 4, output_dim), lengths (B,).
 
+        The lengths stay where they are: on the CPU, so that nothing waits for a GPU.
+
         `feature_mask` drops upper channels of random utterances, as in the published training.
 
         Raises:
@@ -194,5 +201,6 @@ class ZipformerEncoder(nn.Module):
                 f"features of {shortest} frames are too short: "
                 f"the encoder needs at least {MIN_FEATURE_FRAMES}"
             )
-        x, lens = self.encoder_embed(features, feature_lens)
-        return self.encoder(x, lens, feature_mask)
+        on_device = feature_lens.to(features.device, non_blocking=True)
+        x, lens = self.encoder_embed(features, on_device)
+        return self.encoder(x, lens, feature_mask), encoder_out_lens(feature_lens)

@@ -26,7 +26,7 @@ class ConvNeXt(nn.Module):
         return x + _pointwise(self.pointwise_conv2, y).permute(0, 3, 1, 2)
 
     def _depthwise(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
+        if not x.is_cpu:
             return self.depthwise_conv(x)
         with torch.autocast(x.device.type, enabled=False):  # slow in bfloat16 on CPUs
             return self.depthwise_conv(x.to(self.depthwise_conv.weight.dtype)).to(x.dtype)
