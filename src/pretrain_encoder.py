@@ -35,6 +35,7 @@ from speechllm.training.checkpoint import (
     restore_state,
 )
 from speechllm.training.distributed import Ranks, is_first_process, launch
+from speechllm.training.engine import Engine
 from speechllm.training.loop import seed_everything, validate
 from speechllm.training.setup import (
     add_training_arguments,
@@ -47,6 +48,7 @@ from speechllm.training.setup import (
 from speechllm.whole_file import whole_file
 from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
 from speechllm.zipformer.checkpoint import encoder_from_state
+from speechllm.zipformer.encoder import encoder_out_lens
 from speechllm.zipformer.ctc import ctc_frames_needed, ctc_greedy, ctc_loss
 from speechllm.zipformer.flat_start import flat_start_loss
 
@@ -142,6 +144,9 @@ class CtcBatchLoss:
         pieces = [bpe.id_to_piece(i).replace("\u2581", "") for i in range(bpe.vocab_size())]
         self.num_letters = torch.tensor([max(1, len(piece)) for piece in pieces])
 
+    def tokens(self, batch: dict) -> int:
+        return int(encoder_out_lens(batch["feature_lens"]).sum())
+
     def __call__(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         texts = [text.upper() for text in batch["texts"]]
         features = batch["features"].to(self.device, non_blocking=True)
@@ -155,7 +160,7 @@ class CtcBatchLoss:
             )
         else:
             loss = ctc_loss(log_probs, lens, targets)
-        sums = {"loss": loss, "tokens": lens.sum(), "frames": lens.sum()}
+        sums = {"loss": loss, "frames": lens.sum()}
         if not model.training:
             hypotheses = self.bpe.decode(ctc_greedy(log_probs, lens))
             errors = sum(
@@ -241,24 +246,35 @@ def run(ranks: Ranks, args) -> None:
     encoder = make_encoder(args, bpe.vocab_size(), checkpoint)
     logging.info(f"Number of model parameters: {sum(p.numel() for p in encoder.parameters())}")
     model = CtcModel(encoder, args.encoder_feature_mask).to(ranks.device)
-    batch_loss = CtcBatchLoss(bpe, ranks.device, args.flat_start_batches - state.batch_idx_train)
+    done = state.batch_idx_train * args.grad_accum
+    batch_loss = CtcBatchLoss(bpe, ranks.device, args.flat_start_batches - done)
     valid_loader = make_valid_loader(args, args.valid_statistics, ranks)
-    fit(model, batch_loss, valid_loader, encoder.state_dict, state, checkpoint, args, ranks)
-    finish(model, batch_loss, valid_loader, args, ranks)
+    engine = fit(
+        model,
+        batch_loss,
+        valid_loader,
+        lambda value: {name: value(tensor) for name, tensor in encoder.state_dict().items()},
+        state,
+        checkpoint,
+        args,
+        ranks,
+    )
+    finish(engine, batch_loss, valid_loader, args)
     if ranks.is_main:
         decode_tests(model, bpe, args, ranks.device)
 
 
-def finish(model: CtcModel, batch_loss, valid_loader, args, ranks: Ranks) -> None:
+def finish(engine: Engine, batch_loss, valid_loader, args) -> None:
     """Write the average of the last epochs as pretrained.pt, and measure it."""
+    encoder, ranks = engine.module.encoder, engine.ranks
     path, avg = args.exp_dir / "pretrained.pt", min(args.avg, args.num_epochs)
     if ranks.is_main:
-        model.encoder.load_state_dict(average_epochs(args.exp_dir, args.num_epochs, avg)[0])
-        save_encoder(model.encoder, path)
+        encoder.load_state_dict(average_epochs(args.exp_dir, args.num_epochs, avg)[0])
+        save_encoder(encoder, path)
         logging.info(f"Wrote {path} and {args.exp_dir / 'bpe.model'}")
     ranks.barrier()
-    model.encoder.load_state_dict(load_checkpoint(path)["model"])
-    totals = validate(model, batch_loss, valid_loader, torch.float32, ranks)
+    encoder.load_state_dict(load_checkpoint(path)["model"])
+    totals = validate(engine, batch_loss, batch_loss.tokens, valid_loader())
     logging.info(f"Average of the last {avg} epochs, validation: {totals}")
 
 

@@ -14,10 +14,13 @@ Several encoders are comma-separated values (see train_mose.py).
 
 import argparse
 import logging
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from speechllm.cut_files import read_cuts
 from speechllm.data import add_data_arguments, add_training_data_arguments
@@ -77,19 +80,28 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
     return parser
 
 
-def make_batch_loss(tokenizer, chat: ChatIds, num_encoders: int, device: torch.device):
+@dataclass(frozen=True)
+class LlmBatchLoss:
     """Cross entropy over the transcripts' tokens; several encoders are dropped in training."""
 
-    def batch_loss(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatIds
+    num_encoders: int
+    device: torch.device
+
+    def tokens(self, batch: dict) -> int:
+        return sum(len(transcript) + 1 for transcript in self._transcripts(batch))
+
+    def __call__(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         size = len(batch["texts"])
-        if model.training and num_encoders > 1:
-            used = draw_encoders(num_encoders, size)
+        if model.training and self.num_encoders > 1:
+            used = draw_encoders(self.num_encoders, size)
         else:
-            used = [list(range(num_encoders))] * size
-        transcripts = encode_transcripts(tokenizer, [text.lower() for text in batch["texts"]])
-        ids, labels = training_ids(chat, transcripts, [len(encoders) for encoders in used])
+            used = [list(range(self.num_encoders))] * size
+        groups = [len(encoders) for encoders in used]
+        ids, labels = training_ids(self.chat, self._transcripts(batch), groups)
         sums = model(
-            batch["features"].to(device, non_blocking=True),
+            batch["features"].to(self.device, non_blocking=True),
             batch["feature_lens"],
             ids,
             labels,
@@ -98,7 +110,8 @@ def make_batch_loss(tokenizer, chat: ChatIds, num_encoders: int, device: torch.d
         # The published logs count frames at 50 per second.
         return {**sums, "frames": (batch["feature_lens"] // 2).sum()}
 
-    return batch_loss
+    def _transcripts(self, batch: dict) -> list[list[int]]:
+        return encode_transcripts(self.tokenizer, [text.lower() for text in batch["texts"]])
 
 
 def initial_parameters(model: SpeechLLM, args) -> tuple[TrainState, dict]:
@@ -167,9 +180,9 @@ def run(ranks: Ranks, args) -> None:
     logging.info(f"Number of trained parameters: {sum(p.numel() for p in trained.values())}")
     fit(
         model,
-        make_batch_loss(tokenizer, model.chat, len(model.encoder), ranks.device),
+        LlmBatchLoss(tokenizer, model.chat, len(model.encoder), ranks.device),
         make_valid_loader(args, args.valid_statistics, ranks),
-        lambda: trainable_state(model),
+        partial(trainable_state, model),
         state,
         checkpoint,
         args,

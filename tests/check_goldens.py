@@ -31,7 +31,7 @@ from speechllm.decoding.beam import beam_search  # noqa: E402
 from speechllm.decoding.draft import verify_drafts  # noqa: E402
 from speechllm.llm import prepare_llm  # noqa: E402
 from speechllm.model import SpeechLLM, load_trainable_state  # noqa: E402
-from speechllm.prompt import ChatIds, training_ids  # noqa: E402
+from speechllm.prompt import IGNORED, ChatIds, training_ids  # noqa: E402
 from speechllm.scoring import errs_text, recogs_text  # noqa: E402
 from speechllm.zipformer import SIZES, ZipformerConfig, ZipformerEncoder  # noqa: E402
 from speechllm.zipformer.checkpoint import encoder_from_state  # noqa: E402
@@ -103,7 +103,7 @@ def check_speech_llm(path: Path) -> float:
     same("attention_mask", ids != model.chat.pad, golden["attention_mask"])
     features, lens = golden["features"], golden["feature_lens"]
     sums = model(features, lens, ids, labels, model.all_encoders(len(lens)))
-    errors = [abs(float(sums["loss"] / sums["tokens"]) - golden["batch_loss"])]
+    errors = [abs(float(sums["loss"] / (labels != IGNORED).sum()) - golden["batch_loss"])]
     # Of all answers the longest did not end before the limit, if any did not.
     limit = max(len(alone[key]) for alone in golden["alone"] for key in BEAMS)
     for i, alone in enumerate(golden["alone"]):

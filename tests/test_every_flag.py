@@ -66,7 +66,12 @@ def reached(monkeypatch, tiny_train_argv, tiny_exp, tmp_path):
             run(Ranks(), args)
 
         monkeypatch.setattr(train, "launch", launch)
-        monkeypatch.setattr(setup, "train", lambda **given: loop.update(given))
+        def trainer(**given):
+            engine = given["engine"]
+            loop.update(given, **vars(engine))
+            return SimpleNamespace(run=lambda: None)
+
+        monkeypatch.setattr(setup, "Trainer", trainer)
         exp_dir = tmp_path / "exp"
         if not exp_dir.exists():
             exp_dir.mkdir()
@@ -133,6 +138,7 @@ TRAIN = {
     "--num-epochs": Change("3", attribute("num_epochs")),
     "--start-epoch": Change("2", lambda r: (r.start_epoch, r.state.batch_idx_train)),
     "--exp-dir": Change("{tmp}/other", lambda r: (r.exp_dir, sorted(r.exp_dir.iterdir()))),
+    "--grad-accum": Change("3", attribute("grad_accum")),
     "--base-lr": Change("0.005", rates),
     "--optimizer": Change("adamw", lambda r: type(r.optimizer)),
     "--lr-schedule": Change("eden", rates),

@@ -32,6 +32,7 @@ from speechllm.zipformer.swoosh import swoosh_r
 x = IGNORED
 LENS = torch.tensor([160, 61, 122])  # frames: 9, 3 and 7 speech embeddings
 TRANSCRIPTS = [[10, 11, 12, 13], [20], [30, 31]]
+TOKENS = 10  # with the closing ones
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,7 @@ def run(model, features, used=None):
 
 
 def mean_loss(model, features, used=None):
-    sums = run(model, features, used)
-    return sums["loss"] / sums["tokens"]
+    return run(model, features, used)["loss"] / TOKENS
 
 
 def gradients(model):
@@ -223,7 +223,7 @@ def test_loss_is_that_of_transformers(make_model, features, n, use_lora):
         loss += out.loss * len(answer)
         correct += (out.logits[0, -len(answer) - 1 : -1].argmax(-1) == answer).sum()
         tokens += len(answer)
-    assert sums["tokens"] == tokens == 10
+    assert tokens == TOKENS
     torch.testing.assert_close(sums["loss"], loss, rtol=1e-4, atol=1e-4)
     assert sums["correct"] == correct
 
@@ -312,7 +312,7 @@ def test_a_step_waits_for_no_device(make_model, features, n):
     optimizer = ScaledAdam([p for p in model.parameters() if p.requires_grad])
     for _ in range(5):
         sums = run(model, features.to("meta"), draw_encoders(n, 3))
-        (sums["loss"] / sums["tokens"]).backward()
+        (sums["loss"] / TOKENS).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert sums["loss"].is_meta and sums["correct"].is_meta

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -157,7 +158,12 @@ def handed_over(flags, tmp_path, monkeypatch):
 
     def run(**more):
         given = {}
-        monkeypatch.setattr(setup, "train", lambda **options: given.update(options))
+
+        def trainer(**options):
+            given.update(options, **vars(options["engine"]))
+            return SimpleNamespace(run=lambda: None)
+
+        monkeypatch.setattr(setup, "Trainer", trainer)
         main(flags, tmp_path, **more)
         return given
 
@@ -169,6 +175,7 @@ def handed_over(flags, tmp_path, monkeypatch):
     [
         ("--num-epochs", 7, lambda given: given["num_epochs"]),
         ("--seed", 7, lambda given: given["seed"]),
+        ("--grad-accum", 7, lambda given: given["grad_accum"]),
         ("--log-interval", 7, lambda given: given["log_interval"]),
         ("--valid-interval", 7, lambda given: given["valid_interval"]),
         ("--base-lr", 7.0, lambda given: given["optimizer"].param_groups[0]["initial_lr"]),
@@ -222,7 +229,7 @@ def test_precision(handed_over):
 
 
 def test_the_seed_decides_the_first_weights(handed_over):
-    one, same, other = (handed_over(**{"--seed": seed})["model_state"]() for seed in (1, 1, 2))
+    one, same, other = (handed_over(**{"--seed": seed})["model_state"](torch.clone) for seed in (1, 1, 2))
     assert equal(one, same) and not equal(one, other)
 
 

@@ -166,7 +166,7 @@ def test_an_error_of_the_training_itself_keeps_its_traceback(
     def fail(**_):
         raise ValueError("shapes do not fit")
 
-    monkeypatch.setattr("speechllm.training.setup.train", fail)
+    monkeypatch.setattr("speechllm.training.setup.Trainer", fail)
     with pytest.raises(ValueError, match="shapes do not fit"):
         train.main(tiny_train_argv(tmp_path))
 
@@ -190,7 +190,7 @@ def test_texts_are_lower_cased_and_encoders_dropped_in_training_only(tiny_tokeni
         "features": torch.zeros(20, 50, 80), "feature_lens": torch.full((20,), 45),
         "texts": ["ONE two"] * 20,
     }  # fmt: skip
-    batch_loss = train.make_batch_loss(tiny_tokenizer, Listener.chat, n, torch.device("cpu"))
+    batch_loss = train.LlmBatchLoss(tiny_tokenizer, Listener.chat, n, torch.device("cpu"))
     model = Listener()
     assert batch_loss(model.eval(), batch)["frames"] == 20 * 22
     assert model.used == [list(range(n))] * 20

@@ -5,6 +5,7 @@ Shapes: B utterances, T feature frames, S speech embeddings, L ids, D width of t
 
 import copy
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -200,13 +201,13 @@ class SpeechLLM(nn.Module):
           used: for each utterance the encoders of its speech groups.
 
         Returns:
-          Sums over the label tokens: `loss` (nats), `tokens`, `correct`.
+          Sums over the label tokens: `loss` (nats), `correct`.
         """
         speech = self.speech_embeddings(features, feature_lens, used)
         embeds, _, labels = self.merge(ids, labels, speech)
         hidden, targets = self.before_labels(embeds, labels)
         loss, correct = label_loss(hidden, self.plain_llm.get_output_embeddings().weight, targets)
-        return {"loss": loss, "tokens": torch.tensor(targets.numel()), "correct": correct}
+        return {"loss": loss, "correct": correct}
 
     def before_labels(self, embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What predicts the N labels, (N, D), and these labels (N,).
@@ -282,13 +283,16 @@ def draw_encoders(num_encoders: int, batch_size: int) -> list[list[int]]:
 # ---- checkpoints: the published key layout
 
 
-def trainable_state(model: SpeechLLM) -> dict[str, Tensor]:
-    """The trained parameters on the CPU, under the published names.
+def trainable_state(
+    model: SpeechLLM,
+    value: Callable[[Tensor], Tensor] = lambda parameter: parameter.detach().cpu().clone(),
+) -> dict[str, Tensor]:
+    """The trained parameters, as `value` copies each, under the published names.
 
     With a single encoder these have no encoder index (`encoder_projector.proj.1.weight`).
     """
     return {
-        _published_name(name, len(model.encoder)): parameter.detach().cpu().clone()
+        _published_name(name, len(model.encoder)): value(parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

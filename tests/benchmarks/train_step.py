@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 from measure import DTYPES, SHAPES, forget_peak, make_llm, peak_memory, random_chat  # noqa: E402
 from speechllm.lora import LoraLinear, with_lora  # noqa: E402
 from speechllm.model import SpeechLLM, draw_encoders  # noqa: E402
-from speechllm.prompt import training_ids  # noqa: E402
+from speechllm.prompt import IGNORED, training_ids  # noqa: E402
 from speechllm.training.scaled_adam import ScaledAdam  # noqa: E402
 from speechllm.zipformer import SIZES, ZipformerEncoder  # noqa: E402
 
@@ -57,9 +57,8 @@ def make_batch(args, model: SpeechLLM, device: str) -> dict:
 
 def published_loss(model: SpeechLLM, batch: dict, used: list[list[int]]) -> Tensor:
     """The mean over the labels."""
-    features, lens = batch["features"], batch["feature_lens"].to(batch["features"].device)
+    features, lens = batch["features"], batch["feature_lens"]
     ids, labels = training_ids(model.chat, batch["transcripts"], [len(group) for group in used])
-    ids, labels = ids.to(features.device), labels.to(features.device)
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         outputs = [encoder(features, lens) for encoder in model.encoder]
     spoken = [projector(out) for projector, (out, _) in zip(model.encoder_projector, outputs)]
@@ -68,20 +67,18 @@ def published_loss(model: SpeechLLM, batch: dict, used: list[list[int]]) -> Tens
         for b, group in enumerate(used)
     ]
     embeds, mask, labels = model.merge(ids, labels, speech)
+    labels = labels.to(features.device)
     answer = model.llm(inputs_embeds=embeds, attention_mask=mask, labels=labels)
     found = answer.logits.argmax(dim=-1)[:, :-1]
-    counted = labels[:, 1:] != -100
+    counted = labels[:, 1:] != IGNORED
     ((found == labels[:, 1:]) & counted).sum().item()
     return answer.loss
 
 
 def our_loss(model: SpeechLLM, batch: dict, used: list[list[int]]) -> Tensor:
-    device = batch["features"].device
     ids, labels = training_ids(model.chat, batch["transcripts"], [len(group) for group in used])
-    sums = model(
-        batch["features"], batch["feature_lens"].to(device), ids.to(device), labels.to(device), used
-    )
-    return sums["loss"] / sums["tokens"]
+    sums = model(batch["features"], batch["feature_lens"], ids, labels, used)
+    return sums["loss"] / (labels != IGNORED).sum().item()
 
 
 LOSSES = {"published": published_loss, "ours": our_loss}

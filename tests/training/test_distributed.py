@@ -90,7 +90,6 @@ def toy_loss(model, batch):
     """Squared errors, summed; a token is a row."""
     return {
         "loss": (model(batch["x"]).sum(dim=1) - 1).square().sum(),
-        "tokens": torch.tensor(len(batch["x"])),
         "frames": torch.tensor(len(batch["x"])),
         "correct": torch.tensor(1),
     }
@@ -103,21 +102,20 @@ def toy_batch(rows):
 
 def toy_training(exp_dir, batches, valid, ranks):
     """Two epochs of gradient descent; returns the weights and the state."""
-    from speechllm.training.checkpoint import TrainState
-    from speechllm.training.loop import train
+    from speechllm.training.engine import Engine
+    from speechllm.training.loop import Trainer
     from speechllm.training.schedule import FixedLR
-    from speechllm.training.setup import wrap_ddp
 
     torch.manual_seed(ranks.rank)  # DDP makes all ranks start as rank 0
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    state = train(
-        model=wrap_ddp(model, ranks), batch_loss=toy_loss, optimizer=optimizer,
-        schedule=FixedLR(optimizer), scaler=torch.amp.GradScaler("cpu", enabled=False),
+    state = Trainer(
+        engine=Engine(model, optimizer, ranks), schedule=FixedLR(optimizer),
+        batch_loss=toy_loss, count_tokens=lambda batch: len(batch["x"]),
         train_loader=lambda epoch: batches, valid_loader=lambda: valid,
-        model_state=model.state_dict, state=TrainState(), exp_dir=exp_dir, start_epoch=1,
-        num_epochs=2, epoch_seconds=1.0, tensorboard=False, ranks=ranks,
-    )  # fmt: skip
+        model_state=lambda _: model.state_dict(), exp_dir=exp_dir, num_epochs=2,
+        epoch_seconds=1.0, tensorboard=False,
+    ).run()  # fmt: skip
     return {"weight": model.weight.data, **vars(state)}
 
 
@@ -275,11 +273,11 @@ def speech_llm():
     return model
 
 
-def gradients(rows, ranks):
-    """Of a training step on these utterances of a batch of four, before the optimizer's step."""
+def gradients(batches, ranks):
+    """Of a training step on these of four utterances, before the optimizer's step."""
     from speechllm.prompt import training_ids
-    from speechllm.training.loop import _step
-    from speechllm.training.setup import wrap_ddp
+    from speechllm.training.engine import Engine
+    from speechllm.training.loop import Trainer
 
     model = speech_llm()
     used = [[0], [0], [1, 0], [1]]  # the first two do not use the second encoder at all
@@ -288,10 +286,14 @@ def gradients(rows, ranks):
     lens = torch.tensor([90, 60, 75, 81])
 
     def batch_loss(model, batch):
+        rows = batch["rows"]
         ids, labels = training_ids(
             chat, [transcripts[b] for b in rows], [len(used[b]) for b in rows]
         )
         return model(features[rows], lens[rows], ids, labels, [used[b] for b in rows])
+
+    def count_tokens(batch):
+        return sum(len(transcripts[b]) + 1 for b in batch["rows"])
 
     chat, found = model.chat, {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -299,22 +301,29 @@ def gradients(rows, ranks):
     optimizer.register_step_pre_hook(
         lambda *_: found.update({name: p.grad.clone() for name, p in trained.items()})
     )
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    _step(wrap_ddp(model, ranks), batch_loss, {}, optimizer, scaler, torch.float32, ranks)
+    Trainer(
+        engine=Engine(model, optimizer, ranks), schedule=None, batch_loss=batch_loss,
+        count_tokens=count_tokens, train_loader=None, valid_loader=None, model_state=None,
+        exp_dir=None, num_epochs=1, epoch_seconds=1.0,
+    ).step([{"rows": rows} for rows in batches])  # fmt: skip
     return found
 
 
 def rank_gradients(ranks, args):
     rows = [[0, 1], [2, 3]][ranks.rank]
-    torch.save(gradients(rows, ranks), args.exp_dir / f"rank-{ranks.rank}.pt")
+    torch.save(gradients([rows], ranks), args.exp_dir / f"rank-{ranks.rank}.pt")
+    accumulated = gradients([[b] for b in rows], ranks)
+    torch.save(accumulated, args.exp_dir / f"accumulated-{ranks.rank}.pt")
 
 
 def test_the_ranks_gradients_are_those_of_the_joint_batch(tmp_path):
     launch(rank_gradients, argparse.Namespace(exp_dir=tmp_path), 2, free_port())
-    joint = gradients([0, 1, 2, 3], Ranks())
+    joint = gradients([[0, 1, 2, 3]], Ranks())
     assert any("encoder_projector.1" in name for name in joint)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
+    others = [gradients([[0, 1, 2], [3]], Ranks())]
+    others += [torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")]
+    assert len(others) == 1 + 2 * 2
+    for found in others:
         assert found.keys() == joint.keys()
         for name, gradient in joint.items():
             assert gradient.abs().max() > 0, name

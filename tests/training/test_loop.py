@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
-from speechllm.training.distributed import Ranks
-from speechllm.training.loop import adjust_grad_scale, seed_everything, train, validate
+from speechllm.training.engine import Engine
+from speechllm.training.loop import Trainer, adjust_grad_scale, groups, seed_everything, validate
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden
 
@@ -43,10 +43,13 @@ def batch_loss(model, batch):
     target = batch["x"][:, :CLASSES].argmax(dim=1)
     return {
         "loss": nn.functional.cross_entropy(logits.float(), target, reduction="sum"),
-        "tokens": torch.tensor(len(target)),
         "frames": torch.tensor(10 * len(target)),
         "correct": (logits.argmax(dim=1) == target).sum(),
     }
+
+
+def count_tokens(batch):
+    return len(batch["x"])
 
 
 def run(exp_dir, start_epoch=1, num_epochs=3, batches=60, **options):
@@ -60,25 +63,24 @@ def run(exp_dir, start_epoch=1, num_epochs=3, batches=60, **options):
         state = restore_state(checkpoint)
     optimizer = ScaledAdam(model.parameters(), lr=0.05)
     schedule = Eden(optimizer, lr_batches=50, lr_epochs=2, warmup_batches=10)
-    dtype = options.get("dtype", torch.float32)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=dtype == torch.float16)
+    engine = Engine(model, optimizer, dtype=options.pop("dtype", torch.float32))
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        engine.load_state_dict(checkpoint)
         schedule.load_state_dict(checkpoint["scheduler"])
-        scaler.load_state_dict(checkpoint["grad_scaler"])
     options = {
         "batch_loss": batch_loss,
+        "count_tokens": count_tokens,
         "train_loader": lambda epoch: make_batches(epoch, batches),
         "valid_loader": lambda: make_batches(99, 4),
         "tensorboard": False,
         **options,
     }
     exp_dir.mkdir(exist_ok=True)
-    state = train(
-        model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, state=state,
-        model_state=model.state_dict, exp_dir=exp_dir, start_epoch=start_epoch,
+    state = Trainer(
+        engine=engine, schedule=schedule, state=state,
+        model_state=lambda _: model.state_dict(), exp_dir=exp_dir, start_epoch=start_epoch,
         num_epochs=num_epochs, epoch_seconds=2.0 * batches, **options,
-    )  # fmt: skip
+    ).run()  # fmt: skip
     return state, model
 
 
@@ -181,11 +183,38 @@ def test_the_gradient_is_that_of_the_mean_over_tokens(tmp_path):
     def scaled_batch(factor):  # as many tokens again make half the mean
         def loss(model, batch):
             sums = batch_loss(model, batch)
-            return {**sums, "loss": sums["loss"] * factor, "tokens": sums["tokens"] * factor}
+            return {**sums, "loss": sums["loss"] * factor}
 
-        return run(tmp_path, num_epochs=1, batches=3, batch_loss=loss)[1].linear.weight
+        return run(
+            tmp_path, num_epochs=1, batches=3, batch_loss=loss,
+            count_tokens=lambda batch: count_tokens(batch) * factor,
+        )[1].linear.weight  # fmt: skip
 
     assert torch.equal(scaled_batch(1), scaled_batch(4))
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path, caplog):
+    """Without dropout, whose random numbers would be others."""
+
+    def weight(train_loader, **options):
+        def loss(model, batch):
+            model.eval()
+            return batch_loss(model, batch)
+
+        options = {"batch_loss": loss, "train_loader": train_loader, **options}
+        state, model = run(tmp_path, num_epochs=1, **options)
+        return state.batch_idx_train, model.linear.weight
+
+    def joined(epoch):
+        for batches in groups(make_batches(epoch, 7), 3):
+            whole = {name: batches[0][name] for name in batches[0]}
+            yield {**whole, "x": torch.cat([batch["x"] for batch in batches])}
+
+    steps, weights = weight(lambda epoch: make_batches(epoch, 7), grad_accum=3)
+    assert "batch size: 21" in logged(caplog, "tot_loss")[0]
+    other_steps, expected = weight(joined)
+    assert steps == other_steps == 3  # of 3, 3 and 1 batches
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
 # The best
@@ -198,7 +227,7 @@ def scripted_losses(values):
     def loss(model, batch):
         sums = batch_loss(model, batch)
         if not model.training:
-            sums["loss"] = torch.tensor(next(values)) * sums["tokens"]
+            sums["loss"] = torch.tensor(next(values)) * count_tokens(batch)
         return sums
 
     return loss
@@ -343,8 +372,10 @@ def test_a_small_grad_scale_is_warned_of_and_a_tiny_one_ends_the_training(caplog
 def test_validate_sums_over_all_batches_in_evaluation_mode():
     model = Toy().train()
     batches = make_batches(99, 4)
-    totals = validate(model, batch_loss, lambda: batches, torch.float32, Ranks())
+    engine = Engine(model, torch.optim.SGD(model.parameters()))
+    totals = validate(engine, batch_loss, count_tokens, batches)
     assert not model.training
+    assert totals.sums["tokens"] == sum(map(count_tokens, batches))
     whole = batch_loss(model, {"x": torch.cat([batch["x"] for batch in batches])})
     for name, value in whole.items():
         assert totals.sums[name] == pytest.approx(value.item(), rel=1e-5)

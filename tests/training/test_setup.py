@@ -12,6 +12,7 @@ from speechllm.training.distributed import Ranks
 from speechllm.training.loop import seed_everything
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden, FixedLR
+from speechllm.training.engine import Engine
 from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,
@@ -23,7 +24,6 @@ from speechllm.training.setup import (
     make_schedule,
     make_train_loader,
     make_valid_loader,
-    wrap_ddp,
 )
 
 
@@ -306,7 +306,7 @@ def test_schedules():
 
 def test_a_single_rank_is_not_wrapped():
     model = nn.Linear(2, 2)
-    assert wrap_ddp(model, Ranks()) is model
+    assert Engine(model, torch.optim.SGD(model.parameters()), Ranks()).model is model
 
 
 class Divides(nn.Module):

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from speechllm.flags import comma_list, str2bool
 from speechllm.shards import Shards, check_shards, read_shards
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint
 from speechllm.training.distributed import InStep, Ranks
-from speechllm.training.loop import BatchLoss, train
+from speechllm.training.engine import Engine
+from speechllm.training.loop import BatchLoss, ModelState, Trainer
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden, FixedLR
 
@@ -55,8 +55,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inf-check", type=str2bool, default=False,
         help="stop at the first module whose output is not finite, by name")  # fmt: skip
     add("--tensorboard", type=str2bool, default=True, help="write tensorboard files")
-    add("--log-interval", type=int, default=50, help="batches between log lines")
-    add("--valid-interval", type=int, default=5000, help="batches between validations")
+    add("--log-interval", type=int, default=50, help="steps between log lines")
+    add("--valid-interval", type=int, default=5000, help="steps between validations")
+    add("--grad-accum", type=int, default=1,
+        help="batches of each process in a step, the same as one large batch")  # fmt: skip
 
 
 def autocast_dtype(use_fp16: bool, use_bf16: bool) -> torch.dtype:
@@ -76,15 +78,6 @@ def make_schedule(args, optimizer: torch.optim.Optimizer) -> FixedLR:
     if args.lr_schedule == "eden":
         return Eden(optimizer, args.lr_batches, args.lr_epochs, args.warmup_batches)
     return FixedLR(optimizer)
-
-
-def wrap_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
-    if ranks.world_size == 1:
-        return model
-    # Gradients of the frontend's convolutions have channels last: another layout, no other result.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
 
 
 def check_outputs_finite(model: nn.Module) -> None:
@@ -113,7 +106,7 @@ def check_training(args) -> None:
     Raises:
       FileNotFoundError, ValueError: one sentence with the flag or the file.
     """
-    for name in ("start_epoch", "num_epochs", "log_interval", "valid_interval"):
+    for name in ("start_epoch", "num_epochs", "log_interval", "valid_interval", "grad_accum"):
         if getattr(args, name) < 1:
             raise InputError(f"{_flag(name)} {getattr(args, name)} must be at least 1")
     if args.max_duration <= 0:
@@ -307,47 +300,44 @@ def fit(
     model: nn.Module,
     batch_loss: BatchLoss,
     valid_loader: Callable,
-    model_state: Callable,
+    model_state: ModelState,
     state: TrainState,
     checkpoint: dict,
     args,
     ranks: Ranks,
-) -> None:
+) -> Engine:
     """Train `model` as the flags say, going on from `checkpoint` unless that is empty.
 
-    See `loop.train` for the other arguments; `args.train_statistics` is of `check_data`.
+    See `loop.Trainer` for the other arguments; `batch_loss.tokens` counts a batch's tokens, and
+    `args.train_statistics` is of `check_data`.
     """
     if args.inf_check:
         check_outputs_finite(model)
     optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)
     schedule = make_schedule(args, optimizer)
-    dtype = autocast_dtype(args.use_fp16, args.use_bf16)
-    scaler = torch.amp.GradScaler(ranks.device.type, init_scale=1.0, enabled=dtype == torch.float16)
+    engine = Engine(model, optimizer, ranks, autocast_dtype(args.use_fp16, args.use_bf16))
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        engine.load_state_dict(checkpoint)
         for group in optimizer.param_groups:
             group["initial_lr"] = args.base_lr  # the flags decide, not what they once were
         schedule.load_state_dict(checkpoint["scheduler"])
-        if checkpoint["grad_scaler"]:  # empty after a training without fp16
-            scaler.load_state_dict(checkpoint["grad_scaler"])
-    train(
-        model=wrap_ddp(model, ranks),
-        batch_loss=batch_loss,
-        optimizer=optimizer,
+    Trainer(
+        engine=engine,
         schedule=schedule,
-        scaler=scaler,
+        batch_loss=batch_loss,
+        count_tokens=batch_loss.tokens,
         train_loader=make_train_loader(args, args.train_statistics, ranks),
         valid_loader=valid_loader,
         model_state=model_state,
-        state=state,
         exp_dir=args.exp_dir,
-        start_epoch=args.start_epoch,
         num_epochs=args.num_epochs,
         epoch_seconds=args.train_statistics.seconds,
-        dtype=dtype,
+        start_epoch=args.start_epoch,
+        state=state,
+        grad_accum=args.grad_accum,
         seed=args.seed,
         log_interval=args.log_interval,
         valid_interval=args.valid_interval,
         tensorboard=args.tensorboard,
-        ranks=ranks,
-    )
+    ).run()
+    return engine
