@@ -63,6 +63,12 @@ class CtcModel(nn.Module):
         self.encoder = encoder
         self.feature_mask = feature_mask
 
+    def checkpoint_activations(self) -> None:
+        self.encoder.checkpoint_activations()
+
+    def compile_layers(self) -> None:
+        self.encoder.compile_layers()
+
     def forward(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
         mask = self.feature_mask and self.training
         encoder_out, lens = self.encoder(features, feature_lens, feature_mask=mask)

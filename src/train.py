@@ -197,6 +197,8 @@ def main(
     try:
         check_model_files(args)
         check_training(args)
+        if args.activation_checkpointing and not args.unfreeze_llm:
+            raise InputError("--activation-checkpointing true is for an LLM that is trained")
         if args.pretrained_model_path:
             if args.start_epoch > 1:
                 raise InputError(

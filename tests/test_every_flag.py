@@ -126,6 +126,10 @@ def plain(reached):
     return sorted(batch[1:] for batch in batches(reached))
 
 
+def compiled(module):
+    return module._compiled_call_impl is not None
+
+
 MANY = ("--train-cuts", "tiny_cuts_many", "--max-duration", "20")
 QUIET = ("--enable-musan", "false", "--enable-spec-aug", "false")
 JOINABLE = (*QUIET, "--max-duration", "20", "--min-utterance", "0.3")
@@ -139,6 +143,8 @@ TRAIN = {
     "--start-epoch": Change("2", lambda r: (r.start_epoch, r.state.batch_idx_train)),
     "--exp-dir": Change("{tmp}/other", lambda r: (r.exp_dir, sorted(r.exp_dir.iterdir()))),
     "--grad-accum": Change("3", attribute("grad_accum")),
+    "--activation-checkpointing": Change("true", lambda r: r.module.llm.is_gradient_checkpointing),
+    "--compile": Change("true", lambda r: compiled(r.module.plain_llm.get_decoder().layers[0])),
     "--base-lr": Change("0.005", rates),
     "--optimizer": Change("adamw", lambda r: type(r.optimizer)),
     "--lr-schedule": Change("eden", rates),

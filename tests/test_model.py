@@ -10,6 +10,7 @@ import pytest
 import torch
 from check_goldens import speech_llm
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechllm import label_loss
@@ -303,6 +304,63 @@ def test_logits_exist_for_few_labels_at_a_time(make_model, features, monkeypatch
         mean_loss(model, features).backward()
     of_logits = {shape for shape in shapes.seen if shape and shape[-1] == vocabulary}
     assert of_logits - {(width, vocabulary)} == {(4, vocabulary), (2, vocabulary)}  # 10 labels
+
+
+def kept_for_backward(model, features):
+    """Bytes, of a step, and its gradients."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.grad = None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = mean_loss(model, features)
+    loss.backward()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(size for place, size in kept.items() if place not in weights), gradients(model)
+
+
+@pytest.mark.parametrize("unfreeze_encoder", [False, True])
+def test_checkpointed_activations_give_the_same_gradients(make_model, features, unfreeze_encoder):
+    """With dropout in the LLM: the same numbers are drawn anew."""
+    model = make_model(unfreeze_encoder=unfreeze_encoder, encoder_feature_mask=False).train()
+    model.encoder.eval()  # its dropout would be drawn in another order
+    plain, expected = kept_for_backward(model, features)
+    model.checkpoint_activations()
+    checkpointed, found = kept_for_backward(model, features)
+    assert checkpointed < 0.7 * plain
+    assert expected.keys() == found.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_layers_compute_the_same_for_any_length(make_model, features, monkeypatch):
+    """Without inductor's C++, which takes long."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how)
+    )
+    model = make_model()
+    expected = mean_loss(model, features)
+    expected.backward()
+    wanted = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    model.compile_layers()
+    loss = mean_loss(model, features)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    shorter = features[:2, :150]
+    ids, labels = training_ids(model.chat, TRANSCRIPTS[1:], [1, 1])
+    model(shorter, LENS[1:], ids, labels, model.all_encoders(2))["loss"].backward()
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("n", [1, 2])

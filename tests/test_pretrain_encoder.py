@@ -14,6 +14,7 @@ import torch
 import pretrain_encoder
 from speechllm.training import setup
 from speechllm.training.checkpoint import load_checkpoint
+from speechllm.zipformer.encoder import Stack
 from speechllm.zipformer import load_encoder
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -170,6 +171,10 @@ def handed_over(flags, tmp_path, monkeypatch):
     return run
 
 
+def first_stack(given):
+    return next(m for m in given["module"].modules() if isinstance(m, Stack))
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "seen"),
     [
@@ -188,6 +193,10 @@ def handed_over(flags, tmp_path, monkeypatch):
         ("--tensorboard", "true", lambda given: str(given["tensorboard"]).lower()),
         ("--use-fp16", "true", lambda given: str(given["scaler"].is_enabled()).lower()),
         ("--encoder-feature-mask", "false", lambda given: str(given["model"].feature_mask).lower()),
+        ("--activation-checkpointing", "true",
+         lambda given: str(first_stack(given).checkpointed).lower()),
+        ("--compile", "true",
+         lambda given: str(first_stack(given).layers[0]._compiled_call_impl is not None).lower()),
         ("--inf-check", "true",
          lambda given: "true" if given["model"].encoder._forward_hooks else "false"),
     ],

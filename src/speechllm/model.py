@@ -102,6 +102,19 @@ class SpeechLLM(nn.Module):
             self.llm.eval()
         return self
 
+    def checkpoint_activations(self) -> None:
+        """Of each trained layer keep the input alone; the backward pass computes the rest anew."""
+        for encoder in self.encoder:
+            encoder.checkpoint_activations()
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compile_layers(self) -> None:
+        """With torch.compile, one by one and for any length."""
+        for encoder in self.encoder:
+            encoder.compile_layers()
+        for layer in self.plain_llm.get_decoder().layers:
+            layer.compile(dynamic=True)
+
     @property
     def plain_llm(self) -> nn.Module:
         """The LLM without peft's wrapper; LoRA works within it."""

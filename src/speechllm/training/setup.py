@@ -59,6 +59,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--valid-interval", type=int, default=5000, help="steps between validations")
     add("--grad-accum", type=int, default=1,
         help="batches of each process in a step, the same as one large batch")  # fmt: skip
+    add("--activation-checkpointing", type=str2bool, default=False,
+        help="keep the trained layers' inputs alone: less memory, a third more time")  # fmt: skip
+    add("--compile", type=str2bool, default=False, help="compile the layers with torch.compile")
 
 
 def autocast_dtype(use_fp16: bool, use_bf16: bool) -> torch.dtype:
@@ -313,6 +316,10 @@ def fit(
     """
     if args.inf_check:
         check_outputs_finite(model)
+    if args.activation_checkpointing:
+        model.checkpoint_activations()
+    if args.compile:
+        model.compile_layers()
     optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)
     schedule = make_schedule(args, optimizer)
     engine = Engine(model, optimizer, ranks, autocast_dtype(args.use_fp16, args.use_bf16))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from speechllm.errors import InputError
 from speechllm.zipformer.ctc import CtcHead
@@ -45,13 +46,17 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.pos_dim = pos_dim
+        self.checkpointed = False
 
     def forward(self, x: Tensor, lens: Tensor, mask: Tensor | float) -> Tensor:
         pos_emb = positional_embedding(x.size(1), self.pos_dim, x.device).to(x.dtype)
         valid = valid_frames(lens, x.size(1))
         x = x * mask
         for layer in self.layers:
-            x = layer(x, pos_emb, valid) * mask
+            if self.checkpointed and torch.is_grad_enabled():
+                x = checkpoint(layer, x, pos_emb, valid, use_reentrant=False) * mask
+            else:
+                x = layer(x, pos_emb, valid) * mask
         return x
 
 
@@ -173,6 +178,18 @@ class ZipformerEncoder(nn.Module):
         self.frozen = True
         self.requires_grad_(False)
         return self.eval()
+
+    def checkpoint_activations(self) -> None:
+        """Of each layer keep the input alone; the backward pass computes the rest anew."""
+        for module in self.modules():
+            if isinstance(module, Stack):
+                module.checkpointed = True
+
+    def compile_layers(self) -> None:
+        """With torch.compile, one by one and for any length."""
+        for module in self.modules():
+            if isinstance(module, ZipformerLayer):
+                module.compile(dynamic=True)
 
     def train(self, mode: bool = True) -> "ZipformerEncoder":
         return super().train(mode and not self.frozen)
