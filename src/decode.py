@@ -114,7 +114,11 @@ class Decoder:
         self.parameters_name, self.device = parameters_name, device
         self.dtype = autocast_dtype(args.use_fp16, args.use_bf16)
         self.model, self.tokenizer = build_model(
-            args, self.dtype, unfreeze_llm=args.unfreeze_llm, unfreeze_encoder=args.unfreeze_encoder
+            args,
+            llm_dtype=self.dtype,
+            encoder_dtype=self.dtype,
+            unfreeze_llm=args.unfreeze_llm,
+            unfreeze_encoder=args.unfreeze_encoder,
         )
         ignored = load_trainable_state(self.model, parameters, parameters_name)
         logging.info(f"Parameters of {parameters_name}; ignored: {', '.join(ignored) or 'nothing'}")

@@ -166,6 +166,7 @@ def run(ranks: Ranks, args) -> None:
         args,
         # Weights that are trained themselves stay in float32; autocast does the rest.
         llm_dtype=torch.float32 if args.unfreeze_llm and not args.use_lora else dtype,
+        encoder_dtype=dtype,
         unfreeze_llm=args.unfreeze_llm,
         unfreeze_encoder=args.unfreeze_encoder,
         encoder_feature_mask=args.encoder_feature_mask,

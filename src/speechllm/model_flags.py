@@ -65,14 +65,18 @@ def check_model_files(args) -> None:
 def build_model(
     args,
     llm_dtype: torch.dtype,
+    encoder_dtype: torch.dtype,
     unfreeze_llm: bool = True,
     unfreeze_encoder: bool = False,
     encoder_feature_mask: bool = True,
 ) -> tuple[SpeechLLM, PreTrainedTokenizerBase]:
-    """The model the flags describe, on the CPU, and its tokenizer with the speech tokens."""
+    """The model the flags describe, on the CPU, and its tokenizer with the speech tokens.
+
+    `encoder_dtype` is of frozen encoders.
+    """
     encoders = [load_encoder(path, size) for path, size in encoder_files(args)]
     if not unfreeze_encoder:
-        encoders = [encoder.freeze() for encoder in encoders]
+        encoders = [encoder.freeze(encoder_dtype) for encoder in encoders]
     llm, tokenizer = load_llm(args.llm_path, llm_dtype, args.use_flash_attn)
     llm = prepare_llm(llm, unfreeze_llm, args.use_lora)
     model = SpeechLLM(

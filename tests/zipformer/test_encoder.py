@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -132,6 +134,16 @@ def test_downsampled_stack_repeats_frames_and_combines(encoder):
     up = torch.stack([low[0, t // 4] for t in range(10)])
     expected = x[0] + (up - x[0]) * stack.out_combiner.bypass_scale
     torch.testing.assert_close(stack(x, lens, 1.0)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_held_in_half_precision_it_computes_what_autocast_does(golden, golden_encoder, dtype):
+    held = copy.deepcopy(golden_encoder).freeze(dtype)
+    assert {p.dtype for p in held.parameters()} == {dtype, torch.float32}
+    with torch.autocast("cpu", dtype=dtype):
+        expected, _ = golden_encoder(golden["features"], golden["feature_lens"])
+        found, _ = held(golden["features"], golden["feature_lens"])
+    assert torch.equal(found, expected)
 
 
 def test_output_takes_wide_channels_from_the_latest_stack_that_has_them(encoder):

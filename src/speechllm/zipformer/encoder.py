@@ -173,8 +173,14 @@ class ZipformerEncoder(nn.Module):
     def output_dim(self) -> int:
         return max(self.config.encoder_dim)
 
-    def freeze(self) -> "ZipformerEncoder":
-        """No gradients, and evaluation mode for good, whatever `train()` is called above."""
+    def freeze(self, dtype: torch.dtype = torch.float32) -> "ZipformerEncoder":
+        """No gradients, and evaluation mode for good, whatever `train()` is called above.
+
+        Linear layers are held in `dtype`, to which autocast would convert them in each step.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
         self.frozen = True
         self.requires_grad_(False)
         return self.eval()
