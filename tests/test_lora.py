@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from peft.tuners import lora
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from speechllm.llm import load_llm, prepare_llm
-from speechllm.lora import LORA, LoraLinear, _draw
+from speechllm.lora import LORA, LoraLinear, LoraMLP, _draw
 
 
 @pytest.fixture
@@ -25,8 +26,8 @@ def as_peft(llm):
     """The same with peft's own layers."""
     plain = copy.deepcopy(llm)
     for module in plain.modules():
-        if isinstance(module, LoraLinear):
-            module.__class__ = lora.Linear
+        if isinstance(module, (LoraLinear, LoraMLP)):
+            module.__class__ = {LoraLinear: lora.Linear, LoraMLP: Qwen2MLP}[type(module)]
     return plain
 
 
@@ -112,3 +113,20 @@ def test_dropout_in_training(llm):
     for ours, theirs in zip([x.grad, a.grad, b.grad], wanted):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert not torch.equal(layer(x), found)
+
+
+def test_dropout_of_the_feed_forward_module(llm):
+    """Three masks, drawn for gate, up and down in this order."""
+    mlp = llm.train().get_base_model().model.layers[0].mlp
+    assert type(mlp) is LoraMLP
+    x = torch.randn(2, 30, llm.config.hidden_size, requires_grad=True)
+    given = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+    torch.manual_seed(3)
+    hidden = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+    expected = mlp.down_proj(hidden)
+    wanted = torch.autograd.grad(expected.square().sum(), given)
+    torch.manual_seed(3)
+    found = mlp(x)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(torch.autograd.grad(found.square().sum(), given), wanted):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

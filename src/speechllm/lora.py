@@ -1,18 +1,22 @@
-"""LoRA (arXiv 2106.09685) as peft computes it, in fewer operations and a third of the memory.
+"""LoRA (arXiv 2106.09685) as peft computes it, in fewer operations and less memory.
 
-peft's layer keeps for the backward pass a copy of its input after dropout, and the dropout's mask
+For the backward pass peft's layer keeps a copy of its input after dropout, and the dropout's mask
 in the input's type; it scales and adds in the width of the output. Here the input itself is kept,
 with one byte of mask an element, scaling is done in the width of LoRA's rank, and the update is
-added in place. Parameters and their names are peft's.
+added in place. Of the feed-forward module the two widest inputs alone are kept, and what is made of
+them is computed again. Parameters and their names are peft's.
 """
 
 import warnings
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from torch import Tensor, nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+ADAPTER = "default"
 LORA = dict(
     r=64,
     lora_alpha=16,
@@ -28,7 +32,11 @@ def with_lora(llm: nn.Module) -> PeftModel:
     config._register_custom_module({nn.Linear: LoraLinear})
     with warnings.catch_warnings():  # peft 0.21 calls transformers 5.23 by an old name
         warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(llm, config)
+        llm = get_peft_model(llm, config)
+    for module in llm.modules():
+        if type(module) is Qwen2MLP:
+            module.__class__ = LoraMLP
+    return llm
 
 
 class LoraLinear(lora.Linear):
@@ -37,36 +45,35 @@ class LoraLinear(lora.Linear):
     The result differs from peft's by rounding; dropout draws other random numbers.
     """
 
+    @property
+    def plain(self) -> bool:
+        """Whether peft's own computation is to be used; torch.compile joins that by itself."""
+        return self.disable_adapters or self.merged or torch.compiler.is_compiling()
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.disable_adapters or self.merged:
-            return super().forward(x)
-        if torch.compiler.is_compiling():  # which joins peft's operations by itself
+        if self.plain:
             return super().forward(x)
         result = self.base_layer(x)
-        for name in self.active_adapters:
-            dropout = self.lora_dropout[name]
-            result = _add_update(
-                result,
-                x,
-                self.lora_A[name].weight,
-                self.lora_B[name].weight,
-                self.scaling[name],
-                getattr(dropout, "p", 0.0) if dropout.training else 0.0,
-            )
-        return result
+        return _Update.apply(result, x.to(result.dtype), *self.update_of(x, result.dtype))
+
+    def update_of(self, x: Tensor, dtype: torch.dtype) -> tuple:
+        """Dropout's mask like x (None without), A and B in `dtype`, and a factor."""
+        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        p = LORA["lora_dropout"] if self.training else 0.0
+        keep = _draw(x, p) if p else None
+        return keep, a.to(dtype), b.to(dtype), self.scaling[ADAPTER] / (1 - p)
 
 
-def _add_update(
-    result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float
-) -> Tensor:
-    """Add scaling * dropout(x) A' B' to `result` (…, M), in place and in its type.
+class LoraMLP(Qwen2MLP):
+    """Qwen2's feed-forward module, with LoRA in its three Linear layers."""
 
-    Args:
-      x: (…, N); a: A (R, N); b: B (M, R); p: probability that dropout zeroes an element.
-    """
-    keep = None if p == 0 else _draw(x, p)
-    kind = result.dtype
-    return _Update.apply(result, x.to(kind), keep, a.to(kind), b.to(kind), scaling / (1 - p))
+    def forward(self, x: Tensor) -> Tensor:
+        down = self.down_proj
+        if getattr(down, "plain", True):  # a Linear again after peft's `unload`
+            return super().forward(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        weight = down.base_layer.weight.to(gate.dtype)
+        return _DownUpdate.apply(gate, up, weight, *down.update_of(up, gate.dtype))
 
 
 def _draw(x: Tensor, p: float) -> Tensor:
@@ -84,7 +91,7 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, result, x, keep, a, b, factor):
-        low = (_kept(x, keep).flatten(0, -2) @ a.t()).mul_(factor)  # (…, R)
+        low = _low(x, keep, a, factor)
         ctx.save_for_backward(x, keep, low, a, b)
         ctx.factor = factor
         ctx.mark_dirty(result)
@@ -95,11 +102,49 @@ class _Update(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, keep, low, a, b = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        grad_low = (flat @ b).mul_(ctx.factor)
-        grad_a = grad_low.t() @ _kept(x, keep).flatten(0, -2)
-        grad_x = _kept((grad_low @ a).view_as(x), keep)
-        return grad, grad_x, None, grad_a, flat.t() @ low, None
+        return grad, *_backward(grad, x, keep, low, a, b, ctx.factor)
+
+
+class _DownUpdate(torch.autograd.Function):
+    """The same of x = silu(gate) * up (…, N), with result = x W', W (M, N) frozen."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, keep, a, b, factor):
+        x = F.silu(gate).mul_(up)
+        low = _low(x, keep, a, factor)
+        ctx.save_for_backward(gate, up, weight, keep, low, a, b)
+        ctx.factor = factor
+        result = x @ weight.t()
+        result.flatten(0, -2).addmm_(low, b.t())
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up, weight, keep, low, a, b = ctx.saved_tensors
+        grad = grad.contiguous()
+        activated = F.silu(gate)
+        grad_x, *of_lora = _backward(grad, activated * up, keep, low, a, b, ctx.factor)
+        grad_x.flatten(0, -2).addmm_(grad.flatten(0, -2), weight)
+        grad_up = activated.mul_(grad_x)
+        grad_gate = torch.ops.aten.silu_backward(grad_x.mul_(up), gate)
+        return grad_gate, grad_up, None, *of_lora
+
+
+def _low(x: Tensor, keep: Tensor | None, a: Tensor, factor: float) -> Tensor:
+    """In the width of LoRA's rank: (rows of x, R)."""
+    return (_kept(x, keep).flatten(0, -2) @ a.t()).mul_(factor)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, keep: Tensor | None, low: Tensor, a: Tensor, b: Tensor, factor: float
+) -> tuple:
+    """Gradients of x, keep, A, B and factor."""
+    grad = grad.flatten(0, -2)
+    grad_low = (grad @ b).mul_(factor)
+    grad_a = grad_low.t() @ _kept(x, keep).flatten(0, -2)
+    grad_x = _kept((grad_low @ a).view_as(x), keep)
+    return grad_x, None, grad_a, grad.t() @ low, None
 
 
 def _kept(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 from measure import DTYPES, SHAPES, forget_peak, make_llm, peak_memory, random_chat  # noqa: E402
-from speechllm.lora import LoraLinear, with_lora  # noqa: E402
+from speechllm.lora import LoraLinear, LoraMLP, with_lora  # noqa: E402
 from speechllm.model import SpeechLLM, draw_encoders  # noqa: E402
 from speechllm.prompt import IGNORED, training_ids  # noqa: E402
 from speechllm.training.scaled_adam import ScaledAdam  # noqa: E402
@@ -108,9 +109,11 @@ def check_equal(model: SpeechLLM, batch: dict, device: str, dtype: torch.dtype) 
 
 
 def step_loss(name, model, batch, used, device, dtype) -> Tensor:
+    ours, peft = (LoraLinear, LoraMLP), (lora.Linear, Qwen2MLP)
     for module in model.modules():
-        if isinstance(module, lora.Linear):
-            module.__class__ = lora.Linear if name == "published" else LoraLinear
+        for a, b in zip(ours, peft):
+            if type(module) in (a, b):
+                module.__class__ = b if name == "published" else a
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         return LOSSES[name](model, batch, used)
 
