@@ -91,7 +91,7 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, result, x, keep, a, b, factor):
-        low = _low(x, keep, a, factor)
+        low = _low(_kept(x, keep), a, factor)
         ctx.save_for_backward(x, keep, low, a, b)
         ctx.factor = factor
         ctx.mark_dirty(result)
@@ -102,7 +102,7 @@ class _Update(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, keep, low, a, b = ctx.saved_tensors
-        return grad, *_backward(grad, x, keep, low, a, b, ctx.factor)
+        return grad, *_backward(grad, _kept(x, keep), keep, low, a, b, ctx.factor)
 
 
 class _DownUpdate(torch.autograd.Function):
@@ -111,10 +111,10 @@ class _DownUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, weight, keep, a, b, factor):
         x = F.silu(gate).mul_(up)
-        low = _low(x, keep, a, factor)
+        result = x @ weight.t()
+        low = _low(_kept(x, keep, out=x), a, factor)
         ctx.save_for_backward(gate, up, weight, keep, low, a, b)
         ctx.factor = factor
-        result = x @ weight.t()
         result.flatten(0, -2).addmm_(low, b.t())
         return result
 
@@ -124,28 +124,30 @@ class _DownUpdate(torch.autograd.Function):
         gate, up, weight, keep, low, a, b = ctx.saved_tensors
         grad = grad.contiguous()
         activated = F.silu(gate)
-        grad_x, *of_lora = _backward(grad, activated * up, keep, low, a, b, ctx.factor)
+        x = activated * up
+        x = _kept(x, keep, out=x)
+        grad_x, *of_lora = _backward(grad, x, keep, low, a, b, ctx.factor)
         grad_x.flatten(0, -2).addmm_(grad.flatten(0, -2), weight)
         grad_up = activated.mul_(grad_x)
         grad_gate = torch.ops.aten.silu_backward(grad_x.mul_(up), gate)
         return grad_gate, grad_up, None, *of_lora
 
 
-def _low(x: Tensor, keep: Tensor | None, a: Tensor, factor: float) -> Tensor:
-    """In the width of LoRA's rank: (rows of x, R)."""
-    return (_kept(x, keep).flatten(0, -2) @ a.t()).mul_(factor)
+def _low(x: Tensor, a: Tensor, factor: float) -> Tensor:
+    """What is left of x in the width of LoRA's rank: (rows of x, R)."""
+    return (x.flatten(0, -2) @ a.t()).mul_(factor)
 
 
 def _backward(
     grad: Tensor, x: Tensor, keep: Tensor | None, low: Tensor, a: Tensor, b: Tensor, factor: float
 ) -> tuple:
-    """Gradients of x, keep, A, B and factor."""
+    """Gradients of x before dropout, keep, A, B and factor; x is after it."""
     grad = grad.flatten(0, -2)
     grad_low = (grad @ b).mul_(factor)
-    grad_a = grad_low.t() @ _kept(x, keep).flatten(0, -2)
-    grad_x = _kept((grad_low @ a).view_as(x), keep)
-    return grad_x, None, grad_a, grad.t() @ low, None
+    grad_a = grad_low.t() @ x.flatten(0, -2)
+    grad_x = (grad_low @ a).view_as(x)
+    return _kept(grad_x, keep, out=grad_x), None, grad_a, grad.t() @ low, None
 
 
-def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else torch.where(keep, x, 0.0)
+def _kept(x: Tensor, keep: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return x if keep is None else torch.where(keep, x, x.new_zeros(()), out=out)
