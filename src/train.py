@@ -45,6 +45,7 @@ from speechllm.training.setup import (
     train_paths,
     valid_paths,
 )
+from speechllm.training.zero import deepspeed_config
 
 DEFAULTS = {
     "exp_dir": "exp/asr_librispeech_zipformer_qwen2_1.5B",
@@ -65,6 +66,8 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
     add("--unfreeze-encoder", type=str2bool, default=False, help="train the encoders too")
     add("--encoder-feature-mask", type=str2bool, default=True,
         help="mask encoder channels in training, as published")  # fmt: skip
+    add("--deepspeed", type=Path,
+        help="divide the model among the GPUs: local/deepspeed_zero2.json or alike")  # fmt: skip
     add("--pretrained-model-path", help="start from this checkpoint's parameters")
     add_model_arguments(parser)
     add_data_arguments(parser)
@@ -200,6 +203,7 @@ def main(
         check_training(args)
         if args.activation_checkpointing and not args.unfreeze_llm:
             raise InputError("--activation-checkpointing true is for an LLM that is trained")
+        args.deepspeed_config = deepspeed_config(args)
         if args.pretrained_model_path:
             if args.start_epoch > 1:
                 raise InputError(

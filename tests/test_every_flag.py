@@ -161,6 +161,8 @@ TRAIN = {
     "--use-lora": Change("false", trained_names),
     "--unfreeze-llm": Change("false", trained_names),
     "--unfreeze-encoder": Change("true", trained_names),
+    # A sentence, for this needs another optimizer; its trainings are in test_zero.py.
+    "--deepspeed": Change("local/deepspeed_zero2.json", attribute("sentence")),
     "--encoder-feature-mask": Change("false", lambda r: r.model.encoder_feature_mask),
     "--pretrained-model-path": Change(
         "{tmp}/exp/epoch-1.pt", parameter("encoder_projector.0.proj.1.bias")

@@ -244,8 +244,8 @@ class Empty(Ranks):
 # The gradients of the model itself
 
 
-def speech_llm():
-    """Two frozen encoders, and trained parameters that are not zero, without dropout."""
+def speech_llm(use_lora=True, frozen=(True, True)):
+    """Two encoders, and trained parameters that are not zero, without dropout."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from speechllm.llm import prepare_llm
@@ -264,8 +264,10 @@ def speech_llm():
         num_key_value_heads=1, intermediate_size=24, tie_word_embeddings=True,
     ))  # fmt: skip
     chat = ChatIds(before=(1, 2), group=(3, 4, 5), after=(6, 7), end=8, pad=0)
-    encoders = [ZipformerEncoder(encoder).freeze() for _ in range(2)]
-    model = SpeechLLM(encoders, prepare_llm(llm, unfreeze=True, use_lora=True), chat).eval()
+    encoders = [ZipformerEncoder(encoder) for _ in range(2)]
+    for still in (encoder for encoder, is_frozen in zip(encoders, frozen) if is_frozen):
+        still.freeze()
+    model = SpeechLLM(encoders, prepare_llm(llm, unfreeze=True, use_lora=use_lora), chat).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

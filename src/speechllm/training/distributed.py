@@ -155,7 +155,7 @@ def _start(rank: int, run: Callable, args, world_size: int, master_port: int | N
             torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
         _join_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank, world_size)
     run(Ranks(rank, world_size, device), args)
-    if world_size > 1:  # after an error the others may wait for ever: then the process just ends
+    if dist.is_initialized():  # after an error others may wait for ever: then the process just ends
         dist.destroy_process_group()
 
 

@@ -29,6 +29,7 @@ from speechllm.training.engine import Engine
 from speechllm.training.loop import BatchLoss, ModelState, Trainer
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden, FixedLR
+from speechllm.training.zero import ZeroEngine
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +82,16 @@ def make_schedule(args, optimizer: torch.optim.Optimizer) -> FixedLR:
     if args.lr_schedule == "eden":
         return Eden(optimizer, args.lr_batches, args.lr_epochs, args.warmup_batches)
     return FixedLR(optimizer)
+
+
+def make_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, args
+) -> Engine:
+    """DeepSpeed's with `args.deepspeed_config`, which only training an LLM can have."""
+    dtype = autocast_dtype(args.use_fp16, args.use_bf16)
+    if config := getattr(args, "deepspeed_config", None):
+        return ZeroEngine(model, optimizer, ranks, dtype, config)
+    return Engine(model, optimizer, ranks, dtype)
 
 
 def check_outputs_finite(model: nn.Module) -> None:
@@ -322,7 +333,7 @@ def fit(
         model.compile_layers()
     optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)
     schedule = make_schedule(args, optimizer)
-    engine = Engine(model, optimizer, ranks, autocast_dtype(args.use_fp16, args.use_bf16))
+    engine = make_engine(model, optimizer, ranks, args)
     if checkpoint:
         engine.load_state_dict(checkpoint)
         for group in optimizer.param_groups:
