@@ -5,6 +5,7 @@ One launch of two processes does all trainings; the functions named `rank_…` r
 
 import argparse
 import json
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 from test_distributed import free_port, speech_llm
 
+import decode
+import train
 from speechllm.checkpoint_file import load_checkpoint
 from speechllm.errors import InputError
 from speechllm.model import load_trainable_state, trainable_state
@@ -23,6 +26,7 @@ from speechllm.training.distributed import launch
 from speechllm.training.engine import Engine
 from speechllm.training.loop import Trainer
 from speechllm.training.loop import validate as loop_validate
+from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
 
 LOCAL = Path(__file__).resolve().parents[2] / "local"
 STEPS = 4
@@ -79,7 +83,7 @@ def batch_loss_of(chat):
     return batch_loss
 
 
-def train(engine, grad_accum=1, steps=range(STEPS)):
+def train_steps(engine, grad_accum=1, steps=range(STEPS)):
     """The loss of each step; the learning rate and the rows of a rank change."""
     trainer = Trainer(
         engine=engine, schedule=None, batch_loss=batch_loss_of(engine.module.chat),
@@ -125,7 +129,7 @@ def rank_trainings(ranks, args):
     def run(name, *how, start=None, steps=range(STEPS), **options):
         stage, accum, use_lora = how
         engine = make_engine(ranks, stage, use_lora, start=start, **options)
-        results[name] = [*train(engine, accum, steps), validate(engine)]
+        results[name] = [*train_steps(engine, accum, steps), validate(engine)]
         save(engine, args.exp_dir / f"{name}.pt")
 
     for _, accum, use_lora in ALIKE[-3:]:
@@ -210,6 +214,45 @@ def test_checkpoints_are_averaged_and_loaded(trained, tmp_path):
     model = speech_llm(use_lora=False, frozen=(True, False))
     assert load_trainable_state(model, average) == []
     assert_alike(trainable_state(model), average, 0)
+
+
+# A user's day
+
+
+@needs_deepspeed
+@pytest.mark.usefixtures("restore_logging")
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank would need a GPU")
+def test_training_on_two_ranks_then_on_one_and_decoding(tiny_argv, tiny_train_argv, tmp_path):
+    """Other processes do not know the tests' encoder size."""
+    save_encoder(ZipformerEncoder(SIZES["tiny"], vocab_size=7), tmp_path / "encoder.pt")
+    model = [
+        "--speech-encoder-type", "tiny", "--speech-encoder-path", str(tmp_path / "encoder.pt"),
+        "--use-lora", "false", "--exp-dir", str(tmp_path / "exp"),
+    ]  # fmt: skip
+    argv = [*tiny_train_argv(tmp_path / "exp"), *model, "--optimizer", "adamw", "--base-lr", "1e-3"]
+    train.main([
+        *argv, "--num-epochs", "1", "--max-duration", "3", "--world-size", "2",
+        "--master-port", str(free_port()), "--deepspeed", str(LOCAL / "deepspeed_zero2.json"),
+    ])  # fmt: skip
+    train.main([*argv, "--start-epoch", "2", "--deepspeed", str(LOCAL / "deepspeed_zero3.json")])
+    assert not torch.distributed.is_initialized()
+    train.main([*argv, "--start-epoch", "3", "--num-epochs", "3"])
+    first, *later = (load_checkpoint(tmp_path / "exp" / f"epoch-{n}.pt") for n in (1, 2, 3))
+    for checkpoint in later:
+        assert checkpoint.keys() == first.keys()
+        assert checkpoint["batch_idx_train"] > first["batch_idx_train"]
+        for name, value in first["model"].items():
+            assert value.shape == checkpoint["model"][name].shape, name
+        group, group_of_first = (c["optimizer"]["param_groups"][0] for c in (checkpoint, first))
+        assert group == group_of_first
+    logs = (path.read_text() for path in sorted((tmp_path / "exp" / "log").iterdir()))
+    losses = [float(x) for log in logs for x in re.findall(r"validation: loss=([\d.]+)", log)]
+    assert losses[-1] < losses[0]
+    decode.main([
+        *tiny_argv(), *model, "--test-cuts", "tiny_cuts_test", "--epoch", "3", "--avg", "3",
+        "--max-new-tokens", "3",
+    ])  # fmt: skip
+    assert list((tmp_path / "exp" / "decode").glob("recogs-*"))
 
 
 # What is refused, in one sentence
