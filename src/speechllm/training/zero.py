@@ -22,7 +22,7 @@ from speechllm.training.distributed import Ranks
 from speechllm.training.engine import Engine
 
 REQUIREMENTS = "local/requirements-deepspeed.txt"
-SUPPORTED = ("zero_optimization", "gradient_clipping", "steps_per_print", "wall_clock_breakdown")
+SUPPORTED = ("zero_optimization", "gradient_clipping")
 SAID_BY_FLAGS = {
     "optimizer": "--optimizer adamw and --base-lr",
     "scheduler": "--lr-schedule",
@@ -53,7 +53,7 @@ def deepspeed_config(args) -> dict | None:
         )
     if args.use_fp16 and not args.use_bf16:
         raise InputError(
-            "--deepspeed does not go with --use-fp16 true: use --use-bf16 true, or neither"
+            "--deepspeed does not go with --use-fp16 true: use --use-bf16 true or --use-fp16 false"
         )
     if find_spec("deepspeed") is None:
         raise InputError(f"--deepspeed needs DeepSpeed: pip install -r {REQUIREMENTS}")
@@ -76,7 +76,7 @@ def read_config(path: Path) -> dict:
         raise InputError(f"--deepspeed {path} is no JSON object")
     for key in config:
         if key in SAID_BY_FLAGS:
-            raise InputError(f"--deepspeed {path}: leave out {key}, {SAID_BY_FLAGS[key]} says it")
+            raise InputError(f"--deepspeed {path}: leave out {key}, said by {SAID_BY_FLAGS[key]}")
         if key not in SUPPORTED:
             raise InputError(f"--deepspeed {path}: unknown {key}, known are {', '.join(SUPPORTED)}")
     clipping = config.get("gradient_clipping", 0)
