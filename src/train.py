@@ -39,8 +39,10 @@ from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,
     check_data,
+    check_encoder_cache,
     check_training,
     fit,
+    make_encoder_cache,
     make_valid_loader,
     train_paths,
     valid_paths,
@@ -75,6 +77,9 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
     add = parser.add_argument_group("corpus").add_argument
     add("--max-tokens", type=int, default=0,
         help="LLM positions in a process' batch with padding; 0: --max-duration alone")  # fmt: skip
+    add("--cache-encoder", type=Path,
+        help="directory where frozen encoders' outputs are kept: without augmentation, they "
+             "hear every cut once")  # fmt: skip
     add("--train-cuts", default="librispeech_cuts_train-all-shuf",
         help="cut files in --manifest-dir, comma-separated")  # fmt: skip
     add("--valid-cuts", default="librispeech_cuts_dev-clean,librispeech_cuts_dev-other",
@@ -182,6 +187,9 @@ def run(ranks: Ranks, args) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     logging.info(f"Number of model parameters: {sum(p.numel() for p in model.parameters())}")
     logging.info(f"Number of trained parameters: {sum(p.numel() for p in trained.values())}")
+    if args.cache_encoder:
+        args.encoder_cache = make_encoder_cache(model.encoder, args, ranks)
+        model.encoder = args.encoder_cache.stand_ins()
     fit(
         model,
         LlmBatchLoss(tokenizer, model.chat, len(model.encoder), ranks.device),
@@ -204,6 +212,8 @@ def main(
         if args.activation_checkpointing and not args.unfreeze_llm:
             raise InputError("--activation-checkpointing true is for an LLM that is trained")
         args.deepspeed_config = deepspeed_config(args)
+        if args.cache_encoder:
+            check_encoder_cache(args)
         if args.pretrained_model_path:
             if args.start_epoch > 1:
                 raise InputError(

@@ -196,6 +196,10 @@ TRAIN = {
     "--spec-aug-time-warp-factor": Change("0", plain, ("--enable-musan", "false")),
     "--shar-dir": Change("{tmp}/shards", lambda r: (r.epoch_seconds, len(batches(r)))),
     "--max-tokens": Change("100", lambda r: len(batches(r))),
+    "--cache-encoder": Change(
+        "{tmp}/cache", lambda r: [b["features"].size(2) for b in r.train_loader(1)],
+        (*QUIET, "--encoder-feature-mask", "false"),
+    ),
     "--train-cuts": Change("tiny_cuts_dev", lambda r: r.epoch_seconds),
     "--valid-cuts": Change("tiny_cuts_test", lambda r: [b["ids"] for b in r.valid_loader()]),
 }  # fmt: skip

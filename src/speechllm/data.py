@@ -7,6 +7,8 @@ A batch is a dict:
     texts         B transcripts as they are in the cut files
     ids           B cut ids; a cut joined by --concatenate-cuts has a new one
     seconds       audio in the batch, without padding
+
+With an encoder cache, `features` are the outputs of all encoders, (B, T / 4, C).
 """
 
 import argparse
@@ -27,8 +29,10 @@ from lhotse.dataset import (
     SpecAugment,
 )
 from lhotse.dataset.dataloading import make_worker_init_fn
-from torch.utils.data import DataLoader, get_worker_info
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from speechllm.encoder_cache import EncoderCache
 from speechllm.features import FRAME_SHIFT, fbank_extractor
 from speechllm.flags import str2bool
 from speechllm.sampling import BatchLimit, make_sampler, with_positions
@@ -105,6 +109,24 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         }
 
 
+class HeardDataset(Dataset):
+    """Batches as those of `SpeechDataset`, what encoders made of the features in their place."""
+
+    def __init__(self, cache: EncoderCache):
+        self.cache = cache
+
+    def __getitem__(self, cuts: CutSet) -> dict:
+        cuts = list(cuts.sort_by_duration(ascending=False))  # as lhotse's dataset does
+        outputs, frames = zip(*map(self.cache.read, cuts))
+        return {
+            "features": pad_sequence(outputs, batch_first=True),
+            "feature_lens": torch.tensor(frames),
+            "texts": [" ".join(part.text for part in cut.supervisions) for cut in cuts],
+            "ids": [cut.id for cut in cuts],
+            "seconds": sum(frames) * FRAME_SHIFT,
+        }
+
+
 def _input_strategy(on_the_fly_feats: bool):
     if on_the_fly_feats:
         # One by one: as a batch, the last frames would depend on the other utterances.
@@ -152,6 +174,7 @@ def training_loader(
     epoch: int = 1,
     rank: int = 0,
     world_size: int = 1,
+    encoder_cache: EncoderCache | None = None,
 ) -> DataLoader:
     """The augmented batches of one epoch, this rank's share; order and noise follow seed and epoch.
 
@@ -161,6 +184,8 @@ def training_loader(
 
     With a `sample` of them, `cuts` are of shards: each process of each rank has a part of its own
     (see `Shards.cuts`), and makes batches of that alone.
+
+    With an `encoder_cache`, which has them all, nothing is augmented.
     """
     streamed = sample is not None
     if max_tokens:
@@ -187,6 +212,10 @@ def training_loader(
     )
     sampler.set_epoch(epoch - 1)
     process_seed = f"{seed} {epoch} {rank}"
+    if encoder_cache is not None:
+        return _data_loader(
+            HeardDataset(encoder_cache), num_workers, process_seed, sampler=sampler
+        )
     dataset = SpeechDataset(
         return_cuts=True,
         cut_transforms=_cut_transforms(
@@ -235,9 +264,13 @@ def evaluation_loader(
     num_buckets: int = 30,
     num_workers: int = 2,
     on_the_fly_feats: bool = False,
+    encoder_cache: EncoderCache | None = None,
 ) -> DataLoader:
     """Every cut exactly once, similar durations together, nothing augmented."""
-    dataset = SpeechDataset(return_cuts=True, input_strategy=_input_strategy(on_the_fly_feats))
+    if encoder_cache is not None:
+        dataset = HeardDataset(encoder_cache)
+    else:
+        dataset = SpeechDataset(return_cuts=True, input_strategy=_input_strategy(on_the_fly_feats))
     sampler = make_sampler(
         cuts,
         BatchLimit(max_duration),

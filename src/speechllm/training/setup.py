@@ -2,7 +2,8 @@
 
 import argparse
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ from speechllm.cut_files import (
     within,
 )
 from speechllm.data import evaluation_loader, loader_options, training_loader
+from speechllm.encoder_cache import EncoderCache
 from speechllm.errors import InputError
 from speechllm.flags import comma_list, str2bool
+from speechllm.progress import ProgressBar
 from speechllm.shards import Shards, check_shards, read_shards
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint
 from speechllm.training.distributed import InStep, Ranks
@@ -30,6 +33,12 @@ from speechllm.training.loop import BatchLoss, ModelState, Trainer
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden, FixedLR
 from speechllm.training.zero import ZeroEngine
+from speechllm.zipformer import ZipformerEncoder
+
+NOT_WITH_CACHE = (  # flags by which encoders hear or say something else in each epoch
+    "unfreeze_encoder", "encoder_feature_mask", "enable_musan", "enable_spec_aug",
+    "concatenate_cuts",
+)  # fmt: skip
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,6 +199,26 @@ def check_max_tokens(args) -> None:
         )
 
 
+def check_encoder_cache(args) -> None:
+    """Whether encoders say the same in every epoch, and there is a place to keep it.
+
+    Raises:
+      ValueError: with the flags that cannot be, or the directory.
+    """
+    flag = f"--cache-encoder {args.cache_encoder}"
+    changing = [f"{_flag(name)} false" for name in NOT_WITH_CACHE if getattr(args, name)]
+    if changing:
+        raise InputError(
+            f"{flag} needs {', '.join(changing)}: encoders must say the same in every epoch"
+        )
+    if args.shar_dir:
+        raise InputError(f"{flag} is for cut files, not for shards (--shar-dir {args.shar_dir})")
+    try:
+        args.cache_encoder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag} cannot be a directory: {error.strerror}") from None
+
+
 def _min_frames(args) -> int:
     """An encoder alone is trained for the published rate of speech embeddings."""
     return frames_needed(getattr(args, "encoder_projector_ds_rate", 4))
@@ -262,6 +291,7 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
             epoch=epoch,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            encoder_cache=getattr(args, "encoder_cache", None),
         )
         if args.shar_dir:
             return InStep(batches, ranks, args.drop_last, statistics.kept)
@@ -295,7 +325,7 @@ def _train_cuts(args, ranks: Ranks) -> tuple[Callable[[int], CutSet], CutSet | N
 
 def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
     """A function to this rank's share of the validation batches: every world_size-th cut."""
-    cuts = cuts_within(valid_paths(args), min_frames=_min_frames(args))
+    cuts = _valid_cuts(args)
     mine = share_of_cuts(cuts, ranks.rank, ranks.world_size)
     if statistics.too_short:
         logging.info(f"Validation leaves out {statistics.too_short} utterances too short to use")
@@ -304,10 +334,67 @@ def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
         return evaluation_loader(
             mine,
             **loader_options(args),
-            num_cuts=len(range(ranks.rank, statistics.kept, ranks.world_size)),
+            num_cuts=_size_of_share(statistics.kept, ranks),
+            encoder_cache=getattr(args, "encoder_cache", None),
         )
 
     return loader
+
+
+def _valid_cuts(args) -> CutSet:
+    return cuts_within(valid_paths(args), min_frames=_min_frames(args))
+
+
+def _size_of_share(num_cuts: int, ranks: Ranks) -> int:
+    """How many `share_of_cuts` gives this rank."""
+    return len(range(ranks.rank, num_cuts, ranks.world_size))
+
+
+def make_encoder_cache(
+    encoders: Iterable[ZipformerEncoder], args, ranks: Ranks
+) -> EncoderCache:
+    """What the encoders make of all training and validation cuts, in --cache-encoder.
+
+    Cuts that it lacks are heard, by each rank its share of them.
+
+    Raises:
+      ValueError: there is no room for them, or the ranks do not see one another's.
+    """
+    start = time.monotonic()
+    dtype = autocast_dtype(args.use_fp16, args.use_bf16)
+    cache = EncoderCache(args.cache_encoder, encoders, dtype, args.on_the_fly_feats)
+    cuts = cuts_within(train_paths(args), **_limits(args)) + _valid_cuts(args)
+    missing = cuts.filter(cache.lacks)
+    durations = [cut.duration for cut in missing]
+    cache.check_space(sum(durations))
+    expected = len(cache.keys) + len(durations)
+    ranks.barrier()  # nothing is written before all have looked
+    if num_cuts := _size_of_share(len(durations), ranks):
+        mine = share_of_cuts(missing, ranks.rank, ranks.world_size).map(cache.named)
+        loader = evaluation_loader(mine, **loader_options(args), num_cuts=num_cuts)
+        batches = _with_progress(loader, sum(durations), ranks)
+        cache.fill(encoders, batches, ranks.device)
+    ranks.barrier()
+    cache.look()
+    if len(cache.keys) < expected:
+        raise InputError(
+            f"{cache.folder} has {len(cache.keys)} of {expected} utterances: "
+            "it must be one directory for all ranks"
+        )
+    total = args.train_statistics.kept + args.valid_statistics.kept
+    logging.info(
+        f"Encoder cache {cache.folder}: {total - len(durations)} utterances found, "
+        f"{len(durations)} heard, {cache.gigabytes:.2f} GB, {time.monotonic() - start:.1f} s"
+    )
+    return cache
+
+
+def _with_progress(batches: Iterable[dict], seconds: float, ranks: Ranks) -> Iterator[dict]:
+    progress = ProgressBar("encoder cache", seconds, ranks.is_main)
+    for batch in batches:
+        yield batch
+        progress.advance(batch["seconds"] * ranks.world_size)
+    progress.close()
 
 
 def fit(
