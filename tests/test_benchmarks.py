@@ -1,4 +1,4 @@
-"""The benchmarks of the data run, and tell what they are named for."""
+"""The benchmarks of the data and the cache run, and tell what they are named for."""
 
 import importlib
 import json
@@ -53,3 +53,11 @@ def test_big_manifest_draws_until_the_time_is_over(lines, tiny_shards, source):
     assert [line["event"] for line in found[:3]] == ["start", "buckets estimated", "first batch"]
     assert all(line["rss_mib"] > 50 for line in found)
     assert found[-1]["event"] == "drawing" and found[-1]["cuts"] > 100
+
+
+def test_cached_encoder_compares_epochs(lines, tiny_corpus):
+    [line] = lines(
+        "cached_encoder", tiny_corpus / "tiny_cuts_train.jsonl.gz", "--rounds", 1, "--cuts", 4
+    )
+    assert line["ratio"] == pytest.approx(line["heard_s"] / line["read_s"], rel=0.1)
+    assert line["GB_per_hour"] == pytest.approx(3600 * 25 * 144 * 4 / 1e9, rel=0.1)
