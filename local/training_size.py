@@ -172,7 +172,7 @@ class Training:
         keys = d // heads * config.num_key_value_heads
         kept = 2 * (4 * d + 4)  # both norms: the input in float32 and 1 / rms
         kept += e * (d + keys + keys + d) + 4 * heads  # q, k, v, result, log of the softmax's sum
-        kept += e * 4 * feed_forward  # gate, silu(gate), up and the product, which is down's input
+        kept += e * (2 if self.use_lora else 4) * feed_forward  # gate and up; silu(gate), product
         if self.use_lora:
             kept += 2 * e * d  # the norms' results: input of q, k, v and of gate, up
             kept += 7 * e * LORA["r"]  # x A' of each projection

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
-from measure import DTYPES, SHAPES, forget_peak, make_llm, peak_memory, random_chat  # noqa: E402
+from measure import (  # noqa: E402
+    DTYPES,
+    SHAPES,
+    forget_peak,
+    make_llm,
+    peak_memory,
+    random_chat,
+    return_memory,
+)
 from speechllm.lora import LoraLinear, LoraMLP, with_lora  # noqa: E402
 from speechllm.model import SpeechLLM, draw_encoders  # noqa: E402
 from speechllm.prompt import IGNORED, training_ids  # noqa: E402
@@ -143,7 +151,9 @@ def main() -> None:
     optimizer = ScaledAdam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
     memory = dict.fromkeys(LOSSES, 0.0)
-    for turn in range(args.rounds + 1):  # the first warms up
+    for turn in range(args.rounds + 2):  # the first warms up, the last measures memory
+        if turn > args.rounds:
+            return_memory(device)
         for name in LOSSES:
             random.seed(turn)
             used = model.all_encoders(args.batch)
@@ -154,8 +164,8 @@ def main() -> None:
             step_loss(name, model, batch, used, device, dtype).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            memory[name] = max(memory[name], peak_memory(device))
-            if turn:
+            memory[name] = peak_memory(device)  # on a GPU, waits for it
+            if 1 <= turn <= args.rounds:
                 seconds[name].append(time.perf_counter() - start)
     times = {name: statistics.median(values) for name, values in seconds.items()}
     line = {
