@@ -40,10 +40,13 @@ def random_chat(shape: str) -> ChatIds:
     return ChatIds(before, (6, 7, 8), after, end=vocabulary - 1, pad=vocabulary - 2)
 
 
-def return_memory(device: str) -> None:
-    """From now on what is freed goes back to the system at once (slower): glibc keeps a lot."""
+def return_memory(device: str, at_once: bool) -> None:
+    """Whether what is freed goes back to the system at once (slower), or glibc keeps a lot of it.
+
+    To be called before anything is measured: what is kept stays.
+    """
     if device == "cpu":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16 if at_once else 2**25)
 
 
 def forget_peak(device: str) -> None:

@@ -144,6 +144,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[args.dtype]
+    return_memory(device, at_once=True)
     model = make_model(args, dtype, device)
     batch = make_batch(args, model, device)
     check_equal(model, batch, device, dtype)
@@ -151,9 +152,8 @@ def main() -> None:
     optimizer = ScaledAdam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
     memory = dict.fromkeys(LOSSES, 0.0)
-    for turn in range(args.rounds + 2):  # the first warms up, the last measures memory
-        if turn > args.rounds:
-            return_memory(device)
+    for turn in range(-2, args.rounds + 1):  # one makes states, one measures memory, one warms up
+        return_memory(device, at_once=turn < 0)
         for name in LOSSES:
             random.seed(turn)
             used = model.all_encoders(args.batch)
@@ -164,8 +164,10 @@ def main() -> None:
             step_loss(name, model, batch, used, device, dtype).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            memory[name] = peak_memory(device)  # on a GPU, waits for it
-            if 1 <= turn <= args.rounds:
+            peak = peak_memory(device)  # on a GPU, waits for it
+            if turn == -1:
+                memory[name] = peak
+            elif turn > 0:
                 seconds[name].append(time.perf_counter() - start)
     times = {name: statistics.median(values) for name, values in seconds.items()}
     line = {
