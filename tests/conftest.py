@@ -1,12 +1,11 @@
 """Makes src/ and local/ importable, and says where the shared material is."""
 
-import logging
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from former_logging import former_logging
 
 # Before torch is imported: models this small gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,23 +24,6 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there")
     return SHARED
-
-
-@contextmanager
-def former_logging():
-    """Afterwards the root logger's handlers are those of before."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        yield
-    finally:
-        for handler in root.handlers[:]:
-            root.removeHandler(handler)
-            if handler not in handlers:
-                handler.close()
-        for handler in handlers:
-            root.addHandler(handler)
-        root.setLevel(level)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import former_logging
+from former_logging import former_logging
 from lhotse import CutSet, load_manifest
 from torch import nn
 
