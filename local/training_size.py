@@ -145,10 +145,11 @@ class Training:
 
     @cached_property
     def weights(self) -> int:
-        """A frozen LLM is held in the training dtype, everything else in float32."""
-        llm = self.model.llm.parameters()
-        frozen_llm = count(p for p in llm if not p.requires_grad)
-        return 4 * count(self.model.parameters()) - (4 - self.element) * frozen_llm
+        """A frozen LLM and encoders' matrices are of the training dtype, the rest is float32."""
+        frozen = count(p for p in self.model.llm.parameters() if not p.requires_grad)
+        for module in self.model.encoder.modules():
+            frozen += count(module.parameters()) if isinstance(module, nn.Linear) else 0
+        return 4 * count(self.model.parameters()) - (4 - self.element) * frozen
 
     @cached_property
     def cast_weights(self) -> int:

@@ -48,8 +48,8 @@ from speechllm.training.setup import (
 from speechllm.whole_file import whole_file
 from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
 from speechllm.zipformer.checkpoint import encoder_from_state
-from speechllm.zipformer.encoder import encoder_out_lens
 from speechllm.zipformer.ctc import ctc_frames_needed, ctc_greedy, ctc_loss
+from speechllm.zipformer.encoder import encoder_out_lens
 from speechllm.zipformer.flat_start import flat_start_loss
 
 BPE_TEXTS = 1_000_000  # sentencepiece holds them all

@@ -112,6 +112,13 @@ def test_bit_by_bit_where_utterances_are_heard_alone(trained, tmp_path):
     assert all(torch.equal(value, found[name]) for name, value in heard.items())
 
 
+def test_with_checkpointed_activations(trained, tmp_path):
+    """There is nothing to checkpoint, or compile, where nothing is heard."""
+    flags = ("--cache-encoder", tmp_path / "cache", "--activation-checkpointing", "true")
+    assert losses(trained("cached", *flags)) == losses(trained("plain", *flags[:2]))
+    encoder_cache._HeardBefore(0, 1).compile_layers()
+
+
 def test_in_half_precision(trained, tmp_path):
     flags = ("--use-bf16", "true")
     cached = trained("cached", *flags, "--cache-encoder", tmp_path / "cache")
@@ -332,6 +339,13 @@ def test_a_damaged_part(filled, encoders):
     size = (part / "outputs.bin").stat().st_size
     os.truncate(part / "outputs.bin", size - 4)
     with pytest.raises(ValueError, match=f"outputs.bin has {size - 4} bytes, not {size}: remove "):
+        filled.look()
+
+
+def test_a_damaged_index(filled):
+    [part] = filled.parts
+    (part / "index.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="index.npy cannot be read: .*: remove "):
         filled.look()
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechllm import label_loss as module
 from speechllm.label_loss import label_loss
@@ -55,6 +56,26 @@ def test_without_gradients_only_the_loss(given):
     loss, _ = label_loss(hidden, weight, labels)
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.t(), labels, reduction="sum"))
     assert not loss.requires_grad
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_validation_makes_no_gradient_of_what_is_trained(given):
+    *inputs, labels = given
+    hidden, weight = leaves(*inputs)
+    with Products() as in_training:
+        label_loss(hidden, weight, labels)
+    with torch.no_grad(), Products() as in_validation:
+        label_loss(hidden, weight, labels)
+    assert in_validation.count == in_training.count - 2
 
 
 def test_large_logits_do_not_overflow(given):

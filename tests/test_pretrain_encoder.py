@@ -14,8 +14,8 @@ import torch
 import pretrain_encoder
 from speechllm.training import setup
 from speechllm.training.checkpoint import load_checkpoint
-from speechllm.zipformer.encoder import Stack
 from speechllm.zipformer import load_encoder
+from speechllm.zipformer.encoder import Stack
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -238,7 +238,9 @@ def test_precision(handed_over):
 
 
 def test_the_seed_decides_the_first_weights(handed_over):
-    one, same, other = (handed_over(**{"--seed": seed})["model_state"](torch.clone) for seed in (1, 1, 2))
+    one, same, other = (
+        handed_over(**{"--seed": seed})["model_state"](torch.clone) for seed in (1, 1, 2)
+    )
     assert equal(one, same) and not equal(one, other)
 
 

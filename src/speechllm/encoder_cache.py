@@ -111,7 +111,10 @@ class EncoderCache:
         self.part_numbers = np.repeat(np.arange(len(indices)), list(map(len, indices)))[order]
 
     def _index_of(self, part: Path) -> np.ndarray:
-        index = np.load(part / INDEX)
+        try:
+            index = np.load(part / INDEX)
+        except Exception as error:  # numpy's are of several kinds
+            raise InputError(f"{part / INDEX} cannot be read: {error}: remove {part}") from None
         size = int(encoder_out_lens(index["frames"].astype(int)).sum()) * self.frame_bytes
         if (there := (part / OUTPUTS).stat().st_size) != size:
             raise InputError(f"{part / OUTPUTS} has {there} bytes, not {size}: remove {part}")
@@ -201,6 +204,9 @@ class _HeardBefore(nn.Module):
     def __init__(self, start: int, end: int):
         super().__init__()
         self.start, self.end = start, end
+
+    def compile_layers(self) -> None:
+        """There are none."""
 
     def forward(
         self, outputs: Tensor, feature_lens: Tensor, feature_mask: bool

@@ -18,6 +18,8 @@ def label_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
       hidden: (N, D), what predicts each label; weight: (V, D), of the LLM's head.
       labels: (N,).
     """
+    if not torch.is_grad_enabled():  # a Function cannot tell: it would make gradients
+        hidden, weight = hidden.detach(), weight.detach()
     return _LabelLoss.apply(hidden, weight, labels)
 
 

@@ -34,7 +34,7 @@ def with_lora(llm: nn.Module) -> PeftModel:
         warnings.simplefilter("ignore", FutureWarning)
         llm = get_peft_model(llm, config)
     for module in llm.modules():
-        if type(module) is Qwen2MLP:
+        if type(module) is Qwen2MLP and module.config.hidden_act == "silu":
             module.__class__ = LoraMLP
     return llm
 
@@ -53,8 +53,10 @@ class LoraLinear(lora.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
             return super().forward(x)
-        result = self.base_layer(x)
-        return _Update.apply(result, x.to(result.dtype), *self.update_of(x, result.dtype))
+        base = self.base_layer
+        result = F.linear(x, base.weight)  # with a bias it would be a view, slow to write into
+        update = self.update_of(x, result.dtype)
+        return _Update.apply(result, base.bias, x.to(result.dtype), *update)
 
     def update_of(self, x: Tensor, dtype: torch.dtype) -> tuple:
         """Dropout's mask like x (None without), A and B in `dtype`, and a factor."""
@@ -87,22 +89,22 @@ def _draw(x: Tensor, p: float) -> Tensor:
 
 
 class _Update(torch.autograd.Function):
-    """result (…, M) + factor * where(keep, x, 0) A' B', written into `result`; x (…, N)."""
+    """result (…, M) + bias + factor * where(keep, x, 0) A' B', in place; x (…, N), frozen bias."""
 
     @staticmethod
-    def forward(ctx, result, x, keep, a, b, factor):
+    def forward(ctx, result, bias, x, keep, a, b, factor):
         low = _low(_kept(x, keep), a, factor)
         ctx.save_for_backward(x, keep, low, a, b)
         ctx.factor = factor
         ctx.mark_dirty(result)
         result.flatten(0, -2).addmm_(low, b.t())
-        return result
+        return result if bias is None else result.add_(bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, keep, low, a, b = ctx.saved_tensors
-        return grad, *_backward(grad, _kept(x, keep), keep, low, a, b, ctx.factor)
+        return grad, None, *_backward(grad, _kept(x, keep), keep, low, a, b, ctx.factor)
 
 
 class _DownUpdate(torch.autograd.Function):

@@ -105,7 +105,8 @@ class SpeechLLM(nn.Module):
     def checkpoint_activations(self) -> None:
         """Of each trained layer keep the input alone; the backward pass computes the rest anew."""
         for encoder in self.encoder:
-            encoder.checkpoint_activations()
+            if not encoder.frozen:
+                encoder.checkpoint_activations()
         self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def compile_layers(self) -> None:
@@ -298,7 +299,7 @@ def draw_encoders(num_encoders: int, batch_size: int) -> list[list[int]]:
 
 def trainable_state(
     model: SpeechLLM,
-    value: Callable[[Tensor], Tensor] = lambda parameter: parameter.detach().cpu().clone(),
+    value: Callable[[Tensor], Tensor] = lambda parameter: parameter.detach().to("cpu", copy=True),
 ) -> dict[str, Tensor]:
     """The trained parameters, as `value` copies each, under the published names.
 

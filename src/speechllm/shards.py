@@ -222,6 +222,8 @@ def _read_index(directory: str) -> dict:
             index = json.load(file)
         for name, size in (shard for listed in index["shards"].values() for shard in listed):
             _check_size(f"{directory}/{name}", size)
+        if not isinstance(index["cuts"], int) or not isinstance(index["durations"], dict):
+            raise InputError(f"{path} lacks the numbers of cuts")
     except InputError:
         raise
     except Exception as error:  # of JSON, of its contents, of the store

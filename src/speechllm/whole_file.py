@@ -23,6 +23,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_directory(path: Path) -> Iterator[Path]:
     """Yields a new folder beside `path`, which is not there yet; it becomes `path` at the end."""
     partial = path.with_name(f".part-{os.getpid()}-{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # in containers one process is numbered as another
     partial.mkdir(parents=True)
     try:
         yield partial

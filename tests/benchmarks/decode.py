@@ -26,16 +26,18 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
-import decode  # noqa: E402
 from measure import DTYPES, SHAPES, forget_peak, make_llm, peak_memory, random_chat  # noqa: E402
+
+import decode  # noqa: E402
 from speechllm.data import loader_options  # noqa: E402
 from speechllm.decoding.draft import verify_drafts  # noqa: E402
 from speechllm.decoding.test_set import decode_cuts  # noqa: E402
 from speechllm.model import SpeechLLM  # noqa: E402
 
+
 def make_model(shape: str, dtype: torch.dtype, device: str) -> SpeechLLM:
     llm = make_llm(shape, dtype, device)
-    with torch.no_grad():  # ids that random weights will not choose: answers go on to the last token
+    with torch.no_grad():  # ids that random weights will not choose: answers have all tokens
         llm.get_input_embeddings().weight[-2:] = 0
     return SpeechLLM([], llm, random_chat(shape)).eval()
 

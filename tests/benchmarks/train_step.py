@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """How much faster, and in how much less memory, a step of training is than as published.
 
-    OMP_NUM_THREADS=2 python tests/benchmarks/train_step.py --shape 0.5B --encoder large
-    OMP_NUM_THREADS=2 python tests/benchmarks/train_step.py --shape 0.5B --encoder large --encoders 4
+    export OMP_NUM_THREADS=2
+    python tests/benchmarks/train_step.py --shape 0.5B --encoder large --rounds 5
+    python tests/benchmarks/train_step.py --shape 0.5B --encoder large --rounds 2 --encoders 4
 
 One process, both computations take turns on the same model and batch: random weights of a
 Zipformer's and a Qwen2's shape, LoRA as in training. The published one is written here once more:
-every utterance through every encoder in float32, logits of the whole vocabulary at every place, loss
-and accuracy from all of these, read at once. Without dropout and with all encoders both must
-have the same loss and gradients; that is checked first.
+every utterance through every encoder in float32, logits of the whole vocabulary at every place,
+loss and accuracy from all of these, read at once. Without dropout and with all encoders both must
+have the same loss and gradients; that is checked first. Of the encoders' code both use ours.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from measure import (  # noqa: E402
     random_chat,
     return_memory,
 )
+
 from speechllm.lora import LoraLinear, LoraMLP, with_lora  # noqa: E402
 from speechllm.model import SpeechLLM, draw_encoders  # noqa: E402
 from speechllm.prompt import IGNORED, training_ids  # noqa: E402

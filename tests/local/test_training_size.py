@@ -30,7 +30,7 @@ def measure(monkeypatch):
 def make_model(measure, use_lora, dtype=torch.float32, encoders=1):
     llm = measure.make_llm("tiny", dtype if use_lora else torch.float32, "cpu")
     llm = prepare_llm(llm, unfreeze=True, use_lora=use_lora)
-    ears = [ZipformerEncoder(SIZES["tiny"]).freeze() for _ in range(encoders)]
+    ears = [ZipformerEncoder(SIZES["tiny"]).freeze(dtype) for _ in range(encoders)]
     return SpeechLLM(ears, llm, measure.random_chat("tiny")).train()
 
 

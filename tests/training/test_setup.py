@@ -9,10 +9,10 @@ from torch import nn
 
 from speechllm.data import add_data_arguments, add_training_data_arguments
 from speechllm.training.distributed import Ranks
+from speechllm.training.engine import Engine
 from speechllm.training.loop import seed_everything
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden, FixedLR
-from speechllm.training.engine import Engine
 from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,
@@ -307,6 +307,17 @@ def test_schedules():
 def test_a_single_rank_is_not_wrapped():
     model = nn.Linear(2, 2)
     assert Engine(model, torch.optim.SGD(model.parameters()), Ranks()).model is model
+
+
+def test_ddp_leaves_inputs_where_they_are(monkeypatch):
+    """Lengths, ids and labels are wanted on the CPU; `device_ids` would move them to the GPU."""
+    given = {}
+    monkeypatch.setattr(
+        nn.parallel, "DistributedDataParallel", lambda model, **how: given.update(how) or model
+    )
+    model = nn.Linear(2, 2)
+    Engine(model, torch.optim.SGD(model.parameters()), Ranks(0, 2, torch.device("cuda", 0)))
+    assert given and "device_ids" not in given
 
 
 class Divides(nn.Module):

@@ -51,7 +51,7 @@ class Engine:
 
     def value(self, parameter: Tensor) -> Tensor:
         """A copy of a parameter, whole and on the CPU."""
-        return parameter.detach().cpu().clone()
+        return parameter.detach().to("cpu", copy=True)
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps beside the model."""
@@ -68,5 +68,5 @@ def wrap_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
         return model
     # Gradients of the frontend's convolutions have channels last: another layout, no other result.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+    # With `device_ids` DDP would move what the model wants on the CPU: lengths, ids and labels.
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)

@@ -89,13 +89,14 @@ class Trainer:
 
     def _epoch(self) -> Metrics:
         """One epoch; returns this rank's sums over it."""
-        state, scaler = self.state, self.engine.scaler
+        state, scaler, ranks = self.state, self.engine.scaler, self.engine.ranks
         epoch_sums, recent, audio_seconds = Metrics(), Metrics(), 0.0
-        progress = ProgressBar(f"epoch {state.epoch}", self.epoch_seconds, self.engine.ranks.is_main)
+        progress = ProgressBar(f"epoch {state.epoch}", self.epoch_seconds, ranks.is_main)
         start = time.monotonic()
         self.engine.model.train()
         batch_idx = -1
-        for batch_idx, batches in enumerate(groups(self.train_loader(state.epoch), self.grad_accum)):
+        loader = self.train_loader(state.epoch)
+        for batch_idx, batches in enumerate(groups(loader, self.grad_accum)):
             validate_first = state.epoch == self.start_epoch
             if batch_idx % self.valid_interval == 0 and (batch_idx > 0 or validate_first):
                 pause = time.monotonic()
@@ -109,8 +110,7 @@ class Trainer:
             recent = recent.decayed(1 - 1 / RESET_INTERVAL) + metrics
             adjust_grad_scale(scaler, batch_idx)
 
-            seconds = sum(float(batch["seconds"]) for batch in batches)
-            seconds *= self.engine.ranks.world_size
+            seconds = sum(float(batch["seconds"]) for batch in batches) * ranks.world_size
             audio_seconds += seconds
             progress.advance(seconds)
             if batch_idx % self.log_interval == 0:
