@@ -32,10 +32,10 @@ from speechllm.decoding.search_options import (
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
 from speechllm.errors import InputError
 from speechllm.flags import Help, comma_list, str2bool
-from speechllm.model import load_trainable_state
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.progress import setup_logging
 from speechllm.scoring import NORMALIZERS, ErrorCounts, log_line
+from speechllm.trained_state import load_trainable_state
 from speechllm.training.checkpoint import average_epochs, load_checkpoint
 from speechllm.training.distributed import Ranks
 from speechllm.training.setup import autocast_dtype

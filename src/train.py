@@ -27,11 +27,12 @@ from speechllm.data import add_data_arguments, add_training_data_arguments
 from speechllm.decoding.search_options import MAX_NEW_TOKENS
 from speechllm.errors import InputError
 from speechllm.flags import Help, str2bool
-from speechllm.model import SpeechLLM, draw_encoders, load_trainable_state, trainable_state
+from speechllm.model import SpeechLLM, draw_encoders
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.progress import setup_logging
 from speechllm.prompt import ChatIds, encode_transcripts, training_ids
 from speechllm.sampling import LLMPositions
+from speechllm.trained_state import load_trainable_state, trainable_state
 from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
 from speechllm.training.distributed import Ranks, is_first_process, launch
 from speechllm.training.loop import seed_everything
@@ -119,7 +120,11 @@ class LlmBatchLoss:
         return {**sums, "frames": (batch["feature_lens"] // 2).sum()}
 
     def _transcripts(self, batch: dict) -> list[list[int]]:
-        return encode_transcripts(self.tokenizer, [text.lower() for text in batch["texts"]])
+        """Their ids, which stay in the batch: they are asked for twice a step."""
+        if "transcripts" not in batch:
+            texts = [text.lower() for text in batch["texts"]]
+            batch["transcripts"] = encode_transcripts(self.tokenizer, texts)
+        return batch["transcripts"]
 
 
 def initial_parameters(model: SpeechLLM, args) -> tuple[TrainState, dict]:

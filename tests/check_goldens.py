@@ -30,9 +30,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 from speechllm.decoding.beam import beam_search  # noqa: E402
 from speechllm.decoding.draft import verify_drafts  # noqa: E402
 from speechllm.llm import prepare_llm  # noqa: E402
-from speechllm.model import SpeechLLM, load_trainable_state  # noqa: E402
+from speechllm.model import SpeechLLM  # noqa: E402
 from speechllm.prompt import IGNORED, ChatIds, training_ids  # noqa: E402
 from speechllm.scoring import errs_text, recogs_text  # noqa: E402
+from speechllm.trained_state import load_trainable_state  # noqa: E402
 from speechllm.zipformer import SIZES, ZipformerConfig, ZipformerEncoder  # noqa: E402
 from speechllm.zipformer.checkpoint import encoder_from_state  # noqa: E402
 

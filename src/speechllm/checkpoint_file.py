@@ -9,6 +9,11 @@ from speechllm.errors import InputError
 from speechllm.whole_file import whole_file
 
 
+def copy_to_cpu(value: Tensor) -> Tensor:
+    """What a checkpoint keeps of a parameter, whatever becomes of that."""
+    return value.detach().to("cpu", copy=True)
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint on the CPU, loaded without running any code in it.
 

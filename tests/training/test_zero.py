@@ -18,8 +18,8 @@ import decode
 import train
 from speechllm.checkpoint_file import load_checkpoint
 from speechllm.errors import InputError
-from speechllm.model import load_trainable_state, trainable_state
 from speechllm.prompt import training_ids
+from speechllm.trained_state import load_trainable_state, trainable_state
 from speechllm.training import zero
 from speechllm.training.checkpoint import TrainState, average_epochs, save_checkpoint
 from speechllm.training.distributed import launch
@@ -151,7 +151,7 @@ def trained(tmp_path_factory):
     """The folder of their checkpoints, and the losses of both ranks."""
     folder = tmp_path_factory.mktemp("zero")
     launch(rank_trainings, argparse.Namespace(exp_dir=folder), 2, free_port())
-    return folder, *(torch.load(folder / f"rank-{rank}.pt") for rank in range(2))
+    return folder, *(torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
 
 
 def assert_alike(first, second, tolerance):

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from speechllm.checkpoint_file import copy_to_cpu
 from speechllm.training.distributed import Ranks
 
 
@@ -51,7 +52,7 @@ class Engine:
 
     def value(self, parameter: Tensor) -> Tensor:
         """A copy of a parameter, whole and on the CPU."""
-        return parameter.detach().to("cpu", copy=True)
+        return copy_to_cpu(parameter)
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps beside the model."""

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from speechllm.checkpoint_file import copy_to_cpu
 from speechllm.errors import InputError
 from speechllm.training.distributed import Ranks
 from speechllm.training.engine import Engine
@@ -156,7 +157,7 @@ class ZeroEngine(Engine):
         """On the rank that saves it a copy on the CPU, of the parameter's own shape."""
         if not self.ranks.is_main:
             return torch.empty(0)
-        return whole.detach().to("cpu", copy=True).view(self.shapes[parameter])
+        return copy_to_cpu(whole).view(self.shapes[parameter])
 
     def state_dict(self) -> dict:
         """What AdamW's would be without DeepSpeed; gathered one moment at a time."""
@@ -169,7 +170,7 @@ class ZeroEngine(Engine):
                 name: self._kept(safe_get_full_optimizer_state(parameter, name), parameter)
                 for name in MOMENTS
             }
-            state[number] = {"step": step.to("cpu", copy=True), **moments}
+            state[number] = {"step": copy_to_cpu(step), **moments}
         [group] = self.optimizer.param_groups
         options = {name: value for name, value in group.items() if name != "params"}
         groups = [{**options, "params": list(state)}]

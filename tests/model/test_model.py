@@ -1,6 +1,5 @@
-"""Merging as pictures, the loss against transformers' own, who hears what, and checkpoints."""
+"""Merging as pictures, the loss against transformers' own, and who hears what."""
 
-import copy
 import math
 import random
 import re
@@ -8,88 +7,20 @@ from collections import Counter
 
 import pytest
 import torch
-from check_goldens import speech_llm
-from torch import nn
-from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
+from small_model import LENS, TOKENS, TRANSCRIPTS, gradients, mean_loss, run
 
-from speechllm import label_loss
-from speechllm.llm import load_llm, prepare_llm
 from speechllm.model import (
     KEEP_PROBABILITY,
     Projector,
-    SpeechLLM,
     draw_encoders,
     expand_speech,
-    load_trainable_state,
     positions,
-    trainable_state,
 )
-from speechllm.prompt import IGNORED, chat_ids, training_ids
-from speechllm.training.scaled_adam import ScaledAdam
-from speechllm.zipformer import load_encoder
+from speechllm.prompt import IGNORED, training_ids
+from speechllm.trained_state import trainable_state
 from speechllm.zipformer.swoosh import swoosh_r
 
 x = IGNORED
-LENS = torch.tensor([160, 61, 122])  # frames: 9, 3 and 7 speech embeddings
-TRANSCRIPTS = [[10, 11, 12, 13], [20], [30, 31]]
-TOKENS = 10  # with the closing ones
-
-
-@pytest.fixture(scope="module")
-def parts(tiny_llm_dir, tiny_encoder_dir, encoder_size):
-    """Two encoders, the LLM and its tokenizer, read once; to be copied."""
-    encoders = [load_encoder(tiny_encoder_dir / f"{name}.pt", encoder_size) for name in "ab"]
-    return encoders, *load_llm(str(tiny_llm_dir))
-
-
-@pytest.fixture
-def make_model(parts):
-    """A SpeechLLM of n encoders, all of it away from its initial values, in evaluation mode."""
-
-    def make(
-        n=1,
-        unfreeze_llm=True,
-        use_lora=True,
-        unfreeze_encoder=False,
-        dtype=torch.float32,
-        seed=0,
-        **options,
-    ) -> SpeechLLM:
-        encoders, llm, tokenizer = copy.deepcopy(parts)
-        encoders = [copy.deepcopy(encoders[k % 2]) for k in range(n)]
-        if not unfreeze_encoder:
-            encoders = [encoder.freeze() for encoder in encoders]
-        torch.manual_seed(seed)
-        llm = prepare_llm(llm.to(dtype), unfreeze_llm, use_lora)
-        model = SpeechLLM(encoders, llm, chat_ids(tokenizer), **options)
-        with torch.no_grad():  # LoRA begins as nothing
-            for name, parameter in model.named_parameters():
-                if "lora_" in name or "projector" in name:
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-        return model.eval()
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def features():
-    return torch.randn(3, 160, 80, generator=torch.Generator().manual_seed(0))
-
-
-def run(model, features, used=None):
-    """The model on the three utterances."""
-    used = used or model.all_encoders(len(features))
-    ids, labels = training_ids(model.chat, TRANSCRIPTS, [len(encoders) for encoders in used])
-    return model(features, LENS, ids, labels, used)
-
-
-def mean_loss(model, features, used=None):
-    return run(model, features, used)["loss"] / TOKENS
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 # ---- pictures of merging; 9 is <speech>, 0 the padding
@@ -278,104 +209,6 @@ def test_half_precision(make_model, features, dtype):
         assert gradient.dtype == torch.float32 and torch.isfinite(gradient).all()
 
 
-# ---- what a step costs
-
-
-class Shapes(TorchDispatchMode):
-    """Of all tensors that any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        outputs = made if isinstance(made, (tuple, list)) else [made]
-        self.seen |= {tuple(tensor.shape) for tensor in outputs if torch.is_tensor(tensor)}
-        return made
-
-
-@pytest.mark.parametrize("use_lora", [True, False])
-def test_logits_exist_for_few_labels_at_a_time(make_model, features, monkeypatch, use_lora):
-    monkeypatch.setattr(label_loss, "LABELS_AT_ONCE", 4)
-    model = make_model(use_lora=use_lora)
-    vocabulary, width = model.llm.get_input_embeddings().weight.shape
-    with Shapes() as shapes:
-        mean_loss(model, features).backward()
-    of_logits = {shape for shape in shapes.seen if shape and shape[-1] == vocabulary}
-    assert of_logits - {(width, vocabulary)} == {(4, vocabulary), (2, vocabulary)}  # 10 labels
-
-
-def kept_for_backward(model, features):
-    """Bytes, of a step, and its gradients."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    torch.manual_seed(0)
-    for p in model.parameters():
-        p.grad = None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = mean_loss(model, features)
-    loss.backward()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    return sum(size for place, size in kept.items() if place not in weights), gradients(model)
-
-
-@pytest.mark.parametrize("unfreeze_encoder", [False, True])
-def test_checkpointed_activations_give_the_same_gradients(make_model, features, unfreeze_encoder):
-    """With dropout in the LLM: the same numbers are drawn anew."""
-    model = make_model(unfreeze_encoder=unfreeze_encoder, encoder_feature_mask=False).train()
-    model.encoder.eval()  # its dropout would be drawn in another order
-    plain, expected = kept_for_backward(model, features)
-    model.checkpoint_activations()
-    checkpointed, found = kept_for_backward(model, features)
-    assert checkpointed < 0.7 * plain
-    assert expected.keys() == found.keys()
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
-
-
-def test_compiled_layers_compute_the_same_for_any_length(make_model, features, monkeypatch):
-    """Without inductor's C++, which takes long."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how)
-    )
-    model = make_model()
-    expected = mean_loss(model, features)
-    expected.backward()
-    wanted = {name: gradient.clone() for name, gradient in gradients(model).items()}
-    model.zero_grad()
-    model.compile_layers()
-    loss = mean_loss(model, features)
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
-    graphs = counters["stats"]["unique_graphs"]
-    assert graphs > 0
-    shorter = features[:2, :150]
-    ids, labels = training_ids(model.chat, TRANSCRIPTS[1:], [1, 1])
-    model(shorter, LENS[1:], ids, labels, model.all_encoders(2))["loss"].backward()
-    assert counters["stats"]["unique_graphs"] == graphs
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_step_waits_for_no_device(make_model, features, n):
-    """On the device `meta` tensors have no values: reading one would be an error."""
-    model = make_model(n, dtype=torch.float32).to("meta").train()
-    optimizer = ScaledAdam([p for p in model.parameters() if p.requires_grad])
-    for _ in range(5):
-        sums = run(model, features.to("meta"), draw_encoders(n, 3))
-        (sums["loss"] / TOKENS).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert sums["loss"].is_meta and sums["correct"].is_meta
-
-
 # ---- mixture of encoders
 
 
@@ -537,142 +370,3 @@ def test_lora_matrices_and_projector_have_gradients(make_model, features):
     grads = gradients(model)
     assert len(grads) == 4 + 2 * 7 * 2
     assert all(gradient.any() for gradient in grads.values())
-
-
-# ---- checkpoints
-
-
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"use_lora": False}, {"unfreeze_llm": False}, {"unfreeze_encoder": True}],
-    ids=str,
-)
-def test_what_is_saved_is_what_is_loaded(make_model, features, n, options):
-    model, other = make_model(n, **options), make_model(n, seed=1, **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1.1)
-    assert mean_loss(model, features) != mean_loss(other, features)
-    state = trainable_state(model)
-    assert len(state) == len(gradients(model))
-    assert not any("lm_head" in key or "ctc_output" in key for key in state)
-    assert load_trainable_state(other, state) == []
-    again = trainable_state(other)
-    assert again.keys() == state.keys()
-    assert all(torch.equal(again[key], value) for key, value in state.items())
-    torch.testing.assert_close(mean_loss(model, features), mean_loss(other, features))
-
-
-def test_a_state_is_a_copy(make_model):
-    model = make_model()
-    state = trainable_state(model)
-    before = state["encoder_projector.proj.1.bias"].clone()
-    with torch.no_grad():
-        model.encoder_projector[0].proj[1].bias.add_(1.0)
-    assert torch.equal(state["encoder_projector.proj.1.bias"], before)
-
-
-def test_names_have_an_encoder_index_only_with_several(make_model):
-    one = trainable_state(make_model(1, unfreeze_encoder=True))
-    two = trainable_state(make_model(2, unfreeze_encoder=True))
-    assert "encoder_projector.proj.1.weight" in one
-    assert "encoder.encoder_embed.conv.0.weight" in one
-    assert "encoder_projector.1.proj.1.weight" in two
-    assert "encoder.1.encoder_embed.conv.0.weight" in two
-    assert not any(key.startswith(("encoder.0.", "encoder_projector.0.")) for key in one)
-
-
-@pytest.fixture(scope="module", params=["baseline", "mose"])
-def published(request, shared):
-    """A golden model and its checkpoint's state, with published keys."""
-    path = shared / "goldens" / f"speech_llm_{request.param}.pt"
-    golden = torch.load(path, weights_only=True)
-    return speech_llm(golden), golden["checkpoint"]["model"]
-
-
-def test_published_layout(published):
-    """Ours has the same keys, less the useless ones, and is read as well."""
-    model, state = published
-    useless = load_trainable_state(model, state)
-    assert useless == ["prompt_embedding.weight", "llm.base_model.model.lm_head.weight"]
-    ours = trainable_state(model)
-    assert ours.keys() == state.keys() - set(useless)
-    assert all(torch.equal(ours[key], state[key]) for key in ours)
-    with torch.no_grad():
-        model.encoder_projector[0].proj[1].weight.zero_()
-    assert load_trainable_state(model, ours) == []
-    again = trainable_state(model)
-    assert all(torch.equal(again[key], state[key]) for key in ours)
-
-
-def test_useless_embedding_takes_no_part(published):
-    model, state = published
-    load_trainable_state(model, state)
-    before = trainable_state(model)
-    embedding = model.llm.get_input_embeddings().weight.clone()
-    noise = {
-        key: value + 1.0 if "prompt_embedding" in key or "lm_head" in key else value
-        for key, value in state.items()
-    }
-    load_trainable_state(model, noise)
-    assert all(torch.equal(before[key], value) for key, value in trainable_state(model).items())
-    assert torch.equal(embedding, model.llm.get_input_embeddings().weight)
-
-
-def test_half_precision_checkpoint_is_loaded_as_float32(make_model):
-    model = make_model()
-    load_trainable_state(model, {k: v.half() for k, v in trainable_state(model).items()})
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-def broken(state, kind):
-    key = "encoder_projector.proj.1.weight"
-    if kind == "missing":
-        del state[key]
-    elif kind == "alien":
-        state["decoder.embedding.weight"] = torch.zeros(3)
-    elif kind == "shape":
-        state[key] = torch.zeros(5, 7)
-    elif kind == "empty":
-        state.clear()
-    return state
-
-
-@pytest.mark.parametrize(
-    "kind, sentence",
-    [
-        ("missing", "x.pt lacks encoder_projector.proj.1.weight and 0 more"),
-        ("alien", "x.pt has the alien decoder.embedding.weight and 0 more"),
-        ("shape", r"encoder_projector.proj.1.weight is \(5, 7\) in x.pt and \(32, 96\) in this"),
-        ("empty", "x.pt lacks encoder_projector.proj.1.bias and 31 more"),
-    ],
-)
-def test_a_checkpoint_of_another_model(make_model, kind, sentence):
-    model = make_model()
-    before = trainable_state(model)
-    with pytest.raises(ValueError, match=sentence):
-        load_trainable_state(model, broken(trainable_state(make_model(seed=1)), kind), "x.pt")
-    assert all(torch.equal(before[key], value) for key, value in trainable_state(model).items())
-
-
-@pytest.mark.parametrize("n, other", [(1, 2), (2, 1), (2, 3), (3, 2)])
-def test_a_checkpoint_of_another_number_of_encoders(make_model, n, other):
-    with pytest.raises(ValueError, match=rf"the checkpoint .*than this one with {n} encoders?$"):
-        load_trainable_state(make_model(n), trainable_state(make_model(other)))
-
-
-def test_a_checkpoint_without_lora_where_lora_is_trained(make_model):
-    with pytest.raises(ValueError, match="lacks llm.base_model.model.model.layers.0"):
-        load_trainable_state(make_model(), trainable_state(make_model(unfreeze_llm=False)))
-    with pytest.raises(ValueError, match="has the alien llm.base_model"):
-        load_trainable_state(make_model(unfreeze_llm=False), trainable_state(make_model()))
-
-
-def test_modules_are_counted_once(make_model):
-    """A model is its encoders, projectors and LLM, and holds no parameter twice."""
-    model = make_model(2)
-    assert isinstance(model.encoder, nn.ModuleList) and len(model.encoder_projector) == 2
-    parts = (model.encoder, model.encoder_projector, model.llm)
-    assert len(list(model.parameters())) == sum(len(list(part.parameters())) for part in parts)
