@@ -36,7 +36,7 @@ from speechllm.model_flags import add_model_arguments, build_model, check_model_
 from speechllm.progress import setup_logging
 from speechllm.scoring import NORMALIZERS, ErrorCounts, log_line
 from speechllm.trained_state import load_trainable_state
-from speechllm.training.checkpoint import average_epochs, load_checkpoint
+from speechllm.training.checkpoint import average_checkpoints, average_epochs, load_checkpoint
 from speechllm.training.distributed import Ranks
 from speechllm.training.setup import autocast_dtype
 
@@ -48,7 +48,9 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
     add = parser.add_argument_group("what to decode").add_argument
     add("--exp-dir", type=Path, help="where the checkpoints are; results go to its decode/")
     add("--epoch", type=int, default=10, help="last of the averaged epochs")
-    add("--avg", type=int, default=5, help="how many epochs to average")
+    add("--iter", type=int, default=0,
+        help="above 0: average checkpoint-<step>.pt up to this step instead of epochs")  # fmt: skip
+    add("--avg", type=int, default=5, help="how many epochs or checkpoints to average")
     add("--checkpoint", help="a file in --exp-dir instead of --epoch and --avg")
     add("--test-cuts", default=TEST_CUTS, help="cut files in --manifest-dir, comma-separated")
     add("--use-encoders", help="numbers of the model's encoders to use, such as 1,3; all if unset")
@@ -86,9 +88,11 @@ def read_parameters(args) -> tuple[dict, str]:
     if args.checkpoint:
         path = args.exp_dir / args.checkpoint
         return load_checkpoint(path)["model"], path.stem
-    return average_epochs(args.exp_dir, args.epoch, args.avg)[0], (
-        f"epoch-{args.epoch}-avg-{args.avg}"
-    )
+    if args.iter:
+        parameters, _ = average_checkpoints(args.exp_dir, args.iter, args.avg)
+        return parameters, f"iter-{args.iter}-avg-{args.avg}"
+    parameters, _ = average_epochs(args.exp_dir, args.epoch, args.avg)
+    return parameters, f"epoch-{args.epoch}-avg-{args.avg}"
 
 
 def result_suffix(args, options: SearchOptions, parameters_name: str) -> str:

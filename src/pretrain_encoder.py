@@ -27,6 +27,7 @@ from speechllm.errors import InputError
 from speechllm.flags import Help, str2bool
 from speechllm.progress import setup_logging
 from speechllm.scoring import log_line, score
+from speechllm.seeds import seed_everything
 from speechllm.training.checkpoint import (
     TrainState,
     average_epochs,
@@ -36,7 +37,7 @@ from speechllm.training.checkpoint import (
 )
 from speechllm.training.distributed import Ranks, is_first_process, launch
 from speechllm.training.engine import Engine
-from speechllm.training.loop import seed_everything, validate
+from speechllm.training.loop import validate
 from speechllm.training.setup import (
     add_training_arguments,
     check_data,
@@ -136,7 +137,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 class CtcBatchLoss:
     """CTC loss of a batch in nats, per encoder frame; word errors of greedy CTC in validation.
 
-    The first `flat_start_batches` in training have the loss of flat_start.py instead.
+    The first `flat_start_batches` steps, of which `state` tells how many there were, have the loss
+    of flat_start.py instead.
     """
 
     def __init__(
@@ -144,9 +146,10 @@ class CtcBatchLoss:
         bpe: sentencepiece.SentencePieceProcessor,
         device: torch.device,
         flat_start_batches: int = 0,
+        state: TrainState = TrainState(),
     ):
         self.bpe, self.device = bpe, device
-        self.flat_start_batches = flat_start_batches
+        self.flat_start_batches, self.state = flat_start_batches, state
         pieces = [bpe.id_to_piece(i).replace("\u2581", "") for i in range(bpe.vocab_size())]
         self.num_letters = torch.tensor([max(1, len(piece)) for piece in pieces])
 
@@ -159,8 +162,7 @@ class CtcBatchLoss:
         feature_lens = batch["feature_lens"]
         log_probs, lens = model(features, feature_lens)
         targets = self.bpe.encode(texts)
-        if model.training and self.flat_start_batches > 0:
-            self.flat_start_batches -= 1
+        if model.training and self.state.batch_idx_train < self.flat_start_batches:
             loss = flat_start_loss(
                 log_probs, lens, features, feature_lens, targets, self.num_letters
             )
@@ -188,11 +190,11 @@ def training_texts(args) -> Iterator[tuple[float, str]]:
 def prepare_bpe(args) -> None:
     """Train the BPE model, once; say how many utterances CTC cannot align to their text."""
     path = args.exp_dir / "bpe.model"
-    if args.start_epoch == 1:
+    if not args.start:
         args.exp_dir.mkdir(parents=True, exist_ok=True)
         train_bpe((text for _, text in training_texts(args)), args.vocab_size, path)
     elif not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: --start-epoch {args.start_epoch} needs it")
+        raise FileNotFoundError(f"{path} is missing: {args.start} needs it")
     bpe = sentencepiece.SentencePieceProcessor(model_file=str(path))
     used = too_dense = 0
     for seconds, text in training_texts(args):
@@ -229,7 +231,7 @@ def make_encoder(args, vocab_size: int, checkpoint: dict) -> ZipformerEncoder:
     """
     if not checkpoint:
         return ZipformerEncoder(SIZES[args.encoder_size], vocab_size, args.dropout)
-    path = epoch_path(args.exp_dir, args.start_epoch - 1)
+    path = args.start
     try:
         encoder = encoder_from_state(checkpoint["model"], SIZES[args.encoder_size], args.dropout)
     except ValueError as error:
@@ -246,14 +248,13 @@ def run(ranks: Ranks, args) -> None:
     seed_everything(args.seed)
     bpe = sentencepiece.SentencePieceProcessor(model_file=str(args.exp_dir / "bpe.model"))
     state, checkpoint = TrainState(), {}
-    if args.start_epoch > 1:
-        checkpoint = load_checkpoint(epoch_path(args.exp_dir, args.start_epoch - 1))
+    if args.start:
+        checkpoint = load_checkpoint(args.start)
         state = restore_state(checkpoint)
     encoder = make_encoder(args, bpe.vocab_size(), checkpoint)
     logging.info(f"Number of model parameters: {sum(p.numel() for p in encoder.parameters())}")
     model = CtcModel(encoder, args.encoder_feature_mask).to(ranks.device)
-    done = state.batch_idx_train * args.grad_accum
-    batch_loss = CtcBatchLoss(bpe, ranks.device, args.flat_start_batches - done)
+    batch_loss = CtcBatchLoss(bpe, ranks.device, args.flat_start_batches, state)
     valid_loader = make_valid_loader(args, args.valid_statistics, ranks)
     engine = fit(
         model,
@@ -305,7 +306,7 @@ def decode_tests(model: CtcModel, bpe, args, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     try:
-        check_training(args)
+        args.start = check_training(args)
         check_average(args)
         args.train_statistics, args.valid_statistics = check_data(args)
         args.test_paths = files_to_decode(args)

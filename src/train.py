@@ -32,10 +32,10 @@ from speechllm.model_flags import add_model_arguments, build_model, check_model_
 from speechllm.progress import setup_logging
 from speechllm.prompt import ChatIds, encode_transcripts, training_ids
 from speechllm.sampling import LLMPositions
+from speechllm.seeds import seed_everything
 from speechllm.trained_state import load_trainable_state, trainable_state
-from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
+from speechllm.training.checkpoint import TrainState, load_checkpoint, restore_state
 from speechllm.training.distributed import Ranks, is_first_process, launch
-from speechllm.training.loop import seed_everything
 from speechllm.training.setup import (
     add_training_arguments,
     autocast_dtype,
@@ -128,11 +128,10 @@ class LlmBatchLoss:
 
 
 def initial_parameters(model: SpeechLLM, args) -> tuple[TrainState, dict]:
-    """Load what training starts from: another model, an earlier epoch, or nothing."""
-    if args.start_epoch > 1:
-        path = epoch_path(args.exp_dir, args.start_epoch - 1)
-        checkpoint = load_checkpoint(path)
-        load_trainable_state(model, checkpoint["model"], str(path))
+    """Load what training starts from: a checkpoint of its own, another model, or nothing."""
+    if args.start:
+        checkpoint = load_checkpoint(args.start)
+        load_trainable_state(model, checkpoint["model"], str(args.start))
         return restore_state(checkpoint), checkpoint
     if args.pretrained_model_path:
         state = load_checkpoint(args.pretrained_model_path)["model"]
@@ -213,18 +212,18 @@ def main(
     args = get_parser(defaults, description).parse_args(argv)
     try:
         check_model_files(args)
-        check_training(args)
+        if args.pretrained_model_path and args.start_epoch > 1:
+            raise InputError(
+                f"--start-epoch {args.start_epoch} goes on from this training's own "
+                f"checkpoint, not from --pretrained-model-path {args.pretrained_model_path}"
+            )
+        args.start = check_training(args)
         if args.activation_checkpointing and not args.unfreeze_llm:
             raise InputError("--activation-checkpointing true is for an LLM that is trained")
         args.deepspeed_config = deepspeed_config(args)
         if args.cache_encoder:
             check_encoder_cache(args)
         if args.pretrained_model_path:
-            if args.start_epoch > 1:
-                raise InputError(
-                    f"--start-epoch {args.start_epoch} goes on from this training's own "
-                    f"checkpoint, not from --pretrained-model-path {args.pretrained_model_path}"
-                )
             load_checkpoint(args.pretrained_model_path)
         args.train_statistics, args.valid_statistics = check_data(args)
         if is_first_process():

@@ -4,13 +4,14 @@ import argparse
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from lhotse import CutSet, load_manifest, load_manifest_lazy
 from lhotse.dataset import DynamicBucketingSampler
 
 from speechllm import cut_files, data
-from speechllm.training.loop import seed_everything
+from speechllm.seeds import seed_everything
 
 ALL = float("inf")
 
@@ -179,31 +180,46 @@ def test_ranks_have_disjoint_shares_of_equal_length(many, bucketing):
 # Noise
 
 
-def test_time_warp_and_masks_come_from_the_seeded_generators(tiny_corpus):
-    def augmented(seed, **options):
-        seed_everything(seed)
-        return train_batches(path_of(tiny_corpus), enable_spec_aug=True, **options)
-
-    assert same(augmented(1), augmented(1))
-    assert not same(augmented(1), augmented(2))
-    assert not same(augmented(1), train_batches(path_of(tiny_corpus)))
-    assert not same(augmented(1), augmented(1, spec_aug_time_warp_factor=0))
-
-
-def test_loader_processes_are_seeded_by_seed_and_epoch_alone(tiny_corpus):
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_what_is_drawn_follows_from_seed_epoch_and_number_alone(tiny_corpus, num_workers):
     def augmented(**options):
         return train_batches(
-            path_of(tiny_corpus), enable_spec_aug=True, musan_cuts=musan(tiny_corpus),
-            num_workers=1, **options,
-        )  # fmt: skip
+            path_of(tiny_corpus),
+            **{"enable_spec_aug": True, "musan_cuts": musan(tiny_corpus), **options},
+        )
 
     first = augmented()
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
+    seed_everything(5)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert same(first, augmented(num_workers=num_workers))
     assert same(first, augmented())
-    assert torch.equal(before, torch.get_rng_state())  # dropout does not depend on the loader
-    assert not same(first, augmented(epoch=2))
-    assert not same(first, augmented(seed=7))
+    assert random.getstate() == before[0]  # dropout does not depend on the loader
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    for change in (
+        {"epoch": 2}, {"seed": 7}, {"rank": 1, "world_size": 2}, {"enable_spec_aug": False},
+        {"musan_cuts": None}, {"spec_aug_time_warp_factor": 0},
+    ):  # fmt: skip
+        assert not same(first, augmented(**change))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("bucketing", [True, False])
+def test_after_skipped_batches_the_others_are_the_same(many, tiny_corpus, num_workers, bucketing):
+    options = {
+        "enable_spec_aug": True, "musan_cuts": musan(tiny_corpus), "shuffle": True,
+        "num_workers": num_workers, "bucketing_sampler": bucketing,
+    }  # fmt: skip
+    whole = train_batches(many, **options)
+    for skip in (1, len(whole) // 2, len(whole)):
+        rest = train_batches(many, skip=skip, **options)
+        assert same(whole[skip:], rest[skip:])
+        assert [sorted(batch["ids"]) for batch in rest[:skip]] == [
+            sorted(batch["ids"]) for batch in whole[:skip]
+        ]
+        for left_out, batch in zip(rest[:skip], whole):
+            assert set(left_out) == {"ids", "seconds"}
+            assert left_out["seconds"] == pytest.approx(batch["seconds"], abs=0.1)
 
 
 def test_musan_is_mixed_into_about_half_of_the_utterances(many, tiny_corpus):
@@ -308,7 +324,7 @@ def test_buckets_are_made_also_where_tokens_are_the_only_limit(many):
         cut_files.cuts_within([many]), max_duration=1e6, max_tokens=30, num_cuts=96,
         seconds=seconds, count_positions=lambda cut: round(cut.duration * 7),
     )  # fmt: skip
-    assert isinstance(loader.sampler, DynamicBucketingSampler)
+    assert isinstance(loader.sampler.sampler, DynamicBucketingSampler)
 
 
 def test_flags_and_functions_have_the_same_defaults():

@@ -1,6 +1,7 @@
 """The rest of a user's day: average, decode and score, with decode.py and decode_mose.py."""
 
 import argparse
+import ast
 import json
 import re
 import shutil
@@ -65,7 +66,7 @@ def recogs(exp_dir, suffix, name="tiny_test_all"):
     text = (exp_dir / "decode" / f"recogs-{name}-{suffix}.txt").read_text()
     lines = re.findall(r"^(\S+):\tref=(\[.*\])\n\1:\thyp=(\[.*\])$", text, flags=re.MULTILINE)
     assert 2 * len(lines) == text.count("\n")
-    return [(i, *(json.loads(w.replace("'", '"')) for w in words)) for i, *words in lines]
+    return [(i, *map(ast.literal_eval, words)) for i, *words in lines]
 
 
 def hypotheses(exp_dir, suffix, name="tiny_test_all"):

@@ -17,9 +17,9 @@ import train
 from speechllm import data
 from speechllm.decoding import test_set
 from speechllm.decoding.recognizer import Recognizer
+from speechllm.seeds import seed_everything
 from speechllm.training import setup
 from speechllm.training.distributed import Ranks
-from speechllm.training.loop import seed_everything
 from speechllm.training.schedule import Eden
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -73,11 +73,12 @@ def reached(monkeypatch, tiny_train_argv, tiny_exp, tmp_path):
 
         monkeypatch.setattr(setup, "Trainer", trainer)
         exp_dir = tmp_path / "exp"
-        if not exp_dir.exists():
-            exp_dir.mkdir()
+        exp_dir.mkdir(exist_ok=True)
+        if not (exp_dir / "epoch-1.pt").exists():  # it was moved aside
             (exp_dir / "epoch-1.pt").symlink_to(tiny_exp / "epoch-1.pt")
+        argv = [*tiny_train_argv(exp_dir), "--resume", "never"]
         try:
-            train.main([*tiny_train_argv(exp_dir), *(f.format(tmp=tmp_path) for f in flags)])
+            train.main([*argv, *(f.format(tmp=tmp_path) for f in flags)])
         except SystemExit as error:
             seen.sentence = error.code
         return SimpleNamespace(**vars(seen), **loop)
@@ -140,8 +141,12 @@ TRAIN = {
     "--world-size": Change("2", attribute("world_size")),
     "--master-port": Change("12399", attribute("master_port")),
     "--num-epochs": Change("3", attribute("num_epochs")),
-    "--start-epoch": Change("2", lambda r: (r.start_epoch, r.state.batch_idx_train)),
-    "--exp-dir": Change("{tmp}/other", lambda r: (r.exp_dir, sorted(r.exp_dir.iterdir()))),
+    "--start-epoch": Change("2", lambda r: r.state.batch_idx_train),
+    "--resume": Change("auto", lambda r: r.state.batch_idx_train),
+    "--save-every-n": Change("10", attribute("save_every_n")),
+    "--save-every-minutes": Change("7.5", attribute("save_every_minutes")),
+    "--keep-last-k": Change("2", attribute("keep_last_k")),
+    "--exp-dir": Change("{tmp}/other", attribute("exp_dir")),
     "--grad-accum": Change("3", attribute("grad_accum")),
     "--activation-checkpointing": Change("true", lambda r: r.module.llm.is_gradient_checkpointing),
     "--compile": Change("true", lambda r: compiled(r.module.plain_llm.get_decoder().layers[0])),
@@ -264,9 +269,9 @@ def decoded(monkeypatch, tiny_argv, tiny_exp, tmp_path):
 
         exp_dir = tmp_path / "exp"
         exp_dir.mkdir(exist_ok=True)
-        for name in ("epoch-1.pt", "epoch-2.pt"):
+        for name in ("epoch-1.pt", "epoch-2.pt", "checkpoint-9.pt"):
             if not (exp_dir / name).exists():
-                (exp_dir / name).symlink_to(tiny_exp / name)
+                (exp_dir / name).symlink_to(tiny_exp / name.replace("checkpoint-9", "epoch-1"))
         argv = [
             *tiny_argv(), "--exp-dir", str(exp_dir), "--test-cuts", "tiny_cuts_test",
             "--epoch", "2", "--avg", "2", "--max-new-tokens", "3", *flags,
@@ -309,6 +314,7 @@ DECODE = {
     "--exp-dir": Change("{tmp}/other", files),
     "--epoch": Change("1", files, ("--avg", "1")),
     "--avg": Change("1", files),
+    "--iter": Change("9", files, ("--avg", "1")),
     "--checkpoint": Change("epoch-1.pt", files),
     "--method": Change("beam", names),
     "--beam-size": Change("2", names),

@@ -216,6 +216,24 @@ def test_every_flag_is_tested():
     assert flags - {"-h", "--help"} <= tested
 
 
+def test_the_same_command_goes_on_in_the_middle_of_an_epoch(flags, tmp_path):
+    more = {
+        "--num-epochs": 2, "--max-duration": 4, "--save-every-n": 1, "--save-every-minutes": 0,
+        "--keep-last-k": 99, "--num-workers": 1, "--resume": "auto", "--flat-start-batches": 2,
+    }  # fmt: skip
+    main(flags, tmp_path / "whole", **more)
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.pt"))
+    assert "checkpoint-3.pt" in names and "checkpoint-5.pt" in names
+    (tmp_path / "parts").mkdir()
+    for name in ("checkpoint-1.pt", "bpe.model"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "parts")
+    main(flags, tmp_path / "parts", **more)
+    for name in names:
+        one, two = (load_checkpoint(tmp_path / d / name) for d in ("whole", "parts"))
+        assert equal(one.pop("model"), two.pop("model"))
+        assert repr(one) == repr(two)
+
+
 def test_the_first_batches_have_the_loss_of_the_flat_start(flags, trained, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
@@ -307,7 +325,7 @@ def test_sentences_about_epochs(flags, trained, tmp_path):
         f"epoch-1.pt is missing in {tmp_path}: --num-epochs 4 --avg 4 needs it"
     )
     assert said(flags, tmp_path, **{**more, "--avg": 3}) == (
-        f"{tmp_path}/bpe.model is missing: --start-epoch 3 needs it"
+        f"{tmp_path}/bpe.model is missing: {tmp_path}/epoch-2.pt needs it"
     )
 
 

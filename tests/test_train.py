@@ -126,6 +126,38 @@ def test_going_on_is_as_if_never_stopped(request, exp, n, tiny_train_argv, tmp_p
     assert validation_losses(exp_dir) == validation_losses(uninterrupted)[1:]
 
 
+def as_killed_after(exp_dir, copy, steps):
+    """What is left of a training that was killed after so many steps."""
+    shutil.copytree(exp_dir, copy)
+    for path in copy.glob("*.pt"):
+        if path.name[:4] == "best" or load_checkpoint(path)["batch_idx_train"] > steps:
+            path.unlink()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_same_command_goes_on_in_the_middle_of_an_epoch(tiny_train_argv, tmp_path, n):
+    """With loader processes, noise and masks; what is left of both is the same."""
+    argv = [
+        *tiny_train_argv(tmp_path / "whole", n), "--num-workers", "2", "--max-duration", "3",
+        "--enable-musan", "true", "--enable-spec-aug", "true", "--save-every-n", "1",
+        "--keep-last-k", "99",
+    ]  # fmt: skip
+    train.main(argv)
+    whole = sorted(path.name for path in (tmp_path / "whole").glob("*.pt"))
+    steps = load_checkpoint(tmp_path / "whole" / "epoch-1.pt")["batch_idx_train"]
+    assert steps > 2
+    as_killed_after(tmp_path / "whole", tmp_path / "parts", steps - 1)
+    argv[argv.index("--exp-dir") + 1] = str(tmp_path / "parts")
+    train.main([*argv, "--resume", "must"])
+    assert sorted(path.name for path in (tmp_path / "parts").glob("*.pt")) == whole
+    for name in whole:
+        ours, theirs = (load_checkpoint(tmp_path / d / name) for d in ("parts", "whole"))
+        assert equal(ours.pop("model"), theirs.pop("model"))
+        assert repr(ours) == repr(theirs)
+    log_lines = [line for line in log(tmp_path / "parts").splitlines() if "validation: " in line]
+    assert len(log_lines) > len(validation_losses(tmp_path / "whole"))  # the first once more
+
+
 def test_another_seed_is_another_training(tiny_exp, tiny_train_argv, tmp_path):
     train.main([*tiny_train_argv(tmp_path), "--num-epochs", "1", "--seed", "7"])
     ours, theirs = (load_checkpoint(d / "epoch-1.pt")["model"] for d in (tmp_path, tiny_exp))
@@ -396,7 +428,8 @@ def test_an_average_cannot_be_gone_on_with(said, tiny_exp, tmp_path):
 ])  # fmt: skip
 def test_going_on_with_another_model(said, tiny_exp, tmp_path, flags, sentence):
     shutil.copytree(tiny_exp, tmp_path / "copy", ignore=shutil.ignore_patterns("tensorboard"))
-    assert re.search(sentence, said("--start-epoch", 2, *flags, exp_dir=tmp_path / "copy"))
+    flags = "--resume", "never", "--start-epoch", 2, *flags
+    assert re.search(sentence, said(*flags, exp_dir=tmp_path / "copy"))
 
 
 def test_starting_from_nothing_or_something_else(said, tiny_exp, tmp_path):

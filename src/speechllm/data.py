@@ -9,11 +9,14 @@ A batch is a dict:
     seconds       audio in the batch, without padding
 
 With an encoder cache, `features` are the outputs of all encoders, (B, T / 4, C).
+
+A batch that was trained on before training was resumed has `ids` and `seconds` alone.
 """
 
 import argparse
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +25,6 @@ from lhotse.cut import Cut
 from lhotse.dataset import (
     CutConcatenate,
     CutMix,
-    IterableDatasetWrapper,
     K2SpeechRecognitionDataset,
     OnTheFlyFeatures,
     PrecomputedFeatures,
@@ -30,12 +32,13 @@ from lhotse.dataset import (
 )
 from lhotse.dataset.dataloading import make_worker_init_fn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from speechllm.encoder_cache import EncoderCache
 from speechllm.features import FRAME_SHIFT, fbank_extractor
 from speechllm.flags import str2bool
 from speechllm.sampling import BatchLimit, make_sampler, with_positions
+from speechllm.seeds import seeded
 
 MIN_BATCHES_IN_BUCKET = 10  # of which --drop-last may drop one
 POSITIONS_A_SECOND = 6.25  # of the LLM, at least: speech of one encoder, at the published rate
@@ -134,19 +137,57 @@ def _input_strategy(on_the_fly_feats: bool):
     return PrecomputedFeatures()
 
 
-class _Noise:
-    """Mixes noise into half of the cuts; every loader process draws its own."""
+class Numbered:
+    """(number, cuts) of a sampler's batches; before `skip` what is left to know of the cuts."""
 
-    def __init__(self, cuts: CutSet, seed: str):
-        self.cuts, self.seed = cuts, seed
-        self.mix: CutMix | None = None
+    def __init__(self, sampler: Iterable[CutSet], skip: int, start: int = 0, step: int = 1):
+        self.sampler, self.skip, self.start, self.step = sampler, skip, start, step
 
-    def __call__(self, cuts: CutSet) -> CutSet:
-        if self.mix is None:  # only here is the process known
-            worker = get_worker_info()
-            rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
-            self.mix = CutMix(self.cuts, p=0.5, snr=(10, 20), preserve_id=True, seed=rng)
-        return self.mix(cuts)
+    def __iter__(self) -> Iterator[tuple[int, CutSet | dict]]:
+        number = self.start
+        for cuts in self.sampler:
+            yield number, cuts if number >= self.skip else _trained_on(cuts)
+            number += self.step
+
+
+def _trained_on(cuts: CutSet) -> dict:
+    return {"ids": [cut.id for cut in cuts], "seconds": sum(cut.duration for cut in cuts)}
+
+
+class SeededDataset(Dataset):
+    """Of another dataset; what is drawn for a batch follows from its number, whoever makes it."""
+
+    def __init__(self, dataset: Dataset, seed: str):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, numbered: tuple[int, CutSet | dict]) -> dict:
+        number, cuts = numbered
+        if isinstance(cuts, dict):
+            return cuts
+        with seeded(self.seed, number):
+            return self.dataset[cuts]
+
+
+class StreamedDataset(IterableDataset):
+    """Each loader process makes batches of its own part of the cuts.
+
+    They take turns. When one is through, the others' numbers are larger than their place in the
+    epoch: so no batch of `skip` or later is taken for one that was trained on.
+    """
+
+    def __init__(self, dataset: Dataset, sampler: Iterable[CutSet], skip: int):
+        self.dataset, self.sampler, self.skip = dataset, sampler, skip
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        turn = (worker.id, worker.num_workers) if worker else (0, 1)
+        return map(self.dataset.__getitem__, Numbered(self.sampler, self.skip, *turn))
+
+
+def _mix_noise(cuts: CutSet, noise: CutSet) -> CutSet:
+    """Noise of 10 to 20 dB in half of the cuts, drawn with Python's generator."""
+    rng = random.Random(random.getrandbits(64))
+    return CutMix(noise, p=0.5, snr=(10, 20), preserve_id=True, seed=rng)(cuts)
 
 
 def training_loader(
@@ -172,6 +213,7 @@ def training_loader(
     spec_aug_time_warp_factor: int = 80,
     seed: int = 42,
     epoch: int = 1,
+    skip: int = 0,
     rank: int = 0,
     world_size: int = 1,
     encoder_cache: EncoderCache | None = None,
@@ -179,8 +221,8 @@ def training_loader(
     """The augmented batches of one epoch, this rank's share; order and noise follow seed and epoch.
 
     `num_cuts` of `seconds` in all are in `cuts`. With `max_tokens` above 0 a batch has at most so
-    many LLM positions, padding included; `count_positions` tells those of a cut. Without loader
-    processes SpecAugment draws from the generators of Python, numpy and torch.
+    many LLM positions, padding included; `count_positions` tells those of a cut. Of the first
+    `skip` batches, which were trained on, nothing is loaded.
 
     With a `sample` of them, `cuts` are of shards: each process of each rank has a part of its own
     (see `Shards.cuts`), and makes batches of that alone.
@@ -211,37 +253,33 @@ def training_loader(
         **options,
     )
     sampler.set_epoch(epoch - 1)
-    process_seed = f"{seed} {epoch} {rank}"
     if encoder_cache is not None:
-        return _data_loader(
-            HeardDataset(encoder_cache), num_workers, process_seed, sampler=sampler
+        dataset = HeardDataset(encoder_cache)
+    else:
+        dataset = SpeechDataset(
+            return_cuts=True,
+            cut_transforms=_cut_transforms(concatenate_cuts, duration_factor, gap, musan_cuts),
+            input_transforms=[_spec_augment(spec_aug_time_warp_factor)] if enable_spec_aug else [],
+            input_strategy=_input_strategy(on_the_fly_feats),
         )
-    dataset = SpeechDataset(
-        return_cuts=True,
-        cut_transforms=_cut_transforms(
-            concatenate_cuts, duration_factor, gap, musan_cuts, process_seed
-        ),
-        input_transforms=[_spec_augment(spec_aug_time_warp_factor)] if enable_spec_aug else [],
-        input_strategy=_input_strategy(on_the_fly_feats),
-    )
+    dataset = SeededDataset(dataset, f"{seed} {epoch} {rank}")
     if not streamed:
-        return _data_loader(dataset, num_workers, process_seed, sampler=sampler)
+        return _data_loader(dataset, num_workers, sampler=Numbered(sampler, skip))
     return _data_loader(
-        IterableDatasetWrapper(dataset, sampler, reset_on_iter=True),
+        StreamedDataset(dataset, sampler, skip),
         num_workers,
-        process_seed,
         worker_init_fn=make_worker_init_fn(rank, world_size, False),  # tells them their rank
     )
 
 
 def _cut_transforms(
-    concatenate_cuts: bool, duration_factor: float, gap: float, musan_cuts: CutSet | None, seed: str
+    concatenate_cuts: bool, duration_factor: float, gap: float, musan_cuts: CutSet | None
 ) -> list[Callable[[CutSet], CutSet]]:
     transforms = []
     if concatenate_cuts:
         transforms.append(CutConcatenate(duration_factor=duration_factor, gap=gap))
     if musan_cuts is not None:
-        transforms.append(_Noise(musan_cuts, seed))
+        transforms.append(partial(_mix_noise, noise=musan_cuts))
     return transforms
 
 
@@ -282,19 +320,19 @@ def evaluation_loader(
         rank=0,
         world_size=1,
     )
-    return _data_loader(dataset, num_workers, "evaluation", sampler=sampler)
+    return _data_loader(dataset, num_workers, sampler=sampler)
 
 
-def _data_loader(dataset, num_workers: int, seed: str, **options) -> DataLoader:
-    """Its processes are seeded by `seed` alone; torch's own generator is neither used nor moved.
+def _data_loader(dataset, num_workers: int, **options) -> DataLoader:
+    """Torch's own generator is neither used nor moved.
 
-    Each has two batches ready (torch's default), in memory from which a GPU copies fastest.
+    Each process has two batches ready (torch's default), in memory from which a GPU copies fastest.
     """
     return DataLoader(
         dataset,
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(random.Random(seed).getrandbits(63)),
+        generator=torch.Generator(),
         **options,
     )

@@ -98,7 +98,7 @@ def sampler_of(args, folder: Path):
             for cut in cuts:
                 writer.write(cut)
         cuts = cuts_within([path])
-    return training_loader(cuts, **options).sampler
+    return training_loader(cuts, **options).sampler.sampler
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -34,7 +34,7 @@ from speechllm.data import evaluation_loader, training_loader  # noqa: E402
 from speechllm.encoder_cache import EncoderCache  # noqa: E402
 from speechllm.errors import InputError  # noqa: E402
 from speechllm.prompt import add_speech_tokens, chat_ids  # noqa: E402
-from speechllm.training.loop import seed_everything  # noqa: E402
+from speechllm.seeds import seed_everything  # noqa: E402
 from speechllm.training.scaled_adam import ScaledAdam  # noqa: E402
 from speechllm.zipformer import SIZES  # noqa: E402
 from train import LlmBatchLoss  # noqa: E402

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 from speechllm.cut_files import check_cuts, cuts_within  # noqa: E402
 from speechllm.data import training_loader  # noqa: E402
 from speechllm.errors import InputError  # noqa: E402
+from speechllm.seeds import seed_everything  # noqa: E402
 from speechllm.shards import read_shards, write_shards  # noqa: E402
-from speechllm.training.loop import seed_everything  # noqa: E402
 
 STORES = {"features": "lilcom", "audio": "flac"}
 

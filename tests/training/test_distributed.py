@@ -112,7 +112,7 @@ def toy_training(exp_dir, batches, valid, ranks):
     state = Trainer(
         engine=Engine(model, optimizer, ranks), schedule=FixedLR(optimizer),
         batch_loss=toy_loss, count_tokens=lambda batch: len(batch["x"]),
-        train_loader=lambda epoch: batches, valid_loader=lambda: valid,
+        train_loader=lambda epoch, skip: batches, valid_loader=lambda: valid,
         model_state=lambda _: model.state_dict(), exp_dir=exp_dir, num_epochs=2,
         epoch_seconds=1.0, tensorboard=False,
     ).run()  # fmt: skip
@@ -190,7 +190,7 @@ def rank_streams(ranks, args):
 
     mine = [{"ids": [f"{ranks.rank}-{i}"]} for i in range(2 + 3 * ranks.rank)]
     ids = {
-        drop_last: [batch["ids"][0] for batch in InStep(mine, ranks, drop_last, 7)]
+        drop_last: [batch["ids"][0] for batch in InStep(lambda _: mine, ranks, drop_last, 7)]
         for drop_last in (True, False)
     }
     parser = argparse.ArgumentParser()
@@ -231,7 +231,7 @@ def test_ranks_read_all_shards_between_them_in_as_many_batches(streamed, tiny_co
 
 def test_a_rank_without_any_batch_is_named():
     with pytest.raises(ValueError, match="rank 1 has no batch in its part of the shards"):
-        list(InStep([], Empty(1, 2), False, 0))
+        list(InStep(lambda _: [], Empty(1, 2), False, 0))
 
 
 class Empty(Ranks):
@@ -303,11 +303,12 @@ def gradients(batches, ranks):
     optimizer.register_step_pre_hook(
         lambda *_: found.update({name: p.grad.clone() for name, p in trained.items()})
     )
+    batches = [{"rows": rows} for rows in batches]
     Trainer(
         engine=Engine(model, optimizer, ranks), schedule=None, batch_loss=batch_loss,
         count_tokens=count_tokens, train_loader=None, valid_loader=None, model_state=None,
         exp_dir=None, num_epochs=1, epoch_seconds=1.0,
-    ).step([{"rows": rows} for rows in batches])  # fmt: skip
+    ).step(batches, int(ranks.sum(torch.tensor(sum(map(count_tokens, batches))))))  # fmt: skip
     return found
 
 

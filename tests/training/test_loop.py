@@ -2,17 +2,26 @@
 
 import json
 import logging
+import os
 import random
 import re
+import signal
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint, restore_state
+from speechllm.seeds import seed_everything
+from speechllm.training.checkpoint import (
+    TrainState,
+    load_checkpoint,
+    numbered_files,
+    restore_state,
+)
 from speechllm.training.engine import Engine
-from speechllm.training.loop import Trainer, adjust_grad_scale, groups, seed_everything, validate
+from speechllm.training.loop import Trainer, adjust_grad_scale, groups, validate
+from speechllm.training.preemption import EXIT_CODE
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden
 
@@ -52,13 +61,19 @@ def count_tokens(batch):
     return len(batch["x"])
 
 
-def run(exp_dir, start_epoch=1, num_epochs=3, batches=60, **options):
-    """Train a toy, from the checkpoint before `start_epoch` where there is one."""
+def after(skip, batches):
+    """Those before came with less, as from `data.training_loader`."""
+    for number, batch in enumerate(batches):
+        yield batch if number >= skip else {"ids": [], "seconds": batch["seconds"]}
+
+
+def run(exp_dir, start=None, num_epochs=3, batches=60, **options):
+    """Train a toy, from the checkpoint `start` where there is one."""
     seed_everything(0)
     model = Toy()
     state, checkpoint = TrainState(), {}
-    if start_epoch > 1:
-        checkpoint = load_checkpoint(epoch_path(exp_dir, start_epoch - 1))
+    if start:
+        checkpoint = load_checkpoint(exp_dir / start)
         model.load_state_dict(checkpoint["model"])
         state = restore_state(checkpoint)
     optimizer = ScaledAdam(model.parameters(), lr=0.05)
@@ -67,18 +82,19 @@ def run(exp_dir, start_epoch=1, num_epochs=3, batches=60, **options):
     if checkpoint:
         engine.load_state_dict(checkpoint)
         schedule.load_state_dict(checkpoint["scheduler"])
+    batches_of = options.pop("train_loader", lambda epoch: make_batches(epoch, batches))
     options = {
         "batch_loss": batch_loss,
         "count_tokens": count_tokens,
-        "train_loader": lambda epoch: make_batches(epoch, batches),
         "valid_loader": lambda: make_batches(99, 4),
         "tensorboard": False,
         **options,
     }
     exp_dir.mkdir(exist_ok=True)
     state = Trainer(
-        engine=engine, schedule=schedule, state=state,
-        model_state=lambda _: model.state_dict(), exp_dir=exp_dir, start_epoch=start_epoch,
+        engine=engine, schedule=schedule, state=state, sums=checkpoint.get("sums"),
+        train_loader=lambda epoch, skip: after(skip, batches_of(epoch)),
+        model_state=lambda _: model.state_dict(), exp_dir=exp_dir,
         num_epochs=num_epochs, epoch_seconds=2.0 * batches, **options,
     ).run()  # fmt: skip
     return state, model
@@ -257,13 +273,81 @@ def test_best_train_loss_is_that_of_the_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_resuming_equals_an_undisturbed_run_bit_for_bit(tmp_path, dtype):
-    state, _ = run(tmp_path / "whole", num_epochs=4, dtype=dtype)
-    run(tmp_path / "parts", num_epochs=2, dtype=dtype)
-    resumed, _ = run(tmp_path / "parts", start_epoch=3, num_epochs=4, dtype=dtype)
+@pytest.mark.parametrize("start", ["epoch-2.pt", "checkpoint-28.pt", "checkpoint-40.pt"])
+def test_resuming_equals_an_undisturbed_run_bit_for_bit(tmp_path, dtype, start):
+    """From an epoch's end, its middle, and its last batch, before validation."""
+    options = {"dtype": dtype, "batches": 20, "save_every_n": 4, "keep_last_k": 99}
+    state, _ = run(tmp_path / "whole", num_epochs=4, **options)
+    run(tmp_path / "parts", num_epochs=2, **options)
+    resumed, _ = run(tmp_path / "parts", start=start, num_epochs=4, **options)
     assert resumed == state
-    one = load_checkpoint(tmp_path / "whole" / "epoch-4.pt")
-    two = load_checkpoint(tmp_path / "parts" / "epoch-4.pt")
+    names = [path.name for path in (tmp_path / "whole").glob("*.pt")]
+    assert len(names) == 4 + 2 + 20
+    for name in names:
+        one, two = (load_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
+        assert json.dumps(listed(one)) == json.dumps(listed(two))
+
+
+def test_the_log_goes_on_as_well(tmp_path, caplog):
+    def lines():
+        logs = [line.partition(", lr")[0] for line in logged(caplog, "Epoch 2")]
+        caplog.clear()
+        return logs
+
+    run(tmp_path, num_epochs=2, log_interval=1, save_every_n=25)
+    whole = lines()
+    run(tmp_path, start="checkpoint-100.pt", num_epochs=2, log_interval=1)
+    assert lines() == whole[40:]
+    assert "Epoch 2: 60 batches with 120 of 120 s of audio" in whole
+
+
+# Checkpoints within an epoch
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ({}, []),
+        ({"save_every_n": 7, "keep_last_k": 9}, [7, 14, 21, 28]),
+        ({"save_every_n": 7, "keep_last_k": 2}, [21, 28]),
+        ({"save_every_n": 7, "grad_accum": 2, "keep_last_k": 9}, [7, 14]),
+        ({"save_every_minutes": 1e-9, "keep_last_k": 3}, [28, 29, 30]),
+        ({"save_every_minutes": 60}, []),
+    ],
+)
+def test_when_checkpoints_are_written_and_how_many_are_kept(tmp_path, options, numbers):
+    run(tmp_path, num_epochs=1, batches=30, **options)
+    assert sorted(numbered_files(tmp_path, "checkpoint")) == numbers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("moment", ["training", "first validation", "epoch's end"])
+def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, caplog, number, moment):
+    """The same command then ends where a training ends that was not disturbed."""
+    asked = []
+
+    def loss(model, batch):
+        now = "training" if model.training else "first validation"
+        if not model.training and len(asked) > 30:
+            now = "epoch's end"
+        asked.append(now)
+        if now == moment and asked.count(now) == 2:
+            os.kill(os.getpid(), number)
+        return batch_loss(model, batch)
+
+    options = {"num_epochs": 1, "batches": 30}
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "parts", batch_loss=loss, **options)
+    assert end.value.code == EXIT_CODE == 75
+    assert signal.getsignal(number) == before
+    done = {"training": 3, "first validation": 0, "epoch's end": 30}[moment]
+    assert logged(caplog, f"Asked to stop after {done} steps: all is saved")
+    files = [path.name for path in (tmp_path / "parts").iterdir()]
+    assert files == ([f"checkpoint-{done}.pt"] if done else [])
+    run(tmp_path / "parts", start=files[0] if files else None, **options)
+    run(tmp_path / "whole", **options)
+    one, two = (load_checkpoint(tmp_path / x / "epoch-1.pt") for x in ("parts", "whole"))
     assert json.dumps(listed(one)) == json.dumps(listed(two))
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from speechllm.data import add_data_arguments, add_training_data_arguments
+from speechllm.seeds import seed_everything
 from speechllm.training.distributed import Ranks
 from speechllm.training.engine import Engine
-from speechllm.training.loop import seed_everything
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden, FixedLR
 from speechllm.training.setup import (
@@ -46,12 +46,12 @@ def flags(tiny_corpus):
     }  # fmt: skip
 
 
-def batches(flags, epoch=1, ranks=Ranks()):
+def batches(flags, epoch=1, ranks=Ranks(), skip=0):
     """One epoch of training batches, from flags as they are typed."""
     args = parse(*(item for pair in flags.items() for item in pair))
     statistics, _ = check_data(args)
     seed_everything(0)
-    return list(make_train_loader(args, statistics, ranks)(epoch))
+    return list(make_train_loader(args, statistics, ranks)(epoch, skip))
 
 
 def listing(batches):
@@ -80,13 +80,35 @@ def listing(batches):
         ("--enable-spec-aug", "true", {}),
         ("--spec-aug-time-warp-factor", 0, {"--enable-spec-aug": "true"}),
         ("--seed", 1, {}),
-        ("--num-workers", 1, {"--enable-spec-aug": "true"}),
     ],
 )
 def test_every_flag_changes_the_batches(flags, flag, value, context):
     before = listing(batches({**flags, **context}))
     assert before == listing(batches({**flags, **context}))
     assert before != listing(batches({**flags, **context, flag: value}))
+
+
+def test_loader_processes_change_nothing(flags):
+    noisy = {**flags, "--enable-spec-aug": "true", "--enable-musan": "true"}
+    assert listing(batches(noisy)) == listing(batches({**noisy, "--num-workers": 2}))
+    args = parse("--manifest-dir", flags["--manifest-dir"], "--num-workers", 2)
+    assert make_train_loader(args, check_data(args)[0], Ranks())(1).num_workers == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("bucketing", ["true", "false"])
+def test_the_rest_of_an_epoch_of_shards(flags, tiny_shards, num_workers, bucketing):
+    flags = {
+        **flags, "--shar-dir": tiny_shards, "--num-workers": num_workers, "--drop-last": "false",
+        "--bucketing-sampler": bucketing, "--enable-spec-aug": "true", "--enable-musan": "true",
+    }  # fmt: skip
+    whole = batches(flags)
+    for skip in (1, len(whole) // 2, len(whole) - 1, len(whole)):
+        rest = batches(flags, skip=skip)
+        assert len(rest) == len(whole)
+        assert listing(rest[skip:]) == listing(whole[skip:])
+        ids = [sorted(batch["ids"]) for batch in whole]
+        assert [sorted(batch["ids"]) for batch in rest] == ids
 
 
 def test_manifest_dir(flags, tmp_path):
@@ -209,7 +231,7 @@ def test_limits_that_leave_nothing(flags):
 
 
 def test_epochs(tmp_path):
-    check_training(parse("--exp-dir", tmp_path))
+    assert check_training(parse("--exp-dir", tmp_path)) is None
     with pytest.raises(FileNotFoundError, match="epoch-2.pt is missing: --start-epoch 3 needs it"):
         check_training(parse("--exp-dir", tmp_path, "--start-epoch", 3))
     with pytest.raises(ValueError, match="--start-epoch 12 is beyond --num-epochs 10"):
@@ -237,12 +259,19 @@ def test_tokens_of_a_batch(flags):
         ("--num-epochs", "--num-epochs 0 must be at least 1"),
         ("--log-interval", "--log-interval 0 must be at least 1"),
         ("--valid-interval", "--valid-interval 0 must be at least 1"),
+        ("--keep-last-k", "--keep-last-k 0 must be at least 1"),
         ("--max-duration", "--max-duration 0 must be above 0"),
     ],
 )
 def test_numbers_that_make_no_training(tmp_path, flag, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         check_training(parse("--exp-dir", tmp_path, flag, 0))
+
+
+@pytest.mark.parametrize("flag", ["--save-every-n", "--save-every-minutes"])
+def test_times_that_make_no_checkpoints(tmp_path, flag):
+    with pytest.raises(ValueError, match=f"^{flag} -1 must be at least 0$"):
+        check_training(parse("--exp-dir", tmp_path, flag, -1))
 
 
 # Flags of the training

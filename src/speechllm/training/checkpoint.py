@@ -1,4 +1,7 @@
-"""`epoch-N.pt` and its averages: `{"model": …}` and what resuming needs, tensors and numbers."""
+"""`epoch-N.pt`, `checkpoint-B.pt` and averages: `{"model": …}` and what resuming needs.
+
+`epoch-N.pt` is written at the end of epoch N, `checkpoint-B.pt` after B steps, within an epoch.
+"""
 
 import logging
 import os
@@ -24,6 +27,12 @@ class TrainState:
     best_train_epoch: int = -1
     best_valid_loss: float = float("inf")
     best_valid_epoch: int = -1
+    batches_in_epoch: int = 0  # that each rank has trained on; 0 when the epoch is done
+
+    @property
+    def next_epoch(self) -> int:
+        """The one that is not done."""
+        return self.epoch + (self.batches_in_epoch == 0)
 
 
 def save_checkpoint(path: Path, model: dict[str, Tensor], state: TrainState, **resume) -> None:
@@ -35,19 +44,37 @@ def epoch_path(exp_dir: Path, epoch: int) -> Path:
     return exp_dir / f"epoch-{epoch}.pt"
 
 
+def checkpoint_path(exp_dir: Path, batch_idx_train: int) -> Path:
+    return exp_dir / f"checkpoint-{batch_idx_train}.pt"
+
+
+def numbered_files(exp_dir: Path, kind: str) -> dict[int, Path]:
+    """`epoch-N.pt` or `checkpoint-B.pt` by number, the largest first."""
+    found = {}
+    for path in exp_dir.glob(f"{kind}-*.pt"):
+        number = path.stem.removeprefix(f"{kind}-")
+        if number.isdecimal():
+            found[int(number)] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+def remove_old_checkpoints(exp_dir: Path, keep: int) -> None:
+    """All `checkpoint-B.pt` but the last `keep`."""
+    for path in list(numbered_files(exp_dir, "checkpoint").values())[keep:]:
+        path.unlink()
+
+
 def restore_state(checkpoint: dict) -> TrainState:
     """The progress saved with a checkpoint; averages and published files have none."""
     defaults = asdict(TrainState())
     return TrainState(**{name: checkpoint.get(name, value) for name, value in defaults.items()})
 
 
-def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tensor], Path]:
-    """Element-wise mean of epoch-(epoch-avg+1) … epoch, also written as `epoch-N-avg-K.pt`.
+def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
+    """epoch-(epoch-avg+1).pt … epoch-<epoch>.pt.
 
-    Returns:
-      The model's state dict, and the file it is in.
     Raises:
-      FileNotFoundError, ValueError: naming the first missing epoch, or keys that differ.
+      FileNotFoundError, ValueError: naming the first missing epoch.
     """
     if avg < 1:
         raise InputError(f"--epoch {epoch} --avg {avg} averages nothing")
@@ -60,30 +87,74 @@ def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tenso
                 f"epoch-{number}.pt is missing in {exp_dir}: --epoch {epoch} --avg {avg} "
                 f"needs {', '.join(map(str, needed))}"
             )
-    if avg == 1:
-        return load_checkpoint(epoch_path(exp_dir, epoch))["model"], epoch_path(exp_dir, epoch)
+    return [epoch_path(exp_dir, number) for number in needed]
 
+
+def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path]:
+    """The last `avg` of `checkpoint-B.pt` up to `iteration`, which is the last of them.
+
+    Raises:
+      FileNotFoundError, ValueError: naming what is missing, and what is there.
+    """
+    if avg < 1:
+        raise InputError(f"--iter {iteration} --avg {avg} averages nothing")
+    there = numbered_files(exp_dir, "checkpoint")
+    numbers = ", ".join(map(str, sorted(there))) or "none"
+    if iteration not in there:
+        raise FileNotFoundError(
+            f"checkpoint-{iteration}.pt is missing in {exp_dir}, there are: {numbers}"
+        )
+    needed = [path for number, path in there.items() if number <= iteration][:avg]
+    if len(needed) < avg:
+        raise FileNotFoundError(
+            f"{exp_dir} has {len(needed)} of the {avg} checkpoints that --iter {iteration} "
+            f"--avg {avg} needs, there are: {numbers}"
+        )
+    return needed[::-1]
+
+
+def average(paths: list[Path], out: Path) -> tuple[dict[str, Tensor], Path]:
+    """Element-wise mean of the models in several checkpoints, written to `out`.
+
+    Returns:
+      The state dict and the file it is in: of a single checkpoint that itself.
+    Raises:
+      FileNotFoundError, ValueError: a file cannot be read, or keys or shapes differ.
+    """
+    if len(paths) == 1:
+        return load_checkpoint(paths[0])["model"], paths[0]
     sums: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
-    for number in needed:
-        model = load_checkpoint(epoch_path(exp_dir, number))["model"]
+    for path in paths:
+        model = load_checkpoint(path)["model"]
         if sums and sums.keys() != model.keys():
             odd = sorted(sums.keys() ^ model.keys())[0]
-            raise InputError(f"epoch-{number}.pt and its predecessor differ: {odd} is in one only")
+            raise InputError(f"{path.name} and its predecessor differ: {odd} is in one only")
         for key, value in model.items():
             dtypes[key] = value.dtype
             before = sums.get(key, torch.zeros(value.shape, dtype=torch.double))
             if before.shape != value.shape:
                 raise InputError(
-                    f"epoch-{number}.pt and its predecessor differ: {key} is "
+                    f"{path.name} and its predecessor differ: {key} is "
                     f"{tuple(value.shape)}, before {tuple(before.shape)}"
                 )
             sums[key] = before + value
-    average = {key: (value / avg).to(dtypes[key]) for key, value in sums.items()}
-    path = exp_dir / f"epoch-{epoch}-avg-{avg}.pt"
-    write_checkpoint({"model": average}, path)
-    logging.info(f"Averaged epochs {needed[0]} to {epoch} into {path}")
-    return average, path
+    mean = {key: (value / len(paths)).to(dtypes[key]) for key, value in sums.items()}
+    write_checkpoint({"model": mean}, out)
+    logging.info(f"Averaged {paths[0].stem} to {paths[-1].stem} into {out}")
+    return mean, out
+
+
+def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tensor], Path]:
+    """The mean of the last `avg` epochs up to `epoch`, also written as `epoch-N-avg-K.pt`."""
+    paths = epochs_to_average(exp_dir, epoch, avg)
+    return average(paths, exp_dir / f"epoch-{epoch}-avg-{avg}.pt")
+
+
+def average_checkpoints(exp_dir: Path, iteration: int, avg: int) -> tuple[dict[str, Tensor], Path]:
+    """The mean of the last `avg` checkpoints up to `iteration`, also as `iter-N-avg-K.pt`."""
+    paths = checkpoints_to_average(exp_dir, iteration, avg)
+    return average(paths, exp_dir / f"iter-{iteration}-avg-{avg}.pt")
 
 
 def copy_best(exp_dir: Path, state: TrainState) -> None:

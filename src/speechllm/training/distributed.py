@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from speechllm.errors import InputError
+from speechllm.training.preemption import EXIT_CODE, Preempted, passing_on
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
+    def gather(self, value: Tensor) -> Tensor:
+        """(...) -> (world_size, ...), what each rank has; `value` is on the CPU."""
+        values = [torch.empty_like(value) for _ in range(self.world_size)]
+        if self.world_size > 1:
+            dist.all_gather(values, value)
+            return torch.stack(values)
+        return value[None]
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -48,19 +57,19 @@ class InStep:
     A rank that is through would leave the others waiting for its gradients. With `drop_last` the
     epoch ends for all with the first that is through, and the log tells what was left; without, it
     ends with the last, and those that are through begin again. `num_cuts` are in an epoch.
+
+    `loader` gives the batches after so many that were trained on (see `data.training_loader`), and
+    `skip` of the epoch were.
     """
 
-    loader: DataLoader
+    loader: Callable[[int], DataLoader]
     ranks: Ranks
     drop_last: bool
     num_cuts: int
-
-    @property
-    def num_workers(self) -> int:
-        return self.loader.num_workers
+    skip: int = 0
 
     def __iter__(self) -> Iterator[dict]:
-        batches, through, first, again = iter(self.loader), False, 0, 0
+        batches, through, done, first, again = iter(self.loader(self.skip)), False, 0, 0, 0
         while True:
             batch = next(batches, None)
             through = through or batch is None
@@ -68,11 +77,12 @@ class InStep:
             if num_through == self.ranks.world_size or (num_through and self.drop_last):
                 break
             if batch is None:
-                batches = iter(self.loader)
+                batches = iter(self.loader(max(0, self.skip - done)))
                 batch = next(batches, None)
             if batch is None:
                 raise InputError(f"rank {self.ranks.rank} has no batch in its part of the shards")
             yield batch
+            done += 1
             first += 0 if through else len(batch["ids"])
             again += len(batch["ids"]) if through else 0
         first, again = self.ranks.sum(torch.tensor([first, again])).tolist()
@@ -93,6 +103,7 @@ def launch(run: Callable, args, world_size: int, master_port: int) -> None:
     Raises:
       ValueError: there are GPUs, but fewer than processes; the port is taken; or `run` raised a
         ValueError or FileNotFoundError in one of several processes.
+      Preempted: `run` did, in all processes.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _start(int(os.environ["RANK"]), run, args, int(os.environ["WORLD_SIZE"]), None)
@@ -120,9 +131,12 @@ def _spawn(run: Callable, args, world_size: int, master_port: int) -> None:
         join=False,
     )
     try:
-        while not context.join():
-            pass
-    except (mp.ProcessRaisedException, mp.ProcessExitedException):
+        with passing_on(context.processes):
+            while not context.join():
+                pass
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        if getattr(error, "exit_code", None) == EXIT_CODE:
+            raise Preempted from None
         if sentences.empty():
             raise
         raise InputError(sentences.get()) from None

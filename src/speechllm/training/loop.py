@@ -1,28 +1,29 @@
 """The training loop: epochs, steps, validation and checkpoints, for any model with a batch loss."""
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from speechllm.errors import InputError
 from speechllm.progress import ProgressBar
+from speechllm.seeds import seed_everything
 from speechllm.training.checkpoint import (
     TrainState,
+    checkpoint_path,
     copy_best,
     epoch_path,
+    remove_old_checkpoints,
     save_checkpoint,
 )
-from speechllm.training.distributed import Ranks
 from speechllm.training.engine import Engine
 from speechllm.training.metrics import RESET_INTERVAL, Metrics, TensorBoard
+from speechllm.training.preemption import EXIT_CODE, Preempted, StopAsked, asked_to_stop
 from speechllm.training.schedule import FixedLR
 
 BatchLoss = Callable[[nn.Module, dict], dict[str, Tensor]]
@@ -31,156 +32,231 @@ ModelState = Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]]
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Trains from `start_epoch` to `num_epochs`, writing `epoch-N.pt` after each.
+    """Trains to the end of epoch `num_epochs`, writing `epoch-N.pt` after each.
+
+    In between it writes `checkpoint-B.pt` after B steps. A training that goes on from any of these
+    files (its `state` and `sums`, the engine's and the schedule's) ends where it would have ended:
+    what a step draws at random follows from seed, epoch, batch and rank.
 
     Args:
       batch_loss: (model, batch) -> sums over the batch, tensors without dimensions: `loss`,
         `frames`, and optionally `correct` or `errors` and `words`.
       count_tokens: what the loss of a batch is a sum over. Gradients are those of the mean over
         the tokens of all ranks, and of all `grad_accum` batches of a step.
-      train_loader: the batches of an epoch, numbered from 1.
+      train_loader: (epoch, skip) -> the batches of an epoch, numbered from 1, of which the first
+        `skip` were trained on and come with their `ids` and `seconds` alone.
       valid_loader: this rank's share of the validation batches.
       model_state: what a checkpoint holds of the model, given a function that copies a parameter.
       epoch_seconds: audio of one epoch over all ranks, for the progress bar.
+      sums: (ranks, 2, …), what a checkpoint has as `sums`: those of the epoch and the recent ones.
+      order: what the order of batches follows from, kept in checkpoints.
       grad_accum: batches of each rank in a step; intervals and logs count steps.
+      save_every_n: steps between checkpoints within an epoch; 0: none.
+      save_every_minutes: minutes since the last one, likewise.
+      keep_last_k: how many of these checkpoints are kept.
     """
 
     engine: Engine
     schedule: FixedLR
     batch_loss: BatchLoss
     count_tokens: Callable[[dict], int]
-    train_loader: Callable[[int], Iterable[dict]]
+    train_loader: Callable[[int, int], Iterable[dict]]
     valid_loader: Callable[[], Iterable[dict]]
     model_state: ModelState
     exp_dir: Path
     num_epochs: int
     epoch_seconds: float
-    start_epoch: int = 1
     state: TrainState = field(default_factory=TrainState)
+    sums: Tensor | None = None
+    order: dict[str, str] = field(default_factory=dict)
     grad_accum: int = 1
     seed: int = 42
     log_interval: int = 50
     valid_interval: int = 5000
+    save_every_n: int = 0
+    save_every_minutes: float = 0.0
+    keep_last_k: int = 5
     tensorboard: bool = True
 
     def run(self) -> TrainState:
         """Train; returns the state after the last epoch.
 
         Raises:
+          Preempted: this process or another rank's was asked to stop; a checkpoint is written.
           RuntimeError: the gradient scale of fp16 fell below 1e-5.
         """
         state, ranks = self.state, self.engine.ranks
-        self.board = TensorBoard(self.exp_dir / "tensorboard", self.tensorboard and ranks.is_main)
-        for epoch in range(self.start_epoch, self.num_epochs + 1):
-            state.epoch = epoch
-            self.schedule.step_epoch(epoch - 1)
-            seed_everything(self.seed + epoch - 1, ranks.rank)
-            self.board.add("train/", {"epoch": epoch}, state.batch_idx_train)
-            train_loss = self._epoch().reduced(ranks).means()["loss"]
-            if train_loss < state.best_train_loss:
-                state.best_train_loss, state.best_train_epoch = train_loss, epoch
-            valid_loss = self._validate()
-            if valid_loss < state.best_valid_loss:
-                state.best_valid_loss, state.best_valid_epoch = valid_loss, epoch
-            self._save()
+        self.epoch_sums, self.recent = Metrics(), Metrics()
+        if state.batches_in_epoch:
+            self.epoch_sums, self.recent = map(Metrics.of_table, self.sums[ranks.rank])
+        elif state.epoch and ranks.is_main:
+            copy_best(self.exp_dir, state)  # in case this was ended before it could
+        self.first_epoch = state.next_epoch
+        self.saved = time.monotonic()
+        self.board = TensorBoard(
+            self.exp_dir / "tensorboard",
+            self.tensorboard and ranks.is_main,
+            purge_step=state.batch_idx_train,
+        )
+        with asked_to_stop() as self.asked:
+            for epoch in range(self.first_epoch, self.num_epochs + 1):
+                self._epoch(epoch)
         self.board.close()
         logging.info("Done!")
         return state
 
-    def _epoch(self) -> Metrics:
-        """One epoch; returns this rank's sums over it."""
-        state, scaler, ranks = self.state, self.engine.scaler, self.engine.ranks
-        epoch_sums, recent, audio_seconds = Metrics(), Metrics(), 0.0
+    def _epoch(self, epoch: int) -> None:
+        """What is left of an epoch: training, validation, and its file."""
+        state = self.state
+        state.epoch = epoch
+        self.schedule.step_epoch(epoch - 1)
+        self.board.add("train/", {"epoch": epoch}, state.batch_idx_train)
+        self._train_epoch()
+        train_loss = self.epoch_sums.reduced(self.engine.ranks).means()["loss"]
+        if train_loss < state.best_train_loss:
+            state.best_train_loss, state.best_train_epoch = train_loss, epoch
+        valid_loss = self._validate()
+        if valid_loss < state.best_valid_loss:
+            state.best_valid_loss, state.best_valid_epoch = valid_loss, epoch
+        state.batches_in_epoch = 0
+        self.epoch_sums, self.recent = Metrics(), Metrics()
+        self._save(epoch_path(self.exp_dir, epoch))
+        if self.engine.ranks.is_main:
+            copy_best(self.exp_dir, state)
+
+    def _train_epoch(self) -> None:
+        """The batches of an epoch that were not trained on yet."""
+        state, ranks = self.state, self.engine.ranks
         progress = ProgressBar(f"epoch {state.epoch}", self.epoch_seconds, ranks.is_main)
+        loader = iter(self.train_loader(state.epoch, state.batches_in_epoch))
+        audio_seconds = 0.0
+        for batch in islice(loader, state.batches_in_epoch):
+            audio_seconds += float(batch["seconds"]) * ranks.world_size
+        progress.advance(audio_seconds)
+        before = audio_seconds  # this process
         start = time.monotonic()
         self.engine.model.train()
-        batch_idx = -1
-        loader = self.train_loader(state.epoch)
-        for batch_idx, batches in enumerate(groups(loader, self.grad_accum)):
-            validate_first = state.epoch == self.start_epoch
-            if batch_idx % self.valid_interval == 0 and (batch_idx > 0 or validate_first):
-                pause = time.monotonic()
-                self._validate()
-                self.engine.model.train()
-                start += time.monotonic() - pause
+        first = -(-state.batches_in_epoch // self.grad_accum)
+        batch_idx, metrics = first - 1, None
+        for batch_idx, batches in enumerate(groups(loader, self.grad_accum), start=first):
+            if batch_idx % self.valid_interval == 0:
+                if batch_idx > 0 or state.epoch == self.first_epoch:
+                    pause = time.monotonic()
+                    self._validate()
+                    self.engine.model.train()
+                    start += time.monotonic() - pause
+            tokens, stop, save = self._agree(batches)
             self.schedule.step_batch(state.batch_idx_train)
-            metrics = self.step(batches)
+            seed_everything(self.seed, state.epoch, batch_idx, ranks.rank)
+            metrics = self.step(batches, tokens)
             state.batch_idx_train += 1
-            epoch_sums = epoch_sums + metrics
-            recent = recent.decayed(1 - 1 / RESET_INTERVAL) + metrics
-            adjust_grad_scale(scaler, batch_idx)
+            state.batches_in_epoch += len(batches)
+            self.epoch_sums = self.epoch_sums + metrics
+            self.recent = self.recent.decayed(1 - 1 / RESET_INTERVAL) + metrics
+            adjust_grad_scale(self.engine.scaler, batch_idx)
 
             seconds = sum(float(batch["seconds"]) for batch in batches) * ranks.world_size
             audio_seconds += seconds
             progress.advance(seconds)
+            speed = (audio_seconds - before) / (time.monotonic() - start)
             if batch_idx % self.log_interval == 0:
-                speed = audio_seconds / (time.monotonic() - start)
-                self._log_batch(batch_idx, batches, metrics, recent, speed)
-                progress.show(loss=recent.means()["loss"])
+                self._log_batch(batch_idx, batches, metrics, speed)
+                progress.show(loss=self.recent.means()["loss"])
+            if stop:
+                self._stop()
+            if save or (self.save_every_n and state.batch_idx_train % self.save_every_n == 0):
+                self._save_checkpoint()
         progress.close()
-        if batch_idx < 0:
+        if not state.batches_in_epoch:
             raise InputError(
                 f"epoch {state.epoch} had no batch: "
                 "--max-duration, --drop-last or the cuts leave none"
             )
-        if batch_idx % self.log_interval:
-            speed = audio_seconds / (time.monotonic() - start)
-            self._log_batch(batch_idx, batches, metrics, recent, speed)
+        if metrics is not None and batch_idx % self.log_interval:
+            self._log_batch(batch_idx, batches, metrics, speed)
         logging.info(
             f"Epoch {state.epoch}: {batch_idx + 1} batches with {audio_seconds:.0f} of "
             f"{self.epoch_seconds:.0f} s of audio"
         )
-        return epoch_sums
 
-    def step(self, batches: list[dict]) -> Metrics:
-        """One optimizer step on the mean loss over all tokens of these batches and all ranks."""
+    def _agree(self, batches: list[dict]) -> tuple[int, bool, bool]:
+        """Of all ranks: the tokens of this step, and whether to stop or to save after it."""
+        count = sum(map(self.count_tokens, batches))
+        minutes = (time.monotonic() - self.saved) / 60
+        save = self.engine.ranks.is_main and 0 < self.save_every_minutes <= minutes
+        agreed = self.engine.ranks.sum(torch.tensor([count, self.asked(), save]))
+        tokens, stop, save = agreed.tolist()
+        return tokens, stop > 0, save > 0
+
+    def step(self, batches: list[dict], tokens: int) -> Metrics:
+        """One optimizer step on the mean loss over all `tokens` of these batches and all ranks'."""
         engine, ranks = self.engine, self.engine.ranks
-        counts = [self.count_tokens(batch) for batch in batches]
-        tokens = int(ranks.sum(torch.tensor(sum(counts))))
         metrics = Metrics()
-        for i, (batch, count) in enumerate(zip(batches, counts), start=1):
+        for i, batch in enumerate(batches, start=1):
             with engine.gathering(last=i == len(batches)):
                 with engine.autocast():
                     sums = self.batch_loss(engine.model, batch)
                 # Gradients are averaged over ranks; the factor turns that into a sum.
                 engine.backward(sums["loss"] * (ranks.world_size / max(1, tokens)))
             sums = {name: value.detach() for name, value in sums.items()}
-            metrics = metrics + Metrics({**sums, "tokens": torch.tensor(count)})
+            count = torch.tensor(self.count_tokens(batch))
+            metrics = metrics + Metrics({**sums, "tokens": count})
         engine.step()
         return metrics
 
     def _validate(self) -> float:
-        totals = validate(self.engine, self.batch_loss, self.count_tokens, self.valid_loader())
+        batches = self.valid_loader()
+        try:
+            totals = validate(self.engine, self.batch_loss, self.count_tokens, batches, self.asked)
+        except StopAsked:
+            self._stop()
         logging.info(f"Epoch {self.state.epoch}, validation: {totals}")
         means = totals.means()
         self.board.add("train/valid_", means, self.state.batch_idx_train)
         return means["loss"]
 
-    def _save(self) -> None:
+    def _stop(self) -> None:
+        """End the training, which the same command goes on with."""
+        self._save_checkpoint()
+        logging.info(
+            f"Asked to stop after {self.state.batch_idx_train} steps: all is saved, the same "
+            f"command goes on from there (exit code {EXIT_CODE})"
+        )
+        raise Preempted
+
+    def _save_checkpoint(self) -> None:
+        if not self.state.batches_in_epoch:
+            return  # the epoch before has its file
+        self._save(checkpoint_path(self.exp_dir, self.state.batch_idx_train))
+        if self.engine.ranks.is_main:
+            remove_old_checkpoints(self.exp_dir, self.keep_last_k)
+
+    def _save(self, path: Path) -> None:
         ranks = self.engine.ranks
+        sums = ranks.gather(torch.stack([self.epoch_sums.table(), self.recent.table()]))
         if ranks.is_main or self.engine.divided:
             model, engine = self.model_state(self.engine.value), self.engine.state_dict()
         if ranks.is_main:
-            path = epoch_path(self.exp_dir, self.state.epoch)
             save_checkpoint(
-                path, model, self.state, **engine, scheduler=self.schedule.state_dict()
-            )
-            copy_best(self.exp_dir, self.state)
+                path, model, self.state, **engine, scheduler=self.schedule.state_dict(),
+                sums=sums, order=self.order,
+            )  # fmt: skip
         ranks.barrier()
+        self.saved = time.monotonic()
 
-    def _log_batch(self, batch_idx, batches, metrics, recent, speed) -> None:
+    def _log_batch(self, batch_idx, batches, metrics, speed) -> None:
         state, scaler = self.state, self.engine.scaler
         lr = max(self.schedule.get_last_lr())
         size = sum(len(batch["texts"]) for batch in batches)
         scale = f", grad_scale: {scaler.get_scale()}" if scaler.is_enabled() else ""
         logging.info(
-            f"Epoch {state.epoch}, batch {batch_idx}, loss[{metrics}], tot_loss[{recent}], "
+            f"Epoch {state.epoch}, batch {batch_idx}, loss[{metrics}], tot_loss[{self.recent}], "
             f"batch size: {size}, lr: {lr:.2e}, {speed:.1f} audio s/s{scale}"
         )
         step, board = state.batch_idx_train, self.board
         board.add("train/", {"learning_rate": lr, "audio_seconds_per_second": speed}, step)
         board.add("train/current_", metrics.means(), step)
-        board.add("train/tot_", recent.means(), step)
+        board.add("train/tot_", self.recent.means(), step)
         if scaler.is_enabled():
             board.add("train/", {"grad_scale": scaler.get_scale()}, step)
 
@@ -215,11 +291,16 @@ def validate(
     batch_loss: BatchLoss,
     count_tokens: Callable[[dict], int],
     batches: Iterable[dict],
+    asked: Callable[[], bool] = lambda: False,
 ) -> Metrics:
-    """The sums over the validation cuts of all ranks; leaves the model in evaluation mode."""
+    """The sums over the validation cuts of all ranks; leaves the model in evaluation mode.
+
+    Raises:
+      StopAsked: `asked` was true on some rank.
+    """
     engine.module.eval()
     totals = Metrics(dict.fromkeys(("loss", "tokens", "frames"), torch.zeros(())))
-    for batch, counts in _in_step(batches, engine.ranks) if engine.divided else _once(batches):
+    for batch, counts in _in_step(batches, engine, asked):
         with engine.autocast():
             sums = batch_loss(engine.module, batch)
         if counts:
@@ -227,30 +308,29 @@ def validate(
     return totals.reduced(engine.ranks)
 
 
-def _once(batches: Iterable[dict]) -> Iterator[tuple[dict, bool]]:
-    return ((batch, True) for batch in batches)
+def _in_step(
+    batches: Iterable[dict], engine: Engine, asked: Callable[[], bool]
+) -> Iterator[tuple[dict, bool]]:
+    """This rank's batches, and whether each counts; all ranks see whether one was asked to stop.
 
-
-def _in_step(batches: Iterable[dict], ranks: Ranks) -> Iterator[tuple[dict, bool]]:
-    """As many batches on every rank, and whether each counts: the last one is repeated.
+    Where the model is divided every rank has as many: the last one is repeated.
 
     Raises:
-      ValueError: this rank has no batch.
+      ValueError: the model is divided, and this rank has no batch.
     """
+    ranks = engine.ranks
     remaining, batch = iter(batches), None
     while True:
         following = next(remaining, None)
-        if not int(ranks.sum(torch.tensor(int(following is not None)))):
+        some, stop = ranks.sum(torch.tensor([following is not None, asked()]).int()).tolist()
+        if stop:
+            raise StopAsked
+        if not some:
             return
         batch = following or batch
-        if batch is None:
-            raise InputError(f"rank {ranks.rank} of {ranks.world_size} has nothing to validate on")
-        yield batch, following is not None
-
-
-def seed_everything(seed: int, rank: int = 0) -> None:
-    """The generators of Python, numpy and torch; ranks draw different numbers."""
-    seed += rank * 100_003
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+        if following is not None or engine.divided:
+            if batch is None:
+                raise InputError(
+                    f"rank {ranks.rank} of {ranks.world_size} has nothing to validate on"
+                )
+            yield batch, following is not None

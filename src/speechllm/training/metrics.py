@@ -17,7 +17,7 @@ class Metrics:
     """
 
     def __init__(self, sums: dict[str, Tensor] | None = None):
-        self.sums = dict(sums or {})
+        self.sums = {name: value.double() for name, value in (sums or {}).items()}
 
     def decayed(self, factor: float) -> "Metrics":
         return Metrics({name: value * factor for name, value in self.sums.items()})
@@ -29,11 +29,18 @@ class Metrics:
             {name: self.sums.get(name, zero) + other.sums.get(name, zero) for name in names}
         )
 
+    def table(self) -> Tensor:
+        """(6, 2) float64 on the CPU: the sums in the order of SUMS, and 1 for those that are."""
+        rows = [[float(self.sums.get(name, 0.0)), float(name in self.sums)] for name in SUMS]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    @staticmethod
+    def of_table(table: Tensor) -> "Metrics":
+        return Metrics({name: value for name, (value, seen) in zip(SUMS, table) if seen > 0})
+
     def reduced(self, ranks) -> "Metrics":
         """The sums of all ranks, of which some may have seen no batch, and so not every sum."""
-        rows = [[float(self.sums.get(name, 0.0)), float(name in self.sums)] for name in SUMS]
-        values = ranks.sum(torch.tensor(rows, dtype=torch.float64, device=ranks.device)).cpu()
-        return Metrics({name: value for name, (value, seen) in zip(SUMS, values) if seen > 0})
+        return Metrics.of_table(ranks.sum(self.table()))
 
     def means(self) -> dict[str, float]:
         """`loss` and `acc` per token, `wer` in percent; only what was counted."""
@@ -53,12 +60,13 @@ class Metrics:
 class TensorBoard:
     """Scalars under the names icefall uses; does nothing when not enabled."""
 
-    def __init__(self, log_dir: Path, enabled: bool):
+    def __init__(self, log_dir: Path, enabled: bool, purge_step: int | None = None):
+        """What was written of `purge_step` and later is taken back."""
         self.writer = None
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(log_dir=str(log_dir))
+            self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step or None)
 
     def add(self, prefix: str, values: dict[str, float], step: int) -> None:
         if self.writer is not None:

@@ -4,11 +4,13 @@ import argparse
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from lhotse import CutSet, load_manifest_lazy
 from torch import nn
+from torch.utils.data import DataLoader
 
 from speechllm.cut_files import (
     CutStatistics,
@@ -26,10 +28,18 @@ from speechllm.errors import InputError
 from speechllm.flags import comma_list, str2bool
 from speechllm.progress import ProgressBar
 from speechllm.shards import Shards, check_shards, read_shards
-from speechllm.training.checkpoint import TrainState, epoch_path, load_checkpoint
-from speechllm.training.distributed import InStep, Ranks
+from speechllm.training.checkpoint import TrainState, load_checkpoint, restore_state
+from speechllm.training.distributed import InStep, Ranks, is_first_process
 from speechllm.training.engine import Engine
 from speechllm.training.loop import BatchLoss, ModelState, Trainer
+from speechllm.training.resume import (
+    check_optimizer,
+    for_ranks,
+    move_aside,
+    order_of,
+    say_what_differs,
+    start_of_training,
+)
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden, FixedLR
 from speechllm.training.zero import ZeroEngine
@@ -49,7 +59,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes for DDP, by default one a GPU, at most 4; torchrun's wins")  # fmt: skip
     add("--master-port", type=int, default=12354, help="for DDP on one machine")
     add("--num-epochs", type=int, default=10, help="train up to this epoch")
-    add("--start-epoch", type=int, default=1, help="above 1: continue from epoch-(N-1).pt")
+    add("--start-epoch", type=int, default=1,
+        help="above 1: continue from epoch-(N-1).pt or what is newer")  # fmt: skip
+    add("--resume", choices=["auto", "never", "must"], default="auto",
+        help="continue from the newest checkpoint in --exp-dir; never: what is newer than "
+             "--start-epoch says is moved aside")  # fmt: skip
+    add("--save-every-n", type=int, default=0,
+        help="steps between checkpoint-<step>.pt in an epoch; 0: by the clock alone")  # fmt: skip
+    add("--save-every-minutes", type=float, default=30.0,
+        help="minutes between them; 0: none by the clock")  # fmt: skip
+    add("--keep-last-k", type=int, default=5, help="so many checkpoint-<step>.pt are kept")
     add("--exp-dir", type=Path, help="checkpoints, logs and tensorboard files")
     add("--base-lr", type=float, default=0.01,
         help="learning rate; the default is for scaled_adam, adamw needs less")  # fmt: skip
@@ -123,44 +142,37 @@ def check_outputs_finite(model: nn.Module) -> None:
         module.register_forward_hook(lambda m, i, o, name=name: hook(m, i, o, name or "the model"))
 
 
-def check_training(args) -> None:
+def check_training(args) -> Path | None:
     """Whether the numbers make sense, and there is a training to continue where one is wanted.
 
+    Returns:
+      The checkpoint to go on from, if any; `args.start_epoch` becomes the epoch it is in.
     Raises:
       FileNotFoundError, ValueError: one sentence with the flag or the file.
     """
-    for name in ("start_epoch", "num_epochs", "log_interval", "valid_interval", "grad_accum"):
+    for name in (
+        "start_epoch", "num_epochs", "log_interval", "valid_interval", "grad_accum", "keep_last_k",
+    ):  # fmt: skip
         if getattr(args, name) < 1:
             raise InputError(f"{_flag(name)} {getattr(args, name)} must be at least 1")
+    for name in ("save_every_n", "save_every_minutes"):
+        if getattr(args, name) < 0:
+            raise InputError(f"{_flag(name)} {getattr(args, name):g} must be at least 0")
     if args.max_duration <= 0:
         raise InputError(f"--max-duration {args.max_duration:g} must be above 0")
     if args.start_epoch > args.num_epochs + 1:
         raise InputError(
             f"--start-epoch {args.start_epoch} is beyond --num-epochs {args.num_epochs}"
         )
-    if args.start_epoch > 1:
-        needed = epoch_path(args.exp_dir, args.start_epoch - 1)
-        if not needed.is_file():
-            raise FileNotFoundError(
-                f"{needed} is missing: --start-epoch {args.start_epoch} needs it"
-            )
-        _check_resumable(needed, args)
-
-
-def _check_resumable(path: Path, args) -> None:
-    """Whether a checkpoint has more than a model, from the same optimizer.
-
-    Raises:
-      FileNotFoundError, ValueError: one sentence naming the file.
-    """
-    checkpoint = load_checkpoint(path)
-    for part in ("optimizer", "scheduler", "grad_scaler"):
-        if part not in checkpoint:
-            raise InputError(f"{path} has no {part} to continue with (see --pretrained-model-path)")
-    optimizer = make_optimizer(args.optimizer, [nn.Parameter(torch.zeros(2))], args.base_lr)
-    known = {*optimizer.param_groups[0], "initial_lr"}
-    if checkpoint["optimizer"]["param_groups"][0].keys() - known:
-        raise InputError(f"{path} is of another optimizer than --optimizer {args.optimizer}")
+    say = print if is_first_process() else lambda sentence: None
+    start = start_of_training(args.resume, args.exp_dir, args.start_epoch, say)
+    if start:
+        checkpoint = load_checkpoint(start)
+        optimizer = make_optimizer(args.optimizer, [nn.Parameter(torch.zeros(2))], args.base_lr)
+        check_optimizer(checkpoint, start, args.optimizer, optimizer.param_groups[0])
+        args.start_epoch = restore_state(checkpoint).next_epoch
+        say(f"Going on from {start}")
+    return start
 
 
 def check_data(args) -> tuple[CutStatistics, CutStatistics]:
@@ -261,7 +273,7 @@ def _paths(manifest_dir: Path, flag: str, names: str) -> list[Path]:
 
 
 def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
-    """A function from the epoch, counted from 1, to its batches.
+    """A function from the epoch, counted from 1, to its batches, and how many to leave out.
 
     `args.count_positions` tells the LLM positions of a cut where --max-tokens is above 0.
     """
@@ -270,8 +282,8 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
     if args.enable_musan:
         musan = CutSet.from_cuts(load_manifest_lazy(cuts_file(args.manifest_dir, "musan_cuts")))
 
-    def loader(epoch: int):
-        batches = training_loader(
+    def batches_of(epoch: int, skip: int = 0) -> DataLoader:
+        return training_loader(
             cuts_of_epoch(epoch),
             **loader_options(args),
             sample=sample,
@@ -289,15 +301,17 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
             spec_aug_time_warp_factor=args.spec_aug_time_warp_factor,
             seed=args.seed,
             epoch=epoch,
+            skip=skip,
             rank=ranks.rank,
             world_size=ranks.world_size,
             encoder_cache=getattr(args, "encoder_cache", None),
         )
-        if args.shar_dir:
-            return InStep(batches, ranks, args.drop_last, statistics.kept)
-        return batches
 
-    return loader
+    def in_step(epoch: int, skip: int = 0) -> InStep:
+        loader = partial(batches_of, epoch)
+        return InStep(loader, ranks, args.drop_last, statistics.kept, skip)
+
+    return in_step if args.shar_dir else batches_of
 
 
 def _train_cuts(args, ranks: Ranks) -> tuple[Callable[[int], CutSet], CutSet | None]:
@@ -421,11 +435,18 @@ def fit(
     optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)
     schedule = make_schedule(args, optimizer)
     engine = make_engine(model, optimizer, ranks, args)
+    order, sums = order_of(args), None
     if checkpoint:
         engine.load_state_dict(checkpoint)
         for group in optimizer.param_groups:
             group["initial_lr"] = args.base_lr  # the flags decide, not what they once were
         schedule.load_state_dict(checkpoint["scheduler"])
+        say_what_differs(order, checkpoint, state)
+        if "sums" in checkpoint:
+            sums = for_ranks(state, checkpoint["sums"], ranks.world_size)
+    if args.resume == "never" and ranks.is_main:
+        if folder := move_aside(args.exp_dir, state):
+            logging.warning(f"Later checkpoints of an earlier training are now in {folder}")
     Trainer(
         engine=engine,
         schedule=schedule,
@@ -437,12 +458,16 @@ def fit(
         exp_dir=args.exp_dir,
         num_epochs=args.num_epochs,
         epoch_seconds=args.train_statistics.seconds,
-        start_epoch=args.start_epoch,
         state=state,
+        sums=sums,
+        order=order,
         grad_accum=args.grad_accum,
         seed=args.seed,
         log_interval=args.log_interval,
         valid_interval=args.valid_interval,
+        save_every_n=args.save_every_n,
+        save_every_minutes=args.save_every_minutes,
+        keep_last_k=args.keep_last_k,
         tensorboard=args.tensorboard,
     ).run()
     return engine
