@@ -51,6 +51,9 @@ due() {
 }
 finished() { touch "$exp/.stage$1.done"; }
 
+# begun N DIR…: a training of stage N that was interrupted goes on; a repeated stage begins anew.
+begun() { [ "$1" -lt "$stage" ] || rm -rf "${@:2}"; }
+
 # quietly LOG COMMAND…: its output goes to a file, shown when it fails.
 quietly() {
   local file=$exp/log/$1
@@ -139,7 +142,7 @@ if due 3 "a tiny LLM of the transcripts"; then
 fi
 
 if due 4 "two tiny encoders with CTC, side by side"; then
-  rm -rf "$exp"/encoder[12]
+  begun 4 "$exp"/encoder[12]
   for n in 1 2; do
     in_halves encoder$n $encoder_epochs "${masked[@]}" -- \
       $python src/pretrain_encoder.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" \
@@ -151,7 +154,7 @@ if due 4 "two tiny encoders with CTC, side by side"; then
   finished 4
 fi
 if due 5 "train.py on the first encoder and train_mose.py on both, side by side"; then
-  rm -rf "$exp/llm_asr" "$exp/mose"
+  begun 5 "$exp/llm_asr" "$exp/mose"
   training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}")
   in_halves train $llm_epochs "${joined[@]}" -- \
     $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr" &
