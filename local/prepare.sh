@@ -50,7 +50,13 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=python3
 [[ -x .venv/bin/python ]] && python=.venv/bin/python
-lhotse() { "$python" -c 'from lhotse.bin.lhotse import cli; cli()' "$@"; }
+# Archives are unpacked with Python's own filter: no member lies or points outside the folder.
+lhotse() {
+  "$python" -c 'import tarfile
+tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+from lhotse.bin.lhotse import cli
+cli()' "$@"
+}
 
 corpus=$dl_dir/LibriSpeech
 musan=$dl_dir/musan

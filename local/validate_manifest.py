@@ -23,6 +23,7 @@ from lhotse.utils import compute_num_frames
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from speechllm.features import NUM_MEL_BINS
+from speechllm.manifest_safety import safe_cuts
 
 TOLERANCE = 0.01  # seconds: one frame; speed copies round the cut and the supervision apart
 
@@ -38,7 +39,7 @@ def read_cuts(path: Path) -> Iterator[Cut]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for line in file:
-                yield from CutSet.from_dicts([json.loads(line)])
+                yield from safe_cuts(CutSet.from_dicts([json.loads(line)]))
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is cut short or not a gzip file: {error}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:

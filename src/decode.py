@@ -30,7 +30,7 @@ from speechllm.decoding.search_options import (
     search_options,
 )
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
-from speechllm.errors import InputError
+from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Help, comma_list, str2bool
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.progress import setup_logging
@@ -202,7 +202,7 @@ def main(
     try:
         run(args)
     except (FileNotFoundError, InputError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(without_secrets(error)) from None
 
 
 if __name__ == "__main__":

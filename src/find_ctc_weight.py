@@ -19,7 +19,7 @@ from pathlib import Path
 import kaldialign
 
 from speechllm.decoding.beam import Candidate
-from speechllm.errors import InputError
+from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Help, comma_list
 from speechllm.scoring import NORMALIZERS, ErrorCounts
 
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args.nbest, args.weights, args.normalize)
     except (FileNotFoundError, InputError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(without_secrets(error)) from None
 
 
 if __name__ == "__main__":

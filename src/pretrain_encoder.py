@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from speechllm.cut_files import read_cuts
 from speechllm.data import add_data_arguments, add_training_data_arguments, loader_options
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, results, set_name
-from speechllm.errors import InputError
+from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Help, str2bool
 from speechllm.progress import setup_logging
 from speechllm.scoring import log_line, score
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare_bpe(args)
         launch(run, args, args.world_size, args.master_port)
     except (FileNotFoundError, InputError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(without_secrets(error)) from None
 
 
 if __name__ == "__main__":

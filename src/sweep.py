@@ -28,7 +28,7 @@ from speechllm.data import evaluation_loader, loader_options
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.decoding.search_options import add_search_arguments, search_options
 from speechllm.decoding.test_set import set_name
-from speechllm.errors import InputError
+from speechllm.errors import InputError, without_secrets
 from speechllm.whole_file import whole_file
 
 
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None, defaults: dict = train.DEFAULTS) -> None
     try:
         run(sys.argv[1:] if argv is None else argv, defaults)
     except (FileNotFoundError, InputError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(without_secrets(error)) from None
 
 
 if __name__ == "__main__":

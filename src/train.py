@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from speechllm.cut_files import read_cuts
 from speechllm.data import add_data_arguments, add_training_data_arguments
 from speechllm.decoding.search_options import MAX_NEW_TOKENS
-from speechllm.errors import InputError
+from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Help, str2bool
 from speechllm.model import SpeechLLM, draw_encoders
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
@@ -231,7 +231,7 @@ def main(
             print(f"Validation cuts: {args.valid_statistics}")
         launch(run, args, args.world_size, args.master_port)
     except (FileNotFoundError, InputError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(without_secrets(error)) from None
 
 
 if __name__ == "__main__":

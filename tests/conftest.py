@@ -1,6 +1,7 @@
 """Makes src/ and local/ importable, and says where the shared material is."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def restore_logging():
     """For tests of programs that set up logging: afterwards the handlers are the former ones."""
     with former_logging():
         yield
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own with room for 2 MiB; only root may make one."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no small disk can be mounted here: {error}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

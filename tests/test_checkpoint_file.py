@@ -1,11 +1,13 @@
 import io
 import os
 import pickle
+import random
 
 import pytest
 import torch
 
 from speechllm.checkpoint_file import load_checkpoint, write_checkpoint
+from speechllm.errors import InputError
 
 UNREADABLE = "cannot be read as a checkpoint of tensors: "
 
@@ -24,11 +26,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     write_checkpoint({"model": {"old": torch.zeros(1)}}, path)
 
     def full_disk(checkpoint, file):
-        file.write_bytes(b"half")
-        raise OSError("No space left on device")
+        file.write(b"half")
+        raise OSError("the disk is gone")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="the disk is gone"):
         write_checkpoint({"model": {"new": torch.zeros(1)}}, path)
     assert list(load_checkpoint(path)["model"]) == ["old"]
     assert os.listdir(tmp_path) == ["epoch-1.pt"]
@@ -97,3 +99,72 @@ def test_checkpoints_without_a_model(tmp_path, content):
     torch.save(content, path)
     with pytest.raises(ValueError, match=f"{path} has no 'model' entry with a state dict"):
         load_checkpoint(path)
+
+
+def epoch() -> dict:
+    """As a training writes it, with tensors of several kinds."""
+    return {
+        "model": {"a.weight": torch.randn(20, 30), "b": torch.randn(40).bfloat16()},
+        "epoch": 3,
+        "best_train_loss": 1.5,
+        "optimizer": {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": 0.1}]},
+    }
+
+
+def same(one, other) -> bool:
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and one == other
+
+
+def test_no_flipped_bit_and_no_cut_goes_unseen(tmp_path):
+    """Bytes that carry nothing, such as padding, may differ; all else is an error."""
+    path, saved, rng = tmp_path / "epoch-3.pt", epoch(), random.Random(0)
+    write_checkpoint(saved, path)
+    whole = path.read_bytes()
+    noticed = 0
+    for trial in range(600):
+        damaged = bytearray(whole)
+        if trial % 6:
+            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        else:
+            del damaged[rng.randrange(len(whole)) :]
+        path.write_bytes(damaged)
+        try:
+            assert same(saved, load_checkpoint(path)), trial
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            noticed += 1
+    assert noticed > 400
+
+
+def test_what_torch_would_not_notice(tmp_path):
+    path, saved = tmp_path / "x.pt", {"model": {"a": torch.full((1000,), 2.0)}}
+    write_checkpoint(saved, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(saved["model"]["a"].numpy().data)) + 3] ^= 1
+    path.write_bytes(content)
+    assert not same(saved, torch.load(path, weights_only=True))
+    with pytest.raises(InputError, match=f"{path} {UNREADABLE}the checksum of .*data/0 is not"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("megabytes", [1.8, 5.0])
+def test_a_full_disk(small_disk, megabytes):
+    """Too small by a lot, or by little."""
+    path = small_disk / "epoch-1.pt"
+    write_checkpoint({"model": {"old": torch.zeros(1)}}, path)
+    before = path.read_bytes()
+    (small_disk / "other").write_bytes(bytes(300_000))
+    big = {"model": {f"a{i}": torch.zeros(int(megabytes * 25_000)) for i in range(10)}}
+    with pytest.raises(InputError) as error:
+        write_checkpoint(big, path)
+    assert str(error.value) == (
+        f"{path} cannot be written: the disk is full; what was there before is as it was"
+    )
+    assert path.read_bytes() == before
+    assert sorted(os.listdir(small_disk)) == ["epoch-1.pt", "other"]

@@ -326,7 +326,7 @@ def test_shards_and_places_that_cannot_be(said, tmp_path):
 
 def test_no_room(said, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(encoder_cache.shutil, "disk_usage", lambda path: usage(20_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(20_000))
     sentence = said("--cache-encoder", tmp_path / "cache")
     assert re.fullmatch(
         rf"{tmp_path}/cache/\w+ needs 0.00 GB more for the outputs of the encoders, 0.00 GB are "

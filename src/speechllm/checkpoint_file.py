@@ -1,6 +1,7 @@
 """Checkpoint files, `{"model": state_dict, …}`: written whole, read without running their code."""
 
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint on the CPU, loaded without running any code in it.
 
     Raises:
-      FileNotFoundError, ValueError: one sentence that names the file.
+      FileNotFoundError, ValueError: one sentence that names the file; it is missing, cut off,
+        has other bytes than were written, or holds something else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
+        _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:  # unreadable or damaged
         reason = str(error).partition("\n")[0]
@@ -30,7 +33,7 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception:  # unpickling raises any kind, and torch would advise to trust the file
         raise InputError(
             f"{path} cannot be read as a checkpoint of tensors: "
-            "it is empty, no file of torch.save, or holds more than tensors and plain values"
+            "it is empty or cut off, no file of torch.save, or holds more than tensors and plain values"
         ) from None
     if not isinstance(checkpoint, dict) or not _is_state_dict(checkpoint.get("model")):
         raise InputError(f"{path} has no 'model' entry with a state dict")
@@ -38,9 +41,25 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
-    """Afterwards the file is whole, or as it was before."""
-    with whole_file(path) as partial:
-        torch.save(checkpoint, partial)
+    """Afterwards the file is whole, or as it was before.
+
+    Raises:
+      ValueError: the disk is full.
+    """
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        torch.save(checkpoint, file)  # given a path, it would not say why it failed
+
+
+def _check_sums(path: str | Path) -> None:
+    """torch.save writes a CRC-32 of each tensor, which torch.load does not look at.
+
+    Raises:
+      RuntimeError: one is not right. (And zipfile's, of files that are not whole.)
+    """
+    with ZipFile(path) as records:
+        damaged = records.testzip()
+    if damaged is not None:
+        raise RuntimeError(f"the checksum of {damaged} is not right")
 
 
 def _is_state_dict(value: object) -> bool:

@@ -10,6 +10,7 @@ from lhotse.cut import Cut
 
 from speechllm.errors import InputError
 from speechllm.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLING_RATE
+from speechllm.manifest_safety import read_lazily, safe_cut
 
 TOLERANCE = 2e-3  # s, lhotse's, by which a supervision may reach beyond its cut
 
@@ -52,7 +53,8 @@ def read_cuts(path: Path) -> Iterator[Cut]:
     """The cuts of a file, one after the other.
 
     Raises:
-      ValueError: the file is empty, cut off or no cut manifest; the sentence says after how many.
+      ValueError: the file is empty, cut off or no cut manifest, or a cut would run something;
+        the sentence says after how many.
     """
     count = 0
     try:
@@ -62,7 +64,7 @@ def read_cuts(path: Path) -> Iterator[Cut]:
         for cut in cuts:
             if not isinstance(cut, Cut):
                 raise InputError(f"{type(cut).__name__} where a cut should be")
-            yield cut
+            yield safe_cut(cut)
             count += 1
     except Exception as error:  # gzip, json and lhotse each have their own
         raise InputError(f"{path} cannot be read beyond cut {count}: {reason(error)}") from None
@@ -198,7 +200,7 @@ def cuts_within(
     min_frames: int = frames_needed(),
 ) -> CutSet:
     """The cuts of several files within the limits, read lazily, the files interleaved."""
-    cuts = [load_manifest_lazy(path) for path in paths]
+    cuts = [read_lazily(path) for path in paths]
     joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
     return within(joined, min_seconds, max_seconds, min_frames)
 

@@ -11,7 +11,6 @@ So an encoder or a cut that changed finds nothing, and is heard anew; the rest i
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from functools import cache
 from itertools import chain, islice
@@ -24,7 +23,7 @@ from lhotse.cut import Cut
 from torch import Tensor, nn
 
 from speechllm.errors import InputError
-from speechllm.whole_file import whole_directory
+from speechllm.whole_file import check_space, whole_directory
 from speechllm.zipformer.encoder import ZipformerEncoder, encoder_out_lens
 
 FORMAT = 1  # another number wherever the same encoders and cuts give another content
@@ -162,11 +161,7 @@ class EncoderCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         needed = seconds * FRAMES_PER_SECOND * self.frame_bytes
-        if (free := shutil.disk_usage(self.folder).free) < needed:
-            raise InputError(
-                f"{self.folder} needs {needed / 1e9:.2f} GB more for the outputs of the encoders, "
-                f"{free / 1e9:.2f} GB are free"
-            )
+        check_space(self.folder, needed, "the outputs of the encoders")
 
     def fill(
         self, encoders: Iterable[ZipformerEncoder], batches: Iterable[dict], device: torch.device

@@ -19,6 +19,7 @@ from lhotse.augmentation import Speed
 from lhotse.cut import Cut
 
 from speechllm.errors import InputError
+from speechllm.manifest_safety import safe_cut
 from speechllm.whole_file import whole_file
 
 SAMPLING_RATE = 16000  # Hz
@@ -66,12 +67,14 @@ def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
     Returns:
       The cuts with their features, in the order given.
     Raises:
-      ValueError: naming the cuts that share an id, or whose audio could not be read; nothing is
-        left behind then.
+      ValueError: naming the cuts that share an id, that would run something, or whose audio
+        could not be read; nothing is left behind then.
     """
     shared = [cut_id for cut_id, n in Counter(cut.id for cut in cuts).items() if n > 1]
     if shared:
         raise InputError(f"{len(shared)} ids belong to several cuts: {', '.join(shared)}")
+    for cut in cuts:
+        safe_cut(cut)
     feats = feats_dir(cuts_file)
     cuts_file.unlink(missing_ok=True)  # its features are about to go
     shutil.rmtree(feats, ignore_errors=True)

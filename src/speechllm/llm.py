@@ -29,15 +29,20 @@ def load_llm(
 
     Raises:
       FileNotFoundError: there is no such directory.
-      ValueError: what is there (or on the hub) is not whole, or no causal LLM; the tokenizer has
-        no room for the speech tokens.
+      ValueError: what is there (or on the hub) is not whole, no causal LLM, needs code of its own,
+        or has no safetensors; the tokenizer has no room for the speech tokens.
     """
     check_llm_path(path)
     attention = "flash_attention_2" if use_flash_attn else "sdpa"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         llm, loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,  # else it would ask
+            use_safetensors=True,  # no pickles
+            output_loading_info=True,
         )
     except Exception as error:  # transformers, the hub, safetensors and json have their own each
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -5,6 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
+from speechllm.errors import without_secrets
+
 
 def setup_logging(prefix: Path, ranks) -> None:
     """Log to `<prefix>-<date>[-<rank>]`, and to the terminal on rank 0."""
@@ -15,12 +17,17 @@ def setup_logging(prefix: Path, ranks) -> None:
     handlers: list[logging.Handler] = [logging.FileHandler(f"{prefix}-{date}{suffix}")]
     if ranks.is_main:
         handlers.append(_TerminalHandler())
-    logging.basicConfig(
-        level=logging.INFO,
-        format=f"%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] {where}%(message)s",
-        handlers=handlers,
-        force=True,
-    )
+    form = f"%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] {where}%(message)s"
+    for handler in handlers:
+        handler.setFormatter(_WithoutSecrets(form))
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+
+
+class _WithoutSecrets(logging.Formatter):
+    """Flags are logged, and may be addresses with a password."""
+
+    def format(self, record):
+        return without_secrets(super().format(record))
 
 
 class _TerminalHandler(logging.StreamHandler):

@@ -12,6 +12,7 @@ Training knows from the index what it would else learn by reading every cut.
 
 import json
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lhotse import CutSet, load_manifest, load_manifest_lazy
+from lhotse import CutSet, load_manifest
 from lhotse.cut import Cut, MonoCut
 from lhotse.serialization import open_best
 from lhotse.shar import SharWriter
@@ -27,9 +28,11 @@ from lhotse.utils import fastcopy, is_valid_url
 
 from speechllm.cut_files import CutStatistics, check_first_cut, frames_needed, reason
 from speechllm.errors import InputError
+from speechllm.manifest_safety import read_lazily, safe_cuts
 from speechllm.whole_file import whole_directory
 
 INDEX, SAMPLE = "index.json", "sample.jsonl.gz"
+SHARD = re.compile(r"cuts\.\d+\.jsonl\.gz|(features|recording)\.\d+\.tar")
 SAMPLE_SIZE = 10_000  # cuts
 PILES = 64  # that are shuffled one after the other; one must fit into memory
 SHARDS_CHECKED = 100  # evenly spread
@@ -168,7 +171,7 @@ class Shards:
 
     def sample(self) -> CutSet:
         """Some cuts, without data, as they are spread over all shards."""
-        samples = [load_manifest_lazy(path) for path, _ in self.samples]
+        samples = [read_lazily(path) for path, _ in self.samples]
         if len(samples) == 1:
             return samples[0]
         return CutSet.mux(*samples, weights=[count for _, count in self.samples])
@@ -178,13 +181,14 @@ class Shards:
 
         With a `seed` the shards are in an order of its own, the same for all processes.
         """
-        return CutSet.from_shar(
+        cuts = CutSet.from_shar(
             fields=self.fields,
             split_for_dataloading=True,
             shuffle_shards=seed is not None,
             seed=seed or 0,
             stateful_shuffle=False,  # ranks would not count alike
         )
+        return safe_cuts(cuts)
 
     def spread(self, count: int) -> list[dict[str, list[str]]]:
         """The fields of `count` shards, evenly spread."""
@@ -221,6 +225,8 @@ def _read_index(directory: str) -> dict:
         with open_best(path) as file:
             index = json.load(file)
         for name, size in (shard for listed in index["shards"].values() for shard in listed):
+            if not SHARD.fullmatch(name):  # it would be read from anywhere, as anything
+                raise InputError(f"{path} lists {name!r}, which is no name of a shard")
             _check_size(f"{directory}/{name}", size)
         if not isinstance(index["cuts"], int) or not isinstance(index["durations"], dict):
             raise InputError(f"{path} lacks the numbers of cuts")
@@ -255,7 +261,7 @@ def check_shards(
       ValueError: naming the shard, the cut and the value, or that nothing is left to use.
     """
     for fields in shards.spread(SHARDS_CHECKED):
-        check_first_cut(CutSet.from_shar(fields=fields), fields["cuts"][0], need_features)
+        check_first_cut(safe_cuts(CutSet.from_shar(fields=fields)), fields["cuts"][0], need_features)
     statistics = shards.statistics(min_seconds, max_seconds, min_frames)
     if not statistics.kept:
         raise InputError(f"{shards.samples[0][0]}: nothing to use, {statistics}")

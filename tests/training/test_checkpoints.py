@@ -43,8 +43,8 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path, monk
     save_epochs(tmp_path, [1])
     before = epoch_path(tmp_path, 1).read_bytes()
 
-    def interrupted(checkpoint, path):
-        path.write_bytes(b"half")
+    def interrupted(checkpoint, file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted)

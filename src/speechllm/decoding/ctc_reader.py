@@ -84,7 +84,8 @@ def find_ctc_reader(model: SpeechLLM, bpe_paths: list[str]) -> CtcReader | None:
       bpe_paths: one for all encoders, or one each.
 
     Raises:
-      ValueError: the number of paths is another; a BPE model has another vocabulary than the head.
+      ValueError: the number of paths is another; a BPE model cannot be read, or has another
+        vocabulary than the head.
     """
     if len(bpe_paths) == 1:
         bpe_paths = bpe_paths * len(model.encoder)
@@ -100,7 +101,7 @@ def find_ctc_reader(model: SpeechLLM, bpe_paths: list[str]) -> CtcReader | None:
         if not Path(path).is_file():
             logging.warning(f"{path} is missing: what encoder {k + 1} says by CTC is not used")
             continue
-        bpe = sentencepiece.SentencePieceProcessor(model_file=path)
+        bpe = read_bpe(path)
         if bpe.vocab_size() != head.vocab_size:
             raise InputError(
                 f"{path} has {bpe.vocab_size()} pieces, encoder {k + 1}'s CTC head "
@@ -108,3 +109,11 @@ def find_ctc_reader(model: SpeechLLM, bpe_paths: list[str]) -> CtcReader | None:
             )
         return CtcReader(model, k, Pieces(bpe))
     return None
+
+
+def read_bpe(path: str) -> sentencepiece.SentencePieceProcessor:
+    """Raises ValueError: naming the file."""
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=path)
+    except RuntimeError as error:
+        raise InputError(f"{path} cannot be read as a sentencepiece model: {error}") from None

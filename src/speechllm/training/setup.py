@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lhotse import CutSet, load_manifest_lazy
+from lhotse import CutSet
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -26,6 +26,7 @@ from speechllm.data import evaluation_loader, loader_options, training_loader
 from speechllm.encoder_cache import EncoderCache
 from speechllm.errors import InputError
 from speechllm.flags import comma_list, str2bool
+from speechllm.manifest_safety import read_lazily
 from speechllm.progress import ProgressBar
 from speechllm.shards import Shards, check_shards, read_shards
 from speechllm.training.checkpoint import TrainState, load_checkpoint, restore_state
@@ -280,7 +281,7 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
     cuts_of_epoch, sample = _train_cuts(args, ranks)
     musan = None
     if args.enable_musan:
-        musan = CutSet.from_cuts(load_manifest_lazy(cuts_file(args.manifest_dir, "musan_cuts")))
+        musan = CutSet.from_cuts(read_lazily(cuts_file(args.manifest_dir, "musan_cuts")))
 
     def batches_of(epoch: int, skip: int = 0) -> DataLoader:
         return training_loader(

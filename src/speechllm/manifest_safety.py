@@ -1,0 +1,79 @@
+"""Manifests may come from anybody: reading what they name must not run anything.
+
+lhotse would take audio from a shell command, open names with "pipe:" in a shell, give names of
+SPHERE (and Opus) files to one, and unpickle what is stored as memory_raw. Files anywhere, and
+addresses of the stores that shards may be in, are read: that shows audio to nobody else.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from shlex import quote
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+
+from speechllm.errors import InputError
+
+AUDIO = ("file", "url", "memory", "shar")
+STORAGES = (
+    "lilcom_chunky", "lilcom_files", "lilcom_url", "lilcom_hdf5", "chunked_lilcom_hdf5",
+    "numpy_files", "numpy_hdf5", "memory_lilcom", "memory_npy", "shar",
+)  # fmt: skip
+SCHEMES = ("http", "https", "s3", "gs", "azure")  # hdfs and ssh would start programs
+NAMES = ("source", "storage_path", "storage_key")
+GIVEN_TO_A_SHELL = (".sph", ".opus")
+
+
+def read_lazily(path: Path | str) -> CutSet:
+    """The cuts of a file; one that is not safe raises ValueError when it is reached."""
+    return safe_cuts(CutSet.from_jsonl_lazy(path))
+
+
+def safe_cuts(cuts: CutSet) -> CutSet:
+    """The same cuts, read lazily; one that is not safe raises ValueError when it is reached."""
+    return cuts.map(safe_cut, apply_fn=None)
+
+
+def safe_cut(cut: Cut) -> Cut:
+    """The cut itself, if reading it runs nothing.
+
+    Raises:
+      ValueError: naming the cut and what it would do.
+    """
+    for fields in _fields_within(cut):
+        if danger := _danger(fields):
+            raise InputError(f"cut {cut.id} is refused: {danger}")
+    return cut
+
+
+def _fields_within(value: object) -> Iterator[dict]:
+    """Of all objects that something is made of, however deep, what they hold by name."""
+    inner = value
+    if not isinstance(value, (list, tuple)):
+        fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        yield fields
+        inner = fields.values()
+    for part in inner:
+        yield from _fields_within(part)
+
+
+def _danger(fields: dict) -> str:
+    """What reading an audio source, features or an array would do; empty if nothing."""
+    if fields.keys() >= {"source", "channels"} and fields.get("type") not in AUDIO:
+        return f"it wants audio from a {fields.get('type')}, {fields['source']!r}"
+    if fields.get("storage_type", "shar") not in STORAGES:
+        return f"it wants to read what is stored as {fields['storage_type']!r}"
+    names = (fields.get(name) for name in NAMES)
+    return next(filter(None, (_danger_of_name(n) for n in names if isinstance(n, str))), "")
+
+
+def _danger_of_name(name: str) -> str:
+    if "pipe:" in name:
+        return f"it wants to run {name!r}"
+    if name.lower().endswith(GIVEN_TO_A_SHELL) and quote(name) != name:
+        return f"a shell would be given the file name {name!r}"
+    scheme = re.match(r"\s*([\w+.-]+)://", name)
+    if scheme and scheme[1].lower() not in SCHEMES:
+        return f"it wants to read from {scheme[1]}://, not {', '.join(SCHEMES)}"
+    return ""
