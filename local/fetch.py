@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +23,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from speechllm.errors import without_secrets
 
 HUGGING_FACE = "https://huggingface.co"
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -144,14 +148,24 @@ def list_repo(mirror: str, repo: str) -> list[dict]:
 
 
 def find_record(mirror: str, download: Download, listing: list[dict]) -> Record:
-    entry = next((entry for entry in listing if entry["path"] == download.file), None)
-    if entry is None:
-        there = ", ".join(entry["path"] for entry in listing)
-        raise ValueError(f"{mirror}/{download.repo} has no file {download.file}; it has {there}")
+    """What the listing says of one file. Of the names in it none is used for a file here.
+
+    Raises:
+      ValueError: the file is not listed.
+      MirrorError: the listing is not as Hugging Face's.
+    """
     url = f"{mirror}/{download.repo}/resolve/main/{quote(download.file)}"
-    if lfs := entry.get("lfs"):
-        return Record(url, lfs["size"], sha256=lfs["oid"])
-    return Record(url, entry["size"], git_sha1=entry["oid"])
+    try:
+        entries = {entry["path"]: entry for entry in listing}
+        if download.file in entries:
+            entry = entries[download.file]
+            if lfs := entry.get("lfs"):
+                return Record(url, int(lfs["size"]), sha256=lfs["oid"])
+            return Record(url, int(entry["size"]), git_sha1=entry["oid"])
+        there = ", ".join(entries)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MirrorError(f"{url} is not listed as Hugging Face lists files: {error!r}") from error
+    raise ValueError(f"{mirror}/{download.repo} has no file {download.file}; it has {there}")
 
 
 def fetch(record: Record, dest: Path) -> None:
@@ -257,9 +271,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         fetch_all(mirror, downloads, args.root)
     except MirrorError as error:
-        raise SystemExit(f"{error}. {by_hand(mirror, downloads, args.root)}") from error
+        advice = by_hand(mirror, downloads, args.root)
+        raise SystemExit(without_secrets(f"{error}. {advice}")) from None
     except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(without_secrets(error)) from None
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception:  # unpickling raises any kind, and torch would advise to trust the file
         raise InputError(
             f"{path} cannot be read as a checkpoint of tensors: "
-            "it is empty or cut off, no file of torch.save, or holds more than tensors and plain values"
+            "it is empty or cut off, no file of torch.save, or holds more than tensors and plain "
+            "values"
         ) from None
     if not isinstance(checkpoint, dict) or not _is_state_dict(checkpoint.get("model")):
         raise InputError(f"{path} has no 'model' entry with a state dict")

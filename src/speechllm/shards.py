@@ -261,7 +261,8 @@ def check_shards(
       ValueError: naming the shard, the cut and the value, or that nothing is left to use.
     """
     for fields in shards.spread(SHARDS_CHECKED):
-        check_first_cut(safe_cuts(CutSet.from_shar(fields=fields)), fields["cuts"][0], need_features)
+        cuts = safe_cuts(CutSet.from_shar(fields=fields))
+        check_first_cut(cuts, fields["cuts"][0], need_features)
     statistics = shards.statistics(min_seconds, max_seconds, min_frames)
     if not statistics.kept:
         raise InputError(f"{shards.samples[0][0]}: nothing to use, {statistics}")

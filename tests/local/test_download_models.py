@@ -250,3 +250,31 @@ def test_the_shell_script(mirror, tmp_path, monkeypatch):
     refused = subprocess.run([*command, "models"], capture_output=True, text=True, check=False)
     assert refused.returncode != 0
     assert "llm" in refused.stderr and "mose" in refused.stderr  # the groups there are
+
+
+def test_names_in_a_listing_are_no_places_for_files(mirror, tmp_path):
+    for download_ in fetch.GROUPS["encoder"]:
+        for name in ("../../outside", "/tmp/outside", "exp/../../../outside"):
+            mirror.files[download_.repo, name] = b"hostile"
+    root = tmp_path / "a" / "b" / "c"
+    root.mkdir(parents=True)
+    download(mirror, root, "encoder")
+    assert files_in(tmp_path) == {f"a/b/c/{ENCODER}", f"a/b/c/{BPE}"}
+    assert not Path("/tmp/outside").exists()
+
+
+@pytest.mark.parametrize(
+    "entries", [["x"], [{"size": 3}], [{"path": "exp/pretrained.pt", "size": "../x"}], [None]]
+)
+def test_a_listing_of_something_else(mirror, tmp_path, monkeypatch, entries):
+    monkeypatch.setattr(mirror, "listing", lambda repo: entries)
+    with pytest.raises(SystemExit, match="is not listed as Hugging Face lists files: "):
+        download(mirror, tmp_path, "encoder")
+    assert not files_in(tmp_path)
+
+
+def test_a_password_of_the_mirror_is_not_told(mirror, tmp_path):
+    url = mirror.url.replace("://", "://user:t0ken@")
+    with pytest.raises(SystemExit) as error:
+        fetch.main(["--mirror", url, "--root", str(tmp_path), "encoder"])
+    assert "://***@127.0.0.1" in str(error.value) and "t0ken" not in str(error.value)
