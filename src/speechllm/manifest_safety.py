@@ -23,6 +23,7 @@ STORAGES = (
 SCHEMES = ("http", "https", "s3", "gs", "azure")  # hdfs and ssh would start programs
 NAMES = ("source", "storage_path", "storage_key")
 GIVEN_TO_A_SHELL = (".sph", ".opus")
+LEAVES = (str, int, float, bool, bytes, type(None))  # most of a cut: they hold nothing
 
 
 def read_lazily(path: Path | str) -> CutSet:
@@ -49,23 +50,28 @@ def safe_cut(cut: Cut) -> Cut:
 
 def _fields_within(value: object) -> Iterator[dict]:
     """Of all objects that something is made of, however deep, what they hold by name."""
-    inner = value
-    if not isinstance(value, (list, tuple)):
-        fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-        yield fields
-        inner = fields.values()
-    for part in inner:
-        yield from _fields_within(part)
+    to_do = [value]
+    while to_do:
+        part = to_do.pop()
+        if isinstance(part, (list, tuple)):
+            inner = part
+        else:
+            fields = part if isinstance(part, dict) else getattr(part, "__dict__", {})
+            yield fields
+            inner = fields.values()
+        to_do += [one for one in inner if type(one) not in LEAVES]
 
 
 def _danger(fields: dict) -> str:
     """What reading an audio source, features or an array would do; empty if nothing."""
-    if fields.keys() >= {"source", "channels"} and fields.get("type") not in AUDIO:
+    if "source" in fields and "channels" in fields and fields.get("type") not in AUDIO:
         return f"it wants audio from a {fields.get('type')}, {fields['source']!r}"
     if fields.get("storage_type", "shar") not in STORAGES:
         return f"it wants to read what is stored as {fields['storage_type']!r}"
-    names = (fields.get(name) for name in NAMES)
-    return next(filter(None, (_danger_of_name(n) for n in names if isinstance(n, str))), "")
+    for name in NAMES:
+        if isinstance(fields.get(name), str) and (danger := _danger_of_name(fields[name])):
+            return danger
+    return ""
 
 
 def _danger_of_name(name: str) -> str:
