@@ -2,7 +2,7 @@
 
 lhotse would take audio from a shell command, open names with "pipe:" in a shell, give names of
 SPHERE (and Opus) files to one, and unpickle what is stored as memory_raw. Files anywhere, and
-addresses of the stores that shards may be in, are read: that shows audio to nobody else.
+addresses of the stores that shards may be in, are read.
 """
 
 import re
@@ -20,7 +20,7 @@ STORAGES = (
     "lilcom_chunky", "lilcom_files", "lilcom_url", "lilcom_hdf5", "chunked_lilcom_hdf5",
     "numpy_files", "numpy_hdf5", "memory_lilcom", "memory_npy", "shar",
 )  # fmt: skip
-SCHEMES = ("http", "https", "s3", "gs", "azure")  # hdfs and ssh would start programs
+SCHEMES = ("http", "https", "s3", "gs", "azure")  # hdfs starts a program, ssh shows one's keys
 NAMES = ("source", "storage_path", "storage_key")
 GIVEN_TO_A_SHELL = (".sph", ".opus")
 LEAVES = (str, int, float, bool, bytes, type(None))  # most of a cut: they hold nothing
