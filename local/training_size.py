@@ -306,7 +306,7 @@ def llm_config(path: str) -> Qwen2Config:
     """
     if path not in QWEN2:
         check_llm_path(path)
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not isinstance(config, Qwen2Config):
             raise InputError(f"the LLM in {path} is a {config.model_type}, not a qwen2")
         return config
