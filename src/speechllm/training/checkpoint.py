@@ -5,7 +5,9 @@
 
 import logging
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from speechllm.checkpoint_file import load_checkpoint, write_checkpoint
 from speechllm.errors import InputError
-from speechllm.whole_file import whole_file
+from speechllm.whole_file import check_space, whole_file
 
 
 @dataclass
@@ -62,6 +64,30 @@ def remove_old_checkpoints(exp_dir: Path, keep: int) -> None:
     """All `checkpoint-B.pt` but the last `keep`."""
     for path in list(numbered_files(exp_dir, "checkpoint").values())[keep:]:
         path.unlink()
+
+
+def remove_partial_checkpoints(exp_dir: Path) -> None:
+    """What a training that was killed left of a file it had not written to the end."""
+    for path in exp_dir.glob(".part-*"):
+        if re.fullmatch(r"\.part-\d+-(epoch-\d+|checkpoint-\d+|best-.*-loss)\.pt", path.name):
+            path.unlink()
+
+
+def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> None:
+    """Whether checkpoints of these trained parameters and their optimizer find room.
+
+    Args:
+      num_files: how many the whole training writes; room for fewer than all is warned of.
+
+    Raises:
+      ValueError: there is not even room for a second one beside the first.
+    """
+    size = 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    check_space(exp_dir, 2 * size, "two checkpoints")
+    try:
+        check_space(exp_dir, num_files * size, f"{num_files} checkpoints")
+    except InputError as error:
+        logging.warning(error)
 
 
 def restore_state(checkpoint: dict) -> TrainState:

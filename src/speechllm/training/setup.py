@@ -29,7 +29,13 @@ from speechllm.flags import comma_list, str2bool
 from speechllm.manifest_safety import read_lazily
 from speechllm.progress import ProgressBar
 from speechllm.shards import Shards, check_shards, read_shards
-from speechllm.training.checkpoint import TrainState, load_checkpoint, restore_state
+from speechllm.training.checkpoint import (
+    TrainState,
+    check_room,
+    load_checkpoint,
+    remove_partial_checkpoints,
+    restore_state,
+)
 from speechllm.training.distributed import InStep, Ranks, is_first_process
 from speechllm.training.engine import Engine
 from speechllm.training.loop import BatchLoss, ModelState, Trainer
@@ -445,9 +451,12 @@ def fit(
         say_what_differs(order, checkpoint, state)
         if "sums" in checkpoint:
             sums = for_ranks(state, checkpoint["sums"], ranks.world_size)
-    if args.resume == "never" and ranks.is_main:
-        if folder := move_aside(args.exp_dir, state):
+    if ranks.is_main:
+        remove_partial_checkpoints(args.exp_dir)
+        if args.resume == "never" and (folder := move_aside(args.exp_dir, state)):
             logging.warning(f"Later checkpoints of an earlier training are now in {folder}")
+        num_files = args.num_epochs - state.epoch + args.keep_last_k
+        check_room(args.exp_dir, model.parameters(), num_files)
     Trainer(
         engine=engine,
         schedule=schedule,

@@ -1,0 +1,144 @@
+"""Trainings killed at the worst moments and begun again end, bit for bit, as undisturbed ones.
+
+tests/soak.py does it at random moments, on real speech, for long.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+
+import pytest
+import torch
+
+import train
+from speechllm import whole_file
+from speechllm.training import loop
+from speechllm.training.checkpoint import load_checkpoint
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_call(number, module, name, also=lambda *args: None):
+    """The `number`-th call of a function is not made: something else is done, and then it dies."""
+    function, calls = getattr(module, name), []
+
+    def call(*args, **options):
+        calls.append(args)
+        if len(calls) == number:
+            also(*args)
+            die()
+        return function(*args, **options)
+
+    setattr(module, name, call)
+
+
+def half_a_file(checkpoint, file):
+    torch.serialization.save(checkpoint, file)
+    file.truncate(file.tell() // 2)
+
+
+MOMENTS = {  # which call is the last thing that is not done
+    "first step": (1, loop.Trainer, "step"),
+    "middle of the epoch": (4, loop.Trainer, "step"),
+    "half a save": (2, torch, "save", half_a_file),
+    "before a file has its name": (2, whole_file.os, "replace"),
+    "first validation": (1, loop, "validate"),
+    "validation at the epoch's end": (2, loop, "validate"),
+    "before the epoch's file": (1, loop, "epoch_path"),
+    "after the epoch's file": (2, loop, "copy_best"),
+    "a step later": (2, loop.Trainer, "step"),
+}
+
+
+def process(rank, world_size, port, argv, moment):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.setsid()  # its loader processes end with it
+    if moment:
+        before_call(*MOMENTS[moment])
+    train.main(argv)
+
+
+def run(argv, world_size, moment=None, mortal=0):
+    """Processes as torchrun starts them; one dies at the moment, the others are killed then."""
+    fork, port = multiprocessing.get_context("fork"), free_port()
+    ranks = [
+        fork.Process(
+            target=process, args=(rank, world_size, port, argv, moment if rank == mortal else None)
+        )
+        for rank in range(world_size)
+    ]
+    for one in ranks:
+        one.start()
+    ranks[mortal].join(120)
+    code = ranks[mortal].exitcode
+    for one in ranks:
+        if moment or code is None:
+            one.kill()
+        one.join(120)
+        try:
+            os.killpg(one.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return [code] if moment else [one.exitcode for one in ranks]
+
+
+@pytest.fixture
+def argv(tiny_train_argv, tmp_path):
+    """Flags of a training with loader processes and all that is drawn at random."""
+
+    def flags(name, *more):
+        return [
+            *tiny_train_argv(tmp_path / name), "--num-workers", "1", "--max-duration", "2.5",
+            "--enable-musan", "true", "--enable-spec-aug", "true", "--save-every-n", "2",
+            "--keep-last-k", "2", "--drop-last", "false", "--num-epochs", "5", *more,
+        ]  # fmt: skip
+
+    return flags
+
+
+def contents(folder):
+    return {path.name: load_checkpoint(path) for path in sorted(folder.glob("*.pt"))}
+
+
+def assert_alike(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, checkpoint in ours.items():
+        model, other = checkpoint.pop("model"), theirs[name].pop("model")
+        assert model.keys() == other.keys()
+        assert all(torch.equal(model[key], other[key]) for key in model)
+        torch.set_printoptions(threshold=10**9, precision=9)
+        assert repr(checkpoint) == repr(theirs[name])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_again_and_again(argv, tmp_path, world_size, restore_logging):
+    assert run(argv("whole"), world_size) == [0] * world_size
+    for i, moment in enumerate(MOMENTS):
+        mortal = i % world_size if MOMENTS[moment][2] in ("step", "validate") else 0
+        assert run(argv("parts"), world_size, moment, mortal) == [-signal.SIGKILL], moment
+    assert run(argv("parts"), world_size) == [0] * world_size
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert len(whole) == 5 + 2 + 2  # epochs, the best ones, the last checkpoints
+    assert whole["epoch-1.pt"]["batch_idx_train"] > 4 // world_size
+    assert_alike(parts, whole)
+    left = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert left == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_going_on_with_another_number_of_ranks(argv, tmp_path, restore_logging):
+    assert run(argv("x"), 2, "middle of the epoch") == [-signal.SIGKILL]
+    assert run(argv("x", "--num-epochs", "1"), 1) == [0]
+    logs = "".join(path.read_text() for path in (tmp_path / "x" / "log").iterdir())
+    assert "This training had 2 ranks and has 1" in logs
+    assert "epoch 1 goes on after 4 batches of each rank instead of 2" in logs
+    assert (tmp_path / "x" / "epoch-1.pt").is_file()
