@@ -12,7 +12,7 @@ the times of words; with --nbest, nbest-. A checkpoint by name, such as a publis
 
 import argparse
 import logging
-from dataclasses import replace
+from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from speechllm.decoding.search_options import (
     add_search_arguments,
     search_options,
 )
-from speechllm.decoding.test_set import decode_cuts, files_to_decode, set_name
+from speechllm.decoding.test_set import answer_cuts, files_to_decode, set_name, with_answers
 from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Help, comma_list, str2bool
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
@@ -37,7 +37,7 @@ from speechllm.progress import setup_logging
 from speechllm.scoring import NORMALIZERS, ErrorCounts, log_line
 from speechllm.trained_state import load_trainable_state
 from speechllm.training.checkpoint import average_checkpoints, average_epochs, load_checkpoint
-from speechllm.training.distributed import Ranks
+from speechllm.training.distributed import Ranks, launch
 from speechllm.training.setup import autocast_dtype
 
 TEST_CUTS = "librispeech_cuts_test-clean,librispeech_cuts_test-other"
@@ -46,6 +46,10 @@ TEST_CUTS = "librispeech_cuts_test-clean,librispeech_cuts_test-other"
 def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     add = parser.add_argument_group("what to decode").add_argument
+    add("--world-size", type=int, default=min(4, max(1, torch.cuda.device_count())),
+        help="processes to share the work, by default one a GPU, at most 4; "
+        "torchrun's wins")  # fmt: skip
+    add("--master-port", type=int, default=12355, help="for several processes on one machine")
     add("--exp-dir", type=Path, help="where the checkpoints are; results go to its decode/")
     add("--epoch", type=int, default=10, help="last of the averaged epochs")
     add("--iter", type=int, default=0,
@@ -83,16 +87,21 @@ def used_encoders(text: str | None, num_encoders: int) -> list[int]:
     return [int(number) - 1 for number in numbers]
 
 
-def read_parameters(args) -> tuple[dict, str]:
+def read_parameters(args, ranks: Ranks = Ranks()) -> tuple[dict, str]:
     """The state dict to decode with, and the name of what it came from."""
     if args.checkpoint:
         path = args.exp_dir / args.checkpoint
         return load_checkpoint(path)["model"], path.stem
+    what, last, average = "epoch", args.epoch, average_epochs
     if args.iter:
-        parameters, _ = average_checkpoints(args.exp_dir, args.iter, args.avg)
-        return parameters, f"iter-{args.iter}-avg-{args.avg}"
-    parameters, _ = average_epochs(args.exp_dir, args.epoch, args.avg)
-    return parameters, f"epoch-{args.epoch}-avg-{args.avg}"
+        what, last, average = "iter", args.iter, average_checkpoints
+    parameters, path = None, None
+    if ranks.is_main:
+        parameters, path = average(args.exp_dir, last, args.avg)
+    path, *_ = ranks.gather_objects(path)
+    if parameters is None:
+        parameters = load_checkpoint(path)["model"]
+    return parameters, f"{what}-{last}-avg-{args.avg}"
 
 
 def result_suffix(args, options: SearchOptions, parameters_name: str) -> str:
@@ -144,52 +153,68 @@ class Decoder:
 
 
 def decode_set(
-    path: Path, recognizer: Recognizer, args, suffix: str
+    path: Path, recognizer: Recognizer, args, suffix: str, ranks: Ranks = Ranks()
 ) -> tuple[ErrorCounts, dict[str, float]]:
-    """Decode a cut file and write its results; the errors and what the recognizer counted."""
+    """Decode a cut file together and write its results; the errors and what was counted."""
     recognizer.start_counting()
-    decoded = decode_cuts(
+    mine = answer_cuts(
         path,
         recognizer,
         frames_needed(args.encoder_projector_ds_rate),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         **loader_options(args),
     )
-    counted = recognizer.stop_counting()
-    errors = write_results(
-        decoded, args.exp_dir / "decode", set_name(path), suffix, args.normalize, counted
-    )
+    counted = recognizer.stop_counting(ranks.gather_objects)
+    answers = ChainMap(*ranks.gather_objects(mine))
+    errors = None
+    if ranks.is_main:
+        errors = write_results(
+            with_answers(path, answers),
+            args.exp_dir / "decode",
+            set_name(path),
+            suffix,
+            args.normalize,
+            counted,
+        )
+    errors, *_ = ranks.gather_objects(errors)
     logging.info(log_line(set_name(path), errors))
     logging.info(", ".join(f"{what}: {value:.2f}" for what, value in counted.items()))
     return errors, counted
 
 
-def prepare(args, program: str = "decode") -> tuple[list[Path], Decoder]:
+def prepare(
+    args, program: str = "decode", ranks: Ranks | None = None
+) -> tuple[list[Path], Decoder]:
     """The cut files to decode and the model; a log of what the program does is begun.
+
+    Args:
+      ranks: by default this process alone, on a GPU if there is one.
 
     Raises:
       FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
     """
+    ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     search_options(args, can_draft=True)  # what contradicts itself is said at once
     check_model_files(args)
     paths = files_to_decode(args)
     if not paths:
         raise InputError(f"--test-cuts {args.test_cuts!r} names no cut file")
-    parameters, name = read_parameters(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    log_file = args.exp_dir / "decode" / f"log-{program}-{name}"
-    setup_logging(log_file, replace(Ranks(), device=device))
+    parameters, name = read_parameters(args, ranks)
+    setup_logging(args.exp_dir / "decode" / f"log-{program}-{name}", ranks)
     logging.info(f"Decoding started: {vars(args)}")
-    decoder = Decoder(args, parameters, name, device)
+    decoder = Decoder(args, parameters, name, ranks.device)
     train.check_lengths(paths, decoder.model, args.max_new_tokens)
     return paths, decoder
 
 
-def run(args) -> None:
-    paths, decoder = prepare(args)
+def run(ranks: Ranks, args) -> None:
+    """What each process of the decoding does."""
+    paths, decoder = prepare(args, "decode", ranks)
     recognizer = decoder.recognizer(args)
     suffix = result_suffix(args, recognizer.options, decoder.parameters_name)
     for path in paths:
-        decode_set(path, recognizer, args, suffix)
+        decode_set(path, recognizer, args, suffix, ranks)
     logging.info(f"Results are in {args.exp_dir / 'decode'}")
 
 
@@ -200,7 +225,7 @@ def main(
 ) -> None:
     args = get_parser(defaults, description).parse_args(argv)
     try:
-        run(args)
+        launch(run, args, args.world_size, args.master_port)
     except (FileNotFoundError, InputError) as error:
         raise SystemExit(without_secrets(error)) from None
 

@@ -18,6 +18,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -29,6 +30,7 @@ from speechllm.decoding.recognizer import Recognizer
 from speechllm.decoding.search_options import add_search_arguments, search_options
 from speechllm.decoding.test_set import set_name
 from speechllm.errors import InputError, without_secrets
+from speechllm.training.distributed import Ranks, launch
 from speechllm.whole_file import whole_file
 
 
@@ -88,10 +90,10 @@ def best_rows(rows: list[Row]) -> list[Row]:
 
 
 def decode_row(
-    path: Path, recognizer: Recognizer, args, suffix: str, values: tuple[str, ...]
+    path: Path, recognizer: Recognizer, args, suffix: str, values: tuple[str, ...], ranks: Ranks
 ) -> Row:
     """Decodes a set as decode.py does."""
-    errors, _ = decode.decode_set(path, recognizer, args, suffix)
+    errors, _ = decode.decode_set(path, recognizer, args, suffix, ranks)
     n, utterances = recognizer.counter, max(1, recognizer.counter["utterances"])
     others = {
         "passes per utterance": f"{n['passes'] / utterances:.2f}",
@@ -160,7 +162,12 @@ def write(out_dir: Path, name: str, parameters_name: str, flags: list[str], rows
     logging.info(f"Table and plot are {path} and .png")
 
 
-def run(argv: list[str], defaults: dict) -> None:
+def all_ways(argv: list[str], defaults: dict) -> list[tuple[dict[str, str], Any]]:
+    """All combinations, and decode.py's flags for each.
+
+    Raises:
+      ValueError: a flag cannot be swept over, or flags contradict each other.
+    """
     parser = get_parser(defaults)
     over = combinations(parser.parse_args(argv).over)
     ways = [
@@ -169,15 +176,24 @@ def run(argv: list[str], defaults: dict) -> None:
     ]
     for args in ways:
         search_options(args, can_draft=True)  # what contradicts itself is said at once
+    return list(zip(over, ways))
+
+
+def run(ranks: Ranks, combined: list[tuple[dict[str, str], Any]]) -> None:
+    """What each process of the sweep does."""
+    over, ways = zip(*combined)
     longest = max(ways, key=lambda args: args.max_new_tokens)  # must fit the LLM's positions
-    paths, decoder = decode.prepare(longest, "sweep")
+    paths, decoder = decode.prepare(longest, "sweep", ranks)
     recognizers = [decoder.recognizer(args) for args in ways]  # all are possible, or none begins
     warm_up(paths[0], recognizers[0], ways[0])
     rows = {path: [] for path in paths}
     for one, args, recognizer in zip(over, ways, recognizers):
         suffix = decode.result_suffix(args, recognizer.options, decoder.parameters_name)
         for path in paths:
-            rows[path].append(decode_row(path, recognizer, args, suffix, tuple(one.values())))
+            row = decode_row(path, recognizer, args, suffix, tuple(one.values()), ranks)
+            rows[path].append(row)
+    if not ranks.is_main:
+        return
     out_dir, flags = longest.exp_dir / "decode", list(over[0])
     for path in paths:
         write(out_dir, set_name(path), decoder.parameters_name, flags, rows[path])
@@ -185,7 +201,9 @@ def run(argv: list[str], defaults: dict) -> None:
 
 def main(argv: list[str] | None = None, defaults: dict = train.DEFAULTS) -> None:
     try:
-        run(sys.argv[1:] if argv is None else argv, defaults)
+        ways = all_ways(sys.argv[1:] if argv is None else argv, defaults)
+        _, args = ways[0]
+        launch(run, ways, args.world_size, args.master_port)
     except (FileNotFoundError, InputError) as error:
         raise SystemExit(without_secrets(error)) from None
 

@@ -234,7 +234,7 @@ def test_said_before_decoding(argv, out_dir, flags, sentence):
 def test_a_mixture_has_decode_moses_encoders_by_default(monkeypatch):
     seen = []
 
-    def prepare(args, program):
+    def prepare(args, program, ranks):
         seen.append(args)
         raise InputError("that is enough")
 

@@ -220,6 +220,19 @@ def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:
     return CutSet(_Every(cuts, rank, world_size))
 
 
+def sorted_by_id(cuts: CutSet) -> CutSet:
+    """The cuts in an order of their own, whatever the file's is; read when they are asked for."""
+    return CutSet(_SortedById(cuts))
+
+
+@dataclass(frozen=True)
+class _SortedById:
+    cuts: Iterable[Cut]
+
+    def __iter__(self) -> Iterator[Cut]:
+        return iter(sorted(self.cuts, key=lambda cut: cut.id))
+
+
 @dataclass(frozen=True)
 class _Every:
     """Can be iterated over again and again, unlike `islice`."""

@@ -17,6 +17,7 @@ import argparse
 import random
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 import torch
@@ -302,9 +303,15 @@ def evaluation_loader(
     num_buckets: int = 30,
     num_workers: int = 2,
     on_the_fly_feats: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
     encoder_cache: EncoderCache | None = None,
 ) -> DataLoader:
-    """Every cut exactly once, similar durations together, nothing augmented."""
+    """Every cut exactly once, similar durations together, nothing augmented.
+
+    Of several ranks each has a share of the batches, which are the same for any number of ranks:
+    kernels round differently in other batches.
+    """
     if encoder_cache is not None:
         dataset = HeardDataset(encoder_cache)
     else:
@@ -320,18 +327,32 @@ def evaluation_loader(
         rank=0,
         world_size=1,
     )
-    return _data_loader(dataset, num_workers, sampler=sampler)
+    batches = sampler if world_size == 1 else _share_of_batches(sampler, rank, world_size)
+    return _data_loader(dataset, num_workers, sampler=batches)
+
+
+def _share_of_batches(batches: Iterable[CutSet], rank: int, world_size: int) -> list[CutSet]:
+    """The longest first, so that the ranks' shares take about as long."""
+
+    def padded_seconds(cuts: CutSet) -> float:
+        return len(cuts) * max(cut.duration for cut in cuts)
+
+    return sorted(batches, key=padded_seconds, reverse=True)[rank::world_size]
 
 
 def _data_loader(dataset, num_workers: int, **options) -> DataLoader:
     """Torch's own generator is neither used nor moved.
 
     Each process has two batches ready (torch's default), in memory from which a GPU copies fastest.
+    They start in the system's usual way also in a rank that was spawned: by itself it would spawn
+    them too, and each would import everything anew, at every epoch.
     """
+    usual, *_ = get_all_start_methods()
     return DataLoader(
         dataset,
         batch_size=None,
         num_workers=num_workers,
+        multiprocessing_context=usual if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
         **options,

@@ -166,11 +166,12 @@ def bootstrap_interval(
     """95 % interval of the WER in percent: quantiles over `samples` sets of drawn utterances.
 
     Each sample draws as many utterances as there are, with replacement (Bisani & Ney, "Bootstrap
-    estimates for confidence intervals in ASR performance evaluation", ICASSP 2004).
+    estimates for confidence intervals in ASR performance evaluation", ICASSP 2004). Their order
+    does not matter.
     """
     if not results:
         return 0.0, 0.0
-    edits = [kaldialign.edit_distance(ref, hyp) for _, ref, hyp in results]
+    edits = [kaldialign.edit_distance(ref, hyp) for _, ref, hyp in sorted(results)]
     per_utterance = np.array([(e["total"], e["ref_len"]) for e in edits])  # (N, 2)
     rng = np.random.default_rng(seed)
     # One sample at a time: memory stays at N, which is long enough to vectorise over.

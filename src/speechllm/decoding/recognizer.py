@@ -84,9 +84,18 @@ class Recognizer:
         self.counter, self.audio_seconds, self.start = Counter(), 0.0, time.monotonic()
         self.rtfx = 0.0  # audio seconds per second, once counting has stopped
 
-    def stop_counting(self) -> dict[str, float]:
-        """For the summary: since `start_counting`."""
-        seconds, n = time.monotonic() - self.start, self.counter
+    def stop_counting(
+        self, gather: Callable[[tuple], list[tuple]] = lambda mine: [mine]
+    ) -> dict[str, float]:
+        """For the summary: since `start_counting`, by all processes, the slowest one's time.
+
+        Args:
+          gather: from what this process counted to what each of them did.
+        """
+        mine = time.monotonic() - self.start, self.counter, self.audio_seconds
+        all_seconds, counters, audio_seconds = zip(*gather(mine))
+        seconds, n = max(all_seconds), sum(counters, Counter())
+        self.counter, self.audio_seconds = n, sum(audio_seconds)
         self.rtfx = self.audio_seconds / seconds
         counts = {
             "seconds of decoding": seconds,

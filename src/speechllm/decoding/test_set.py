@@ -8,7 +8,14 @@ from typing import Any
 
 from lhotse.cut import Cut
 
-from speechllm.cut_files import check_cuts, cuts_file, cuts_within, frames_needed, read_cuts
+from speechllm.cut_files import (
+    check_cuts,
+    cuts_file,
+    cuts_within,
+    frames_needed,
+    read_cuts,
+    sorted_by_id,
+)
 from speechllm.data import evaluation_loader
 from speechllm.errors import InputError
 from speechllm.flags import comma_list
@@ -44,13 +51,22 @@ class Decoded:
         return " ".join(supervision.text for supervision in self.cut.supervisions)
 
 
-def decode_cuts(
+def decode_cuts(path: Path, recognize: Callable, *args, **options) -> list[Decoded]:
+    """Every cut of a file with its answer; arguments as those of `answer_cuts`."""
+    return with_answers(path, answer_cuts(path, recognize, *args, **options))
+
+
+def answer_cuts(
     path: Path,
     recognize: Callable[[Iterable[dict]], Iterator[tuple[dict, list]]],
     min_frames: int = frames_needed(),
+    rank: int = 0,
+    world_size: int = 1,
     **loader_options,
-) -> list[Decoded]:
-    """Every cut of a file with its answer.
+) -> dict[str, Any]:
+    """The answers to this rank's share of a file's cuts, by id.
+
+    The batches depend on the cuts alone, not on their order or the number of ranks.
 
     Args:
       recognize: batches (see speechllm.data) to pairs of a batch and its answers.
@@ -62,16 +78,26 @@ def decode_cuts(
         [path], min_frames=min_frames, need_text=False, need_features=need_features
     )
     answers: dict[str, Any] = {}
-    if statistics.kept:
-        loader = evaluation_loader(
-            cuts_within([path], min_frames=min_frames), num_cuts=statistics.kept, **loader_options
-        )
-        progress = ProgressBar(set_name(path), statistics.seconds)
-        for batch, found in recognize(loader):
-            answers |= zip(batch["ids"], found, strict=True)
-            progress.advance(batch["seconds"])
-        progress.close()
-    decoded = [Decoded(cut, answers.pop(cut.id, None)) for cut in read_cuts(path)]
+    if not statistics.kept:
+        return answers
+    loader = evaluation_loader(
+        sorted_by_id(cuts_within([path], min_frames=min_frames)),
+        num_cuts=statistics.kept,
+        rank=rank,
+        world_size=world_size,
+        **loader_options,
+    )
+    progress = ProgressBar(set_name(path), statistics.seconds, enabled=rank == 0)
+    for batch, found in recognize(loader):
+        answers |= zip(batch["ids"], found, strict=True)
+        progress.advance(batch["seconds"] * world_size)
+    progress.close()
+    return answers
+
+
+def with_answers(path: Path, answers: dict[str, Any]) -> list[Decoded]:
+    """Every cut of a file, in order, with the answer to its id."""
+    decoded = [Decoded(cut, answers.get(cut.id)) for cut in read_cuts(path)]
     short = [one.cut.id for one in decoded if one.answer is None]
     if short:
         logging.warning(

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,13 @@ class Ranks:
             dist.all_gather(values, value)
             return torch.stack(values)
         return value[None]
+
+    def gather_objects(self, value: Any) -> list:
+        """The values of all ranks, in order, on every rank; they can be pickled."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         if self.world_size > 1:
