@@ -52,13 +52,15 @@ class Draft:
             self.wrong += right < proposed
             self.trusted = right > 0
 
-    def proposal(self) -> list[int]:
+    @property
+    def rest(self) -> list[int]:
         """What follows the beginning nearest to the transcript; the longest of several."""
-        if not self.trusted:
-            return []
         nearest = min(self.distances)
         used = max(i for i, distance in enumerate(self.distances) if distance == nearest)
         return self.tokens[used:]
+
+    def proposal(self) -> list[int]:
+        return self.rest if self.trusted else []
 
     @property
     def chance(self) -> float:
@@ -116,7 +118,8 @@ def verify_drafts(
     Args:
       embeds: prompts, left-padded, (B, L, D); mask: (B, L), true where there is no padding.
       drafts: ids of a guess for each utterance, without the closing token; None for no guess.
-      accept: below 1, a draft's token is also written where the LLM gives it this probability.
+      accept: below 1, a draft's token is also written where the LLM gives it this probability,
+        whether it was proposed (which is a matter of what the batch costs) or not.
       ended: asked of utterance b and its ids after each token, whether to end it there.
     """
     embedding = model.llm.get_input_embeddings()
@@ -146,7 +149,9 @@ def verify_drafts(
         lens = torch.tensor([len(tokens) for tokens in proposals], device=mask.device)
         proposed = torch.arange(widest, device=mask.device)
         mask = torch.cat([mask, proposed < lens[:, None]], dim=1)
-        answers = _answers(model, _hidden(model, inputs, mask, cache, widest), proposals, least)
+        rests = [remaining[b].rest for b in alive]
+        hidden = _hidden(model, inputs, mask, cache, widest)
+        answers = _answers(model, hidden, proposals, rests, least)
 
         kept, going_on = [], []
         for row, (b, tokens, answer) in enumerate(zip(alive, proposals, answers)):
@@ -201,9 +206,16 @@ def _hidden(
 
 
 def _answers(
-    model: SpeechLLM, hidden: Tensor, proposals: list[list[int]], least: float
+    model: SpeechLLM,
+    hidden: Tensor,
+    proposals: list[list[int]],
+    rests: list[list[int]],
+    least: float,
 ) -> list[list[tuple[int, float]]]:
     """What each row writes, with log-probabilities: the right part of its proposal and a token.
+
+    A token of the rest of its draft, which begins with the proposal, is written if it has at
+    `least` this log-probability, else the LLM's choice.
 
     Logits are large. They are computed for each row's first token, and for the rest of the proposal
     of those rows only that were right there.
@@ -214,15 +226,15 @@ def _answers(
     places = [(row, 0) for row in sorted(open_rows)]
     while places:
         rows, columns = map(list, zip(*places))
-        drafted = [(*proposals[row], model.chat.end)[column] for row, column in places]
-        scores = token_scores(head, hidden[rows, columns], drafted)
+        drafted = [(*rests[row], None)[column] for row, column in places]
+        scored = [model.chat.end if token is None else token for token in drafted]
+        scores = token_scores(head, hidden[rows, columns], scored)
         for (row, column), token, (choice, its_log_prob, log_prob) in zip(places, drafted, scores):
             if row not in open_rows:
                 continue
-            if column < len(proposals[row]) and (token == choice or log_prob >= least):
-                answers[row].append((token, log_prob))
-            else:
-                answers[row].append((choice, its_log_prob))
+            taken = token is not None and (token == choice or log_prob >= least)
+            answers[row].append((token, log_prob) if taken else (choice, its_log_prob))
+            if not taken or column == len(proposals[row]):
                 open_rows.discard(row)
         places = [(row, i) for row in open_rows for i in range(1, len(proposals[row]) + 1)]
     return answers
