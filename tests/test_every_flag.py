@@ -267,6 +267,10 @@ def decoded(monkeypatch, tiny_argv, tiny_exp, tmp_path):
             seen.loaders.append(evaluation_loader(*args, **options))
             return seen.loaders[-1]
 
+        def launch(run, args, world_size, master_port):
+            seen.world_size, seen.master_port = world_size, master_port
+            run(Ranks(), args)
+
         exp_dir = tmp_path / "exp"
         exp_dir.mkdir(exist_ok=True)
         for name in ("epoch-1.pt", "epoch-2.pt", "checkpoint-9.pt"):
@@ -277,6 +281,7 @@ def decoded(monkeypatch, tiny_argv, tiny_exp, tmp_path):
             "--epoch", "2", "--avg", "2", "--max-new-tokens", "3", *flags,
         ]  # fmt: skip
         with monkeypatch.context() as patch:
+            patch.setattr(decode, "launch", launch)
             patch.setattr(Recognizer, "hear", watched_hear)
             patch.setattr(test_set, "evaluation_loader", watched_loader)
             try:
@@ -311,6 +316,9 @@ def samplers(seen):
 
 WITH_CTC = ("--speech-encoder-bpe-path", "{tmp}/bpe.model")
 DECODE = {
+    # What several processes write is in test_same_output.py.
+    "--world-size": Change("2", attribute("world_size")),
+    "--master-port": Change("12399", attribute("master_port")),
     "--exp-dir": Change("{tmp}/other", files),
     "--epoch": Change("1", files, ("--avg", "1")),
     "--avg": Change("1", files),

@@ -176,6 +176,18 @@ def test_the_same_way_twice(argv, out_dir, tiny_corpus, monkeypatch):
     assert seconds / float(first["RTFx"]) < 1
 
 
+def test_several_processes(argv, monkeypatch):
+    """Rank 0 alone writes the table; the flags are decode.py's."""
+    seen = []
+    monkeypatch.setattr(sweep, "launch", lambda *given: seen.append(given))
+    sweep.main(argv(1, *over("beam-size", 1, 2), "--world-size", 2, "--master-port", 12399))
+    [(run, ways, world_size, master_port)] = seen
+    assert (run, world_size, master_port) == (sweep.run, 2, 12399)
+    assert [(one, args.beam_size) for one, args in ways] == [
+        ({"beam-size": "1"}, 1), ({"beam-size": "2"}, 2)
+    ]  # fmt: skip
+
+
 def test_a_set_without_anything_to_hear(argv, out_dir, tiny_corpus, tmp_path):
     cut = load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz")[0].truncate(duration=0.1)
     cut.supervisions[0].duration = 0.1

@@ -158,6 +158,17 @@ def test_the_same_command_goes_on_in_the_middle_of_an_epoch(tiny_train_argv, tmp
     assert len(log_lines) > len(validation_losses(tmp_path / "whole"))  # the first once more
 
 
+@pytest.mark.parametrize("exp, n", [("tiny_exp", 1), ("tiny_mose_exp", 2)])
+def test_training_again_gives_the_same(request, exp, n, tiny_train_argv, tmp_path):
+    """The weights and the state of the optimizer, bit for bit, with all augmentation."""
+    before = load_checkpoint(request.getfixturevalue(exp) / "epoch-1.pt")
+    program = train if n == 1 else train_mose
+    program.main([*tiny_train_argv(tmp_path, n), "--num-epochs", "1"])
+    again = load_checkpoint(tmp_path / "epoch-1.pt")
+    assert equal(again["model"], before["model"])
+    torch.testing.assert_close(again["optimizer"], before["optimizer"], rtol=0, atol=0)
+
+
 def test_another_seed_is_another_training(tiny_exp, tiny_train_argv, tmp_path):
     train.main([*tiny_train_argv(tmp_path), "--num-epochs", "1", "--seed", "7"])
     ours, theirs = (load_checkpoint(d / "epoch-1.pt")["model"] for d in (tmp_path, tiny_exp))

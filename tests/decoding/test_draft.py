@@ -74,6 +74,24 @@ def test_one_error_costs_one_pass(model, features, greedy, what):
     assert max(passes) <= 3
 
 
+@pytest.mark.parametrize("accept", [0.3, 0.003, 0.001])
+def test_what_is_accepted_does_not_depend_on_what_a_pass_costs(
+    model, features, greedy, accept, monkeypatch
+):
+    """Few tokens are proposed where passes are cheap, many where they are dear."""
+    rng, found, drafted = random.Random(1), [], []
+    drafts = [[t if rng.random() < 0.5 else rng.randrange(300) for t in row] for row in greedy]
+    with torch.no_grad():
+        embeds, mask, _ = model.prompt(features, LENS)
+    for price in (0, 64, 10**6):
+        monkeypatch.setitem(PASS_PRICE, "cpu", price)
+        hypotheses = verify_drafts(model, embeds, mask, drafts, LENGTH, accept)
+        found.append([h.ids for h in hypotheses])
+        drafted.append(sum(h.drafted for h in hypotheses))
+    assert found[0] == found[1] == found[2] and drafted[0] < drafted[2]
+    assert (found[0] != greedy) == (accept < 0.1)  # and something is
+
+
 @pytest.mark.parametrize(
     ("draft", "written", "rest"),
     [
