@@ -9,7 +9,7 @@ from speechllm.training.checkpoint import load_checkpoint
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
-    """What differs between the checkpoints of two folders, entry by entry; empty if nothing does."""
+    """What differs between the checkpoints of two folders, entry by entry."""
     names = [{path.name for path in folder.glob("*.pt")} for folder in (ours, theirs)]
     found = [f"{name} is in one only" for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
