@@ -65,10 +65,10 @@ def prepare(table: Path, work: Path) -> list[str]:
              "--max-steps", "20", "--hidden-size", "96", "--num-layers", "2", "--num-heads", "3",
              "--num-kv-heads", "1", "--intermediate-size", "256"], check=True,
         )  # fmt: skip
-    save_encoder(ZipformerEncoder(SIZES["test"], None), encoder)
+    save_encoder(ZipformerEncoder(SIZES["tiny"], None), encoder)
     return [
         "--manifest-dir", fbank, "--train-cuts", f"{CORPUS}_cuts_train",
-        "--valid-cuts", f"{CORPUS}_cuts_dev", "--llm-path", llm, "--speech-encoder-type", "test",
+        "--valid-cuts", f"{CORPUS}_cuts_dev", "--llm-path", llm, "--speech-encoder-type", "tiny",
         "--speech-encoder-path", encoder, "--world-size", 2, "--num-workers", 1,
         "--max-duration", 20, "--min-utterance", 0.5, "--enable-musan", "false",
         "--use-fp16", "false", "--save-every-n", 3, "--keep-last-k", 3, "--log-interval", 10,
