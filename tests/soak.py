@@ -180,6 +180,12 @@ def small_disk(folder: Path, num_bytes: int) -> bool:
     return subprocess.run(mount, capture_output=True).returncode == 0
 
 
+def wait_for_a_step(training: Training) -> None:
+    """Until it has trained for a while, or ends."""
+    while training.process.poll() is None and "tot_loss[" not in training.output():
+        time.sleep(0.2)
+
+
 def fill_disk(training: Training, disk: Path, tally: Tally, reserve: int) -> None:
     """While it trains; it must end with a sentence, its last checkpoint whole."""
     filler, free = disk / "filler", os.statvfs(disk)
@@ -222,8 +228,9 @@ def kill_and_go_on(args, flags, tally, rng, disk: Path, mounted: bool, size: int
         training = Training(flags, exp_dir, args.work / f"run-{runs}.log")
         if kills >= args.kills and full < 0 and not damages:
             break
-        time.sleep(args.startup * rng.uniform(0.2, 1) if rng.random() < 0.2 else args.startup)
-        if kills >= full >= 0 and numbered_files(exp_dir, "checkpoint"):
+        if rng.random() < 0.8 or kills >= full >= 0:
+            wait_for_a_step(training)
+        if kills >= full >= 0:
             fill_disk(training, disk, tally, size // 2)
             full = -1
             continue
@@ -260,8 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--work", type=Path, required=True, help="a folder for all that is written")
     add("--kills", type=int, default=30, help="how many")
     add("--num-epochs", type=int, default=6, help="length of the training")
-    add("--startup", type=float, default=12.0, help="seconds until the first steps, about")
-    add("--patience", type=float, default=12.0, help="seconds of training before a kill, at most")
+    add("--patience", type=float, default=12.0, help="seconds before a kill, at most")
     add("--seed", type=int, default=1, help="of what is killed and when")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
