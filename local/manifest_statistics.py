@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from lhotse.cut import Cut
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from validate_manifest import read_cuts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from speechllm.cut_files import read_cuts
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 

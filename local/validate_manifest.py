@@ -1,135 +1,99 @@
-"""Check cut files before a training run trips over them.
+"""Check cut files before a training run trips over them: everything that is wrong, in one pass.
 
   python local/validate_manifest.py data/fbank/librispeech_cuts_dev-clean.jsonl.gz ...
+  python local/validate_manifest.py --read all --json true FILE...
 
-Every cut has an id of its own, a positive duration, one supervision inside it with text, and 80-dim
-features that last as long as the cut; the features of the first and the last cut can be read.
-All problems are printed; the exit status is 1 if there are any.
+Every cut must have an id of its own, text, a supervision inside it, and 80-dim features every
+10 ms that last as long as the cut (or audio, see --on-the-fly-feats); what can go wrong is listed
+in src/speechllm/cut_faults.py. All problems are printed, one a line; a line that is no cut is told
+by its number. The exit status is 1 if there are any.
 """
 
 import argparse
-import gzip
 import json
 import logging
 import sys
-import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
-from lhotse import CutSet
-from lhotse.cut import Cut
-from lhotse.utils import compute_num_frames
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from speechllm.features import NUM_MEL_BINS
-from speechllm.manifest_safety import safe_cuts
 
-TOLERANCE = 0.01  # seconds: one frame; speed copies round the cut and the supervision apart
+from speechllm.cut_faults import cut_faults, duplicate, reading_faults
+from speechllm.cut_files import read_lines
+from speechllm.flags import str2bool
 
 logger = logging.getLogger(__name__)
 
 
-def read_cuts(path: Path) -> Iterator[Cut]:
-    """The cuts of a .jsonl.gz file.
+def problems(path: Path, need_features: bool = True, read: str = "ends") -> Iterator[dict]:
+    """What is wrong with a file: line (from 1), id, reason and sentence of each problem.
 
-    Raises:
-      ValueError: naming the file, when it is cut short or holds something else.
+    Args:
+      need_features: False where they are to be computed from the audio.
+      read: the features or audio of `all` cuts, of the first and the last one, or of `none`.
     """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                yield from safe_cuts(CutSet.from_dicts([json.loads(line)]))
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is cut short or not a gzip file: {error}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a line that is no cut: {error!r}") from error
+    ids, first, last = set(), None, None
+    number = 0
+    for number, cut in enumerate(read_lines(path), start=1):
+        if isinstance(cut, str):
+            yield {"line": number, "id": None, "reason": "no-cut", "sentence": cut}
+            continue
+        faults = cut_faults(cut, need_features=need_features)
+        faults += [duplicate(cut)] if str(cut.id) in ids else []
+        ids.add(str(cut.id))
+        if read == "all" and not faults:
+            faults = reading_faults(cut, need_features)
+        yield from _lines(number, faults)
+        if not faults:
+            first, last = first or (number, cut), (number, cut)
+    if not number:
+        yield {"line": None, "id": None, "reason": "no-cut", "sentence": "it is empty"}
+    if read == "ends" and first:
+        for place, cut in dict([first, last]).items():
+            yield from _lines(place, reading_faults(cut, need_features))
 
 
-def cut_problems(cut: Cut) -> Iterator[str]:
-    """What is wrong with one cut, with the offending values."""
-    if cut.duration <= 0:
-        yield f"duration {cut.duration}"
-    if len(cut.supervisions) != 1:
-        yield f"{len(cut.supervisions)} supervisions"
-    for supervision in cut.supervisions:
-        if not (supervision.text or "").strip():
-            yield f"text {supervision.text!r}"
-        if supervision.start < -TOLERANCE or supervision.end > cut.duration + TOLERANCE:
-            yield (
-                f"supervision from {supervision.start} to {supervision.end} s "
-                f"in a cut of {cut.duration} s"
-            )
-    yield from feature_problems(cut)
+def _lines(number: int, faults: Iterable) -> Iterator[dict]:
+    return ({"line": number, **fault._asdict()} for fault in faults)
 
 
-def feature_problems(cut: Cut) -> Iterator[str]:
-    if not cut.has_features:
-        yield "no features"
-        return
-    if cut.num_features != NUM_MEL_BINS:
-        yield f"features of {cut.num_features} dims, not {NUM_MEL_BINS}"
-    feats = cut.features  # cut.num_frames follows from the duration; these were counted
-    expected = compute_num_frames(feats.duration, feats.frame_shift, cut.sampling_rate)
-    if abs(feats.num_frames - expected) > 1:
-        yield f"{feats.num_frames} frames for {feats.duration} s, which make {expected}"
-    if feats.start > cut.start + TOLERANCE or feats.end < cut.end - TOLERANCE:
-        yield (
-            f"features from {feats.start} to {feats.end} s "
-            f"for a cut from {cut.start} to {cut.end} s"
-        )
+def validate(path: Path, as_json: bool, **options) -> Counter[str]:
+    """Prints the problems of a file as they are found; returns how many there are of each kind."""
+    reasons: Counter[str] = Counter()
+    for problem in problems(path, **options):
+        reasons[problem["reason"]] += 1
+        place = f"line {problem['line']}: " if problem["line"] else ""
+        text = f"{path}: {place}{problem['sentence']} [{problem['reason']}]"
+        print(json.dumps({"file": str(path), **problem}) if as_json else text)
+    kinds = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    logger.info("%s: %d problems%s", path, reasons.total(), f" ({kinds})" if kinds else "")
+    return reasons
 
 
-def reading_problems(cut: Cut) -> Iterator[str]:
-    """Read the features and compare them with what the cut says of them."""
-    if not cut.has_features:
-        return
-    try:
-        feats = torch.from_numpy(cut.load_features())  # (T, 80)
-    except Exception as error:  # noqa: BLE001 (each storage raises its own)
-        yield f"features cannot be read: {error!r}"
-        return
-    if feats.shape != (cut.num_frames, cut.num_features):
-        yield f"features of shape {tuple(feats.shape)}, not {(cut.num_frames, cut.num_features)}"
-    if not feats.isfinite().all():
-        yield "features that are not finite"
-
-
-def validate(cuts: Iterable[Cut]) -> tuple[int, list[str]]:
-    """Number of cuts and all their problems, each starting with the cut's id."""
-    problems, seen, first, last = [], set(), None, None
-    for cut in cuts:
-        if cut.id in seen:
-            problems.append(f"{cut.id}: id used before")
-        seen.add(cut.id)
-        problems += [f"{cut.id}: {problem}" for problem in cut_problems(cut)]
-        first, last = first or cut, cut
-    for cut in {id(cut): cut for cut in (first, last) if cut is not None}.values():
-        problems += [f"{cut.id}: {problem}" for problem in reading_problems(cut)]
-    if first is None:
-        problems.append("no cuts")
-    return len(seen), problems
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("files", type=Path, nargs="+", metavar="FILE", help="a .jsonl.gz of cuts")
+    add("--read", choices=["all", "ends", "none"], default="ends",
+        help="read the features or audio of all cuts, of each file's first and last, or of none "
+             "(default: ends; all takes about as long as an epoch's loading)")  # fmt: skip
+    add("--on-the-fly-feats", type=str2bool, default=False,
+        help="features are to be computed: check the audio in their place")  # fmt: skip
+    add("--json", type=str2bool, default=False,
+        help="print JSON lines: file, line, id, reason, sentence")  # fmt: skip
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a .jsonl.gz of cuts")
-    args = parser.parse_args(argv)
-    num_problems = 0
-    for path in args.files:
-        try:
-            num_cuts, problems = validate(read_cuts(path))
-        except (ValueError, OSError) as error:
-            num_cuts, problems = 0, [str(error)]
-        num_problems += len(problems)
-        for problem in problems:
-            print(f"{path}: {problem}")
-        logger.info("%s: %d cuts, %d problems", path, num_cuts, len(problems))
-    if num_problems:
-        raise SystemExit(f"{num_problems} problems in {len(args.files)} files")
+    args = get_parser().parse_args(argv)
+    options = {"need_features": not args.on_the_fly_feats, "read": args.read}
+    found = sum((validate(path, args.json, **options) for path in args.files), Counter())
+    if found:
+        raise SystemExit(f"{found.total()} problems in {len(args.files)} files")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from lhotse import load_manifest
+from lhotse import CutSet, load_manifest
 
 from speechllm import cut_files
 
@@ -120,8 +120,43 @@ def test_features_of_another_rate(tiny_corpus, tmp_path):
 
 def test_an_id_that_is_there_twice(tiny_corpus, tmp_path):
     path = altered(tiny_corpus, tmp_path, lambda cut: cut.update(id="train-0"))
-    assert cut_files.check_cuts([path]).kept == 12
-    assert sentence([path], unique_ids=True) == f"{path}: cut train-0 is there twice"
+    assert sentence([path]) == f"{path}: cut train-0 is there twice"
+    whole = path_of(tiny_corpus)
+    assert cut_files.check_cuts([whole, whole]).kept == 24  # one corpus may be trained on twice
+
+
+def test_bad_cuts_that_are_tolerated_are_left_out_and_counted(tiny_corpus, tmp_path):
+    path = altered(tiny_corpus, tmp_path, lambda cut: cut.update(id="train-0"))
+    other = tmp_path / "other.jsonl.gz"
+    altered(tiny_corpus, tmp_path, lambda cut: cut["supervisions"][0].update(text="")).rename(other)
+    path = altered(tiny_corpus, tmp_path, lambda cut: cut.update(id="train-0"), 5)
+    statistics = cut_files.check_cuts([path, other], tolerate=True)
+    assert statistics.kept == 22 and statistics.total == 24
+    assert list(statistics.bad[path]) == [5] and list(statistics.bad[other]) == [1]
+    assert "2 bad (1 duplicate-id, 1 no-text), such as: cut train-0 is there" in str(statistics)
+    left = cut_files.cuts_within([path, other], bad=statistics.bad)
+    assert sorted(cut.id for cut in left) == sorted(
+        [f"train-{i}" for i in range(12) if i != 5] + [f"train-{i}" for i in range(12) if i != 1]
+    )
+
+
+def test_only_bad_cuts(tiny_corpus, tmp_path):
+    path = tmp_path / "none.jsonl.gz"
+    cuts = [cut.drop_features() for cut in load_manifest(path_of(tiny_corpus))]
+    CutSet.from_cuts(cuts).to_file(path)
+    assert sentence([path], tolerate=True, need_text=False) == (
+        f"{path}: nothing to use, 0 utterances, 0.00 hours; left out: 0 too short, 0 too long, "
+        "12 bad (12 no-features), such as: cut train-0 has no features (see --on-the-fly-feats)"
+    )
+
+
+def test_cuts_are_read_until_one_can_be(tiny_corpus, tmp_path):
+    path = altered(
+        tiny_corpus, tmp_path, lambda cut: cut["features"].update(storage_path="moved.lca"), 0
+    )
+    statistics = cut_files.check_cuts([path], tolerate=True)
+    [(number, [fault])] = statistics.bad[path].items()
+    assert (number, fault.reason, statistics.kept) == (0, "unreadable-features", 11)
 
 
 @pytest.mark.parametrize("text", [None, "", "  \n"])
@@ -181,10 +216,14 @@ def test_audio_that_cannot_be_used_on_the_fly(tiny_corpus, tmp_path):
 
 
 def test_noise_is_checked_too(tiny_corpus, tmp_path):
-    cut_files.check_noise(tiny_corpus / "musan_cuts.jsonl.gz")
+    noise = tiny_corpus / "musan_cuts.jsonl.gz"
+    assert cut_files.check_cuts([noise, noise], need_text=None).kept == 6
+    twice = tmp_path / "twice.jsonl.gz"
+    twice.write_bytes(noise.read_bytes() * 2)
+    assert cut_files.check_cuts([twice], need_text=None).kept == 6
     path = altered(tiny_corpus, tmp_path, lambda cut: cut.pop("features"))
     with pytest.raises(ValueError, match="cut train-1 has no features"):
-        cut_files.check_noise(path)
+        cut_files.check_cuts([path], need_text=None)
 
 
 def test_a_truncated_file_says_how_far_it_goes(tiny_corpus, tmp_path):

@@ -1,18 +1,28 @@
 """Cut files: found, read, checked before they are used, and limited to what can be used."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
-from lhotse import CutSet, load_manifest_lazy
+from lhotse import CutSet
 from lhotse.cut import Cut
+from lhotse.serialization import decode_json_line, deserialize_item, open_best
 
-from speechllm.errors import InputError
-from speechllm.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLING_RATE
-from speechllm.manifest_safety import read_lazily, safe_cut
+from speechllm.cut_faults import (
+    Fault,
+    counted,
+    cut_faults,
+    duplicate,
+    first_reasons,
+    reading_faults,
+)
+from speechllm.errors import InputError, first_line
+from speechllm.manifest_safety import safe_cut
 
-TOLERANCE = 2e-3  # s, lhotse's, by which a supervision may reach beyond its cut
+BadCuts = dict[Path, dict[int, list[Fault]]]  # of each file, by the number of the cut from 0
 
 
 @dataclass(frozen=True)
@@ -23,12 +33,29 @@ class CutStatistics:
     seconds: float
     too_short: int
     too_long: int
+    longest: float = 0.0  # s, of those kept
+    bad: BadCuts = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.too_short + self.too_long + len(self.bad_cuts)
+
+    @property
+    def bad_cuts(self) -> list[list[Fault]]:
+        """The faults of every bad cut."""
+        return [faults for of_file in self.bad.values() for faults in of_file.values()]
 
     def __str__(self) -> str:
         return (
             f"{self.kept} utterances, {self.seconds / 3600:.2f} hours; left out: "
-            f"{self.too_short} too short, {self.too_long} too long"
+            f"{self.too_short} too short, {self.too_long} too long{self._bad()}"
         )
+
+    def _bad(self) -> str:
+        if not self.bad_cuts:
+            return ""
+        reasons, example = first_reasons(self.bad_cuts), self.bad_cuts[0][0].sentence
+        return f", {reasons.total()} bad ({counted(reasons)}), such as: {example}"
 
 
 def frames_needed(ds_rate: int = 4) -> int:
@@ -57,22 +84,38 @@ def read_cuts(path: Path) -> Iterator[Cut]:
         the sentence says after how many.
     """
     count = 0
+    for item in read_lines(path):
+        if isinstance(item, str):
+            raise InputError(f"{path} cannot be read beyond cut {count}: {item}")
+        yield item
+        count += 1
+    if not count:
+        raise InputError(f"{path} cannot be read beyond cut 0: it is empty")
+
+
+def read_lines(path: Path) -> Iterator[Cut | str]:
+    """The cuts of a file, a line each; in place of what is no cut, the reason."""
     try:
-        cuts = load_manifest_lazy(path)
-        if cuts is None:
-            raise InputError("it is empty")
-        for cut in cuts:
-            if not isinstance(cut, Cut):
-                raise InputError(f"{type(cut).__name__} where a cut should be")
-            yield safe_cut(cut)
-            count += 1
-    except Exception as error:  # gzip, json and lhotse each have their own
-        raise InputError(f"{path} cannot be read beyond cut {count}: {reason(error)}") from None
+        with open_best(path, "r") as lines:
+            for line in lines:
+                yield _cut_of(line)
+    except Exception as error:  # gzip, zlib, decoders and file systems each have their own
+        yield first_line(error)
 
 
-def reason(error: Exception) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _cut_of(line: str) -> Cut | str:
+    try:
+        item = deserialize_item(decode_json_line(line))
+    except json.JSONDecodeError as error:
+        return f"no JSON: {error}"
+    except Exception as error:  # lhotse takes what it is given apart without asking
+        return f"no cut: {type(error).__name__}: {first_line(error)}"
+    if not isinstance(item, Cut):
+        return f"{type(item).__name__} where a cut should be"
+    try:
+        return safe_cut(item)
+    except InputError as error:
+        return str(error)
 
 
 def check_cuts(
@@ -81,42 +124,67 @@ def check_cuts(
     min_seconds: float = 0.0,
     max_seconds: float = float("inf"),
     min_frames: int = frames_needed(),
-    need_text: bool = True,
+    need_text: bool | None = True,
     need_features: bool = True,
-    unique_ids: bool = False,
+    more_faults: Callable[[Cut], list[Fault]] | None = None,
+    tolerate: bool = False,
 ) -> CutStatistics:
     """Read every cut once, so that what is wrong with it is said before the work begins.
 
+    Bad cuts have a fault in their manifest, or are the first of their file and cannot be read: of
+    each file cuts are read until one can be. An id that comes again makes its cut a bad one.
+
     Args:
-      need_features: False where they are to be computed from the audio, on the fly.
+      need_text, need_features: as for `cut_faults`.
+      more_faults: of a cut without others.
+      tolerate: bad cuts, which are left out and counted; otherwise the first ends the pass.
 
     Raises:
-      ValueError: naming the file, the cut and the value: no or blank text where it is needed,
-        no features or others than 80 dimensions every 10 ms (or no audio of 16 kHz), a
-        supervision that reaches beyond its cut, an id that is there twice (where they must be
-        unique), or nothing left to use. Of each file the first cut's features (or audio) are
-        read as well.
+      ValueError: naming the file, the cut and the value: it cannot be read, a cut is bad, or
+        nothing is left to use.
     """
-    kept, seconds, too_short, too_long = 0, 0.0, 0, 0
-    ids: set[str] = set()
+    kept, seconds, too_short, too_long, longest = 0, 0.0, 0, 0, 0.0
+    bad: BadCuts = {path: {} for path in paths}
     for path in paths:
-        for number, cut in enumerate(read_cuts(path)):
-            if unique_ids and cut.id in ids:
-                raise InputError(f"{path}: cut {cut.id} is there twice")
-            ids.update([cut.id] if unique_ids else [])
-            _check_supervisions(cut, path, need_text)
-            _check_input(cut, path, need_features, read=number == 0)
-            if cut.duration < min_seconds or not long_enough(cut, min_frames):
+        for number, cut, faults in _with_faults(path, need_text, need_features, more_faults):
+            if faults and not tolerate:
+                raise InputError(f"{path}: {faults[0].sentence}")
+            if faults:
+                bad[path][number] = faults
+            elif cut.duration < min_seconds or not long_enough(cut, min_frames):
                 too_short += 1
             elif cut.duration > max_seconds:
                 too_long += 1
             else:
                 kept += 1
                 seconds += cut.duration
-    statistics = CutStatistics(kept, seconds, too_short, too_long)
-    if not kept and (need_text or not too_short):
+                longest = max(longest, cut.duration)
+    statistics = CutStatistics(kept, seconds, too_short, too_long, longest, bad)
+    if not kept and (need_text or statistics.bad_cuts or not too_short):
         raise InputError(f"{', '.join(map(str, paths))}: nothing to use, {statistics}")
     return statistics
+
+
+def _with_faults(
+    path: Path,
+    need_text: bool | None,
+    need_features: bool,
+    more_faults: Callable[[Cut], list[Fault]] | None,
+) -> Iterator[tuple[int, Cut, list[Fault]]]:
+    """The cuts of a file, their numbers and what is wrong with them."""
+    ids: set[str] = set()
+    can_be_read = False
+    for number, cut in enumerate(read_cuts(path)):
+        faults = cut_faults(cut, need_text=need_text, need_features=need_features)
+        if need_text is not None:  # nobody asks which noise it was
+            faults += [duplicate(cut)] if str(cut.id) in ids else []
+            ids.add(str(cut.id))
+        if not faults and more_faults:
+            faults = more_faults(cut)
+        if not faults and not can_be_read:
+            faults = reading_faults(cut, need_features)
+            can_be_read = not faults
+        yield number, cut, faults
 
 
 def long_enough(cut: Cut, min_frames: int) -> bool:
@@ -134,63 +202,12 @@ def check_first_cut(cuts: CutSet, name: str, need_features: bool = True) -> None
     try:
         cut = next(iter(cuts), None)
     except Exception as error:  # gzip, tarfile, json and lhotse each have their own
-        raise InputError(f"{name} cannot be read: {reason(error)}") from None
+        raise InputError(f"{name} cannot be read: {first_line(error)}") from None
     if cut is None:
         raise InputError(f"{name} has no cut")
-    _check_supervisions(cut, name, need_text=True)
-    _check_input(cut, name, need_features, read=True)
-
-
-def check_noise(path: Path, need_features: bool = True) -> None:
-    """The same for the cuts of noise, which have no text.
-
-    Raises:
-      ValueError: naming the file, the cut and the value.
-    """
-    for number, cut in enumerate(read_cuts(path)):
-        _check_input(cut, path, need_features, read=number == 0)
-
-
-def _check_supervisions(cut: Cut, path: Path | str, need_text: bool) -> None:
-    texts = [supervision.text for supervision in cut.supervisions]
-    if not texts or any(text is None or (need_text and not text.strip()) for text in texts):
-        raise InputError(f"{path}: cut {cut.id} has no text")
-    for supervision in cut.supervisions:
-        if supervision.start < -TOLERANCE or supervision.end > cut.duration + TOLERANCE:
-            raise InputError(
-                f"{path}: cut {cut.id} of {cut.duration:g} s has a supervision from "
-                f"{supervision.start:g} to {supervision.end:g} s"
-            )
-
-
-def _check_input(cut: Cut, path: Path | str, need_features: bool, read: bool) -> None:
-    """Whether the cut has features or audio of the right kind; `read`: and they are there."""
-    if need_features and not cut.has_features:
-        raise InputError(f"{path}: cut {cut.id} has no features (see --on-the-fly-feats)")
-    if need_features and cut.num_features != NUM_MEL_BINS:
-        raise InputError(
-            f"{path}: cut {cut.id} has features of {cut.num_features} dimensions, "
-            f"not {NUM_MEL_BINS}"
-        )
-    if need_features and abs(cut.frame_shift - FRAME_SHIFT) > 1e-6:
-        raise InputError(
-            f"{path}: cut {cut.id} has features every {cut.frame_shift * 1000:g} ms, "
-            f"not {FRAME_SHIFT * 1000:g} ms"
-        )
-    if not need_features and not cut.has_recording:
-        raise InputError(f"{path}: cut {cut.id} has no audio to compute features from")
-    if not need_features and cut.sampling_rate != SAMPLING_RATE:
-        raise InputError(
-            f"{path}: cut {cut.id} has audio of {cut.sampling_rate} Hz, not {SAMPLING_RATE} Hz"
-        )
-    if read:
-        try:
-            cut.load_features() if need_features else cut.load_audio()
-        except Exception as error:  # lhotse's storages each have their own
-            what = "features" if need_features else "audio"
-            raise InputError(
-                f"{path}: the {what} of cut {cut.id} cannot be read: {reason(error)}"
-            ) from None
+    faults = cut_faults(cut, need_features=need_features) or reading_faults(cut, need_features)
+    if faults:
+        raise InputError(f"{name}: {faults[0].sentence}")
 
 
 def cuts_within(
@@ -198,9 +215,14 @@ def cuts_within(
     min_seconds: float = 0.0,
     max_seconds: float = float("inf"),
     min_frames: int = frames_needed(),
+    bad: Mapping[Path, Iterable[int]] = MappingProxyType({}),
 ) -> CutSet:
-    """The cuts of several files within the limits, read lazily, the files interleaved."""
-    cuts = [read_lazily(path) for path in paths]
+    """The cuts of several files within the limits, read lazily, the files interleaved.
+
+    Args:
+      bad: numbers of the cuts to leave out, for each file, as `CutStatistics` has them.
+    """
+    cuts = [CutSet(_Without(path, frozenset(bad.get(path, ())))) for path in paths]
     joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
     return within(joined, min_seconds, max_seconds, min_frames)
 
@@ -243,6 +265,17 @@ class _Every:
 
     def __iter__(self) -> Iterator[Cut]:
         return islice(self.cuts, self.start, None, self.step)
+
+
+@dataclass(frozen=True)
+class _Without:
+    """The cuts of a file without those of the given numbers."""
+
+    path: Path
+    numbers: frozenset[int]
+
+    def __iter__(self) -> Iterator[Cut]:
+        return (cut for i, cut in enumerate(read_cuts(self.path)) if i not in self.numbers)
 
 
 @dataclass(frozen=True)

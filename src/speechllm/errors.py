@@ -20,3 +20,8 @@ def without_secrets(text: object) -> str:
     for secret, shown in SECRETS:
         text = re.sub(secret, shown, text)
     return text
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -26,8 +26,8 @@ from lhotse.serialization import open_best
 from lhotse.shar import SharWriter
 from lhotse.utils import fastcopy, is_valid_url
 
-from speechllm.cut_files import CutStatistics, check_first_cut, frames_needed, reason
-from speechllm.errors import InputError
+from speechllm.cut_files import CutStatistics, check_first_cut, frames_needed
+from speechllm.errors import InputError, first_line
 from speechllm.manifest_safety import read_lazily, safe_cuts
 from speechllm.whole_file import whole_directory
 
@@ -110,7 +110,7 @@ def _write_cut(writer: SharWriter, cut: Cut) -> None:
     try:
         writer.write(cut)
     except Exception as error:  # audio backends and storages each have their own
-        raise InputError(f"cut {cut.id} cannot be stored: {reason(error)}") from None
+        raise InputError(f"cut {cut.id} cannot be stored: {first_line(error)}") from None
 
 
 def _write_index(directory: Path, paths: dict[str, list[str]], tally: _Tally) -> None:
@@ -234,7 +234,7 @@ def _read_index(directory: str) -> dict:
         raise
     except Exception as error:  # of JSON, of its contents, of the store
         hint = " (URLs need the package smart_open)" if is_valid_url(path) else ""
-        raise InputError(f"{path} cannot be read{hint}: {reason(error)}") from None
+        raise InputError(f"{path} cannot be read{hint}: {first_line(error)}") from None
     return index
 
 
