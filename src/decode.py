@@ -34,6 +34,7 @@ from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Help, comma_list, str2bool
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.progress import setup_logging
+from speechllm.sampling import LLMPositions, TooManyPositions
 from speechllm.scoring import NORMALIZERS, ErrorCounts, log_line
 from speechllm.trained_state import load_trainable_state
 from speechllm.training.checkpoint import average_checkpoints, average_epochs, load_checkpoint
@@ -157,10 +158,14 @@ def decode_set(
 ) -> tuple[ErrorCounts, dict[str, float]]:
     """Decode a cut file together and write its results; the errors and what was counted."""
     recognizer.start_counting()
+    model = recognizer.model
+    positions = LLMPositions(recognizer.tokenizer, model.chat, len(model.encoder), model.ds_rate)
+    limit = model.llm.config.max_position_embeddings
     mine = answer_cuts(
         path,
         recognizer,
         frames_needed(args.encoder_projector_ds_rate),
+        TooManyPositions(positions, limit, recognizer.options.max_new_tokens),
         rank=ranks.rank,
         world_size=ranks.world_size,
         **loader_options(args),
@@ -204,7 +209,6 @@ def prepare(
     setup_logging(args.exp_dir / "decode" / f"log-{program}-{name}", ranks)
     logging.info(f"Decoding started: {vars(args)}")
     decoder = Decoder(args, parameters, name, ranks.device)
-    train.check_lengths(paths, decoder.model, args.max_new_tokens)
     return paths, decoder
 
 

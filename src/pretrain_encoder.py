@@ -20,6 +20,7 @@ import sentencepiece
 import torch
 from torch import Tensor, nn
 
+from speechllm.cut_faults import text_faults
 from speechllm.cut_files import read_cuts
 from speechllm.data import add_data_arguments, add_training_data_arguments, loader_options
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, results, set_name
@@ -181,10 +182,11 @@ class CtcBatchLoss:
 
 
 def training_texts(args) -> Iterator[tuple[float, str]]:
-    """Duration (s) and upper-case text of every training cut, read one after the other."""
+    """Duration (s) and upper-case text of every training cut whose text has no fault."""
     for path in train_paths(args):
         for cut in read_cuts(path):
-            yield cut.duration, " ".join(s.text for s in cut.supervisions).upper()
+            if not any(text_faults(cut)):
+                yield cut.duration, " ".join(s.text for s in cut.supervisions).upper()
 
 
 def prepare_bpe(args) -> None:

@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 
 import decode
 import train
+from speechllm.cut_faults import cut_faults
 from speechllm.cut_files import cuts_within, frames_needed
-from speechllm.data import evaluation_loader, loader_options
+from speechllm.data import evaluation_loader, loader_options, with_speech
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.decoding.search_options import add_search_arguments, search_options
 from speechllm.decoding.test_set import set_name
@@ -106,9 +107,13 @@ def decode_row(
 
 def warm_up(path: Path, recognizer: Recognizer, args) -> None:
     """Decodes a batch, for the first one is slow."""
-    cuts = cuts_within([path], min_frames=frames_needed(args.encoder_projector_ds_rate))
+    cuts = cuts_within([path], min_frames=frames_needed(args.encoder_projector_ds_rate)).filter(
+        lambda cut: not cut_faults(
+            cut, need_text=False, need_features=not args.on_the_fly_feats
+        )
+    )
     loader = evaluation_loader(cuts, num_cuts=1, **loader_options(args) | {"num_workers": 0})
-    for _ in recognizer(itertools.islice(loader, 1)):
+    for _ in recognizer(itertools.islice(with_speech(loader, []), 1)):
         pass
 
 

@@ -22,9 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from speechllm.cut_files import read_cuts
 from speechllm.data import add_data_arguments, add_training_data_arguments
-from speechllm.decoding.search_options import MAX_NEW_TOKENS
 from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Help, str2bool
 from speechllm.model import SpeechLLM, draw_encoders
@@ -41,12 +39,11 @@ from speechllm.training.setup import (
     autocast_dtype,
     check_data,
     check_encoder_cache,
+    check_positions,
     check_training,
     fit,
     make_encoder_cache,
     make_valid_loader,
-    train_paths,
-    valid_paths,
 )
 from speechllm.training.zero import deepspeed_config
 
@@ -142,32 +139,6 @@ def initial_parameters(model: SpeechLLM, args) -> tuple[TrainState, dict]:
     return TrainState(), {}
 
 
-def check_lengths(
-    paths: list[Path],
-    model: SpeechLLM,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    max_seconds: float = float("inf"),
-) -> None:
-    """Utterances up to `max_seconds` must fit into the LLM's positions, speech and answer.
-
-    Raises:
-      ValueError: naming the file, the cut and both numbers.
-    """
-    limit, n = model.llm.config.max_position_embeddings, len(model.encoder)
-    others = len(model.chat.prompt(n)) + max_new_tokens
-    too_long = ((limit - others) // n + 1) * model.ds_rate / 25  # s
-    if max_seconds < too_long:  # saves reading the cuts
-        return
-    for path in paths:
-        for cut in read_cuts(path):
-            if too_long <= cut.duration <= max_seconds:
-                needed = others + int(cut.duration * 25 / model.ds_rate) * n
-                raise InputError(
-                    f"{path}: cut {cut.id} of {cut.duration:.1f} s needs "
-                    f"{needed} positions, the LLM has {limit}"
-                )
-
-
 def run(ranks: Ranks, args) -> None:
     """What each process of the training does."""
     setup_logging(args.exp_dir / "log" / "log-train", ranks)
@@ -184,9 +155,8 @@ def run(ranks: Ranks, args) -> None:
         encoder_feature_mask=args.encoder_feature_mask,
     )
     state, checkpoint = initial_parameters(model, args)
-    check_lengths(train_paths(args), model, max_seconds=args.max_utterance)
-    check_lengths(valid_paths(args), model)
     args.count_positions = LLMPositions(tokenizer, model.chat, len(model.encoder), model.ds_rate)
+    check_positions(args, model.llm.config.max_position_embeddings, ranks.is_main)
     model.to(ranks.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     logging.info(f"Number of model parameters: {sum(p.numel() for p in model.parameters())}")

@@ -66,7 +66,8 @@ def test_a_batch_is_what_the_legend_says(tiny_corpus, num_workers):
     batches = train_batches(path_of(tiny_corpus), num_workers=num_workers)
     assert all_ids(batches) == sorted(cuts)
     for batch in batches:
-        assert set(batch) == {"features", "feature_lens", "texts", "ids", "seconds"}
+        assert set(batch) == {"features", "feature_lens", "texts", "ids", "seconds", "bad"}
+        assert batch["bad"] == []
         size, frames, dim = batch["features"].shape
         assert (size, dim) == (len(batch["ids"]), 80) == (len(batch["texts"]), 80)
         assert batch["features"].dtype == torch.float32

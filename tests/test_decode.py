@@ -399,15 +399,31 @@ def test_missing_model_files(said, copies, tmp_path):
     assert said(exp_dir, "--speech-encoder-path", "x.pt").startswith("encoder x.pt is missing")
 
 
-def test_too_long_for_the_positions_of_the_llm(said, copies, test_cuts, tiny_llm_dir, tmp_path):
+def test_too_long_for_the_positions_of_the_llm(run, copies, tiny_llm_dir, tmp_path):
     llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
     config = json.loads((llm / "config.json").read_text())
     (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 33}))
-    # A prompt of 11, 6 embeddings for each second, an answer of 12.
-    sentence = said(copies(), "--llm-path", llm)
-    assert re.fullmatch(
-        rf"{test_cuts}: cut test-1 of 2.2 s needs 36 positions, the LLM has 33", sentence
-    )
+    # A prompt of 10, 6 embeddings for each second, an answer of 12.
+    exp_dir = copies()
+    run(exp_dir, "--llm-path", llm)
+    hypotheses = [line for line in recog_lines(exp_dir) if "hyp=" in line]
+    assert [line.split("hyp=")[1] == "[]" for line in hypotheses] == [True, False, True, False]
+    assert "could not be decoded: 1 (1 positions)" in summary(exp_dir)
+    assert "cut test-1 of 2.2 s needs 35 positions, the LLM has 33" in log_of(exp_dir)
+
+
+def recog_lines(exp_dir):
+    (path,) = (exp_dir / "decode").glob("recogs-*")
+    return path.read_text().splitlines()
+
+
+def log_of(exp_dir):
+    return "".join(path.read_text() for path in (exp_dir / "decode").glob("log-*"))
+
+
+def summary(exp_dir):
+    (path,) = (exp_dir / "decode").glob("wer-summary-*")
+    return path.read_text()
 
 
 def test_cuts_that_cannot_be_used(said, copies, tiny_corpus, tmp_path):
@@ -422,13 +438,37 @@ def test_cuts_that_cannot_be_used(said, copies, tiny_corpus, tmp_path):
     path.write_bytes(whole.read_bytes()[:-30])
     assert said(exp_dir, *flags).startswith(f"{path} cannot be read beyond cut ")
     cuts = list(load_manifest(whole))
-    cuts[2].supervisions = []
-    CutSet.from_cuts(cuts).to_file(path)
-    assert said(exp_dir, *flags) == f"{path}: cut test-2 has no text"
-    cuts = list(load_manifest(whole))
+    CutSet.from_cuts(cut.drop_features() for cut in cuts).to_file(path)
+    assert said(exp_dir, *flags).endswith(
+        "3 bad (3 no-features), such as: cut test-0 has no features (see --on-the-fly-feats)"
+    )
+    path.write_bytes(whole.read_bytes() * 2)
+    assert said(exp_dir, *flags) == f"{path}: cut test-0 is there twice"
+
+
+def test_cuts_that_cannot_be_decoded_are_deletions_and_reported(
+    run, copies, tiny_corpus, tmp_path
+):
+    exp_dir, path = copies(), tmp_path / "tiny_cuts_broken.jsonl.gz"
+    cuts = list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
+    more = load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz")
+    cuts += [cut.with_id(f"{cut.id}-more") for cut in more]
+    cuts[0].features.storage_path = "gone.lca"
     cuts[1].features.num_features = 40
+    cuts[2].supervisions = []
+    CutSet.from_cuts(cuts[:3]).to_file(path)
+    with pytest.raises(SystemExit, match="nothing to use"):
+        run(exp_dir, "--test-cuts", path)
     CutSet.from_cuts(cuts).to_file(path)
-    assert said(exp_dir, *flags) == f"{path}: cut test-1 has features of 40 dimensions, not 80"
+    run(exp_dir, "--test-cuts", path)
+    hypotheses = [line.split(":")[0] for line in recog_lines(exp_dir) if line.endswith("hyp=[]")]
+    assert hypotheses == ["test-0", "test-1", "test-2"]
+    assert len(recog_lines(exp_dir)) == 2 * 6
+    assert (
+        "could not be decoded: 3 (1 no-text, 1 feature-dim, 1 unreadable-features)"
+        in summary(exp_dir)
+    )
+    assert "empty hypothesis (feature-dim): cut test-1 has features of 40 dimen" in log_of(exp_dir)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+from lhotse import load_manifest
 from lhotse.dataset import OnTheFlyFeatures
 from safetensors.torch import load_file, save_file
 
@@ -39,8 +40,14 @@ def flags_of(parser) -> set[str]:
 
 
 @pytest.fixture
-def other_files(tiny_encoder_dir, tiny_llm_dir, tiny_shards, tmp_path):
-    """`other.pt`, another encoder, `llm`, another LLM, and `shards` of another corpus."""
+def other_files(tiny_corpus, tiny_encoder_dir, tiny_llm_dir, tiny_shards, tmp_path):
+    """`other.pt`, another encoder, `llm`, another LLM, and `shards` of another corpus.
+
+    Of the 12 cuts of `broken.jsonl.gz` one has no text.
+    """
+    cuts = load_manifest(tiny_corpus / "tiny_cuts_train.jsonl.gz")
+    cuts[3].supervisions[0].text = ""
+    cuts.to_file(tmp_path / "broken.jsonl.gz")
     (tmp_path / "shards").symlink_to(tiny_shards)
     (tmp_path / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
     (tmp_path / "bpe.model").symlink_to(tiny_encoder_dir / "bpe.model")
@@ -135,6 +142,7 @@ MANY = ("--train-cuts", "tiny_cuts_many", "--max-duration", "20")
 QUIET = ("--enable-musan", "false", "--enable-spec-aug", "false")
 JOINABLE = (*QUIET, "--max-duration", "20", "--min-utterance", "0.3")
 JOINED = (*JOINABLE, "--concatenate-cuts", "true")
+BROKEN = ("--train-cuts", "{tmp}/broken.jsonl.gz")
 EDEN = ("--lr-schedule", "eden")
 
 TRAIN = {
@@ -205,6 +213,7 @@ TRAIN = {
         "{tmp}/cache", lambda r: [b["features"].size(2) for b in r.train_loader(1)],
         (*QUIET, "--encoder-feature-mask", "false"),
     ),
+    "--max-bad-fraction": Change("0.1", attribute("sentence"), BROKEN),
     "--train-cuts": Change("tiny_cuts_dev", lambda r: r.epoch_seconds),
     "--valid-cuts": Change("tiny_cuts_test", lambda r: [b["ids"] for b in r.valid_loader()]),
 }  # fmt: skip

@@ -197,11 +197,16 @@ def test_a_set_without_anything_to_hear(argv, out_dir, tiny_corpus, tmp_path):
     assert [(one["WER %"], one["RTFx"]) for one in rows] == [("100.00", "0.0")] * 2
 
 
-def test_the_longest_hypothesis_must_fit(argv, monkeypatch):
-    seen = []
-    monkeypatch.setattr(decode.train, "check_lengths", lambda paths, model, n: seen.append(n))
+def test_each_way_asks_whether_its_hypotheses_fit(argv, monkeypatch):
+    seen, decode_cuts = [], decode.decode_cuts
+
+    def watched(path, recognize, min_frames, more_faults, **options):
+        seen.append(more_faults.max_new_tokens)
+        return decode_cuts(path, recognize, min_frames, more_faults, **options)
+
+    monkeypatch.setattr(decode, "decode_cuts", watched)
     sweep.main(argv(1, *over("max-new-tokens", 1, 3, 2)))
-    assert seen == [3]
+    assert seen == [1, 3, 2]
 
 
 # ---- what goes wrong is said before anything is decoded

@@ -455,14 +455,19 @@ def test_starting_from_nothing_or_something_else(said, tiny_exp, tmp_path):
 def test_too_long_for_the_positions_of_the_llm(said, tiny_llm_dir, tiny_corpus, tmp_path):
     llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
     config = json.loads((llm / "config.json").read_text())
-    # A prompt of 11, 6 embeddings for each second, an answer of 200.
-    (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 225}))
+    # A prompt of 10, 6 embeddings for each second, the text and its end.
+    (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 38}))
     path = tiny_corpus / "tiny_cuts_train.jsonl.gz"
-    assert said("--llm-path", llm) == (
-        f"{path}: cut train-3 of 2.9 s needs 229 positions, the LLM has 225"
+    assert re.fullmatch(
+        rf"{path}: cut train-\d+ of [\d.]+ s needs \d+ positions, the LLM has 38",
+        said("--llm-path", llm, "--max-bad-fraction", 0),
     )
-    sentence = said("--llm-path", llm, "--train-cuts", "tiny_cuts_dev", "--max-utterance", 2.0)
-    assert sentence.startswith(f"{tiny_corpus / 'tiny_cuts_dev.jsonl.gz'}: cut dev-3 of ")
+    sentence = said("--llm-path", llm)
+    assert re.search(
+        r"\d of 12 utterances are bad \(\d positions\), more than --max-bad-fraction 0.01 allows, "
+        r"such as: cut train-\d+ of [\d.]+ s needs \d+ positions, the LLM has 38; .* lists them",
+        sentence,
+    )
 
 
 def write_cuts(folder, cuts, name="tiny_cuts_train"):
@@ -484,6 +489,8 @@ def test_cuts_that_cannot_be_used(said, tiny_corpus, tmp_path):
     cuts = list(load_manifest(whole))
     cuts[4].supervisions[0].text = None
     write_cuts(tmp_path, cuts, "cuts")
+    assert said(*flags).startswith("1 of 12 utterances are bad (1 no-text), more than --max-bad")
+    flags += ("--max-bad-fraction", 0)
     assert said(*flags) == f"{path}: cut train-4 has no text"
     cuts = list(load_manifest(whole))
     cuts[5].features.num_features = 40

@@ -38,6 +38,7 @@ REASONS = (
 )  # fmt: skip
 TOLERANCE = 2e-3  # s, lhotse's, by which a supervision may reach beyond its cut
 CHARACTERS_A_SECOND = 100  # nobody speaks half as fast
+ALWAYS_SHORT = 1000  # characters
 LOST = re.compile("[\ud800-\udfff\ufffd]")
 
 
@@ -63,7 +64,7 @@ def cut_faults(
         found = [*_identity_faults(cut)]
         if not found:
             found += _supervision_faults(cut)
-            found += [] if need_text is None else _text_faults(cut, need_text)
+            found += [] if need_text is None else text_faults(cut, need_text)
             found += _input_faults(cut, need_features)
         if not found:
             validate(cut)  # what lhotse's dataset would stop at
@@ -99,7 +100,8 @@ def _supervision_faults(cut: Cut) -> Iterator[tuple[str, str]]:
             )
 
 
-def _text_faults(cut: Cut, need_text: bool) -> Iterator[tuple[str, str]]:
+def text_faults(cut: Cut, need_text: bool = True) -> Iterator[tuple[str, str]]:
+    """(reason, what follows the id in the sentence) of what is wrong with its texts."""
     texts = [supervision.text for supervision in cut.supervisions]
     if others := [text for text in texts if not isinstance(text, str | None)]:
         yield "malformed", f"has a {type(others[0]).__name__} as its text"
@@ -110,8 +112,13 @@ def _text_faults(cut: Cut, need_text: bool) -> Iterator[tuple[str, str]]:
     if need_text and LOST.search(" ".join(texts)):
         yield "not-unicode", "has a text with characters that are lost"
     length = sum(map(len, texts))
-    if need_text and length > CHARACTERS_A_SECOND * max(1, cut.duration):
+    if need_text and length > most_characters(cut.duration):
         yield "long-text", f"of {cut.duration:g} s has a text of {length} characters"
+
+
+def most_characters(seconds: float) -> float:
+    """More in the time is no transcript."""
+    return max(ALWAYS_SHORT, CHARACTERS_A_SECOND * seconds)
 
 
 def _input_faults(cut: Cut, need_features: bool) -> Iterator[tuple[str, str]]:
@@ -193,8 +200,8 @@ def header_faults(cut: Cut) -> list[Fault]:
             sentence = f"the audio of cut {name} cannot be read: {first_line(error)}"
             faults.append(Fault(name, "unreadable-audio", sentence))
             continue
-        if int(header.samplerate) != rate:
-            sentence = f"cut {name} has audio of {int(header.samplerate)} Hz in {path}, not {rate} Hz"
+        if header.samplerate != rate:
+            sentence = f"cut {name} has audio of {header.samplerate:g} Hz in {path}, not {rate} Hz"
             faults.append(Fault(name, "sampling-rate", sentence))
         if header.channels != channels:
             sentence = f"cut {name} has {header.channels} channels in {path}, not {channels}"
@@ -225,11 +232,12 @@ def counted(reasons: Mapping[str, int]) -> str:
 
 def list_faults(path: Path, faults: Iterable[Fault]) -> None:
     """Append them to a file of JSON lines (id, reason, sentence), except those it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    listed = set(path.read_text().splitlines()) if path.exists() else set()
+    listed = path.read_text().splitlines() if path.exists() else []
     lines = dict.fromkeys(json.dumps(fault._asdict()) for fault in faults)
-    with open(path, "a") as file:
-        file.writelines(f"{line}\n" for line in lines if line not in listed)
+    if new := [f"{line}\n" for line in lines if line not in set(listed)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write("".join(new))
 
 
 def check_fraction(

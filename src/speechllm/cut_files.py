@@ -193,11 +193,11 @@ def long_enough(cut: Cut, min_frames: int) -> bool:
     return round(min(end, cut.duration) * 100) >= min_frames
 
 
-def check_first_cut(cuts: CutSet, name: str, need_features: bool = True) -> None:
-    """The same for the first of `cuts`, its features or audio included; `name` says whose.
+def first_cut_faults(cuts: CutSet, name: str, need_features: bool = True) -> list[Fault]:
+    """What is wrong with the first of `cuts`, its features or audio included.
 
     Raises:
-      ValueError: naming them, the cut and the value.
+      ValueError: there is none, or it cannot be read; `name` says whose it is.
     """
     try:
         cut = next(iter(cuts), None)
@@ -205,9 +205,7 @@ def check_first_cut(cuts: CutSet, name: str, need_features: bool = True) -> None
         raise InputError(f"{name} cannot be read: {first_line(error)}") from None
     if cut is None:
         raise InputError(f"{name} has no cut")
-    faults = cut_faults(cut, need_features=need_features) or reading_faults(cut, need_features)
-    if faults:
-        raise InputError(f"{name}: {faults[0].sentence}")
+    return cut_faults(cut, need_features=need_features) or reading_faults(cut, need_features)
 
 
 def cuts_within(

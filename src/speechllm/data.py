@@ -7,22 +7,27 @@ A batch is a dict:
     texts         B transcripts as they are in the cut files
     ids           B cut ids; a cut joined by --concatenate-cuts has a new one
     seconds       audio in the batch, without padding
+    bad           faults of the utterances left out, and of noise: what is broken shows when read
 
 With an encoder cache, `features` are the outputs of all encoders, (B, T / 4, C).
 
 A batch that was trained on before training was resumed has `ids` and `seconds` alone.
+
+A batch of which all utterances are bad is a second of silence with the text "", and no `ids`: the
+ranks stay in step, and it must not count. `with_speech` leaves such batches out.
 """
 
 import argparse
 import random
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 import torch
 from lhotse import CutSet
-from lhotse.cut import Cut
+from lhotse.cut import Cut, PaddingCut
 from lhotse.dataset import (
     CutConcatenate,
     CutMix,
@@ -32,17 +37,22 @@ from lhotse.dataset import (
     SpecAugment,
 )
 from lhotse.dataset.dataloading import make_worker_init_fn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from speechllm.cut_faults import Fault, cut_faults, header_faults, reading_faults
 from speechllm.encoder_cache import EncoderCache
-from speechllm.features import FRAME_SHIFT, fbank_extractor
+from speechllm.errors import InputError, first_line
+from speechllm.features import FRAME_SHIFT, NUM_MEL_BINS, fbank_extractor
 from speechllm.flags import str2bool
 from speechllm.sampling import BatchLimit, make_sampler, with_positions
 from speechllm.seeds import seeded
+from speechllm.zipformer.encoder import encoder_out_lens
 
 MIN_BATCHES_IN_BUCKET = 10  # of which --drop-last may drop one
 POSITIONS_A_SECOND = 6.25  # of the LLM, at least: speech of one encoder, at the published rate
+SILENCE = 100  # frames
 BATCHES_IN_BUFFER = 4  # of each bucket, where cuts hold their data
 
 
@@ -72,6 +82,9 @@ def add_training_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shar-dir", help="in place of --train-cuts: directories of shards, comma-separated")
     add("--min-utterance", type=float, default=1.0, help="shorter ones (s) are not trained on")
     add("--max-utterance", type=float, default=20.0, help="longer ones (s) are not trained on")
+    add("--max-bad-fraction", type=float, default=0.01,
+        help="of the utterances, that may be broken: these are left out and listed in "
+             "<exp-dir>/bad-cuts.jsonl; more stop the training")  # fmt: skip
     add("--concatenate-cuts", type=str2bool, default=False,
         help="join short utterances to fill what would be padding")  # fmt: skip
     add("--duration-factor", type=float, default=1.0,
@@ -86,8 +99,69 @@ def add_training_data_arguments(parser: argparse.ArgumentParser) -> None:
 class SpeechDataset(K2SpeechRecognitionDataset):
     """lhotse's dataset with the batches described at the top of this file."""
 
+    def __init__(
+        self,
+        on_the_fly_feats: bool = False,
+        cut_transforms: list[Callable[[CutSet], CutSet]] | None = None,
+        input_transforms: list[Callable[[Tensor], Tensor]] | None = None,
+        faults: Callable[[Cut], list[Fault]] | None = None,
+    ):
+        """
+        Args:
+          faults: what is wrong with a cut, where manifests were not checked before.
+        """
+        super().__init__(
+            return_cuts=True,
+            input_transforms=input_transforms,
+            input_strategy=_input_strategy(on_the_fly_feats),
+        )
+        self.on_the_fly_feats, self.faults = on_the_fly_feats, faults
+        self.augmentations, self.augmented = cut_transforms or [], CutSet()
+
     def __getitem__(self, cuts: CutSet) -> dict:
+        """A batch; only when it cannot be made, its utterances are read one by one.
+
+        Raises:
+          ValueError: it cannot be made although they can be read.
+        """
+        good, bad = _parted(cuts, self._faults)
+        for augmentations in (self.augmentations, self.augmentations, []):  # noise may be broken
+            if not good:
+                return _silence(torch.zeros(1, SILENCE, NUM_MEL_BINS), bad)
+            self.cut_transforms = [*augmentations, self._remember]
+            try:
+                return {**self._batch(CutSet.from_cuts(good)), "bad": bad}
+            except Exception as error:  # lhotse's storages each have their own
+                reason = first_line(error)
+            good, more = _parted(good, self._reading_faults)
+            bad += more or self._noise_faults({cut.id for cut in cuts})
+        raise InputError(f"no batch can be made of cuts {good[0].id} … {good[-1].id}: {reason}")
+
+    def _faults(self, cut: Cut) -> list[Fault]:
+        faults = self.faults(cut) if self.faults else []
+        return faults or (header_faults(cut) if self.on_the_fly_feats else [])
+
+    def _reading_faults(self, cut: Cut) -> list[Fault]:
+        return reading_faults(cut, not self.on_the_fly_feats)
+
+    def _remember(self, cuts: CutSet) -> CutSet:
+        self.augmented = cuts
+        return cuts
+
+    def _noise_faults(self, ids: set[str]) -> list[Fault]:
+        """Of what was last mixed with cuts of these ids."""
+        tracks = [track.cut for cut in self.augmented for track in getattr(cut, "tracks", ())]
+        noise = [cut for cut in tracks if cut.id not in ids and not isinstance(cut, PaddingCut)]
+        return _parted(noise, self._reading_faults)[1]
+
+    def _batch(self, cuts: CutSet) -> dict:
+        """
+        Raises:
+          Exception: an utterance, or noise, cannot be read or is not finite.
+        """
         batch = super().__getitem__(cuts)
+        if not batch["inputs"].sum().isfinite():
+            raise InputError("features are not finite")
         supervisions = batch["supervisions"]
         size = batch["inputs"].size(0)
         texts: list[list[str]] = [[] for _ in range(size)]
@@ -120,7 +194,10 @@ class HeardDataset(Dataset):
         self.cache = cache
 
     def __getitem__(self, cuts: CutSet) -> dict:
-        cuts = list(cuts.sort_by_duration(ascending=False))  # as lhotse's dataset does
+        cuts, bad = _parted(cuts.sort_by_duration(ascending=False), self._faults)  # as lhotse does
+        if not cuts:
+            frames = int(encoder_out_lens(SILENCE))
+            return _silence(torch.zeros(1, frames, sum(self.cache.dims)), bad)
         outputs, frames = zip(*map(self.cache.read, cuts))
         return {
             "features": pad_sequence(outputs, batch_first=True),
@@ -128,7 +205,43 @@ class HeardDataset(Dataset):
             "texts": [" ".join(part.text for part in cut.supervisions) for cut in cuts],
             "ids": [cut.id for cut in cuts],
             "seconds": sum(frames) * FRAME_SHIFT,
+            "bad": bad,
         }
+
+    def _faults(self, cut: Cut) -> list[Fault]:
+        sentence = f"the encoder cache has no outputs of cut {cut.id}"
+        return [Fault(cut.id, "not-cached", sentence)] if self.cache.lacks(cut) else []
+
+
+def _parted(
+    cuts: Iterable[Cut], faults_of: Callable[[Cut], list[Fault]]
+) -> tuple[list[Cut], list[Fault]]:
+    """The cuts without a fault, and the first faults of the others."""
+    good, bad = [], []
+    for cut in cuts:
+        faults = faults_of(cut)
+        bad += faults[:1]
+        good += [] if faults else [cut]
+    return good, bad
+
+
+def _silence(features: Tensor, bad: list[Fault]) -> dict:
+    return {
+        "features": features,
+        "feature_lens": torch.tensor([SILENCE]),
+        "texts": [""],
+        "ids": [],
+        "seconds": 0.0,
+        "bad": bad,
+    }
+
+
+def with_speech(batches: Iterable[dict], bad: list[Fault]) -> Iterator[dict]:
+    """The batches with utterances; `bad` gets the faults of those that all have left out."""
+    for batch in batches:
+        bad += batch["bad"]
+        if batch["ids"]:
+            yield batch
 
 
 def _input_strategy(on_the_fly_feats: bool):
@@ -218,6 +331,7 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
     encoder_cache: EncoderCache | None = None,
+    more_faults: Callable[[Cut], list[Fault]] | None = None,
 ) -> DataLoader:
     """The augmented batches of one epoch, this rank's share; order and noise follow seed and epoch.
 
@@ -226,7 +340,8 @@ def training_loader(
     `skip` batches, which were trained on, nothing is loaded.
 
     With a `sample` of them, `cuts` are of shards: each process of each rank has a part of its own
-    (see `Shards.cuts`), and makes batches of that alone.
+    (see `Shards.cuts`), and makes batches of that alone. Their manifests were not read before, so
+    here cuts with faults, or `more_faults`, are left out.
 
     With an `encoder_cache`, which has them all, nothing is augmented.
     """
@@ -258,10 +373,10 @@ def training_loader(
         dataset = HeardDataset(encoder_cache)
     else:
         dataset = SpeechDataset(
-            return_cuts=True,
-            cut_transforms=_cut_transforms(concatenate_cuts, duration_factor, gap, musan_cuts),
-            input_transforms=[_spec_augment(spec_aug_time_warp_factor)] if enable_spec_aug else [],
-            input_strategy=_input_strategy(on_the_fly_feats),
+            on_the_fly_feats,
+            _cut_transforms(concatenate_cuts, duration_factor, gap, musan_cuts),
+            [_spec_augment(spec_aug_time_warp_factor)] if enable_spec_aug else [],
+            _Faults(not on_the_fly_feats, more_faults) if streamed else None,
         )
     dataset = SeededDataset(dataset, f"{seed} {epoch} {rank}")
     if not streamed:
@@ -271,6 +386,18 @@ def training_loader(
         num_workers,
         worker_init_fn=make_worker_init_fn(rank, world_size, False),  # tells them their rank
     )
+
+
+@dataclass(frozen=True)
+class _Faults:
+    """What a check of the manifest would have found; loader processes can unpickle it."""
+
+    need_features: bool
+    more_faults: Callable[[Cut], list[Fault]] | None
+
+    def __call__(self, cut: Cut) -> list[Fault]:
+        faults = cut_faults(cut, need_features=self.need_features)
+        return faults or (self.more_faults(cut) if self.more_faults else [])
 
 
 def _cut_transforms(
@@ -310,12 +437,12 @@ def evaluation_loader(
     """Every cut exactly once, similar durations together, nothing augmented.
 
     Of several ranks each has a share of the batches, which are the same for any number of ranks:
-    kernels round differently in other batches.
+    kernels round differently in other batches. The cuts' manifests have been checked.
     """
     if encoder_cache is not None:
         dataset = HeardDataset(encoder_cache)
     else:
-        dataset = SpeechDataset(return_cuts=True, input_strategy=_input_strategy(on_the_fly_feats))
+        dataset = SpeechDataset(on_the_fly_feats)
     sampler = make_sampler(
         cuts,
         BatchLimit(max_duration),

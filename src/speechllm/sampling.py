@@ -15,6 +15,7 @@ from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from lhotse.utils import compute_num_frames
 from transformers import PreTrainedTokenizerBase
 
+from speechllm.cut_faults import Fault, most_characters
 from speechllm.cut_files import speech_embeddings
 from speechllm.features import FRAME_SHIFT, SAMPLING_RATE
 from speechllm.prompt import ChatIds, encode_transcripts
@@ -35,11 +36,41 @@ class LLMPositions:
     ds_rate: int = 4
 
     def __call__(self, cut: Cut) -> int:
-        frames = compute_num_frames(cut.duration, FRAME_SHIFT, SAMPLING_RATE)
-        text = " ".join(supervision.text for supervision in cut.supervisions)
+        text = " ".join(supervision.text or "" for supervision in cut.supervisions)
         [ids] = encode_transcripts(self.tokenizer, [text.lower()])
+        return self.before_text(cut.duration) + len(ids) + 1
+
+    def before_text(self, seconds: float) -> int:
+        """Prompt and speech."""
+        frames = compute_num_frames(seconds, FRAME_SHIFT, SAMPLING_RATE)
         prompt = len(self.chat.prompt(self.num_encoders)) - self.num_encoders  # no `<speech>`
-        return prompt + self.num_encoders * speech_embeddings(frames, self.ds_rate) + len(ids) + 1
+        return prompt + self.num_encoders * speech_embeddings(frames, self.ds_rate)
+
+    def most(self, seconds: float) -> int:
+        """What a cut without faults takes at most, a token for every byte of its text."""
+        return self.before_text(seconds) + 4 * int(most_characters(seconds)) + 1
+
+
+@dataclass(frozen=True)
+class TooManyPositions:
+    """The fault of a cut that does not fit into the LLM's positions."""
+
+    count_positions: LLMPositions
+    limit: int
+    max_new_tokens: int | None = None  # in place of the text, when decoding
+
+    def __call__(self, cut: Cut) -> list[Fault]:
+        if self.max_new_tokens is None:
+            needed = self.count_positions(cut)
+        else:
+            needed = self.count_positions.before_text(cut.duration) + self.max_new_tokens
+        if needed <= self.limit:
+            return []
+        sentence = (
+            f"cut {cut.id} of {cut.duration:.1f} s needs {needed} positions, "
+            f"the LLM has {self.limit}"
+        )
+        return [Fault(cut.id, "positions", sentence)]
 
 
 def with_positions(cuts: CutSet, count_positions: Callable[[Cut], int]) -> CutSet:

@@ -26,7 +26,7 @@ from lhotse.serialization import open_best
 from lhotse.shar import SharWriter
 from lhotse.utils import fastcopy, is_valid_url
 
-from speechllm.cut_files import CutStatistics, check_first_cut, frames_needed
+from speechllm.cut_files import CutStatistics, first_cut_faults, frames_needed
 from speechllm.errors import InputError, first_line
 from speechllm.manifest_safety import read_lazily, safe_cuts
 from speechllm.whole_file import whole_directory
@@ -167,7 +167,9 @@ class Shards:
             kind = "long" if length / 100 > max_seconds else kind
             counts[kind] += count
             seconds += count * length / 100 if kind == "kept" else 0.0
-        return CutStatistics(counts["kept"], seconds, counts["short"], counts["long"])
+        fitting = [n / 100 for n in self.durations if shortest <= n / 100 <= max_seconds]
+        longest = max(fitting, default=0.0)
+        return CutStatistics(counts["kept"], seconds, counts["short"], counts["long"], longest)
 
     def sample(self) -> CutSet:
         """Some cuts, without data, as they are spread over all shards."""
@@ -254,15 +256,24 @@ def check_shards(
     max_seconds: float = float("inf"),
     min_frames: int = frames_needed(),
     need_features: bool = True,
+    tolerate: bool = False,
 ) -> CutStatistics:
     """What `check_cuts` says of cut files, from the index and the first cuts of some shards.
+
+    Args:
+      tolerate: bad cuts, unless all of these are bad; loaders will count the others.
 
     Raises:
       ValueError: naming the shard, the cut and the value, or that nothing is left to use.
     """
+    found = []
     for fields in shards.spread(SHARDS_CHECKED):
         cuts = safe_cuts(CutSet.from_shar(fields=fields))
-        check_first_cut(cuts, fields["cuts"][0], need_features)
+        found.append(first_cut_faults(cuts, fields["cuts"][0], need_features))
+        if found[-1] and not tolerate:
+            break
+    if found[-1] and (not tolerate or all(found)):
+        raise InputError(f"{fields['cuts'][0]}: {found[-1][0].sentence}")
     statistics = shards.statistics(min_seconds, max_seconds, min_frames)
     if not statistics.kept:
         raise InputError(f"{shards.samples[0][0]}: nothing to use, {statistics}")

@@ -43,8 +43,8 @@ def test_filter_flags(path, capsys):
 
 def test_empty_and_broken_files_are_named(path):
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(SystemExit, match=r"x_cuts_dev.jsonl.gz cannot be read beyond cut 3: Compressed"):
+    with pytest.raises(SystemExit, match="cuts_dev.jsonl.gz cannot be read beyond cut 3: Comp"):
         manifest_statistics.main([str(path)])
     path.write_bytes(gzip.compress(b""))
-    with pytest.raises(SystemExit, match=r"x_cuts_dev.jsonl.gz cannot be read beyond cut 0: it is empty"):
+    with pytest.raises(SystemExit, match="cuts_dev.jsonl.gz cannot be read beyond cut 0: it is"):
         manifest_statistics.main([str(path)])

@@ -1,10 +1,12 @@
 """From flags to objects: every flag changes something, and what is wrong is said first."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from lhotse import load_manifest
 from torch import nn
 
 from speechllm.data import add_data_arguments, add_training_data_arguments
@@ -38,11 +40,12 @@ def parse(*flags):
 
 
 @pytest.fixture
-def flags(tiny_corpus):
+def flags(tiny_corpus, tmp_path):
     """Flags of a quick, quiet epoch."""
     return {
         "--manifest-dir": tiny_corpus, "--num-workers": 0, "--max-duration": 12,
         "--min-utterance": 0.3, "--enable-musan": "false", "--enable-spec-aug": "false",
+        "--exp-dir": tmp_path / "exp",
     }  # fmt: skip
 
 
@@ -230,6 +233,81 @@ def test_limits_that_leave_nothing(flags):
     assert "nothing to use, 0 utterances" in said(flags, **{"--max-utterance": 0.35})
 
 
+def spoiled(flags, tmp_path, *places):
+    """Flags with tiny_cuts_many as training cuts, of which some have no text."""
+    cuts = load_manifest(flags["--manifest-dir"] / "tiny_cuts_many.jsonl.gz").to_eager()
+    for place in places:
+        cuts[place].supervisions[0].text = " "
+    cuts.to_file(tmp_path / "spoiled.jsonl.gz")
+    return {**flags, "--train-cuts": tmp_path / "spoiled.jsonl.gz", "--drop-last": "false"}
+
+
+def test_bad_cuts_are_left_out_and_listed_up_to_the_limit(flags, tmp_path):
+    flags = spoiled(flags, tmp_path, 5, 50)
+    listing = tmp_path / "exp" / "bad-cuts.jsonl"
+    ids_of = [cut.id for cut in load_manifest(flags["--train-cuts"])]
+    assert said(flags) == (
+        "2 of 96 utterances are bad (2 no-text), more than --max-bad-fraction 0.01 allows, such "
+        f"as: cut {ids_of[5]} has no text; {listing} lists them"
+    )
+    ids = {cut_id for b in batches({**flags, "--max-bad-fraction": 0.03}) for cut_id in b["ids"]}
+    listed = [json.loads(line) for line in listing.read_text().splitlines()]
+    assert [(one["id"], one["reason"]) for one in listed] == [
+        (ids_of[5], "no-text"), (ids_of[50], "no-text"),
+    ]  # fmt: skip
+    assert ids == set(ids_of) - {ids_of[5], ids_of[50]}
+
+
+def test_without_tolerance_the_first_fault_ends_the_check(flags, tmp_path):
+    flags = spoiled(flags, tmp_path, 7)
+    sentence = said(flags, **{"--max-bad-fraction": 0})
+    assert sentence.startswith(f"{flags['--train-cuts']}: cut ")
+    assert sentence.endswith(" has no text") and not (tmp_path / "exp").exists()
+
+
+def test_the_listing_is_of_one_training_and_goes_on_with_it(flags, tmp_path):
+    flags = spoiled(flags, tmp_path, 7)
+    listing = tmp_path / "exp" / "bad-cuts.jsonl"
+    listing.parent.mkdir()
+    listing.write_text("of an earlier one\n")
+    batches({**flags, "--max-bad-fraction": 0.02})
+    assert len(listing.read_text().splitlines()) == 1 and "earlier" not in listing.read_text()
+    with open(listing, "a") as file:
+        file.write("found while training\n")
+    batches({**flags, "--max-bad-fraction": 0.02, "--start-epoch": 2})
+    assert len(listing.read_text().splitlines()) == 2
+
+
+def test_validation_leaves_out_what_cannot_be_read(flags, tmp_path, caplog):
+    cuts = load_manifest(flags["--manifest-dir"] / "tiny_cuts_dev.jsonl.gz").to_eager()
+    cuts[2].features.storage_path = "gone.lca"
+    cuts.to_file(tmp_path / "valid.jsonl.gz")
+    flags = {**flags, "--valid-cuts": tmp_path / "valid.jsonl.gz"}
+    for fraction in (0.2, 0.1):
+        more = {**flags, "--max-bad-fraction": fraction}
+        args = parse(*(item for pair in more.items() for item in pair))
+        loader = make_valid_loader(args, check_data(args)[1], Ranks())
+        if fraction == 0.2:
+            ids = [cut_id for batch in loader() for cut_id in batch["ids"]]
+            assert len(ids) == 4 and cuts[2].id not in ids
+        else:
+            with pytest.raises(ValueError, match="1 of 5 utterances are bad .1 unreadable-feat"):
+                list(loader())
+    assert f"Validation leaves out (unreadable-features): the features of cut {cuts[2].id} cannot" \
+        in caplog.text
+
+
+def test_broken_noise_is_left_out(flags, tmp_path):
+    for path in flags["--manifest-dir"].glob("tiny_cuts_*"):
+        (tmp_path / path.name).symlink_to(path)
+    noise = load_manifest(flags["--manifest-dir"] / "musan_cuts.jsonl.gz").to_eager()
+    noise[1].features.num_features = 40
+    noise.to_file(tmp_path / "musan_cuts.jsonl.gz")
+    here = {**flags, "--manifest-dir": tmp_path, "--enable-musan": "true"}
+    assert "1 of 3 utterances are bad (1 feature-dim)" in said(here)
+    assert batches({**here, "--max-bad-fraction": 0.4})
+
+
 def test_epochs(tmp_path):
     assert check_training(parse("--exp-dir", tmp_path)) is None
     with pytest.raises(FileNotFoundError, match="epoch-2.pt is missing: --start-epoch 3 needs it"):
@@ -272,6 +350,12 @@ def test_numbers_that_make_no_training(tmp_path, flag, sentence):
 def test_times_that_make_no_checkpoints(tmp_path, flag):
     with pytest.raises(ValueError, match=f"^{flag} -1 must be at least 0$"):
         check_training(parse("--exp-dir", tmp_path, flag, -1))
+
+
+@pytest.mark.parametrize("fraction", [-0.01, 1.5, "nan"])
+def test_a_fraction_that_is_none(tmp_path, fraction):
+    with pytest.raises(ValueError, match=f"^--max-bad-fraction {fraction} must be from 0 to 1$"):
+        check_training(parse("--exp-dir", tmp_path, "--max-bad-fraction", fraction))
 
 
 # Flags of the training

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lhotse.cut import Cut, MonoCut
 
+from speechllm.cut_faults import counted as reasons_text
+from speechllm.cut_faults import first_reasons
 from speechllm.decoding.recognizer import Recognition
 from speechllm.decoding.test_set import Decoded, results
 from speechllm.decoding.word_times import ctm_lines
@@ -35,6 +37,9 @@ def write_results(
     """
     texts = [one.answer.text if one.answer else "" for one in decoded]
     extra = {"decoded with": suffix, **counted}
+    broken = first_reasons([one.fault] for one in decoded if one.fault)
+    if broken:
+        extra["could not be decoded"] = f"{broken.total()} ({reasons_text(broken)})"
     answered = sorted((one for one in decoded if one.answer), key=lambda one: one.cut.id)
     contents: dict[Path, bytes] = {}
     for kind, ending, lines in (

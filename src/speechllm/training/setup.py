@@ -9,25 +9,34 @@ from pathlib import Path
 
 import torch
 from lhotse import CutSet
+from lhotse.cut import Cut
 from torch import nn
 from torch.utils.data import DataLoader
 
+from speechllm.cut_faults import (
+    Fault,
+    check_fraction,
+    cut_faults,
+    first_reasons,
+    list_faults,
+    reading_faults,
+)
 from speechllm.cut_files import (
     CutStatistics,
     check_cuts,
-    check_noise,
     cuts_file,
     cuts_within,
     frames_needed,
+    read_cuts,
     share_of_cuts,
     within,
 )
-from speechllm.data import evaluation_loader, loader_options, training_loader
+from speechllm.data import evaluation_loader, loader_options, training_loader, with_speech
 from speechllm.encoder_cache import EncoderCache
 from speechllm.errors import InputError
 from speechllm.flags import comma_list, str2bool
-from speechllm.manifest_safety import read_lazily
 from speechllm.progress import ProgressBar
+from speechllm.sampling import TooManyPositions
 from speechllm.shards import Shards, check_shards, read_shards
 from speechllm.training.checkpoint import (
     TrainState,
@@ -167,6 +176,8 @@ def check_training(args) -> Path | None:
             raise InputError(f"{_flag(name)} {getattr(args, name):g} must be at least 0")
     if args.max_duration <= 0:
         raise InputError(f"--max-duration {args.max_duration:g} must be above 0")
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise InputError(f"--max-bad-fraction {args.max_bad_fraction:g} must be from 0 to 1")
     if args.start_epoch > args.num_epochs + 1:
         raise InputError(
             f"--start-epoch {args.start_epoch} is beyond --num-epochs {args.num_epochs}"
@@ -182,25 +193,68 @@ def check_training(args) -> Path | None:
     return start
 
 
-def check_data(args) -> tuple[CutStatistics, CutStatistics]:
+def check_data(
+    args,
+    more_faults: Callable[[Cut], list[Fault]] | None = None,
+    is_main: bool | None = None,
+) -> tuple[CutStatistics, CutStatistics]:
     """One pass over all training and validation cuts, before anything expensive.
 
-    Of training shards the index is read instead, and the first cuts of some.
+    Of training shards the index is read instead, and the first cuts of some. Bad cuts are listed
+    in <exp-dir>/bad-cuts.jsonl, by the process that `is_main`, and left out.
 
     Raises:
-      FileNotFoundError, ValueError: one sentence with the file, the cut and the value.
+      FileNotFoundError, ValueError: one sentence with the file, the cut and the value: a file
+        cannot be read, or more than --max-bad-fraction of its cuts are bad.
     """
     check_max_tokens(args)
-    need_features = not args.on_the_fly_feats
-    limits = {**_limits(args), "need_features": need_features}
+    options = {"need_features": not args.on_the_fly_feats, "tolerate": args.max_bad_fraction > 0}
     if args.shar_dir:
-        train = check_shards(_shards(args), **limits)
+        train = check_shards(_shards(args), **_limits(args), **options)
     else:
-        train = check_cuts(train_paths(args), **limits)
-    valid = check_cuts(valid_paths(args), min_frames=_min_frames(args), need_features=need_features)
+        train = check_cuts(train_paths(args), **_limits(args), **options, more_faults=more_faults)
+    valid = check_cuts(
+        valid_paths(args), min_frames=_min_frames(args), **options, more_faults=more_faults
+    )
+    checked = [train, valid]
     if args.enable_musan:
-        check_noise(cuts_file(args.manifest_dir, "musan_cuts"), need_features)
+        noise = cuts_file(args.manifest_dir, "musan_cuts")
+        checked.append(check_cuts([noise], min_frames=0, need_text=None, **options))
+    _check_bad(checked, args, is_first_process() if is_main is None else is_main)
     return train, valid
+
+
+def _check_bad(checked: list[CutStatistics], args, is_main: bool) -> None:
+    listing = bad_listing(args)
+    faults = [fault for one in checked for of_cut in one.bad_cuts for fault in of_cut]
+    if is_main:
+        if args.start_epoch == 1:  # of an earlier training
+            listing.unlink(missing_ok=True)
+        list_faults(listing, faults)
+    for one in checked:
+        if one.bad_cuts:
+            example = one.bad_cuts[0][0].sentence
+            reasons = first_reasons(one.bad_cuts)
+            check_fraction(reasons, one.total, args.max_bad_fraction, example, listing)
+
+
+def bad_listing(args) -> Path:
+    """Where utterances that cannot be used are listed, with the reasons."""
+    return Path(args.exp_dir) / "bad-cuts.jsonl"
+
+
+def check_positions(args, limit: int, is_main: bool) -> None:
+    """Leave out, too, the utterances that need more than the `limit` positions of the LLM.
+
+    The cuts are read again only if there can be such.
+
+    Raises:
+      ValueError: as `check_data`.
+    """
+    longest = max(args.train_statistics.longest, args.valid_statistics.longest)
+    if args.count_positions.most(longest) > limit:
+        args.more_faults = TooManyPositions(args.count_positions, limit)
+        args.train_statistics, args.valid_statistics = check_data(args, args.more_faults, is_main)
 
 
 def check_max_tokens(args) -> None:
@@ -284,10 +338,10 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
 
     `args.count_positions` tells the LLM positions of a cut where --max-tokens is above 0.
     """
-    cuts_of_epoch, sample = _train_cuts(args, ranks)
+    cuts_of_epoch, sample = _train_cuts(args, statistics, ranks)
     musan = None
     if args.enable_musan:
-        musan = CutSet.from_cuts(read_lazily(cuts_file(args.manifest_dir, "musan_cuts")))
+        musan = _noise(args)
 
     def batches_of(epoch: int, skip: int = 0) -> DataLoader:
         return training_loader(
@@ -312,6 +366,7 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
             rank=ranks.rank,
             world_size=ranks.world_size,
             encoder_cache=getattr(args, "encoder_cache", None),
+            more_faults=getattr(args, "more_faults", None),
         )
 
     def in_step(epoch: int, skip: int = 0) -> InStep:
@@ -321,7 +376,17 @@ def make_train_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable
     return in_step if args.shar_dir else batches_of
 
 
-def _train_cuts(args, ranks: Ranks) -> tuple[Callable[[int], CutSet], CutSet | None]:
+def _noise(args) -> CutSet:
+    noise = read_cuts(cuts_file(args.manifest_dir, "musan_cuts"))
+    need_features = not args.on_the_fly_feats
+    return CutSet.from_cuts(
+        cut for cut in noise if not cut_faults(cut, need_text=None, need_features=need_features)
+    )
+
+
+def _train_cuts(
+    args, statistics: CutStatistics, ranks: Ranks
+) -> tuple[Callable[[int], CutSet], CutSet | None]:
     """A function from the epoch to its cuts, and of shards a sample of them.
 
     Raises:
@@ -329,7 +394,7 @@ def _train_cuts(args, ranks: Ranks) -> tuple[Callable[[int], CutSet], CutSet | N
     """
     limits = _limits(args)
     if not args.shar_dir:
-        cuts = cuts_within(train_paths(args), **limits)
+        cuts = cuts_within(train_paths(args), **limits, bad=statistics.bad)
         return lambda epoch: cuts, None
     shards, readers = _shards(args), ranks.world_size * max(1, args.num_workers)
     if len(shards) < readers:
@@ -346,24 +411,42 @@ def _train_cuts(args, ranks: Ranks) -> tuple[Callable[[int], CutSet], CutSet | N
 
 def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
     """A function to this rank's share of the validation batches: every world_size-th cut."""
-    cuts = _valid_cuts(args)
+    cuts = _valid_cuts(args, statistics)
     mine = share_of_cuts(cuts, ranks.rank, ranks.world_size)
     if statistics.too_short:
         logging.info(f"Validation leaves out {statistics.too_short} utterances too short to use")
 
     def loader():
-        return evaluation_loader(
+        unread: list[Fault] = []
+        batches = evaluation_loader(
             mine,
             **loader_options(args),
             num_cuts=_size_of_share(statistics.kept, ranks),
             encoder_cache=getattr(args, "encoder_cache", None),
         )
+        yield from with_speech(batches, unread)
+        if unread:
+            _report_unread(unread, "Validation", statistics.kept, args)
 
     return loader
 
 
-def _valid_cuts(args) -> CutSet:
-    return cuts_within(valid_paths(args), min_frames=_min_frames(args))
+def _report_unread(unread: list[Fault], where: str, total: int, args) -> None:
+    """Log and list what could not be read.
+
+    Raises:
+      ValueError: it is more than may be.
+    """
+    for fault in unread:
+        logging.warning(f"{where} leaves out ({fault.reason}): {fault.sentence}")
+    listing = bad_listing(args)
+    list_faults(listing, unread)
+    reasons = first_reasons([fault] for fault in unread)
+    check_fraction(reasons, total, args.max_bad_fraction, unread[0].sentence, listing)
+
+
+def _valid_cuts(args, statistics: CutStatistics) -> CutSet:
+    return cuts_within(valid_paths(args), min_frames=_min_frames(args), bad=statistics.bad)
 
 
 def _size_of_share(num_cuts: int, ranks: Ranks) -> int:
@@ -376,7 +459,8 @@ def make_encoder_cache(
 ) -> EncoderCache:
     """What the encoders make of all training and validation cuts, in --cache-encoder.
 
-    Cuts that it lacks are heard, by each rank its share of them.
+    Cuts that it lacks are heard, by each rank its share of them; those that cannot be read are left
+    out.
 
     Raises:
       ValueError: there is no room for them, or the ranks do not see one another's.
@@ -384,7 +468,8 @@ def make_encoder_cache(
     start = time.monotonic()
     dtype = autocast_dtype(args.use_fp16, args.use_bf16)
     cache = EncoderCache(args.cache_encoder, encoders, dtype, args.on_the_fly_feats)
-    cuts = cuts_within(train_paths(args), **_limits(args)) + _valid_cuts(args)
+    train, valid = args.train_statistics, args.valid_statistics
+    cuts = cuts_within(train_paths(args), **_limits(args), bad=train.bad) + _valid_cuts(args, valid)
     missing = cuts.filter(cache.lacks)
     durations = [cut.duration for cut in missing]
     cache.check_space(sum(durations))
@@ -393,16 +478,19 @@ def make_encoder_cache(
     if num_cuts := _size_of_share(len(durations), ranks):
         mine = share_of_cuts(missing, ranks.rank, ranks.world_size).map(cache.named)
         loader = evaluation_loader(mine, **loader_options(args), num_cuts=num_cuts)
-        batches = _with_progress(loader, sum(durations), ranks)
+        batches = _with_progress(with_speech(loader, []), sum(durations), ranks)
         cache.fill(encoders, batches, ranks.device)
     ranks.barrier()
     cache.look()
-    if len(cache.keys) < expected:
+    unread = [fault for cut in missing for fault in reading_faults(cut, not args.on_the_fly_feats)]
+    if unread:
+        _report_unread(unread, "The encoder cache", train.kept + valid.kept, args)
+    if len(cache.keys) + len(unread) < expected:
         raise InputError(
             f"{cache.folder} has {len(cache.keys)} of {expected} utterances: "
             "it must be one directory for all ranks"
         )
-    total = args.train_statistics.kept + args.valid_statistics.kept
+    total = train.kept + valid.kept
     logging.info(
         f"Encoder cache {cache.folder}: {total - len(durations)} utterances found, "
         f"{len(durations)} heard, {cache.gigabytes:.2f} GB, {time.monotonic() - start:.1f} s"
