@@ -97,7 +97,7 @@ def toy_loss(model, batch):
 
 def toy_batch(rows):
     x = torch.arange(rows * 4.0).reshape(rows, 4) / 100
-    return {"x": x, "texts": [""] * rows, "seconds": 1.0}
+    return {"x": x, "texts": [""] * rows, "ids": ["a"] * rows, "seconds": 1.0}
 
 
 def toy_training(exp_dir, batches, valid, ranks):

@@ -44,7 +44,10 @@ def make_batches(seed: int, count: int) -> list[dict]:
     """Learnable: the largest of the first three inputs is the class."""
     generator = torch.Generator().manual_seed(seed)
     xs = [torch.randn(6 + i % 3, 8, generator=generator) for i in range(count)]
-    return [{"x": x, "texts": ["a"] * len(x), "seconds": 2.0} for x in xs]
+    return [
+        {"x": x, "texts": ["a"] * len(x), "ids": ["a"] * len(x), "seconds": 2.0, "bad": []}
+        for x in xs
+    ]
 
 
 def batch_loss(model, batch):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from speechllm.errors import InputError
 from speechllm.progress import ProgressBar
 from speechllm.seeds import seed_everything
+from speechllm.training.bad_utterances import BadUtterances
 from speechllm.training.checkpoint import (
     TrainState,
     checkpoint_path,
@@ -54,6 +55,7 @@ class Trainer:
       save_every_n: steps between checkpoints within an epoch; 0: none.
       save_every_minutes: minutes since the last one, likewise.
       keep_last_k: how many of these checkpoints are kept.
+      bad: counts what the loader left out; batches without `ids` weigh nothing.
     """
 
     engine: Engine
@@ -77,6 +79,7 @@ class Trainer:
     save_every_minutes: float = 0.0
     keep_last_k: int = 5
     tensorboard: bool = True
+    bad: BadUtterances | None = None
 
     def run(self) -> TrainState:
         """Train; returns the state after the last epoch.
@@ -134,6 +137,8 @@ class Trainer:
             audio_seconds += float(batch["seconds"]) * ranks.world_size
         progress.advance(audio_seconds)
         before = audio_seconds  # this process
+        if self.bad and not state.batches_in_epoch:
+            self.bad.start_epoch()
         start = time.monotonic()
         self.engine.model.train()
         first = -(-state.batches_in_epoch // self.grad_accum)
@@ -149,6 +154,8 @@ class Trainer:
             self.schedule.step_batch(state.batch_idx_train)
             seed_everything(self.seed, state.epoch, batch_idx, ranks.rank)
             metrics = self.step(batches, tokens)
+            for batch in batches if self.bad else []:
+                self.bad.note(batch)
             state.batch_idx_train += 1
             state.batches_in_epoch += len(batches)
             self.epoch_sums = self.epoch_sums + metrics
@@ -181,12 +188,15 @@ class Trainer:
 
     def _agree(self, batches: list[dict]) -> tuple[int, bool, bool]:
         """Of all ranks: the tokens of this step, and whether to stop or to save after it."""
-        count = sum(map(self.count_tokens, batches))
+        count = sum(map(self._tokens, batches))
         minutes = (time.monotonic() - self.saved) / 60
         save = self.engine.ranks.is_main and 0 < self.save_every_minutes <= minutes
         agreed = self.engine.ranks.sum(torch.tensor([count, self.asked(), save]))
         tokens, stop, save = agreed.tolist()
         return tokens, stop > 0, save > 0
+
+    def _tokens(self, batch: dict) -> int:
+        return self.count_tokens(batch) if batch["ids"] else 0
 
     def step(self, batches: list[dict], tokens: int) -> Metrics:
         """One optimizer step on the mean loss over all `tokens` of these batches and all ranks'."""
@@ -197,9 +207,10 @@ class Trainer:
                 with engine.autocast():
                     sums = self.batch_loss(engine.model, batch)
                 # Gradients are averaged over ranks; the factor turns that into a sum.
-                engine.backward(sums["loss"] * (ranks.world_size / max(1, tokens)))
-            sums = {name: value.detach() for name, value in sums.items()}
-            count = torch.tensor(self.count_tokens(batch))
+                weight = ranks.world_size / max(1, tokens) if batch["ids"] else 0.0
+                engine.backward(sums["loss"] * weight)
+            sums = {name: value.detach() * bool(batch["ids"]) for name, value in sums.items()}
+            count = torch.tensor(self._tokens(batch))
             metrics = metrics + Metrics({**sums, "tokens": count})
         engine.step()
         return metrics
@@ -233,18 +244,22 @@ class Trainer:
 
     def _save(self, path: Path) -> None:
         ranks = self.engine.ranks
+        if self.bad:
+            self.bad.check()
         sums = ranks.gather(torch.stack([self.epoch_sums.table(), self.recent.table()]))
         if ranks.is_main or self.engine.divided:
             model, engine = self.model_state(self.engine.value), self.engine.state_dict()
         if ranks.is_main:
             save_checkpoint(
                 path, model, self.state, **engine, scheduler=self.schedule.state_dict(),
-                sums=sums, order=self.order,
+                sums=sums, order=self.order, bad=self.bad.state_dict() if self.bad else {},
             )  # fmt: skip
         ranks.barrier()
         self.saved = time.monotonic()
 
     def _log_batch(self, batch_idx, batches, metrics, speed) -> None:
+        if self.bad:
+            self.bad.check()
         state, scaler = self.state, self.engine.scaler
         lr = max(self.schedule.get_last_lr())
         size = sum(len(batch["texts"]) for batch in batches)

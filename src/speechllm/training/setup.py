@@ -38,6 +38,7 @@ from speechllm.flags import comma_list, str2bool
 from speechllm.progress import ProgressBar
 from speechllm.sampling import TooManyPositions
 from speechllm.shards import Shards, check_shards, read_shards
+from speechllm.training.bad_utterances import BadUtterances
 from speechllm.training.checkpoint import (
     TrainState,
     check_room,
@@ -228,7 +229,7 @@ def _check_bad(checked: list[CutStatistics], args, is_main: bool) -> None:
     listing = bad_listing(args)
     faults = [fault for one in checked for of_cut in one.bad_cuts for fault in of_cut]
     if is_main:
-        if args.start_epoch == 1:  # of an earlier training
+        if args.start_epoch == 1 and not getattr(args, "start", None):  # of an earlier training
             listing.unlink(missing_ok=True)
         list_faults(listing, faults)
     for one in checked:
@@ -241,6 +242,13 @@ def _check_bad(checked: list[CutStatistics], args, is_main: bool) -> None:
 def bad_listing(args) -> Path:
     """Where utterances that cannot be used are listed, with the reasons."""
     return Path(args.exp_dir) / "bad-cuts.jsonl"
+
+
+def bad_utterances(args, ranks: Ranks) -> BadUtterances:
+    """A counter of what loaders leave out, which knows what `check_data` left out."""
+    train = args.train_statistics
+    before = first_reasons(train.bad_cuts)
+    return BadUtterances(bad_listing(args), train.total, args.max_bad_fraction, ranks, before)
 
 
 def check_positions(args, limit: int, is_main: bool) -> None:
@@ -530,13 +538,14 @@ def fit(
     optimizer = make_optimizer(args.optimizer, model.parameters(), args.base_lr)
     schedule = make_schedule(args, optimizer)
     engine = make_engine(model, optimizer, ranks, args)
-    order, sums = order_of(args), None
+    order, sums, bad = order_of(args), None, bad_utterances(args, ranks)
     if checkpoint:
         engine.load_state_dict(checkpoint)
         for group in optimizer.param_groups:
             group["initial_lr"] = args.base_lr  # the flags decide, not what they once were
         schedule.load_state_dict(checkpoint["scheduler"])
         say_what_differs(order, checkpoint, state)
+        bad.load_state_dict(checkpoint.get("bad", {}))
         if "sums" in checkpoint:
             sums = for_ranks(state, checkpoint["sums"], ranks.world_size)
     if ranks.is_main:
@@ -567,5 +576,6 @@ def fit(
         save_every_minutes=args.save_every_minutes,
         keep_last_k=args.keep_last_k,
         tensorboard=args.tensorboard,
+        bad=bad,
     ).run()
     return engine
