@@ -359,7 +359,12 @@ def test_noise_that_changed_after_it_was_checked(
 ):
     corpus = shutil.copytree(tiny_corpus, tmp_path / "corpus")
     write_lines(corpus / "musan_cuts.jsonl.gz", [hostile_cuts(canary)["command"][0]])
-    monkeypatch.setattr("speechllm.training.setup.check_noise", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "speechllm.training.setup.check_cuts",
+        lambda paths, **options: check_cuts(
+            [tiny_corpus / path.name for path in paths], **options  # as it was then
+        ),
+    )
     argv = [*tiny_argv(), "--exp-dir", str(tmp_path / "exp"), "--manifest-dir", str(corpus)]
     argv += ["--train-cuts", "tiny_cuts_train", "--valid-cuts", "tiny_cuts_dev"]
     with pytest.raises(SystemExit, match="cut cut-7 is refused: it wants audio from a command"):

@@ -94,7 +94,7 @@ def test_every_flag_changes_the_batches(flags, flag, value, context):
 def test_loader_processes_change_nothing(flags):
     noisy = {**flags, "--enable-spec-aug": "true", "--enable-musan": "true"}
     assert listing(batches(noisy)) == listing(batches({**noisy, "--num-workers": 2}))
-    args = parse("--manifest-dir", flags["--manifest-dir"], "--num-workers", 2)
+    args = parse(*(item for pair in {**flags, "--num-workers": 2}.items() for item in pair))
     assert make_train_loader(args, check_data(args)[0], Ranks())(1).num_workers == 2
 
 
