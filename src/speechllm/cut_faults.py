@@ -1,6 +1,7 @@
 """What can be wrong with a cut: each fault has the name of its kind and a sentence with the values.
 
-    malformed             an id, a duration or a field that is none
+    malformed             a duration or another field that is none
+    bad-id                no text, or one that cannot be written into a line
     duplicate-id          another cut of the file had this id
     no-text               no supervision, no text, or a blank one
     not-unicode           half of a surrogate pair, or U+FFFD: characters were lost
@@ -31,14 +32,15 @@ from speechllm.errors import InputError, first_line
 from speechllm.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLING_RATE
 
 REASONS = (
-    "malformed", "duplicate-id", "no-text", "not-unicode", "long-text", "supervision-outside",
-    "no-features", "feature-dim", "frame-shift", "no-audio", "sampling-rate", "channels",
-    "wrong-length", "unreadable-features", "unreadable-audio", "not-finite", "positions",
-    "not-cached",
+    "malformed", "bad-id", "duplicate-id", "no-text", "not-unicode", "long-text",
+    "supervision-outside", "no-features", "feature-dim", "frame-shift", "no-audio",
+    "sampling-rate", "channels", "wrong-length", "unreadable-features", "unreadable-audio",
+    "not-finite", "positions", "not-cached",
 )  # fmt: skip
 TOLERANCE = 2e-3  # s, lhotse's, by which a supervision may reach beyond its cut
 CHARACTERS_A_SECOND = 100  # nobody speaks half as fast
 ALWAYS_SHORT = 1000  # characters
+FEW = 0.025  # s of audio that may be missing: decoders of some formats differ so much
 LOST = re.compile("[\ud800-\udfff\ufffd]")
 
 
@@ -85,7 +87,7 @@ def duplicate(cut: Cut) -> Fault:
 
 def _identity_faults(cut: Cut) -> Iterator[tuple[str, str]]:
     if not isinstance(cut.id, str) or not cut.id.isprintable() or not cut.id.strip():
-        yield "malformed", "has an id that cannot be written"
+        yield "bad-id", "has an id that cannot be written"
     if not 0 < cut.duration < math.inf:
         yield "malformed", f"has a duration of {cut.duration:g} s"
 
@@ -174,6 +176,7 @@ def reading_faults(cut: Cut, need_features: bool = True) -> list[Fault]:
         return faults
     try:
         data = cut.load_features() if need_features else cut.load_audio()  # (T, 80) | (1, N)
+        finite = np.isfinite(data).all()  # of no numbers an error
     except Exception as error:  # lhotse's storages each have their own
         sentence = f"the {what} of cut {name} cannot be read: {first_line(error)}"
         return [Fault(name, f"unreadable-{what}", sentence)]
@@ -181,19 +184,19 @@ def reading_faults(cut: Cut, need_features: bool = True) -> list[Fault]:
     if data.shape != expected:
         sentence = f"the {what} of cut {name} have the shape {data.shape}, not {expected}"
         return [Fault(name, "wrong-length", sentence)]
-    if not np.isfinite(data).all():
+    if not finite:
         sentence = f"the {what} of cut {name} are not all finite numbers"
         return [Fault(name, "not-finite", sentence)]
     return []
 
 
 def header_faults(cut: Cut) -> list[Fault]:
-    """Whether audio files have the sampling rate and channels that their manifest says.
+    """Whether audio files have the sampling rate, channels and length that their manifest says.
 
-    lhotse does not ask, and would take audio of 8 kHz for audio of 16 kHz.
+    lhotse would take audio of 8 kHz for audio of 16 kHz, and mirror half a second that is missing.
     """
     faults, name = [], shown_id(cut)
-    for path, rate, channels in _audio_files(cut):
+    for path, channels, rate, samples in _audio_files(cut):
         try:
             header = info(path, force_opus_sampling_rate=rate)
         except Exception as error:  # audio backends each have their own
@@ -206,18 +209,22 @@ def header_faults(cut: Cut) -> list[Fault]:
         if header.channels != channels:
             sentence = f"cut {name} has {header.channels} channels in {path}, not {channels}"
             faults.append(Fault(name, "channels", sentence))
+        if abs(header.frames - samples) > FEW * rate:
+            sentence = f"cut {name} has {header.frames} samples in {path}, not {samples}"
+            faults.append(Fault(name, "wrong-length", sentence))
     return faults
 
 
-def _audio_files(cut: Cut) -> Iterator[tuple[str, int, int]]:
-    """Path, sampling rate (Hz) and channels of the files that are read as they are."""
+def _audio_files(cut: Cut) -> Iterator[tuple[str, int, int, int]]:
+    """Path, channels, sampling rate (Hz) and samples of the files that are read as they are."""
     for part in [track.cut for track in cut.tracks] if hasattr(cut, "tracks") else [cut]:
         recording = getattr(part, "recording", None)
         if recording is None or recording.transforms:  # these may change the rate
             continue
         for source in recording.sources:
             if source.type == "file":
-                yield source.source, recording.sampling_rate, len(source.channels)
+                channels = len(source.channels)
+                yield source.source, channels, recording.sampling_rate, recording.num_samples
 
 
 def first_reasons(bad_cuts: Iterable[list[Fault]]) -> Counter[str]:

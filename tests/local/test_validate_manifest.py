@@ -84,8 +84,8 @@ def set_in(*keys, value):
             "cut b of 0.5 s has a supervision from -0.1 to 0.4 s [supervision-outside]",
         ),
         (set_in("id", value="a"), "cut a is there twice [duplicate-id]"),
-        (set_in("id", value="x\ny"), "cut 'x\\ny' has an id that cannot be written [malformed]"),
-        (set_in("id", value=7), "cut 7 has an id that cannot be written [malformed]"),
+        (set_in("id", value="x\ny"), "cut 'x\\ny' has an id that cannot be written [bad-id]"),
+        (set_in("id", value=7), "cut 7 has an id that cannot be written [bad-id]"),
         (set_in("duration", value=0.0), "cut b has a duration of 0 s [malformed]"),
         (set_in("duration", value=float("nan")), "cut b has a duration of nan s [malformed]"),
         (

@@ -48,7 +48,7 @@ def _check(path: Path, **options) -> CutStatistics:
     statistics = check_cuts([path], need_text=False, tolerate=True, **options)
     for faults in statistics.bad_cuts:
         for fault in faults:
-            if fault.reason == "duplicate-id":
+            if fault.reason in ("duplicate-id", "bad-id"):
                 raise InputError(f"{path}: {fault.sentence}")
     return statistics
 
