@@ -344,3 +344,63 @@ def test_batches_are_pinned_where_there_is_a_gpu(tiny_corpus, monkeypatch, cuda)
     cuts = cut_files.cuts_within([path_of(tiny_corpus)], 0.0, ALL)
     for make in (data.training_loader, data.evaluation_loader):
         assert make(cuts, max_duration=12.0, num_cuts=12).pin_memory is cuda
+
+
+# What cannot be read
+
+
+def broken(tiny_corpus, tmp_path, *places):
+    """The training cuts, of which some have features that are gone."""
+    cuts = load_manifest(path_of(tiny_corpus)).to_eager()
+    for place in places:
+        cuts[place].features.storage_path = "gone.lca"
+    cuts.to_file(tmp_path / "broken.jsonl.gz")
+    return tmp_path / "broken.jsonl.gz"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_utterances_that_cannot_be_read_are_left_out_of_their_batch(
+    tiny_corpus, tmp_path, num_workers
+):
+    path = broken(tiny_corpus, tmp_path, 2, 7)
+    batches = train_batches(path, num_workers=num_workers, max_duration=100.0)
+    assert all_ids(batches) == sorted(f"train-{i}" for i in range(12) if i not in (2, 7))
+    bad = [fault for batch in batches for fault in batch["bad"]]
+    assert sorted((f.id, f.reason) for f in bad) == [
+        ("train-2", "unreadable-features"), ("train-7", "unreadable-features"),
+    ]  # fmt: skip
+    assert all("gone.lca" in fault.sentence for fault in bad)
+
+
+def test_a_batch_of_bad_utterances_alone_is_silence(tiny_corpus, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches = train_batches(broken(tiny_corpus, tmp_path, 3), max_duration=1.0)
+    [silent] = [batch for batch in batches if not batch["ids"]]
+    assert silent["features"].shape == (1, 100, 80) and not silent["features"].any()
+    assert silent["feature_lens"].tolist() == [100]
+    assert (silent["texts"], silent["seconds"]) == ([""], 0.0)
+    assert [fault.id for fault in silent["bad"]] == ["train-3"]
+    bad = []
+    assert len(list(data.with_speech(batches, bad))) == len(batches) - 1
+    assert bad == silent["bad"]
+
+
+def test_broken_noise_is_not_the_utterances_fault(tiny_corpus):
+    noise = musan(tiny_corpus)
+    for cut in noise:
+        cut.features.storage_path = "gone.lca"
+    batches = train_batches(path_of(tiny_corpus), musan_cuts=noise)
+    assert all_ids(batches) == [f"train-{i}" for i in sorted(range(12), key=str)]
+    ids = {fault.id for batch in batches for fault in batch["bad"]}
+    assert ids and all(name.startswith("noise") for name in ids)
+
+
+def test_a_joined_utterance_is_left_out_without_its_neighbours(tiny_corpus, tmp_path):
+    options = {"concatenate_cuts": True, "gap": 0.1, "max_duration": 100.0}
+    whole = train_batches(path_of(tiny_corpus), **options)
+    batches = train_batches(broken(tiny_corpus, tmp_path, 3), **options)
+    words = " ".join(text for batch in batches for text in batch["texts"]).split()
+    every = " ".join(text for batch in whole for text in batch["texts"]).split()
+    lost = load_manifest(path_of(tiny_corpus))[3].supervisions[0].text.split()
+    assert sorted(words + lost) == sorted(every)

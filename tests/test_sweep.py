@@ -198,13 +198,13 @@ def test_a_set_without_anything_to_hear(argv, out_dir, tiny_corpus, tmp_path):
 
 
 def test_each_way_asks_whether_its_hypotheses_fit(argv, monkeypatch):
-    seen, decode_cuts = [], decode.decode_cuts
+    seen, answer_cuts = [], decode.answer_cuts
 
     def watched(path, recognize, min_frames, more_faults, **options):
         seen.append(more_faults.max_new_tokens)
-        return decode_cuts(path, recognize, min_frames, more_faults, **options)
+        return answer_cuts(path, recognize, min_frames, more_faults, **options)
 
-    monkeypatch.setattr(decode, "decode_cuts", watched)
+    monkeypatch.setattr(decode, "answer_cuts", watched)
     sweep.main(argv(1, *over("max-new-tokens", 1, 3, 2)))
     assert seen == [1, 3, 2]
 

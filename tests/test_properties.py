@@ -1,0 +1,194 @@
+"""What holds whatever the input is: manifests, prompts, transcripts, scores, checkpoints."""
+
+import copy
+import gzip
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from speechllm.checkpoint_file import load_checkpoint, write_checkpoint
+from speechllm.cut_faults import REASONS, cut_faults
+from speechllm.cut_files import check_cuts, cuts_within, read_lines
+from speechllm.errors import InputError
+from speechllm.prompt import (
+    IGNORED,
+    add_speech_tokens,
+    chat_ids,
+    decode_transcripts,
+    encode_transcripts,
+    training_ids,
+)
+from speechllm.scoring import NORMALIZERS, align
+
+quick = settings(
+    max_examples=60, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
+                                                                max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+# ---- manifests
+
+
+@pytest.fixture(scope="module")
+def lines(tiny_corpus):
+    with gzip.open(tiny_corpus / "tiny_cuts_train.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def places(value, path=()):
+    """The paths of all fields of a cut, however deep."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, (dict, list)):
+            yield from places(inner, (*path, key))
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@quick
+@given(data=st.data())
+def test_any_field_with_any_value_is_a_fault_or_a_cut_or_a_sentence(lines, tmp_path, data):
+    """Never another error; what has no fault is kept, what has is not."""
+    changed = copy.deepcopy(lines[:3])
+    *above, key = data.draw(st.sampled_from(sorted(places(changed[1]), key=str)))
+    holder = changed[1]
+    for step in above:
+        holder = holder[step]
+    holder[key] = data.draw(JSON)
+    path = write(tmp_path / "x.jsonl", changed)
+    [_, item, _] = read_lines(path)
+    if isinstance(item, str):
+        assert item and "\n" not in item
+        with pytest.raises(InputError, match="cannot be read beyond cut 1: "):
+            check_cuts([path], tolerate=True)
+        return
+    faults = cut_faults(item)
+    assert all(fault.reason in REASONS and "\n" not in fault.sentence for fault in faults)
+    statistics = check_cuts([path], tolerate=True)
+    assert bool(faults) <= (1 in statistics.bad[path])
+    kept = list(cuts_within([path], bad=statistics.bad))
+    assert len(kept) == statistics.kept >= 2 - len(statistics.bad[path].keys() - {1})
+
+
+@quick
+@given(garbage=st.binary(max_size=200))
+def test_any_bytes_are_lines_or_sentences(tmp_path, garbage):
+    for name in ("x.jsonl", "x.jsonl.gz"):
+        path = tmp_path / name
+        path.write_bytes(garbage)
+        assert all(isinstance(item, str) and item for item in read_lines(path))
+        with pytest.raises(InputError, match="cannot be read beyond cut 0: "):
+            check_cuts([path], tolerate=True)
+
+
+# ---- prompts and transcripts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    add_speech_tokens(tokenizer, 10_000)
+    return tokenizer
+
+
+@quick
+@given(texts=st.lists(st.tuples(UNICODE, st.integers(1, 4)), min_size=1, max_size=4))
+def test_labels_are_the_transcript_and_its_end_and_nothing_else(tokenizer, texts):
+    chat = chat_ids(tokenizer)
+    transcripts = encode_transcripts(tokenizer, [text for text, _ in texts])
+    groups = [count for _, count in texts]
+    ids, labels = training_ids(chat, transcripts, groups)
+    assert ids.shape == labels.shape
+    for row, label, transcript, count in zip(ids, labels, transcripts, groups):
+        learned = label != IGNORED
+        assert label[learned].tolist() == [*transcript, chat.end] == row[learned].tolist()
+        assert learned.tolist() == sorted(learned.tolist())  # all at the end
+        assert (row == chat.speech).sum() == count
+        prompt = chat.prompt(count)
+        assert row[~learned].tolist()[-len(prompt):] == prompt
+        assert set(row[~learned].tolist()[: -len(prompt)]) <= {chat.pad}
+
+
+@quick
+@given(text=UNICODE | st.sampled_from(["<speech>", "<|im_end|> a", " <|im_start|>user"]))
+def test_any_text_comes_back_from_its_ids(tokenizer, text):
+    [ids] = encode_transcripts(tokenizer, [text])
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    [back] = decode_transcripts(tokenizer, [ids])
+    [normal] = [tokenizer.backend_tokenizer.normalizer.normalize_str(text.strip())] if (
+        tokenizer.backend_tokenizer.normalizer
+    ) else [text.strip()]
+    assert back == normal.strip()
+
+
+# ---- scores
+
+WORDS = st.lists(st.sampled_from("a b c d".split()), max_size=8)
+
+
+@quick
+@given(reference=WORDS, hypothesis=WORDS)
+def test_an_alignment_has_all_words_of_both_sides(reference, hypothesis):
+    pairs = align(reference, hypothesis)
+    sides = [[word for side in column for word in side] for column in zip(*pairs)] or [[], []]
+    assert sides == [reference, hypothesis]
+    errors = sum(max(len(ref), len(hyp)) for ref, hyp in pairs if ref != hyp)
+    back = sum(max(len(r), len(h)) for r, h in align(hypothesis, reference) if r != h)
+    assert errors == back and abs(len(reference) - len(hypothesis)) <= errors
+    assert (errors == 0) == (reference == hypothesis)
+
+
+@quick
+@given(text=UNICODE)
+def test_normalizing_again_changes_nothing(text):
+    for name in ("none", "basic"):
+        once = NORMALIZERS[name](text)
+        assert NORMALIZERS[name](once) == once
+
+
+# ---- checkpoints
+
+NUMBERS = st.integers(-(2**40), 2**40) | st.floats() | st.booleans() | st.none() | UNICODE
+CONTENTS = st.recursive(
+    NUMBERS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(UNICODE, inner,
+                                                                        max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@quick
+@given(others=st.dictionaries(UNICODE, CONTENTS, max_size=4), size=st.integers(0, 5))
+def test_what_is_written_is_read(tmp_path, others, size):
+    written = {**others, "model": {"w": torch.arange(size)}}
+    path = tmp_path / "x.pt"
+    write_checkpoint(written, path)
+    read = load_checkpoint(path)
+    assert torch.equal(read.pop("model")["w"], torch.arange(size))
+    assert repr({name: read[name] for name in others if name != "model"}) == repr(
+        {name: value for name, value in others.items() if name != "model"}
+    )
+
+
+@quick
+@given(garbage=st.binary(max_size=300))
+def test_any_bytes_as_a_checkpoint_are_a_sentence(tmp_path, garbage):
+    path = tmp_path / "x.pt"
+    path.write_bytes(garbage)
+    with pytest.raises(InputError) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
