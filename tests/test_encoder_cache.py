@@ -1,6 +1,7 @@
 """A training that reads what its encoders said is the training in which they hear."""
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -240,6 +241,27 @@ def test_only_what_changed_is_heard_again(trained, tiny_corpus, tiny_encoder_dir
     flags = (*cached, "--speech-encoder-path", tiny_encoder_dir / "b.pt")
     assert found_and_heard(trained("other", *flags)) == (0, 13)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_utterances_that_cannot_be_heard_are_left_out(trained, tiny_corpus, tmp_path):
+    cuts = list(load_manifest(tiny_corpus / "tiny_cuts_train.jsonl.gz"))
+    number = max(range(len(cuts)), key=lambda i: cuts[i].duration)
+    cuts[number].features.storage_path = "gone.lca"
+    CutSet.from_cuts(cuts).to_file(tmp_path / "broken.jsonl.gz")
+    flags = ("--cache-encoder", tmp_path / "cache", "--train-cuts", tmp_path / "broken.jsonl.gz")
+    exp_dir = trained("exp", *flags, "--max-bad-fraction", 0.2)
+    assert f"leaves out (unreadable-features): the features of cut {cuts[number].id} can" in (
+        log(exp_dir)
+    )
+    assert f"Left out (not-cached): the encoder cache has no outputs of cut {cuts[number].id}" in (
+        log(exp_dir)
+    )
+    listed = [json.loads(line) for line in (exp_dir / "bad-cuts.jsonl").read_text().splitlines()]
+    assert [(one["id"], one["reason"]) for one in listed] == [
+        (cuts[number].id, "unreadable-features"), (cuts[number].id, "not-cached"),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="1 of 13 utterances are bad .1 unreadable-features."):
+        trained("other", *flags)
 
 
 # ---- filling

@@ -12,13 +12,16 @@ import pytest
 import torch
 from torch import nn
 
+from speechllm.cut_faults import Fault
 from speechllm.seeds import seed_everything
+from speechllm.training.bad_utterances import BadUtterances
 from speechllm.training.checkpoint import (
     TrainState,
     load_checkpoint,
     numbered_files,
     restore_state,
 )
+from speechllm.training.distributed import Ranks
 from speechllm.training.engine import Engine
 from speechllm.training.loop import Trainer, adjust_grad_scale, groups, validate
 from speechllm.training.preemption import EXIT_CODE
@@ -466,3 +469,21 @@ def test_validate_sums_over_all_batches_in_evaluation_mode():
     whole = batch_loss(model, {"x": torch.cat([batch["x"] for batch in batches])})
     for name, value in whole.items():
         assert totals.sums[name] == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_a_batch_of_bad_utterances_weighs_nothing(tmp_path):
+    def after_an_epoch(name, *more, **options):
+        batches = [batch for one in make_batches(1, 4) for batch in (one, *more)]
+        run(tmp_path / name, num_epochs=1, train_loader=lambda epoch: batches,
+            grad_accum=1 + len(more), **options)  # fmt: skip
+        return load_checkpoint(tmp_path / name / "epoch-1.pt")
+
+    silent = {**make_batches(7, 1)[0], "ids": [], "bad": [Fault("x", "not-finite", "x is broken")]}
+    bad = BadUtterances(tmp_path / "listing", 100, 0.05, Ranks())
+    without, with_it = after_an_epoch("a"), after_an_epoch("b", silent, bad=bad)
+    for name, value in without["model"].items():
+        torch.testing.assert_close(with_it["model"][name], value)
+    assert with_it["bad"] == {"not-finite": 4}
+    with pytest.raises(ValueError, match="4 of 100 utterances are bad .4 not-finite., more than"):
+        after_an_epoch("c", silent, bad=BadUtterances(tmp_path / "x", 100, 0.03, Ranks()))
+    assert not (tmp_path / "c" / "epoch-1.pt").exists()
