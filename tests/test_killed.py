@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from same_checkpoints import differences
 import train
 from speechllm import whole_file
 from speechllm.training import loop
-from speechllm.training.checkpoint import load_checkpoint
+from speechllm.training.checkpoint import load_checkpoint, numbered_files
+from speechllm.training.preemption import EXIT_CODE
 
 
 def free_port() -> int:
@@ -129,3 +131,29 @@ def test_going_on_with_another_number_of_ranks(argv, tmp_path, restore_logging):
     assert "This training had 2 ranks and has 1" in logs
     assert "epoch 1 goes on after 4 batches of each rank instead of 2" in logs
     assert (tmp_path / "x" / "epoch-1.pt").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_all_processes_of_a_job_are_told_to_stop(argv, tmp_path, restore_logging, number):
+    """Loader processes as well, as Slurm does it; nothing is lost and the code says so."""
+    fork, port = multiprocessing.get_context("fork"), free_port()
+    flags = argv("x", "--num-epochs", "500", "--log-interval", "1")
+    ranks = [fork.Process(target=process, args=(r, 2, port, flags, None)) for r in range(2)]
+    for one in ranks:
+        one.start()
+    log = tmp_path / "x" / "log"
+    for _ in range(600):
+        if "batch 2, loss" in "".join(path.read_text() for path in log.glob("*")):
+            break
+        time.sleep(0.1)
+    for one in ranks:
+        os.killpg(one.pid, number)
+    codes = []
+    for one in ranks:
+        one.join(60)
+        codes.append(one.exitcode)
+        one.kill()
+    assert codes == [EXIT_CODE] * 2
+    said = "".join(path.read_text() for path in log.glob("*"))
+    steps = max(numbered_files(tmp_path / "x", "checkpoint"))
+    assert f"Asked to stop after {steps} steps: all is saved" in said

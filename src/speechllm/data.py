@@ -18,12 +18,15 @@ ranks stay in step, and it must not count. `with_speech` leaves such batches out
 """
 
 import argparse
+import os
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_all_start_methods
 from pathlib import Path
+from threading import Thread
 
 import torch
 from lhotse import CutSet
@@ -384,7 +387,7 @@ def training_loader(
     return _data_loader(
         StreamedDataset(dataset, sampler, skip),
         num_workers,
-        worker_init_fn=make_worker_init_fn(rank, world_size, False),  # tells them their rank
+        init=make_worker_init_fn(rank, world_size, False),  # tells them their rank
     )
 
 
@@ -467,8 +470,10 @@ def _share_of_batches(batches: Iterable[CutSet], rank: int, world_size: int) -> 
     return sorted(batches, key=padded_seconds, reverse=True)[rank::world_size]
 
 
-def _data_loader(dataset, num_workers: int, **options) -> DataLoader:
-    """Torch's own generator is neither used nor moved.
+def _data_loader(
+    dataset, num_workers: int, init: Callable[[int], None] | None = None, **options
+) -> DataLoader:
+    """Torch's own generator is neither used nor moved; `init` gets the number of a new process.
 
     Each process has two batches ready (torch's default), in memory from which a GPU copies fastest.
     They start in the system's usual way also in a rank that was spawned: by itself it would spawn
@@ -482,5 +487,24 @@ def _data_loader(dataset, num_workers: int, **options) -> DataLoader:
         multiprocessing_context=usual if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=partial(_begin_process, init=init),
         **options,
     )
+
+
+def _begin_process(number: int, init: Callable[[int], None] | None) -> None:
+    """The end of a job is told to all of its processes: batches are made until the rank is through.
+
+    So only the process that began this one can end it by SIGTERM.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    Thread(target=_end_with_parent, daemon=True).start()
+    if init:
+        init(number)
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
