@@ -303,7 +303,7 @@ def gradients(batches, ranks):
     optimizer.register_step_pre_hook(
         lambda *_: found.update({name: p.grad.clone() for name, p in trained.items()})
     )
-    batches = [{"rows": rows} for rows in batches]
+    batches = [{"rows": rows, "ids": rows} for rows in batches]
     Trainer(
         engine=Engine(model, optimizer, ranks), schedule=None, batch_loss=batch_loss,
         count_tokens=count_tokens, train_loader=None, valid_loader=None, model_state=None,

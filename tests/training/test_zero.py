@@ -94,7 +94,8 @@ def train_steps(engine, grad_accum=1, steps=range(STEPS)):
     for step in steps:
         engine.optimizer.param_groups[0]["lr"] = 1e-3 * (1 + step % 2)
         rows = [[0, 1], [2, 3]][(engine.ranks.rank + step) % 2]
-        batches = [{"rows": rows}] if grad_accum == 1 else [{"rows": [b]} for b in rows]
+        groups = [rows] if grad_accum == 1 else [[b] for b in rows]
+        batches = [{"rows": group, "ids": group} for group in groups]
         tokens = int(engine.ranks.sum(torch.tensor(sum(map(count_tokens, batches)))))
         losses.append(trainer.step(batches, tokens).reduced(engine.ranks).means()["loss"])
     return losses
