@@ -5,9 +5,9 @@
       --manifest-dir data/fbank --exp-dir exp/asr_librispeech_zipformer_qwen2_1.5B
 
 Writes to `<exp-dir>/decode/`, for each set and way of decoding: recogs-, errs- and wer-summary-;
-guard- with the utterances to distrust; where an encoder has a CTC head and a BPE model, ctm- with
-the times of words; with --nbest, nbest-. A checkpoint by name, such as a published one:
-`--checkpoint epoch-10-avg-5.pt`.
+report-, a page to look at; guard- with the utterances to distrust; where an encoder has a CTC head
+and a BPE model, ctm- with the times of words; with --nbest, nbest-. A checkpoint by name, such as a
+published one: `--checkpoint epoch-10-avg-5.pt`.
 """
 
 import argparse

@@ -10,6 +10,7 @@ Words are aligned by kaldialign with costs 1, 1, 1. In the lists of errs-*.txt t
 comes first, and among equal counts the last word by code point.
 """
 
+import ast
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import kaldialign
 import numpy as np
@@ -25,6 +27,7 @@ from speechllm.errors import InputError
 from speechllm.whole_file import whole_file
 
 Result = tuple[str, list[str], list[str]]  # cut id, reference words, hypothesis words
+SIDES = ("ref", "hyp")  # of recogs-*.txt, a line each
 Words = tuple[str, ...]
 Pair = tuple[Words, Words]  # aligned reference and hypothesis; () where one has no word
 
@@ -58,6 +61,16 @@ def align(ref: Sequence[str], hyp: Sequence[str]) -> list[Pair]:
     return kaldialign.align([(word,) for word in ref], [(word,) for word in hyp], ())
 
 
+def error_counts(pairs: Counter[Pair]) -> ErrorCounts:
+    """The errors among aligned pairs of words."""
+    return ErrorCounts(
+        insertions=sum(n for (ref, _), n in pairs.items() if not ref),
+        deletions=sum(n for (_, hyp), n in pairs.items() if not hyp),
+        substitutions=sum(n for (ref, hyp), n in pairs.items() if ref and hyp and ref != hyp),
+        ref_words=sum(n for (ref, _), n in pairs.items() if ref),
+    )
+
+
 def recogs_text(results: Sequence[Result]) -> str:
     """The text of recogs-*.txt.
 
@@ -70,6 +83,32 @@ def recogs_text(results: Sequence[Result]) -> str:
     )
 
 
+def read_recogs(path: str | Path) -> list[Result]:
+    """The results in a recogs-*.txt.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      ValueError: it is no such file, with the line; or two results have one id.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    results = []
+    for number in range(0, len(lines), 2):
+        try:
+            (ref_id, ref), (hyp_id, hyp) = map(_read_words, lines[number : number + 2], SIDES)
+            if ref_id != hyp_id:
+                raise ValueError
+        except ValueError:
+            raise InputError(
+                f"{path} line {number + 1}: no `id:\tref=[words]` and `id:\thyp=[words]` "
+                "of one utterance, as in recogs-*.txt of decode.py"
+            ) from None
+        results.append((ref_id, ref, hyp))
+    return _sorted_by_id(results)
+
+
 def errs_text(results: Sequence[Result]) -> tuple[str, ErrorCounts]:
     """The text of errs-*.txt, and the counts of its first two lines.
 
@@ -78,7 +117,7 @@ def errs_text(results: Sequence[Result]) -> tuple[str, ErrorCounts]:
     """
     alignments = [(cut_id, align(ref, hyp)) for cut_id, ref, hyp in _sorted_by_id(results)]
     pairs = Counter(pair for _, alignment in alignments for pair in alignment)
-    counts = _error_counts(pairs)
+    counts = error_counts(pairs)
     lines = [
         *_header(counts, correct=sum(n for (ref, hyp), n in pairs.items() if ref == hyp)),
         "",
@@ -104,7 +143,7 @@ def summary_text(
     set_name: str, results: Sequence[Result], extra: Mapping[str, str | float] | None = None
 ) -> str:
     """The text of wer-summary-*.txt: the published line, then what a reader compares by."""
-    counts = _error_counts(Counter(pair for _, ref, hyp in results for pair in align(ref, hyp)))
+    counts = error_counts(Counter(pair for _, ref, hyp in results for pair in align(ref, hyp)))
     low, high = bootstrap_interval(results)
     lines = [
         "",
@@ -171,17 +210,85 @@ def bootstrap_interval(
     """
     if not results:
         return 0.0, 0.0
-    edits = [kaldialign.edit_distance(ref, hyp) for _, ref, hyp in sorted(results)]
-    per_utterance = np.array([(e["total"], e["ref_len"]) for e in edits])  # (N, 2)
-    rng = np.random.default_rng(seed)
-    # One sample at a time: memory stays at N, which is long enough to vectorise over.
-    draws = (rng.integers(len(results), size=len(results)) for _ in range(samples))
-    errors, words = np.array([per_utterance[draw].sum(axis=0) for draw in draws]).T
-    no_words = np.where(errors > 0, np.inf, 0.0)  # as ErrorCounts.wer
-    wers = np.where(words > 0, 100.0 * errors / np.maximum(words, 1), no_words)
+    errors, words = _drawn(_errors_and_words(sorted(results)), samples, seed).T
+    wers = _per_100(errors, words)
     # A quantile that is one of the samples: between a finite and an infinite WER lies nothing.
     low, high = np.quantile(wers, [0.025, 0.975], method="inverted_cdf")
     return float(low), float(high)
+
+
+class Difference(NamedTuple):
+    """Of two WERs, in percent, with its 95 % interval and the p-value of no difference."""
+
+    wer: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_bootstrap(
+    before: Sequence[Result], after: Sequence[Result], samples: int = 10000, seed: int = 0
+) -> Difference:
+    """How much higher the WER of `after` is than that of `before`, with the same utterances.
+
+    Each sample draws utterances as in `bootstrap_interval`, the same for both (Bisani & Ney 2004).
+    p is two-sided: twice the share of samples on the rarer side of 0, the data itself counted as
+    one more sample, so that it is never 0.
+
+    Raises:
+      ValueError: there is no utterance, or they are not the same.
+    """
+    check_same_references(before, after)
+    one, other = (_errors_and_words(sorted(results)) for results in (before, after))
+    more, words = other[:, 0] - one[:, 0], one[:, 1]
+    paired = np.stack([more, words], axis=1)
+    differences = _per_100(*_drawn(paired, samples, seed).T)
+    low, high = np.quantile(differences, [0.025, 0.975], method="inverted_cdf")
+    rarer = min((differences >= 0).sum(), (differences <= 0).sum())
+    wer = _per_100(more.sum(), words.sum())
+    return Difference(float(wer), float(low), float(high), min(1.0, 2 * (rarer + 1) / (samples + 1)))
+
+
+def check_same_references(before: Sequence[Result], after: Sequence[Result]) -> None:
+    """
+    Raises:
+      ValueError: there is no utterance, or one that is not in both or has two references.
+    """
+    if not before and not after:
+        raise InputError("there is no utterance to compare")
+    one, other = ({cut_id: list(ref) for cut_id, ref, _ in results} for results in (before, after))
+    for there, missing in ((one, other), (other, one)):
+        if alone := sorted(there.keys() - missing.keys()):
+            which = "first" if there is one else "second"
+            raise InputError(
+                f"the utterances differ: {len(alone)} are only in the {which}, such as {alone[0]}"
+            )
+    for cut_id in sorted(one):
+        if one[cut_id] != other[cut_id]:
+            raise InputError(
+                f"the references of {cut_id} differ: {' '.join(one[cut_id])!r} and "
+                f"{' '.join(other[cut_id])!r}; were they normalised alike?"
+            )
+
+
+def _errors_and_words(results: Sequence[Result]) -> np.ndarray:
+    """Of each utterance, (N, 2)."""
+    edits = [kaldialign.edit_distance(ref, hyp) for _, ref, hyp in results]
+    return np.array([(e["total"], e["ref_len"]) for e in edits])
+
+
+def _drawn(counts: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """Sums over N utterances drawn with replacement: (N, 2) -> (samples, 2)."""
+    rng = np.random.default_rng(seed)
+    # One sample at a time: memory stays at N, which is long enough to vectorise over.
+    draws = (rng.integers(len(counts), size=len(counts)) for _ in range(samples))
+    return np.array([counts[draw].sum(axis=0) for draw in draws])
+
+
+def _per_100(errors: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """As ErrorCounts.wer; also of differences, which may be negative."""
+    no_words = np.where(errors == 0, 0.0, np.copysign(np.inf, errors))
+    return np.where(words > 0, 100.0 * errors / np.maximum(words, 1), no_words)
 
 
 # ---- normalizers: off unless asked for; both reference and hypothesis must go through the same
@@ -248,13 +355,16 @@ def _sorted_by_id(results: Sequence[Result]) -> list[Result]:
     return sorted(results, key=lambda result: result[0])
 
 
-def _error_counts(pairs: Counter[Pair]) -> ErrorCounts:
-    return ErrorCounts(
-        insertions=sum(n for (ref, _), n in pairs.items() if not ref),
-        deletions=sum(n for (_, hyp), n in pairs.items() if not hyp),
-        substitutions=sum(n for (ref, hyp), n in pairs.items() if ref and hyp and ref != hyp),
-        ref_words=sum(n for (ref, _), n in pairs.items() if ref),
-    )
+def _read_words(line: bytes, kind: str) -> tuple[str, list[str]]:
+    """Id and words of `id:\tref=['a', 'b']`."""
+    cut_id, words = line.decode("utf-8").split(f":\t{kind}=", maxsplit=1)
+    try:
+        words = ast.literal_eval(words)
+    except (SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError from None
+    if type(words) is not list or not all(type(word) is str for word in words):
+        raise ValueError
+    return cut_id, words
 
 
 def _header(counts: ErrorCounts, correct: int) -> list[str]:

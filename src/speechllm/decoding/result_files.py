@@ -1,4 +1,4 @@
-"""The files that a decoding leaves: scores, doubts, n best, times of words."""
+"""The files that a decoding leaves: scores, a page of them, doubts, n best, times of words."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from lhotse.cut import Cut, MonoCut
 from speechllm.cut_faults import counted as reasons_text
 from speechllm.cut_faults import first_reasons
 from speechllm.decoding.recognizer import Recognition
+from speechllm.decoding.report import report_html
 from speechllm.decoding.test_set import Decoded, results
 from speechllm.decoding.word_times import ctm_lines
 from speechllm.scoring import ErrorCounts, score
@@ -30,7 +31,9 @@ def write_results(
 ) -> ErrorCounts:
     """What decode.py writes of a test set; `counted` goes into the summary.
 
-    Beside the files of `scoring.score`, where they have anything to say:
+    Beside the files of `scoring.score`:
+      report-<set>-<suffix>.html: all of it as a page to look at.
+    Where they have anything to say:
       guard-<set>-<suffix>.jsonl: utterances to distrust and why.
       nbest-<set>-<suffix>.jsonl: the best first, log-probabilities in nats.
       ctm-<set>-<suffix>.ctm: NIST CTM, times in the recording.
@@ -49,6 +52,8 @@ def write_results(
     ):
         path = Path(out_dir) / f"{kind}-{set_name}-{suffix}.{ending}"
         contents[path] = "".join(f"{line}\n" for line in lines).encode()
+    report = report_html(decoded, Path(out_dir), set_name, suffix, normalize)
+    contents[Path(out_dir) / f"report-{set_name}-{suffix}.html"] = report.encode()
     errors = score(results(decoded, texts, normalize), out_dir, set_name, suffix, extra)
     for path, content in contents.items():
         if content:
