@@ -61,6 +61,11 @@ def align(ref: Sequence[str], hyp: Sequence[str]) -> list[Pair]:
     return kaldialign.align([(word,) for word in ref], [(word,) for word in hyp], ())
 
 
+def aligned_pairs(results: Iterable[Result]) -> Counter[Pair]:
+    """How often a reference word was aligned to a hypothesis word, or either to a gap."""
+    return Counter(pair for _, ref, hyp in results for pair in align(ref, hyp))
+
+
 def error_counts(pairs: Counter[Pair]) -> ErrorCounts:
     """The errors among aligned pairs of words."""
     return ErrorCounts(
@@ -143,7 +148,7 @@ def summary_text(
     set_name: str, results: Sequence[Result], extra: Mapping[str, str | float] | None = None
 ) -> str:
     """The text of wer-summary-*.txt: the published line, then what a reader compares by."""
-    counts = error_counts(Counter(pair for _, ref, hyp in results for pair in align(ref, hyp)))
+    counts = error_counts(aligned_pairs(results))
     low, high = bootstrap_interval(results)
     lines = [
         "",
@@ -245,8 +250,8 @@ def paired_bootstrap(
     differences = _per_100(*_drawn(paired, samples, seed).T)
     low, high = np.quantile(differences, [0.025, 0.975], method="inverted_cdf")
     rarer = min((differences >= 0).sum(), (differences <= 0).sum())
-    wer = _per_100(more.sum(), words.sum())
-    return Difference(float(wer), float(low), float(high), min(1.0, 2 * (rarer + 1) / (samples + 1)))
+    wer, p = _per_100(more.sum(), words.sum()), min(1.0, 2 * (rarer + 1) / (samples + 1))
+    return Difference(float(wer), float(low), float(high), float(p))
 
 
 def check_same_references(before: Sequence[Result], after: Sequence[Result]) -> None:
@@ -409,5 +414,3 @@ def _per_word(pairs: Counter[Pair]) -> list[str]:
 
 def _number(value: str | float) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from speechllm.scoring import ErrorCounts
+
 
 def page(template: str, **values) -> str:
     """The HTML of a template of this folder, such as `report.html`."""
@@ -24,6 +26,11 @@ def signed(value: float) -> str:
     """`+1.86`, `−0.40` or `0.00`."""
     text = f"{value:+.2f}" if math.isfinite(value) else f"{value:+.0f}".replace("inf", "∞")
     return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "\N{MINUS SIGN}")
+
+
+def change(before: ErrorCounts, after: ErrorCounts) -> str:
+    """Of the WER, over the same words."""
+    return signed(after.wer - before.wer) if before.errors != after.errors else signed(0.0)
 
 
 def duration(seconds: float) -> str:
@@ -42,5 +49,9 @@ _templates = Environment(
     lstrip_blocks=True,
 )
 _templates.filters.update(
-    percent=percent, signed=signed, duration=duration, thousands="{:,}".format
+    percent=percent,
+    signed=signed,
+    change=change,
+    duration=duration,
+    thousands="{:,}".format,
 )
