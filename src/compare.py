@@ -146,6 +146,7 @@ def run(a_path: Path, b_path: Path, html: Path | None) -> None:
         left_out=len(changed[MOST:]),
         utterances=utterances,
     )
+    html.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(html) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"The page is {html}")

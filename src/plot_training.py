@@ -194,6 +194,7 @@ def run(exp_dirs: list[Path], out: Path) -> None:
         raise InputError(f"--out {out}: it is a page, *.html, or a picture, *.png")
     trainings = {str(exp_dir): read_curves(exp_dir) for exp_dir in exp_dirs}
     figure = plot(trainings)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as partial:
         if out.suffix == ".png":
             figure.savefig(partial, dpi=150)

@@ -99,7 +99,7 @@ def test_a_users_day(copies, run, test_cuts, n):
     assert names == {
         f"{kind}-tiny_test_all-{suffix}.{ending}"
         for kind, ending in {
-            "recogs": "txt", "errs": "txt", "wer-summary": "txt", "guard": "jsonl"
+            "recogs": "txt", "errs": "txt", "wer-summary": "txt", "report": "html", "guard": "jsonl"
         }.items()
     }  # fmt: skip
     guarded = (exp_dir / "decode" / f"guard-tiny_test_all-{suffix}.jsonl").read_text()

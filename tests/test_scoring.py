@@ -9,6 +9,7 @@ import kaldialign
 import pytest
 
 from speechllm import scoring
+from speechllm.errors import InputError
 from speechllm.scoring import NORMALIZERS, ErrorCounts
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
@@ -267,6 +268,104 @@ def test_bootstrap_interval_depends_on_seed_and_samples():
     assert scoring.bootstrap_interval(results) == first
     assert scoring.bootstrap_interval(results, seed=1) != first
     assert scoring.bootstrap_interval(results, samples=50) != first
+
+
+# ---- two decodings of one set
+
+
+def errors_at(wrong, n=200, words=5):
+    """N utterances, those in `wrong` with one error each."""
+    ref = ["a"] * words
+    return [(f"{i:04}", ref, ["b", *ref[1:]] if i in wrong else ref) for i in range(n)]
+
+
+def test_paired_bootstrap_knows_that_utterances_are_the_same():
+    """B has 10 errors less, in utterances where A has one: far less chance than of two sets."""
+    before, after = errors_at(range(100)), errors_at(range(10, 100))
+    difference = scoring.paired_bootstrap(before, after)
+    assert difference.wer == pytest.approx(-1.0)
+    deviation = 100 / 1000 * math.sqrt(200 * 0.05 * 0.95)  # of a binomial's 10 errors, in %
+    assert difference.low == pytest.approx(-1 - 1.96 * deviation, abs=0.1)
+    assert difference.high == pytest.approx(-1 + 1.96 * deviation, abs=0.1)
+    assert difference.p < 0.001
+    low, high = scoring.bootstrap_interval(after)
+    assert low < scoring.error_counts(scoring.aligned_pairs(before)).wer < high
+    turned = scoring.paired_bootstrap(after, before)
+    assert (turned.wer, turned.low, turned.p) == (1.0, -difference.high, difference.p)
+
+
+def test_paired_bootstrap_p_is_two_sided():
+    """10 utterances better and 10 worse: no difference; 10 and 3: a sign test gives 0.09."""
+    even = scoring.paired_bootstrap(errors_at(range(10)), errors_at(range(10, 20)))
+    assert even.wer == 0 and even.low < 0 < even.high and even.p > 0.9
+    some = scoring.paired_bootstrap(errors_at(range(10)), errors_at(range(10, 13)))
+    assert 0.02 < some.p < 0.1
+    same = scoring.paired_bootstrap(errors_at(range(10)), errors_at(range(10)))
+    assert same == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_paired_bootstrap_depends_on_seed_samples_and_not_on_the_order():
+    before, after = errors_at(range(10)), errors_at(range(8, 13))
+    first = scoring.paired_bootstrap(before, after)
+    assert scoring.paired_bootstrap(before[::-1], after) == first
+    assert scoring.paired_bootstrap(before, after, seed=1) != first
+    assert scoring.paired_bootstrap(before, after, samples=50) != first
+
+
+def test_paired_bootstrap_without_reference_words():
+    silent, invented = [result("", "")], [result("", "thank you")]
+    assert scoring.paired_bootstrap(silent, invented)[:3] == (math.inf, math.inf, math.inf)
+    assert scoring.paired_bootstrap(invented, silent)[:3] == (-math.inf, -math.inf, -math.inf)
+    assert scoring.paired_bootstrap(silent, silent) == (0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "before, after, sentence",
+    [
+        ([], [], "no utterance"),
+        (errors_at([], 5), errors_at([], 3), "2 are only in the first, such as 0003"),
+        (errors_at([], 3), errors_at([], 4), "1 are only in the second, such as 0003"),
+        ([result("a b", "a", "x")], [result("A b", "a", "x")], "references of x differ: 'a b' and"),
+    ],
+)
+def test_other_utterances_are_an_error(before, after, sentence):
+    with pytest.raises(InputError, match=sentence):
+        scoring.paired_bootstrap(before, after)
+
+
+def test_recogs_are_read_as_they_were_written(tmp_path):
+    odd = [result("it's \"x\" \\", "[ ] ref= \u00e9 \u2028x \x00", "a:\tid"), *TRICKY]
+    (tmp_path / "recogs.txt").write_bytes(scoring.recogs_text(odd).encode())
+    read = scoring.read_recogs(tmp_path / "recogs.txt")
+    assert read == sorted(odd, key=lambda one: one[0])
+    assert scoring.recogs_text(read) == scoring.recogs_text(odd)
+
+
+LINES = ["a:\tref=['x']", "a:\thyp=[]", "b:\tref=['x']", "b:\thyp=[]"]
+
+
+@pytest.mark.parametrize(
+    "number, line",
+    [
+        (1, "%WER = 3"), (1, ""), (1, "a:\tref=['x'"), (1, "a:\tref=[1]"), (1, "a:\tref='x'"),
+        (1, "a:\tref=[f()]"), (1, "a:\tref={[]: 1}"), (1, "a:\tref=" + "[" * 9999),
+        (1, "b:\tref=['x']"), (3, "a:\thyp=[]"), (3, None), (1, "a:\tref=['\udcff']"),
+    ],
+)  # fmt: skip
+def test_what_is_no_recogs_is_an_error_with_the_line(tmp_path, number, line):
+    lines = LINES[: number - 1] + [line] + LINES[number:] if line is not None else LINES[:number]
+    text = "".join(f"{line}\n" for line in lines)
+    (tmp_path / "x.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=f"x.txt line {number}: "):
+        scoring.read_recogs(tmp_path / "x.txt")
+
+
+def test_recogs_that_are_not_there_or_of_one_utterance_twice(tmp_path):
+    with pytest.raises(FileNotFoundError, match="x.txt is missing"):
+        scoring.read_recogs(tmp_path / "x.txt")
+    (tmp_path / "x.txt").write_text("\n".join(LINES[:2] * 2))
+    with pytest.raises(InputError, match="a has 2 results"):
+        scoring.read_recogs(tmp_path / "x.txt")
 
 
 # ---- the normalizers

@@ -5,6 +5,7 @@ import math
 
 import pytest
 from lhotse import load_manifest
+from parsed_html import parsed
 
 from speechllm.decoding.beam import Candidate
 from speechllm.decoding.draft import Hypothesis
@@ -64,6 +65,17 @@ def test_nothing_stays_of_an_earlier_decoding(cuts, tmp_path):
         assert (tmp_path / "guard-x-y.jsonl").exists() == bool(reasons)
 
 
+def test_a_page_to_look_at(cuts, tmp_path):
+    (tmp_path / "decode").mkdir()
+    write_results([Decoded(cuts[0], answer("xyzzy"))], tmp_path / "decode", "x", "y", "none", {})
+    page = parsed((tmp_path / "decode" / "report-x-y.html").read_text(encoding="utf-8"))
+    (article,) = page.all("article")
+    assert article.attrs["data-id"] == cuts[0].id and "xyzzy" in article.text
+    (play,) = article.all("a", "play")
+    assert (tmp_path / "decode" / play.attrs["href"]).resolve().is_file()
+
+
 def test_what_is_too_short_to_hear_is_in_no_other_file(cuts, tmp_path):
     write_results([Decoded(cuts[0], None)], tmp_path, "x", "y", "none", {})
-    assert {path.name.split("-")[0] for path in tmp_path.iterdir()} == {"recogs", "errs", "wer"}
+    kinds = {path.name.split("-")[0] for path in tmp_path.iterdir()}
+    assert kinds == {"recogs", "errs", "wer", "report"}
