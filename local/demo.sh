@@ -197,7 +197,8 @@ cat <<TXT
 
   The CTC weights are those that were best on ${name}_dev.
 $(sed -n '2,5s/^/  /p' "$exp/log/word_times.log" 2>/dev/null || true)
-  errs-*.txt shows every error, tensorboard --logdir $exp the trainings.
+  report-*.html shows every error; of a training, python src/plot_training.py $exp/llm_asr \\
+  --out training.html shows the curves.
 
 TXT
 log "done"

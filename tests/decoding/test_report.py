@@ -1,6 +1,7 @@
 """The page of a decoded test set: its numbers are those of scoring, whatever was said."""
 
 import math
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -81,9 +82,7 @@ def test_numbers_are_those_of_scoring(page):
     _, counts = scoring.errs_text(SCORED)
     low, high = scoring.bootstrap_interval(SCORED)
     found = facts(page)
-    assert found["WER"] == (
-        f"{percent(counts.wer)}95 % interval {percent(low)} to {percent(high)}"
-    )
+    assert found["WER"] == (f"{percent(counts.wer)}95 % interval {percent(low)} to {percent(high)}")
     assert found["Word errors"] == "5 of 112 substituted, 2 deleted, 1 inserted"
     assert found["Utterances with errors"] == "4 of 517.6 s of audio"
     assert found["CER"] == percent(scoring.character_error_counts(SCORED).wer)
@@ -252,6 +251,13 @@ def test_the_same_twice():
     assert report_html(SET[::-1], Path("out"), "a_set", "greedy", "none") == once
 
 
+def test_speakers_are_texts_or_numbers_one_or_several():
+    several = decoded("u2", "a", "a", speaker="bob")
+    several.cut.supervisions.append(cut("x", "b", speaker="ann").supervisions[0])
+    page = report([decoded("u1", "a", "a", speaker=7), several])
+    assert [row[0] for row in table(page, "By speaker")[1:]] == ["7", "ann, bob"]
+
+
 def test_sets_without_speakers_ctc_words_or_anything():
     page = report([decoded("u", "", "a", speaker=None)])
     assert facts(page)["WER"].startswith("∞ %")
@@ -308,6 +314,16 @@ def test_any_file_name_is_a_path(tiny_corpus, tmp_path, name):
     one.recording = Recording.from_file(path, recording_id=one.recording.id)
     address = audio_link(one, tmp_path)
     assert not re.search(r'[:#" ]', address) and unquote(address) == name
+
+
+def test_a_file_name_that_is_no_utf8(tiny_corpus, tmp_path):
+    one = next(iter(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz")))
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.wav")
+    Path(path).write_bytes(Path(one.recording.sources[0].source).read_bytes())
+    one.recording.sources[0].source = path
+    assert audio_link(one, tmp_path) == "%FF.wav"
+    one.recording.sources[0].source = "\ud800.wav"  # can be no file's name
+    assert audio_link(one, tmp_path) is None
 
 
 def test_what_cannot_be_played_has_no_link(tiny_corpus, tmp_path):

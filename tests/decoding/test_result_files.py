@@ -7,6 +7,7 @@ import pytest
 from lhotse import load_manifest
 from parsed_html import parsed
 
+from speechllm.decoding import result_files
 from speechllm.decoding.beam import Candidate
 from speechllm.decoding.draft import Hypothesis
 from speechllm.decoding.recognizer import Recognition
@@ -73,6 +74,24 @@ def test_a_page_to_look_at(cuts, tmp_path):
     assert article.attrs["data-id"] == cuts[0].id and "xyzzy" in article.text
     (play,) = article.all("a", "play")
     assert (tmp_path / "decode" / play.attrs["href"]).resolve().is_file()
+
+
+def test_a_report_that_fails_takes_no_results_with_it(cuts, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(result_files, "report_html", fail)
+    with pytest.raises(RuntimeError):
+        write_results([Decoded(cuts[0], answer())], tmp_path, "x", "y", "none", {})
+    assert {path.name.split("-")[0] for path in tmp_path.iterdir()} == {
+        "recogs", "errs", "wer", "ctm",
+    }  # fmt: skip
+
+
+def test_half_a_character_of_a_manifest_is_a_question_mark(cuts, tmp_path):
+    cuts[0].supervisions[0].speaker = "\ud800x"
+    write_results([Decoded(cuts[0], answer())], tmp_path, "x", "y", "none", {})
+    assert "?x" in (tmp_path / "report-x-y.html").read_text(encoding="utf-8")
 
 
 def test_what_is_too_short_to_hear_is_in_no_other_file(cuts, tmp_path):

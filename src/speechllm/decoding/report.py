@@ -114,7 +114,7 @@ def read_utterance(one: Decoded, result: Result, ctc: list[str] | None, out_dir:
         result=result,
         counts=error_counts(Counter(pairs)),
         seconds=one.cut.duration,
-        speaker=", ".join(sorted({s.speaker for s in one.cut.supervisions if s.speaker})),
+        speaker=", ".join(sorted({str(s.speaker) for s in one.cut.supervisions if s.speaker})),
         marks=marks(pairs, answer.words if answer else None),
         ctc_marks=None if ctc is None or ctc == hyp else marks(align(ref, ctc)),
         reasons=answer.reasons if answer else [],
@@ -140,7 +140,7 @@ def audio_link(cut: Cut, out_dir: Path) -> str | None:
     sources = cut.recording.sources
     if len(sources) != 1 or sources[0].type != "file" or not Path(sources[0].source).is_file():
         return None
-    path = quote(os.path.relpath(sources[0].source, out_dir))
+    path = quote(os.fsencode(os.path.relpath(sources[0].source, out_dir)))
     whole = cut.start == 0 and cut.duration == cut.recording.duration
     return path if whole else f"{path}#t={cut.start:.3f},{cut.end:.3f}"
 

@@ -52,8 +52,6 @@ def write_results(
     ):
         path = Path(out_dir) / f"{kind}-{set_name}-{suffix}.{ending}"
         contents[path] = "".join(f"{line}\n" for line in lines).encode()
-    report = report_html(decoded, Path(out_dir), set_name, suffix, normalize)
-    contents[Path(out_dir) / f"report-{set_name}-{suffix}.html"] = report.encode()
     errors = score(results(decoded, texts, normalize), out_dir, set_name, suffix, extra)
     for path, content in contents.items():
         if content:
@@ -61,6 +59,9 @@ def write_results(
                 partial.write_bytes(content)
         else:
             path.unlink(missing_ok=True)  # of an earlier decoding
+    report = report_html(decoded, Path(out_dir), set_name, suffix, normalize)
+    with whole_file(Path(out_dir) / f"report-{set_name}-{suffix}.html") as partial:
+        partial.write_text(report, encoding="utf-8", errors="replace")
     return errors
 
 

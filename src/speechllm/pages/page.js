@@ -56,14 +56,17 @@ function order() {
   list.append(...[...articles].sort(compare));
 }
 
+let playing; // the link of what the player has
+
 function play(link) {
-  const again = audio.dataset.of === link.href;
-  if (again && !audio.paused) return audio.pause();
+  if (link === playing && !audio.paused) return audio.pause();
+  playing = link;
   audio.src = link.href;
-  audio.dataset.of = link.href;
   audio.hidden = false;
-  audio.play().catch(() => (link.textContent = "cannot be played here"));
+  audio.play().catch(() => {}); // what is wrong is told to the listener below
 }
+
+audio.addEventListener("error", () => (playing.textContent = "cannot be played here"));
 
 document.addEventListener("click", (event) => {
   const find = event.target.closest(".find");
