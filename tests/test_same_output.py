@@ -167,7 +167,7 @@ def one_process(written):
 
 def test_all_files_are_compared(one_process):
     kinds = {name.partition("-")[0]: text for name, text in one_process.items()}
-    assert kinds.keys() == {"recogs", "errs", "wer", "guard", "nbest", "ctm"}
+    assert kinds.keys() == {"recogs", "errs", "wer", "report", "guard", "nbest", "ctm"}
     assert all(text.count("\n") >= 5 for text in kinds.values())
     assert "LLM passes per utterance" in kinds["wer"] and "RTFx" not in kinds["wer"]
 

@@ -158,7 +158,7 @@ def test_every_utterance_with_its_alignment(page):
     ]
     assert marks("u5") == ("seven", ["seven"], [])
     assert [found[i].attrs["data-errors"] for i in ("u1", "u2", "u3")] == ["0", "1", "2"]
-    assert found["u3"].attrs["data-doubt"] == "0.375" and "data-doubt" not in found["u5"].attrs
+    assert found["u3"].attrs["data-doubt"] in ("0.37", "0.38") and "data-doubt" not in found["u5"].attrs
     assert "2 of 4" in found["u3"].text and "11.0 s" in found["u3"].text
 
 
@@ -255,13 +255,13 @@ def test_speakers_are_texts_or_numbers_one_or_several():
     several = decoded("u2", "a", "a", speaker="bob")
     several.cut.supervisions.append(cut("x", "b", speaker="ann").supervisions[0])
     page = report([decoded("u1", "a", "a", speaker=7), several])
-    assert [row[0] for row in table(page, "By speaker")[1:]] == ["7", "ann, bob"]
+    assert [row[0] for row in table(page, "By speaker")[1:]] == ["ann, bob", "7"]
 
 
 def test_sets_without_speakers_ctc_words_or_anything():
     page = report([decoded("u", "", "a", speaker=None)])
     assert facts(page)["WER"].startswith("∞ %")
-    assert "WER of CTC alone" not in facts(page)
+    assert not {"WER of CTC alone", "Flagged by the guard", "Too short to hear"} & set(facts(page))
     assert "By speaker" not in [h.text for h in page.all("h2")]
     assert facts(report([]))["WER"].startswith("0.00 %")
 
