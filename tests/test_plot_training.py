@@ -80,7 +80,7 @@ def test_what_is_drawn(exp):
 
 def test_several_trainings_are_told_apart(exp):
     curves = read_curves(exp)
-    names = ["_one", "$two^", "three"]
+    names = ["_one", "$two$", "three"]
     three = {**dict.fromkeys(names[:2], curves), "three": {"grad_norm": [(1, 2.0)]}}
     figure = plot(three)
     drawn = panels(figure)
@@ -91,7 +91,7 @@ def test_several_trainings_are_told_apart(exp):
         "three"
     ]
     assert "_one valid" in [text.get_text() for text in drawn["loss"].get_legend().get_texts()]
-    assert "$two^" in plot_training.svg(figure)
+    assert "$two$" in plot_training.svg(figure)
 
 
 def test_table(exp):
