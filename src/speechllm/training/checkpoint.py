@@ -30,6 +30,9 @@ class TrainState:
     best_valid_loss: float = float("inf")
     best_valid_epoch: int = -1
     batches_in_epoch: int = 0  # that each rank has trained on; 0 when the epoch is done
+    skipped_steps: int = 0  # in all (see bad_steps.py)
+    recently_skipped: float = 0.0  # falls slowly with good steps
+    skipped_since: int = 0  # batch_idx_train when it last was 0
 
     @property
     def next_epoch(self) -> int:

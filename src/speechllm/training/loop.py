@@ -13,6 +13,16 @@ from torch import Tensor, nn
 from speechllm.errors import InputError
 from speechllm.progress import ProgressBar
 from speechllm.seeds import seed_everything
+from speechllm.training.bad_steps import (
+    GRADIENTS,
+    beyond_float16,
+    count_made,
+    count_skipped,
+    describe,
+    diagnosis,
+    fault,
+    outcome,
+)
 from speechllm.training.bad_utterances import BadUtterances
 from speechllm.training.checkpoint import (
     TrainState,
@@ -55,6 +65,7 @@ class Trainer:
       save_every_n: steps between checkpoints within an epoch; 0: none.
       save_every_minutes: minutes since the last one, likewise.
       keep_last_k: how many of these checkpoints are kept.
+      max_skipped_steps: more, beyond one in a hundred, end the training (see bad_steps.py).
       bad: counts what the loader left out; batches without `ids` weigh nothing.
     """
 
@@ -78,6 +89,7 @@ class Trainer:
     save_every_n: int = 0
     save_every_minutes: float = 0.0
     keep_last_k: int = 5
+    max_skipped_steps: int = 20
     tensorboard: bool = True
     bad: BadUtterances | None = None
 
@@ -87,9 +99,10 @@ class Trainer:
         Raises:
           Preempted: this process or another rank's was asked to stop; a checkpoint is written.
           RuntimeError: the gradient scale of fp16 fell below 1e-5.
+          ValueError: too many steps were skipped; a checkpoint is written.
         """
         state, ranks = self.state, self.engine.ranks
-        self.epoch_sums, self.recent = Metrics(), Metrics()
+        self.epoch_sums, self.recent, self.last = Metrics(), Metrics(), ""
         if state.batches_in_epoch:
             self.epoch_sums, self.recent = map(Metrics.of_table, self.sums[ranks.rank])
         elif state.epoch and ranks.is_main:
@@ -115,7 +128,10 @@ class Trainer:
         self.schedule.step_epoch(epoch - 1)
         self.board.add("train/", {"epoch": epoch}, state.batch_idx_train)
         self._train_epoch()
-        train_loss = self.epoch_sums.reduced(self.engine.ranks).means()["loss"]
+        sums = self.epoch_sums.reduced(self.engine.ranks)
+        if not sums.sums:
+            raise InputError(f"epoch {epoch}: all of its steps were skipped, the last: {self.last}")
+        train_loss = sums.means()["loss"]
         if train_loss < state.best_train_loss:
             state.best_train_loss, state.best_train_epoch = train_loss, epoch
         valid_loss = self._validate()
@@ -158,15 +174,18 @@ class Trainer:
                 self.bad.note(batch)
             state.batch_idx_train += 1
             state.batches_in_epoch += len(batches)
-            self.epoch_sums = self.epoch_sums + metrics
-            self.recent = self.recent.decayed(1 - 1 / RESET_INTERVAL) + metrics
-            adjust_grad_scale(self.engine.scaler, batch_idx)
+            if metrics:
+                self.epoch_sums = self.epoch_sums + metrics
+                self.recent = self.recent.decayed(1 - 1 / RESET_INTERVAL) + metrics
+                adjust_grad_scale(self.engine.scaler, batch_idx)
+            elif state.recently_skipped > self.max_skipped_steps:
+                self._give_up()
 
             seconds = sum(float(batch["seconds"]) for batch in batches) * ranks.world_size
             audio_seconds += seconds
             progress.advance(seconds)
             speed = (audio_seconds - before) / (time.monotonic() - start)
-            if batch_idx % self.log_interval == 0:
+            if metrics and batch_idx % self.log_interval == 0:
                 self._log_batch(batch_idx, batches, metrics, speed)
                 progress.show(loss=self.recent.means()["loss"])
             if stop:
@@ -179,11 +198,12 @@ class Trainer:
                 f"epoch {state.epoch} had no batch: "
                 "--max-duration, --drop-last or the cuts leave none"
             )
-        if metrics is not None and batch_idx % self.log_interval:
+        if metrics and batch_idx % self.log_interval:
             self._log_batch(batch_idx, batches, metrics, speed)
+        skipped = f", {state.skipped_steps} steps skipped so far" if state.skipped_steps else ""
         logging.info(
             f"Epoch {state.epoch}: {batch_idx + 1} batches with {audio_seconds:.0f} of "
-            f"{self.epoch_seconds:.0f} s of audio"
+            f"{self.epoch_seconds:.0f} s of audio{skipped}"
         )
 
     def _agree(self, batches: list[dict]) -> tuple[int, bool, bool]:
@@ -198,8 +218,33 @@ class Trainer:
     def _tokens(self, batch: dict) -> int:
         return self.count_tokens(batch) if batch["ids"] else 0
 
-    def step(self, batches: list[dict], tokens: int) -> Metrics:
-        """One optimizer step on the mean loss over all `tokens` of these batches and all ranks'."""
+    def step(self, batches: list[dict], tokens: int) -> Metrics | None:
+        """One optimizer step on the mean loss over all `tokens` of these batches and all ranks'.
+
+        Returns:
+          This rank's sums; None if all ranks skipped the step.
+        Raises:
+          ValueError: float16 cannot hold what the model computes.
+        """
+        metrics = self.try_gradients(batches, tokens)
+        if metrics is None:
+            self.engine.recover()
+        outcomes = self.engine.ranks.gather(outcome(metrics, self.engine))
+        reason = fault(outcomes)
+        if not reason and self.engine.step():
+            count_made(self.state)
+            return metrics
+        self._skip(reason, outcomes, batches)
+        return None
+
+    def try_gradients(self, batches: list[dict], tokens: int) -> Metrics | None:
+        """This rank's sums; None if it ran out of memory, and nothing of the batches is kept."""
+        try:
+            return self._gradients(batches, tokens)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _gradients(self, batches: list[dict], tokens: int) -> Metrics:
         engine, ranks = self.engine, self.engine.ranks
         metrics = Metrics()
         for i, batch in enumerate(batches, start=1):
@@ -212,8 +257,28 @@ class Trainer:
             sums = {name: value.detach() * bool(batch["ids"]) for name, value in sums.items()}
             count = torch.tensor(self._tokens(batch))
             metrics = metrics + Metrics({**sums, "tokens": count})
-        engine.step()
         return metrics
+
+    def _skip(self, reason: str, outcomes: Tensor, batches: list[dict]) -> None:
+        """All ranks leave parameters and optimizer as they are; DeepSpeed did without a reason."""
+        state, engine = self.state, self.engine
+        if sentence := beyond_float16(reason, state, engine.dtype):
+            raise InputError(sentence)
+        self.last = describe(reason or GRADIENTS, outcomes, batches, engine.module)
+        if reason:
+            engine.skip_step()
+        count_skipped(state)
+        logging.warning(
+            f"Epoch {state.epoch}, step {state.batch_idx_train} skipped, the "
+            f"{state.skipped_steps}. of this training: {self.last}"
+        )
+
+    def _give_up(self) -> None:
+        """End a training whose steps are skipped; what it learnt before is saved."""
+        self._save_checkpoint()
+        raise InputError(
+            diagnosis(self.state, self.last, self.max_skipped_steps, self.engine.dtype)
+        )
 
     def _validate(self) -> float:
         batches = self.valid_loader()

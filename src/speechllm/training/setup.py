@@ -100,6 +100,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--use-bf16", type=str2bool, default=False, help="autocast to bfloat16; wins over fp16")
     add("--inf-check", type=str2bool, default=False,
         help="stop at the first module whose output is not finite, by name")  # fmt: skip
+    add("--max-skipped-steps", type=int, default=20,
+        help="more, beyond one in a hundred, end the training: steps without finite loss and "
+             "gradients, or without memory for the batch")  # fmt: skip
     add("--tensorboard", type=str2bool, default=True, help="write tensorboard files")
     add("--log-interval", type=int, default=50, help="steps between log lines")
     add("--valid-interval", type=int, default=5000, help="steps between validations")
@@ -172,7 +175,7 @@ def check_training(args) -> Path | None:
     ):  # fmt: skip
         if getattr(args, name) < 1:
             raise InputError(f"{_flag(name)} {getattr(args, name)} must be at least 1")
-    for name in ("save_every_n", "save_every_minutes"):
+    for name in ("save_every_n", "save_every_minutes", "max_skipped_steps"):
         if getattr(args, name) < 0:
             raise InputError(f"{_flag(name)} {getattr(args, name):g} must be at least 0")
     if args.max_duration <= 0:
@@ -575,6 +578,7 @@ def fit(
         save_every_n=args.save_every_n,
         save_every_minutes=args.save_every_minutes,
         keep_last_k=args.keep_last_k,
+        max_skipped_steps=args.max_skipped_steps,
         tensorboard=args.tensorboard,
         bad=bad,
     ).run()

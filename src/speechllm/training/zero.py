@@ -144,8 +144,28 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> None:
+    def recover(self) -> None:
+        """
+        Raises:
+          ValueError: always; each pass is full of what all ranks do together.
+        """
+        raise InputError(
+            f"rank {self.ranks.rank} is out of memory, and with --deepspeed no batch can be left "
+            "out: use a lower --max-duration, --activation-checkpointing true or a higher stage"
+        )
+
+    def gradients_finite(self) -> Tensor:
+        """Said by `step` instead, where DeepSpeed looks at its parts."""
+        return torch.tensor(True)
+
+    def step(self) -> bool:
+        """Where they were not finite on some rank, DeepSpeed forgets them on all."""
         self.model.step()
+        return not self.model.optimizer.overflow
+
+    def skip_step(self) -> None:
+        """Gradients of a loss that is not finite are not either."""
+        self.step()
 
     def value(self, parameter: Tensor) -> Tensor:
         """All ranks take part, and only the one that saves it keeps it: elsewhere it is empty."""
