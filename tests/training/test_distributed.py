@@ -6,6 +6,7 @@ import is imported where it is used.
 
 import argparse
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+from speechllm.errors import InputError
 from speechllm.training import distributed
 from speechllm.training.distributed import InStep, Ranks, is_first_process, launch
 
@@ -348,16 +350,80 @@ def test_a_sentence_stays_a_sentence(port):
         launch(rank_fails, Path("x.pt"), 2, port)
 
 
-def test_a_fault_keeps_its_traceback(monkeypatch):
-    class Context:
-        processes = ()
+def rank_dies(ranks, how):
+    """Rank 1 in this way; rank 0 waits for it, or is busy and will not be ended by SIGTERM."""
+    if ranks.rank == 1:
+        time.sleep(0.2)  # the other one waits by now
+        DEATHS[how]()
+    elif how == "busy":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ranks.barrier()
+        time.sleep(300)
+    ranks.barrier()
 
-        def join(self):
-            raise mp.ProcessRaisedException("a page of traceback", 1, 4711)
 
-    monkeypatch.setattr(mp, "spawn", lambda *args, **options: Context())
-    with pytest.raises(mp.ProcessRaisedException, match="a page of traceback"):
-        launch(print, None, 2, 12354)
+def divide():
+    return 1 / 0
+
+
+def die_after_barrier():
+    distributed.dist.barrier()
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+DEATHS = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "busy": die_after_barrier,
+    "crashed": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "exit": lambda: sys.exit(3),
+    "fault": divide,
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("killed", InputError, r"^rank 1 \(process \d+\) was killed by SIGKILL: perhaps the machine "
+         "ran out of memory$"),
+        ("busy", InputError, r"^rank 1 \(process \d+\) was killed by SIGKILL"),
+        ("crashed", InputError, r"^rank 1 \(process \d+\) was killed by SIGSEGV$"),
+        ("exit", InputError, r"^rank 1 \(process \d+\) ended with exit code 3$"),
+        ("fault", mp.ProcessRaisedException, r"(?s)^rank 1 \(process \d+\) failed:\nTraceback.*"
+         "in divide.*ZeroDivisionError"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_dies_ends_all_and_is_named(port, how, error, message):
+    def fail(*_):
+        raise TimeoutError("the others were left waiting")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(100)
+    try:
+        with pytest.raises(error, match=message):
+            launch(rank_dies, how, 2, port)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert not mp.active_children()
+
+
+class Ended:
+    """A process that has."""
+
+    def __init__(self, exitcode):
+        self.exitcode, (self.sentinel, self.other) = exitcode, os.pipe()
+        os.close(self.other)
+
+    def join(self):
+        os.close(self.sentinel)
+
+
+@pytest.mark.parametrize(
+    ("codes", "first"), [([0, 0], None), ([0, 3], 1), ([1, -9, 1], 1), ([75, 75, 1], 2)]
+)
+def test_of_several_one_that_was_killed_was_the_first(codes, first):
+    assert distributed._first_to_fail([Ended(code) for code in codes]) == first
 
 
 def test_a_port_in_use_is_named(monkeypatch):
@@ -374,12 +440,14 @@ def test_a_port_in_use_is_named(monkeypatch):
 # Other ways to start and to end
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, {src!r})
 import torch
 from speechllm.training.distributed import launch
 
 def run(ranks, args):
+    if args == "die" and ranks.rank == 1:
+        os.kill(os.getpid(), 9)
     if args == "wait":
         ranks.barrier()
         if ranks.is_main:
@@ -407,6 +475,18 @@ def test_torchrun_decides_how_many(tmp_path, port):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0 of 2: 3.0", "rank 1 of 2: 3.0"]
+
+
+def test_torchrun_ends_all_when_a_rank_is_killed(tmp_path, port):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--master-port", str(port), write_script(tmp_path, 2, 12354), "die",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, start_new_session=True
+    )
+    assert done.returncode != 0
+    assert re.search(r"(?s)rank *: 1.*Signal 9 \(SIGKILL\)", done.stderr), done.stderr
 
 
 def test_interrupting_the_first_process_ends_all(tmp_path, port):

@@ -78,7 +78,10 @@ def batch_loss_of(chat):
         rows = batch["rows"]
         used = [USED[b] for b in rows]
         ids, labels = training_ids(chat, [TRANSCRIPTS[b] for b in rows], [len(u) for u in used])
-        return model(features[rows], lens[rows], ids, labels, used)
+        if batch.get("fault") == "out of memory":
+            raise torch.OutOfMemoryError
+        factor = float(batch.get("fault", "1"))
+        return model(factor * features[rows], lens[rows], ids, labels, used)
 
     return batch_loss
 
@@ -99,6 +102,25 @@ def train_steps(engine, grad_accum=1, steps=range(STEPS)):
         tokens = int(engine.ranks.sum(torch.tensor(sum(map(count_tokens, batches)))))
         losses.append(trainer.step(batches, tokens).reduced(engine.ranks).means()["loss"])
     return losses
+
+
+def unlucky_steps(engine, fault):
+    """Of rank 1 the second batch has a fault; the steps that were skipped."""
+    trainer = Trainer(
+        engine=engine, schedule=None, batch_loss=batch_loss_of(engine.module.chat),
+        count_tokens=count_tokens, train_loader=None, valid_loader=None, model_state=None,
+        exp_dir=None, num_epochs=1, epoch_seconds=1.0,
+    )  # fmt: skip
+    skipped = []
+    for step in range(STEPS):
+        rows = [0, 1] if engine.ranks.is_main else [2, 3]
+        batch = {"rows": rows, "ids": [str(b) for b in rows], "seconds": 1.0}
+        batch["features"] = torch.zeros(0)
+        if step == 1 and not engine.ranks.is_main:
+            batch["fault"] = fault
+        if trainer.step([batch], count_tokens({"rows": range(4)})) is None:
+            skipped.append(step)
+    return skipped
 
 
 def validate(engine):
@@ -143,6 +165,10 @@ def rank_trainings(ranks, args):
         before = args.exp_dir / f"until-{start}.pt" if start else None
         name = f"until-{steps}" if stage != 1 else "until-6-again"
         run(name, stage, 1, False, start=before, steps=range(start, steps))
+    for stage in (None, 1, 2, 3):
+        engine = make_engine(ranks, stage)
+        results[f"skipped-{stage}"] = unlucky_steps(engine, "nan")
+        save(engine, args.exp_dir / f"unlucky-{stage}.pt")
     for stage in (None, 2, 3):  # last: DeepSpeed keeps for all later engines that there is autocast
         run(f"bf16-{stage}", stage, 2, False, dtype=torch.bfloat16)
     torch.save(results, args.exp_dir / f"rank-{ranks.rank}.pt")
@@ -216,6 +242,29 @@ def test_checkpoints_are_averaged_and_loaded(trained, tmp_path):
     model = speech_llm(use_lora=False, frozen=(True, False))
     assert load_trainable_state(model, average) == []
     assert_alike(trainable_state(model), average, 0)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_that_is_not_finite_is_skipped_as_by_ddp(trained, stage):
+    folder, *ranks = trained
+    for results in ranks:
+        assert results[f"skipped-{stage}"] == results["skipped-None"] == [1]
+    assert_alike(
+        load_checkpoint(folder / f"unlucky-{stage}.pt"),
+        load_checkpoint(folder / "unlucky-None.pt"),
+        1e-5,
+    )
+
+
+def rank_out_of_memory(ranks, args):
+    unlucky_steps(make_engine(ranks, 2), "out of memory")
+
+
+@needs_deepspeed
+def test_out_of_memory_ends_a_divided_training():
+    with pytest.raises(InputError, match="rank 1 is out of memory, and with --deepspeed no batch"):
+        launch(rank_out_of_memory, None, 2, free_port())
 
 
 # A user's day

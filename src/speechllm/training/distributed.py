@@ -2,9 +2,13 @@
 
 import logging
 import os
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -15,6 +19,10 @@ from torch.utils.data import DataLoader
 
 from speechllm.errors import InputError
 from speechllm.training.preemption import EXIT_CODE, Preempted, passing_on
+
+GRACE = 3.0  # seconds in which processes may end by themselves when one of them did not end well
+SAVING = 30.0  # seconds for the end of those that were all asked to stop
+LONGEST = 10_000  # characters of a traceback: a pipe must take those of all processes
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,8 @@ def launch(run: Callable, args, world_size: int, master_port: int) -> None:
 
     Raises:
       ValueError: there are GPUs, but fewer than processes; the port is taken; or `run` raised a
-        ValueError or FileNotFoundError in one of several processes.
+        ValueError or FileNotFoundError in one of several processes, or one was killed.
+      ProcessRaisedException: another error in one of several processes, with its traceback.
       Preempted: `run` did, in all processes.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -131,35 +140,86 @@ def launch(run: Callable, args, world_size: int, master_port: int) -> None:
 
 def _spawn(run: Callable, args, world_size: int, master_port: int) -> None:
     """`world_size` processes; what is wrong with the input is told in a sentence, as by one."""
-    sentences = mp.get_context("spawn").SimpleQueue()
+    last_words = mp.get_context("spawn").SimpleQueue()
     context = mp.spawn(
         _start_spawned,
-        args=(run, args, world_size, master_port, sentences),
+        args=(run, args, world_size, master_port, last_words),
         nprocs=world_size,
         join=False,
     )
+    first = None
     try:
         with passing_on(context.processes):
-            while not context.join():
-                pass
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        if getattr(error, "exit_code", None) == EXIT_CODE:
-            raise Preempted from None
-        if sentences.empty():
-            raise
-        raise InputError(sentences.get()) from None
+            first = _first_to_fail(context.processes)
+            if first is not None and context.processes[first].exitcode == EXIT_CODE:
+                _wait(context.processes, SAVING)
     finally:  # no process outlives this one, not even after Ctrl-C
         for process in context.processes:
             process.terminate()
+        _wait(context.processes, GRACE)
+        for process in context.processes:  # SIGTERM may only have asked it to stop
+            process.kill()
+        _wait(context.processes, GRACE)
+    if first is not None:
+        raise _cause(first, context.processes[first], last_words)
+
+
+def _first_to_fail(processes: list) -> int | None:
+    """The rank of the first process to end badly, None when all have ended well.
+
+    Of several at once it is one that was killed: then the others only lost their connection.
+    """
+    alive = {process.sentinel: process for process in processes}
+    while alive:
+        for sentinel in wait(list(alive)):
+            alive.pop(sentinel).join()
+        if failed := [rank for rank, process in enumerate(processes) if process.exitcode]:
+            return min(failed, key=lambda rank: processes[rank].exitcode)
+    return None
+
+
+def _wait(processes: list, seconds: float) -> None:
+    """Until all have ended, but no longer than so."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+
+
+def _cause(rank: int, process, last_words) -> BaseException:
+    """Why this one ended badly; what was said first is not what the others said of its end."""
+    code = process.exitcode
+    if code == EXIT_CODE:
+        return Preempted()
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = ": perhaps the machine ran out of memory" if name == "SIGKILL" else ""
+        return InputError(f"rank {rank} (process {process.pid}) was killed by {name}{hint}")
+    if last_words.empty():
+        return InputError(f"rank {rank} (process {process.pid}) ended with exit code {code}")
+    rank, pid, sentence, fault = last_words.get()
+    if not fault:
+        return InputError(sentence)
+    return mp.ProcessRaisedException(f"rank {rank} (process {pid}) failed:\n{fault}", rank, pid)
 
 
 def _start_spawned(
-    rank: int, run: Callable, args, world_size: int, master_port: int, sentences
+    rank: int, run: Callable, args, world_size: int, master_port: int, last_words
 ) -> None:
+    def say(sentence: str, fault: str = "") -> None:
+        last_words.put((rank, os.getpid(), sentence, fault[-LONGEST:]))
+
     try:
         _start(rank, run, args, world_size, master_port)
+    except Preempted:
+        raise
     except (FileNotFoundError, InputError) as error:
-        sentences.put(str(error))
+        say(str(error))
+        sys.exit(1)
+    except SystemExit as error:  # now, before the others notice that this one is gone
+        say(f"rank {rank} (process {os.getpid()}) ended with exit code {error.code}")
+        raise
+    except Exception:
+        say("", traceback.format_exc())
         sys.exit(1)
 
 
