@@ -134,6 +134,16 @@ def plain(reached):
     return sorted(batch[1:] for batch in batches(reached))
 
 
+def logged(words):
+    """Whether the last training said so."""
+
+    def found(reached):
+        logs = sorted((reached.exp_dir / "log").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return words in logs[-1].read_text()
+
+    return found
+
+
 def compiled(module):
     return module._compiled_call_impl is not None
 
@@ -168,6 +178,9 @@ TRAIN = {
     "--use-fp16": Change("true", lambda r: (r.dtype, r.scaler.is_enabled())),
     "--use-bf16": Change("true", attribute("dtype")),
     "--inf-check": Change("true", lambda r: len(r.model.encoder[0]._forward_hooks)),
+    "--max-skipped-steps": Change("3", attribute("max_skipped_steps")),
+    # It leaves no trace, as test_memory_scan.py shows; the log alone tells of it.
+    "--scan-oom": Change("true", logged("memory for the worst batches")),
     "--tensorboard": Change("false", attribute("tensorboard")),
     "--log-interval": Change("10", attribute("log_interval")),
     "--valid-interval": Change("10", attribute("valid_interval")),

@@ -301,6 +301,11 @@ class StreamedDataset(IterableDataset):
         return map(self.dataset.__getitem__, Numbered(self.sampler, self.skip, *turn))
 
 
+def joined(cuts: CutSet, duration_factor: float, gap: float) -> CutSet:
+    """Short cuts, one after the other, in place of padding."""
+    return CutConcatenate(duration_factor=duration_factor, gap=gap)(cuts)
+
+
 def _mix_noise(cuts: CutSet, noise: CutSet) -> CutSet:
     """Noise of 10 to 20 dB in half of the cuts, drawn with Python's generator."""
     rng = random.Random(random.getrandbits(64))
@@ -408,7 +413,7 @@ def _cut_transforms(
 ) -> list[Callable[[CutSet], CutSet]]:
     transforms = []
     if concatenate_cuts:
-        transforms.append(CutConcatenate(duration_factor=duration_factor, gap=gap))
+        transforms.append(partial(joined, duration_factor=duration_factor, gap=gap))
     if musan_cuts is not None:
         transforms.append(partial(_mix_noise, noise=musan_cuts))
     return transforms

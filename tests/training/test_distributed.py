@@ -5,6 +5,7 @@ import is imported where it is used.
 """
 
 import argparse
+import atexit
 import os
 import re
 import signal
@@ -372,11 +373,17 @@ def die_after_barrier():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def fail_and_hang():
+    atexit.register(time.sleep, 300)
+    raise InputError("nothing is left")
+
+
 DEATHS = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "busy": die_after_barrier,
     "crashed": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "exit": lambda: sys.exit(3),
+    "hangs": fail_and_hang,
     "fault": divide,
 }
 
@@ -384,8 +391,9 @@ DEATHS = {
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ("killed", InputError, r"^rank 1 \(process \d+\) was killed by SIGKILL: perhaps the machine "
-         "ran out of memory$"),
+        ("killed", InputError, r"^rank 1 \(process \d+\) was killed by SIGKILL: perhaps the "
+         "machine ran out of memory$"),
+        ("hangs", InputError, "^nothing is left$"),
         ("busy", InputError, r"^rank 1 \(process \d+\) was killed by SIGKILL"),
         ("crashed", InputError, r"^rank 1 \(process \d+\) was killed by SIGSEGV$"),
         ("exit", InputError, r"^rank 1 \(process \d+\) ended with exit code 3$"),
@@ -412,18 +420,31 @@ class Ended:
     """A process that has."""
 
     def __init__(self, exitcode):
-        self.exitcode, (self.sentinel, self.other) = exitcode, os.pipe()
-        os.close(self.other)
+        self.exitcode, self.pid, (self.sentinel, other) = exitcode, 7, os.pipe()
+        os.close(other)
 
     def join(self):
         os.close(self.sentinel)
 
 
 @pytest.mark.parametrize(
-    ("codes", "first"), [([0, 0], None), ([0, 3], 1), ([1, -9, 1], 1), ([75, 75, 1], 2)]
+    ("codes", "words", "cause"),
+    [
+        ([1, -9, 1], "rank 0 lost its connection", r"^rank 1 \(process 7\) was killed by SIGKILL"),
+        ([1, 1], "x.pt is missing", "^x.pt is missing$"),
+        ([0, 3], None, r"^rank 1 \(process 7\) ended with exit code 3$"),
+        ([75, 75], None, "^75$"),
+        ([75, 1], "--x is wrong", "^--x is wrong$"),
+    ],
 )
-def test_of_several_one_that_was_killed_was_the_first(codes, first):
-    assert distributed._first_to_fail([Ended(code) for code in codes]) == first
+def test_the_first_cause_is_told(codes, words, cause):
+    last_words = mp.get_context("spawn").SimpleQueue()
+    if words:
+        last_words.put((0, 7, words, ""))
+    processes = [Ended(code) for code in codes]
+    found = distributed._codes_at_the_end(processes, last_words)
+    assert found == codes
+    assert re.search(cause, str(distributed._cause(found, processes, last_words)))
 
 
 def test_a_port_in_use_is_named(monkeypatch):

@@ -147,11 +147,11 @@ def _spawn(run: Callable, args, world_size: int, master_port: int) -> None:
         nprocs=world_size,
         join=False,
     )
-    first = None
+    codes: list[int | None] = []
     try:
         with passing_on(context.processes):
-            first = _first_to_fail(context.processes)
-            if first is not None and context.processes[first].exitcode == EXIT_CODE:
+            codes = _codes_at_the_end(context.processes, last_words)
+            if EXIT_CODE in codes:
                 _wait(context.processes, SAVING)
     finally:  # no process outlives this one, not even after Ctrl-C
         for process in context.processes:
@@ -160,22 +160,24 @@ def _spawn(run: Callable, args, world_size: int, master_port: int) -> None:
         for process in context.processes:  # SIGTERM may only have asked it to stop
             process.kill()
         _wait(context.processes, GRACE)
-    if first is not None:
-        raise _cause(first, context.processes[first], last_words)
+    if any(codes) or not last_words.empty():
+        raise _cause(codes, context.processes, last_words)
 
 
-def _first_to_fail(processes: list) -> int | None:
-    """The rank of the first process to end badly, None when all have ended well.
+def _codes_at_the_end(processes: list, last_words) -> list[int | None]:
+    """Exit codes when all have ended, or as soon as one ended badly or said its last words.
 
-    Of several at once it is one that was killed: then the others only lost their connection.
+    After these it may hang: in libraries, or waiting for a loader process that hangs.
     """
     alive = {process.sentinel: process for process in processes}
     while alive:
-        for sentinel in wait(list(alive)):
-            alive.pop(sentinel).join()
-        if failed := [rank for rank, process in enumerate(processes) if process.exitcode]:
-            return min(failed, key=lambda rank: processes[rank].exitcode)
-    return None
+        for ready in wait([*alive, last_words._reader]):
+            if ready in alive:
+                alive.pop(ready).join()
+        codes = [process.exitcode for process in processes]
+        if any(codes) or not last_words.empty():
+            break
+    return codes
 
 
 def _wait(processes: list, seconds: float) -> None:
@@ -185,21 +187,23 @@ def _wait(processes: list, seconds: float) -> None:
         process.join(max(0.0, end - time.monotonic()))
 
 
-def _cause(rank: int, process, last_words) -> BaseException:
-    """Why this one ended badly; what was said first is not what the others said of its end."""
-    code = process.exitcode
-    if code == EXIT_CODE:
+def _cause(codes: list[int | None], processes: list, last_words) -> BaseException:
+    """Why the first one ended badly: the others only lost their connection to it."""
+    for rank, (code, process) in enumerate(zip(codes, processes)):
+        if code and code < 0:
+            name = signal.Signals(-code).name
+            hint = ": perhaps the machine ran out of memory" if name == "SIGKILL" else ""
+            return InputError(f"rank {rank} (process {process.pid}) was killed by {name}{hint}")
+    if not last_words.empty():
+        rank, pid, sentence, fault = last_words.get()
+        if not fault:
+            return InputError(sentence)
+        fault = f"rank {rank} (process {pid}) failed:\n{fault}"
+        return mp.ProcessRaisedException(fault, rank, pid)
+    if EXIT_CODE in codes:
         return Preempted()
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = ": perhaps the machine ran out of memory" if name == "SIGKILL" else ""
-        return InputError(f"rank {rank} (process {process.pid}) was killed by {name}{hint}")
-    if last_words.empty():
-        return InputError(f"rank {rank} (process {process.pid}) ended with exit code {code}")
-    rank, pid, sentence, fault = last_words.get()
-    if not fault:
-        return InputError(sentence)
-    return mp.ProcessRaisedException(f"rank {rank} (process {pid}) failed:\n{fault}", rank, pid)
+    [[rank, code], *_] = ((rank, code) for rank, code in enumerate(codes) if code)
+    return InputError(f"rank {rank} (process {processes[rank].pid}) ended with exit code {code}")
 
 
 def _start_spawned(

@@ -31,12 +31,19 @@ from speechllm.cut_files import (
     share_of_cuts,
     within,
 )
-from speechllm.data import evaluation_loader, loader_options, training_loader, with_speech
+from speechllm.data import (
+    evaluation_loader,
+    joined,
+    loader_options,
+    training_loader,
+    with_speech,
+)
 from speechllm.encoder_cache import EncoderCache
 from speechllm.errors import InputError
 from speechllm.flags import comma_list, str2bool
 from speechllm.progress import ProgressBar
-from speechllm.sampling import TooManyPositions
+from speechllm.sampling import BatchLimit, TooManyPositions, make_sampler, with_positions
+from speechllm.seeds import seeded
 from speechllm.shards import Shards, check_shards, read_shards
 from speechllm.training.bad_utterances import BadUtterances
 from speechllm.training.checkpoint import (
@@ -49,6 +56,7 @@ from speechllm.training.checkpoint import (
 from speechllm.training.distributed import InStep, Ranks, is_first_process
 from speechllm.training.engine import Engine
 from speechllm.training.loop import BatchLoss, ModelState, Trainer
+from speechllm.training.memory_scan import scan_memory, worst_batches
 from speechllm.training.resume import (
     check_optimizer,
     for_ranks,
@@ -100,6 +108,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--use-bf16", type=str2bool, default=False, help="autocast to bfloat16; wins over fp16")
     add("--inf-check", type=str2bool, default=False,
         help="stop at the first module whose output is not finite, by name")  # fmt: skip
+    add("--scan-oom", type=str2bool, default=gpus > 0,
+        help="before training, look whether there is memory for the worst batches; by default "
+             "where there is a GPU")  # fmt: skip
     add("--max-skipped-steps", type=int, default=20,
         help="more, beyond one in a hundred, end the training: steps without finite loss and "
              "gradients, or without memory for the batch")  # fmt: skip
@@ -420,6 +431,40 @@ def _train_cuts(
     return cuts_of_epoch, within(shards.sample(), **limits)
 
 
+def scan_batches(args, statistics: CutStatistics) -> Iterator[CutSet]:
+    """Cuts in batches as an epoch has them, of all ranks; of shards those of their sample."""
+    if args.shar_dir:
+        cuts = within(_shards(args).sample(), **_limits(args))
+    else:
+        cuts = cuts_within(train_paths(args), **_limits(args), bad=statistics.bad)
+    max_tokens = getattr(args, "max_tokens", 0)
+    if max_tokens:
+        cuts = with_positions(cuts, args.count_positions)
+    sampler = make_sampler(
+        cuts,
+        BatchLimit(args.max_duration, max_tokens=max_tokens),
+        num_cuts=statistics.kept,
+        num_buckets=args.num_buckets if args.bucketing_sampler else 0,
+        shuffle=False,
+        drop_last=False,
+        seed=0,
+        rank=0,
+        world_size=1,
+    )
+    for cuts in sampler:
+        yield joined(cuts, args.duration_factor, args.gap) if args.concatenate_cuts else cuts
+
+
+def _scan_memory(engine: Engine, batch_loss: BatchLoss, args) -> None:
+    if engine.divided:
+        logging.info("--scan-oom does not know what DeepSpeed sends: nothing is tried")
+        return
+    with seeded("memory"):  # joined cuts get random ids
+        batches = scan_batches(args, args.train_statistics)
+        worst = worst_batches(batches, getattr(args, "count_positions", None))
+        scan_memory(engine, batch_loss, worst, getattr(args, "encoder_cache", None))
+
+
 def make_valid_loader(args, statistics: CutStatistics, ranks: Ranks) -> Callable:
     """A function to this rank's share of the validation batches: every world_size-th cut."""
     cuts = _valid_cuts(args, statistics)
@@ -557,6 +602,8 @@ def fit(
             logging.warning(f"Later checkpoints of an earlier training are now in {folder}")
         num_files = args.num_epochs - state.epoch + args.keep_last_k
         check_room(args.exp_dir, model.parameters(), num_files)
+    if args.scan_oom:
+        _scan_memory(engine, batch_loss, args)
     Trainer(
         engine=engine,
         schedule=schedule,
