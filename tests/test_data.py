@@ -1,7 +1,11 @@
 """Batches, their order and their noise."""
 
 import argparse
+import os
 import random
+import re
+import signal
+import time
 import warnings
 
 import numpy as np
@@ -11,7 +15,9 @@ from lhotse import CutSet, load_manifest, load_manifest_lazy
 from lhotse.dataset import DynamicBucketingSampler
 
 from speechllm import cut_files, data
+from speechllm.errors import InputError
 from speechllm.seeds import seed_everything
+from speechllm.shards import read_shards
 
 ALL = float("inf")
 
@@ -298,6 +304,78 @@ def test_features_on_the_fly_are_those_stored(tiny_corpus):
         assert not torch.equal(a["features"], b["features"])
         for length, x, y in zip(a["feature_lens"], a["features"], b["features"]):
             torch.testing.assert_close(x[:length], y[:length], rtol=0, atol=1 / 64)  # lilcom's step
+
+
+# Loader processes that hang or die
+
+
+BAD_READS = {
+    "hangs": lambda: time.sleep(300),
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "ends": lambda: os._exit(1),
+}
+
+
+def bad_read(monkeypatch, cut_id, how):
+    """Reading this cut ends badly."""
+    read = data.SpeechDataset._batch
+
+    def reading(dataset, cuts):
+        if cut_id in cuts.ids:
+            BAD_READS[how]()
+        return read(dataset, cuts)
+
+    monkeypatch.setattr(data.SpeechDataset, "_batch", reading)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_process_that_hangs_is_named_with_what_it_reads(many, monkeypatch, epoch):
+    options = {"num_workers": 2, "loader_timeout": 2.0, "epoch": epoch}
+    batches = ids_of(train_batches(many, **options))
+    number = 3
+    bad_read(monkeypatch, batches[number][1], "hangs")
+    with pytest.raises(InputError) as error:
+        train_batches(many, **options)
+    sentence = str(error.value)
+    assert re.match(
+        rf"epoch {epoch}, batch {number}: loader process {number % 2} \(pid \d+\) gave nothing for "
+        r"2 s \(--loader-timeout\); it was to read the cuts ",
+        sentence,
+    )
+    assert sorted(sentence.partition("the cuts ")[2].split()) == sorted(batches[number])
+
+
+@pytest.mark.parametrize("how", ["killed", "ends"])
+def test_a_process_that_dies_is_named_with_what_it_reads(tiny_corpus, monkeypatch, how):
+    path = path_of(tiny_corpus)
+    bad_read(monkeypatch, "train-3", how)
+    with pytest.raises(InputError) as error:
+        eval_batches(load_manifest(path), 12, num_workers=1)
+    assert re.match(
+        r"evaluation, batch \d+: loader process 0 \(pid (\d+)\) died, perhaps because the machine "
+        r"ran out of memory \(DataLoader worker \(pid\S* \1\) .*\); it was to read the cuts .*train-3",
+        str(error.value),
+    )
+
+
+def test_of_shards_the_process_alone_is_named(tiny_shards, monkeypatch):
+    bad_read(monkeypatch, "train-3-copy3", "hangs")
+    shards = read_shards([str(tiny_shards)])
+    loader = data.training_loader(
+        shards.cuts(), sample=shards.sample(), max_duration=12.0, num_cuts=96, num_workers=1,
+        drop_last=False, enable_spec_aug=False, loader_timeout=2.0, seconds=150.0,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"process 0 \(pid \d+\) gave nothing for 2 s \(.*t\)$"):
+        list(loader)
+
+
+def test_a_process_that_raises_is_not_taken_for_one_that_died(tiny_corpus, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("of its own")
+
+    monkeypatch.setattr(data.SpeechDataset, "__getitem__", fail)
+    with pytest.raises(RuntimeError, match="of its own"):
+        eval_batches(load_manifest(path_of(tiny_corpus)), 12, num_workers=1)
 
 
 # What is said of cut files

@@ -209,6 +209,9 @@ TRAIN = {
     "--bucketing-sampler": Change("false", ids, (*MANY, "--drop-last", "false")),
     "--num-buckets": Change("2", ids, (*MANY, "--drop-last", "false")),
     "--num-workers": Change("1", lambda r: r.train_loader(1).num_workers),
+    "--loader-timeout": Change(
+        "5", lambda r: r.train_loader(1).timeout, ("--num-workers", "1")
+    ),
     "--on-the-fly-feats": Change("true", plain, QUIET),
     "--shuffle": Change("false", ids),
     "--drop-last": Change("false", lambda r: len(batches(r)), MANY),
@@ -376,6 +379,9 @@ DECODE = {
     "--max-duration": Change("1", searches),
     "--bucketing-sampler": Change("false", samplers, MANY[2:] + ("--test-cuts", "tiny_cuts_many")),
     "--num-buckets": Change("2", samplers, MANY[2:] + ("--test-cuts", "tiny_cuts_many")),
+    "--loader-timeout": Change(
+        "5", lambda s: [loader.timeout for loader in s.loaders], ("--num-workers", "1")
+    ),
     "--num-workers": Change("1", lambda s: [loader.num_workers for loader in s.loaders]),
     "--on-the-fly-feats": Change("true", lambda s: isinstance(
         s.loaders[0].dataset.input_strategy, OnTheFlyFeatures)),

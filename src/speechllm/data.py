@@ -20,10 +20,12 @@ ranks stay in step, and it must not count. `with_speech` leaves such batches out
 import argparse
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from multiprocessing import get_all_start_methods
 from pathlib import Path
 from threading import Thread
@@ -67,13 +69,18 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bucketing-sampler", type=str2bool, default=True, help="batches of similar durations")
     add("--num-buckets", type=int, default=30, help="of durations; fewer for a small corpus")
     add("--num-workers", type=int, default=2, help="loader processes")
+    add("--loader-timeout", type=float, default=600.0,
+        help="seconds in which they must give a batch, or the program ends; 0: any time")
     add("--on-the-fly-feats", type=str2bool, default=False,
         help="compute fbank from the audio instead of reading it")  # fmt: skip
 
 
 def loader_options(args) -> dict:
     """What the flags of `add_data_arguments` say, as keywords of both loaders."""
-    names = "max_duration", "bucketing_sampler", "num_buckets", "num_workers", "on_the_fly_feats"
+    names = (
+        "max_duration", "bucketing_sampler", "num_buckets", "num_workers", "loader_timeout",
+        "on_the_fly_feats",
+    )  # fmt: skip
     return {name: getattr(args, name) for name in names}
 
 
@@ -326,6 +333,7 @@ def training_loader(
     shuffle: bool = True,
     drop_last: bool = True,
     num_workers: int = 2,
+    loader_timeout: float = 600.0,
     on_the_fly_feats: bool = False,
     concatenate_cuts: bool = False,
     duration_factor: float = 1.0,
@@ -352,6 +360,10 @@ def training_loader(
     here cuts with faults, or `more_faults`, are left out.
 
     With an `encoder_cache`, which has them all, nothing is augmented.
+
+    Raises (when it is read):
+      ValueError: the process that gives no batch in `loader_timeout` seconds, unless that is 0, or
+        was killed.
     """
     streamed = sample is not None
     if max_tokens:
@@ -387,11 +399,13 @@ def training_loader(
             _Faults(not on_the_fly_feats, more_faults) if streamed else None,
         )
     dataset = SeededDataset(dataset, f"{seed} {epoch} {rank}")
+    watched = {"where": f"epoch {epoch}", "timeout": loader_timeout}
     if not streamed:
-        return _data_loader(dataset, num_workers, sampler=Numbered(sampler, skip))
+        return _data_loader(dataset, num_workers, **watched, sampler=Numbered(sampler, skip))
     return _data_loader(
         StreamedDataset(dataset, sampler, skip),
         num_workers,
+        **watched,
         init=make_worker_init_fn(rank, world_size, False),  # tells them their rank
     )
 
@@ -437,6 +451,7 @@ def evaluation_loader(
     bucketing_sampler: bool = True,
     num_buckets: int = 30,
     num_workers: int = 2,
+    loader_timeout: float = 600.0,
     on_the_fly_feats: bool = False,
     rank: int = 0,
     world_size: int = 1,
@@ -463,7 +478,9 @@ def evaluation_loader(
         world_size=1,
     )
     batches = sampler if world_size == 1 else _share_of_batches(sampler, rank, world_size)
-    return _data_loader(dataset, num_workers, sampler=batches)
+    return _data_loader(
+        dataset, num_workers, where="evaluation", timeout=loader_timeout, sampler=batches
+    )
 
 
 def _share_of_batches(batches: Iterable[CutSet], rank: int, world_size: int) -> list[CutSet]:
@@ -475,8 +492,71 @@ def _share_of_batches(batches: Iterable[CutSet], rank: int, world_size: int) -> 
     return sorted(batches, key=padded_seconds, reverse=True)[rank::world_size]
 
 
+class NamingLoader(DataLoader):
+    """Tells which process gave no batch in time or died, and what it was to read.
+
+    Of shards that is not known here: the processes themselves draw from them.
+    """
+
+    def __init__(self, dataset, *, where: str, **options):
+        """`where` these batches are, for the sentence."""
+        self.where, self.given = where, {}
+        super().__init__(dataset, **options)
+
+    @property
+    def _index_sampler(self) -> Iterable:
+        """What a process is to read next; it is remembered until that is here."""
+        self.given.clear()
+        return map(self._remember, count(), super()._index_sampler)
+
+    def _remember(self, number: int, batch):
+        self.given[number] = batch
+        return batch
+
+    def __iter__(self) -> Iterator[dict]:
+        batches = super().__iter__()
+        for number in count():
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader "):
+                    raise
+                raise InputError(self._sentence(batches, number, first_line(error))) from None
+            self.given.pop(number, None)
+            yield batch
+
+    def _sentence(self, batches: Iterator, number: int, error: str) -> str:
+        """What torch leaves out. Its tasks are (process,), and (process, batch) when done."""
+        tasks, pids = batches._task_info, [process.pid for process in batches._workers]
+        numbers = re.findall(r"\d+", error)
+        dead = [process for process, pid in enumerate(pids) if str(pid) in numbers]
+        what = f"gave nothing for {self.timeout:g} s (--loader-timeout)"
+        if dead:
+            what = f"died, perhaps because the machine ran out of memory ({error})"
+        process = dead[0] if dead else tasks[batches._rcvd_idx][0]
+        ids = [_ids(self.given.get(n)) for n, task in sorted(tasks.items()) if task == (process,)]
+        cuts = f"; it was to read the cuts {ids[0]}" if ids and ids[0] else ""
+        return (
+            f"{self.where}, batch {number}: loader process {process} (pid {pids[process]}) "
+            f"{what}{cuts}"
+        )
+
+
+def _ids(batch: tuple[int, CutSet | dict] | CutSet | None) -> str:
+    """Of what samplers give."""
+    cuts = batch[1] if isinstance(batch, tuple) else batch or ()
+    return " ".join(cuts["ids"] if isinstance(cuts, dict) else [cut.id for cut in cuts])
+
+
 def _data_loader(
-    dataset, num_workers: int, init: Callable[[int], None] | None = None, **options
+    dataset,
+    num_workers: int,
+    where: str,
+    timeout: float,
+    init: Callable[[int], None] | None = None,
+    **options,
 ) -> DataLoader:
     """Torch's own generator is neither used nor moved; `init` gets the number of a new process.
 
@@ -485,10 +565,12 @@ def _data_loader(
     them too, and each would import everything anew, at every epoch.
     """
     usual, *_ = get_all_start_methods()
-    return DataLoader(
+    return NamingLoader(
         dataset,
+        where=where,
         batch_size=None,
         num_workers=num_workers,
+        timeout=timeout if num_workers else 0,
         multiprocessing_context=usual if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),

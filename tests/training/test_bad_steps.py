@@ -6,7 +6,9 @@ Functions named `rank_…` run in processes of their own; a test that would wait
 import functools
 import logging
 import math
+import multiprocessing
 import signal
+import time
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from test_distributed import free_port
 from test_loop import listed, logged, values
 from torch import nn
 
+from speechllm.data import NamingLoader
 from speechllm.errors import InputError
 from speechllm.training import bad_steps
 from speechllm.training.checkpoint import (
@@ -243,6 +246,25 @@ def test_the_count_is_gone_on_with(tmp_path):
     resumed = make_trainer(tmp_path / "parts", [[], batches[5:]], state=state).run()
     assert resumed.skipped_steps == whole.skipped_steps == 5
     assert resumed.recently_skipped == whole.recently_skipped > 4
+
+
+def test_a_loader_process_that_dies_in_a_step(tmp_path):
+    """The operating system tells of it at any moment."""
+    loader = NamingLoader(
+        [make_batch(seed) for seed in range(9)], where="epoch 1", batch_size=None, num_workers=1,
+        sampler=range(9), timeout=30,
+    )  # fmt: skip
+
+    def kill(model, batch):
+        for process in multiprocessing.active_children():
+            process.kill()
+        while True:
+            time.sleep(0.01)
+
+    trainer = make_trainer(tmp_path, [loader])
+    trainer.batch_loss = kill
+    with pytest.raises(InputError, match="^epoch 1, after 0 batches: a loader process died, perh"):
+        trainer.run()
 
 
 # float16

@@ -127,7 +127,15 @@ class Trainer:
         state.epoch = epoch
         self.schedule.step_epoch(epoch - 1)
         self.board.add("train/", {"epoch": epoch}, state.batch_idx_train)
-        self._train_epoch()
+        try:
+            self._train_epoch()
+        except RuntimeError as error:  # whatever this process does when it is told of a death
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise InputError(
+                f"epoch {epoch}, after {state.batches_in_epoch} batches: a loader process died, "
+                f"perhaps because the machine ran out of memory ({error})"
+            ) from None
         sums = self.epoch_sums.reduced(self.engine.ranks)
         if not sums.sums:
             raise InputError(f"epoch {epoch}: all of its steps were skipped, the last: {self.last}")

@@ -186,7 +186,7 @@ def check_training(args) -> Path | None:
     ):  # fmt: skip
         if getattr(args, name) < 1:
             raise InputError(f"{_flag(name)} {getattr(args, name)} must be at least 1")
-    for name in ("save_every_n", "save_every_minutes", "max_skipped_steps"):
+    for name in ("save_every_n", "save_every_minutes", "max_skipped_steps", "loader_timeout"):
         if getattr(args, name) < 0:
             raise InputError(f"{_flag(name)} {getattr(args, name):g} must be at least 0")
     if args.max_duration <= 0:
