@@ -353,7 +353,8 @@ def test_a_process_that_dies_is_named_with_what_it_reads(tiny_corpus, monkeypatc
         eval_batches(load_manifest(path), 12, num_workers=1)
     assert re.match(
         r"evaluation, batch \d+: loader process 0 \(pid (\d+)\) died, perhaps because the machine "
-        r"ran out of memory \(DataLoader worker \(pid\S* \1\) .*\); it was to read the cuts .*train-3",
+        r"ran out of memory \(DataLoader worker \(pid\S* \1\) .*\); "
+        r"it was to read the cuts .*train-3",
         str(error.value),
     )
 

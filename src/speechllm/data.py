@@ -564,6 +564,8 @@ def _data_loader(
     They start in the system's usual way also in a rank that was spawned: by itself it would spawn
     them too, and each would import everything anew, at every epoch.
     """
+    if timeout < 0:
+        raise InputError(f"--loader-timeout {timeout:g} must be at least 0")
     usual, *_ = get_all_start_methods()
     return NamingLoader(
         dataset,

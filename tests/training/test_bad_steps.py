@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -33,18 +34,20 @@ from speechllm.training.schedule import FixedLR
 LAYERS, WIDTH = 6, 256
 
 
-@pytest.fixture(autouse=True)
-def deadline():
-    """No test here may hang."""
+@contextmanager
+def at_most(seconds):
+    """What would go on for ever is ended."""
 
     def fail(*_):
-        raise TimeoutError("this would have gone on for ever")
+        raise TimeoutError(f"not done after {seconds} s")
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(200)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Fault(torch.autograd.Function):
@@ -263,7 +266,7 @@ def test_a_loader_process_that_dies_in_a_step(tmp_path):
 
     trainer = make_trainer(tmp_path, [loader])
     trainer.batch_loss = kill
-    with pytest.raises(InputError, match="^epoch 1, after 0 batches: a loader process died, perh"):
+    with at_most(60), pytest.raises(InputError, match="^epoch 1, after 0 batches: a loader process died, perh"):
         trainer.run()
 
 
@@ -386,7 +389,8 @@ def rank_unlucky(ranks, args):
 @pytest.fixture(scope="module")
 def unlucky(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unlucky")
-    launch(rank_unlucky, folder, 2, free_port())
+    with at_most(300):
+        launch(rank_unlucky, folder, 2, free_port())
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
