@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speechllm.errors import InputError, without_secrets
-from speechllm.flags import Help
+from speechllm.flags import Parser
 from speechllm.pages import page, signed
 from speechllm.pages.marks import Mark, marks
 from speechllm.pages.tables import MOST, WORDS, Row, buckets, error_name, row
@@ -34,7 +34,7 @@ from speechllm.whole_file import whole_file
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("a", type=Path, metavar="A", help="recogs-*.txt of a decoding")
     add("b", type=Path, metavar="B", help="of another one of the same set, normalised alike")

@@ -31,7 +31,7 @@ from speechllm.decoding.search_options import (
 )
 from speechllm.decoding.test_set import answer_cuts, files_to_decode, set_name, with_answers
 from speechllm.errors import InputError, without_secrets
-from speechllm.flags import Help, comma_list, str2bool
+from speechllm.flags import Parser, comma_list, str2bool
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.progress import setup_logging
 from speechllm.sampling import LLMPositions, TooManyPositions
@@ -45,7 +45,7 @@ TEST_CUTS = "librispeech_cuts_test-clean,librispeech_cuts_test-other"
 
 
 def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    parser = Parser(description)
     add = parser.add_argument_group("what to decode").add_argument
     add("--world-size", type=int, default=min(4, max(1, torch.cuda.device_count())),
         help="processes to share the work, by default one a GPU, at most 4; "

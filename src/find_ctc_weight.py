@@ -20,7 +20,7 @@ import kaldialign
 
 from speechllm.decoding.beam import Candidate
 from speechllm.errors import InputError, without_secrets
-from speechllm.flags import Help, comma_list
+from speechllm.flags import Parser, comma_list
 from speechllm.scoring import NORMALIZERS, ErrorCounts
 
 WEIGHTS = ",".join(f"{k / 20:g}" for k in range(21))
@@ -44,7 +44,7 @@ class Utterance:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("nbest", nargs="+", type=Path, help="nbest-*.jsonl of decode.py, one or several sets")
     add("--weights", type=weight_list, default=WEIGHTS, metavar="W,W...", help="weights to try")

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from speechllm.errors import InputError, without_secrets
-from speechllm.flags import Help
+from speechllm.flags import Parser
 from speechllm.pages import page
 from speechllm.whole_file import whole_file
 
@@ -44,7 +44,7 @@ Curve = list[tuple[int, float]]  # steps and values
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("exp_dirs", nargs="+", type=Path, metavar="EXP_DIR", help="--exp-dir of a training")
     add("--out", type=Path, required=True, help="what to write, *.html or *.png")

@@ -25,7 +25,7 @@ from speechllm.cut_files import read_cuts
 from speechllm.data import add_data_arguments, add_training_data_arguments, loader_options
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, results, set_name
 from speechllm.errors import InputError, without_secrets
-from speechllm.flags import Help, str2bool
+from speechllm.flags import Parser, str2bool
 from speechllm.progress import setup_logging
 from speechllm.scoring import log_line, score
 from speechllm.seeds import seed_everything
@@ -78,9 +78,7 @@ class CtcModel(nn.Module):
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=Help
-    )
+    parser = Parser(__doc__)
     add_training_arguments(parser)
     add_data_arguments(parser)
     add_training_data_arguments(parser)

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from speechllm.data import add_data_arguments, add_training_data_arguments
 from speechllm.errors import InputError, without_secrets
-from speechllm.flags import Help, str2bool
+from speechllm.flags import Parser, str2bool
 from speechllm.model import SpeechLLM, draw_encoders
 from speechllm.model_flags import add_model_arguments, build_model, check_model_files
 from speechllm.progress import setup_logging
@@ -56,9 +56,7 @@ DEFAULTS = {
 
 
 def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=Help
-    )
+    parser = Parser(description)
     add_training_arguments(parser)
     add = parser.add_argument_group("what is trained").add_argument
     add("--use-lora", type=str2bool, default=True, help="train LoRA matrices, not the LLM itself")

@@ -77,51 +77,54 @@ NOT_WITH_CACHE = (  # flags by which encoders hear or say something else in each
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    add = group.add_argument
     gpus = torch.cuda.device_count()
+    add = parser.add_argument_group("training").add_argument
+    add("--exp-dir", type=Path, help="checkpoints, logs and tensorboard files")
+    add("--num-epochs", type=int, default=10, help="train up to this epoch")
     add("--world-size", type=int, default=min(4, max(1, gpus)),
         help="processes for DDP, by default one a GPU, at most 4; torchrun's wins")  # fmt: skip
     add("--master-port", type=int, default=12354, help="for DDP on one machine")
-    add("--num-epochs", type=int, default=10, help="train up to this epoch")
-    add("--start-epoch", type=int, default=1,
-        help="above 1: continue from epoch-(N-1).pt or what is newer")  # fmt: skip
+    add("--grad-accum", type=int, default=1,
+        help="batches of each process in a step, the same as one large batch")  # fmt: skip
+    add("--seed", type=int, default=42, help="for order, augmentation and dropout")
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--optimizer", choices=["scaled_adam", "adamw"], default="scaled_adam", help="optimizer")
+    add("--base-lr", type=float, default=0.01,
+        help="learning rate; the default is for scaled_adam, adamw needs less")  # fmt: skip
+    add("--lr-schedule", choices=["fixed", "eden"], default="fixed", help="learning rate schedule")
+    add("--lr-batches", type=float, default=7500.0, help="Eden: batches until the rate falls")
+    add("--lr-epochs", type=float, default=3.5, help="Eden: epochs until the rate falls")
+    add("--warmup-batches", type=float, default=500.0, help="Eden: length of the warm-up")
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--use-fp16", type=str2bool, default=gpus > 0,
+        help="autocast to float16, with a scaler; by default where there is a GPU")  # fmt: skip
+    add("--use-bf16", type=str2bool, default=False, help="autocast to bfloat16; wins over fp16")
+    add("--activation-checkpointing", type=str2bool, default=False,
+        help="keep the trained layers' inputs alone: less memory, a third more time")  # fmt: skip
+    add("--compile", type=str2bool, default=False, help="compile the layers with torch.compile")
+    add("--scan-oom", type=str2bool, default=gpus > 0,
+        help="before training, look whether there is memory for the worst batches; by default "
+             "where there is a GPU")  # fmt: skip
+    add = parser.add_argument_group("checkpoints").add_argument
     add("--resume", choices=["auto", "never", "must"], default="auto",
         help="continue from the newest checkpoint in --exp-dir; never: what is newer than "
              "--start-epoch says is moved aside")  # fmt: skip
+    add("--start-epoch", type=int, default=1,
+        help="above 1: continue from epoch-(N-1).pt or what is newer")  # fmt: skip
     add("--save-every-n", type=int, default=0,
         help="steps between checkpoint-<step>.pt in an epoch; 0: by the clock alone")  # fmt: skip
     add("--save-every-minutes", type=float, default=30.0,
         help="minutes between them; 0: none by the clock")  # fmt: skip
     add("--keep-last-k", type=int, default=5, help="so many checkpoint-<step>.pt are kept")
-    add("--exp-dir", type=Path, help="checkpoints, logs and tensorboard files")
-    add("--base-lr", type=float, default=0.01,
-        help="learning rate; the default is for scaled_adam, adamw needs less")  # fmt: skip
-    add("--optimizer", choices=["scaled_adam", "adamw"], default="scaled_adam", help="optimizer")
-    add("--lr-schedule", choices=["fixed", "eden"], default="fixed", help="learning rate schedule")
-    add("--lr-batches", type=float, default=7500.0, help="Eden: batches until the rate falls")
-    add("--lr-epochs", type=float, default=3.5, help="Eden: epochs until the rate falls")
-    add("--warmup-batches", type=float, default=500.0, help="Eden: length of the warm-up")
-    add("--seed", type=int, default=42, help="for order, augmentation and dropout")
-    add("--use-fp16", type=str2bool, default=gpus > 0,
-        help="autocast to float16, with a scaler; by default where there is a GPU")  # fmt: skip
-    add("--use-bf16", type=str2bool, default=False, help="autocast to bfloat16; wins over fp16")
+    add = parser.add_argument_group("logs and alarms").add_argument
+    add("--log-interval", type=int, default=50, help="steps between log lines")
+    add("--valid-interval", type=int, default=5000, help="steps between validations")
+    add("--tensorboard", type=str2bool, default=True, help="write tensorboard files")
     add("--inf-check", type=str2bool, default=False,
         help="stop at the first module whose output is not finite, by name")  # fmt: skip
-    add("--scan-oom", type=str2bool, default=gpus > 0,
-        help="before training, look whether there is memory for the worst batches; by default "
-             "where there is a GPU")  # fmt: skip
     add("--max-skipped-steps", type=int, default=20,
         help="more, beyond one in a hundred, end the training: steps without finite loss and "
              "gradients, or without memory for the batch")  # fmt: skip
-    add("--tensorboard", type=str2bool, default=True, help="write tensorboard files")
-    add("--log-interval", type=int, default=50, help="steps between log lines")
-    add("--valid-interval", type=int, default=5000, help="steps between validations")
-    add("--grad-accum", type=int, default=1,
-        help="batches of each process in a step, the same as one large batch")  # fmt: skip
-    add("--activation-checkpointing", type=str2bool, default=False,
-        help="keep the trained layers' inputs alone: less memory, a third more time")  # fmt: skip
-    add("--compile", type=str2bool, default=False, help="compile the layers with torch.compile")
 
 
 def autocast_dtype(use_fp16: bool, use_bf16: bool) -> torch.dtype:
