@@ -28,6 +28,9 @@ class Pieces:
         pieces = [i for i in self.bpe.encode(self.case(text)) if i != self.bpe.unk_id()]
         return pieces if self.bpe.decode(pieces).strip() else []
 
+    def begins_word(self, piece: int) -> bool:
+        return self.bpe.id_to_piece(piece).startswith("▁")
+
     def decode(self, pieces: list[int]) -> str:
         """In lower case."""
         return self.bpe.decode(pieces).lower()
@@ -73,6 +76,10 @@ class CtcReader:
     def __call__(self, heard: list[Heard]) -> list[CtcReading]:
         """Of utterances that all went through the encoder."""
         _, encoder_out, lens = heard[self.encoder]
+        return self.read(encoder_out, lens)
+
+    def read(self, encoder_out: Tensor, lens: Tensor) -> list[CtcReading]:
+        """Of the encoder's output (B, T, C), of which lens (B,) are valid."""
         log_probs = self.ctc_output(encoder_out).float().cpu()
         return [CtcReading(log_probs[b, :n], self.pieces) for b, n in enumerate(lens.tolist())]
 

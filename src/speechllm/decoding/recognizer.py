@@ -150,6 +150,14 @@ class Recognizer:
         )
 
     @torch.no_grad()
+    def read(self, features: Tensor, lens: Tensor) -> list[CtcReading]:
+        """What the CTC head alone says, of features (B, T, 80), lens (B,) on the CPU."""
+        k = self.reader.encoder
+        with self._autocast():
+            encoder_out, out_lens = self.model.encoder[k](features.to(self.device), lens)
+            return self.reader.read(encoder_out, out_lens)
+
+    @torch.no_grad()
     def write(self, heard: HeardBatch) -> list[Recognition]:
         """The transcripts of a batch."""
         below = self.options.ctc_confident

@@ -1,0 +1,115 @@
+"""Where to cut a long recording: in pauses, between words.
+
+Where an encoder has a CTC head, only the frames between the last piece of a word and the first of
+the next one come into question; else the frames that are quieter than the sound on average. CTC's
+peaks do not tell how long a word goes on, so within these the pause is what is about as quiet as
+the quietest place. A frame here is one of the encoder's output, 40 ms.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+FRAMES_PER_SECOND = 25
+SHORTEST = FRAMES_PER_SECOND  # of what cutting leaves, and of what training saw
+SMOOTHED = 5  # frames: longer than the closure of a plosive within a word
+AS_QUIET = 1.4  # nats of energy, 6 dB
+
+
+class Peak(NamedTuple):
+    """Where CTC hears a piece, in frames; `begins`: the first of a word."""
+
+    start: int
+    end: int
+    begins: bool
+
+    def moved(self, frames: int) -> "Peak":
+        return self._replace(start=self.start + frames, end=self.end + frames)
+
+
+class Pause(NamedTuple):
+    first: int
+    last: int  # frame after it
+
+    @property
+    def length(self) -> int:
+        return self.last - self.first
+
+
+@dataclass
+class Track:
+    """What is known so far of a recording.
+
+    Args:
+      energies: of frames, in nats, smoothed; all up to now.
+      peaks: None where there is no CTC.
+    """
+
+    energies: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    peaks: list[Peak] | None = None
+
+    def __len__(self) -> int:
+        return len(self.energies)
+
+    def append(self, energies: np.ndarray, peaks: list[Peak]) -> None:
+        """The next frames; peaks count from the first of them."""
+        if self.peaks is not None:
+            self.peaks += [peak.moved(len(self)) for peak in peaks]
+        self.energies = np.concatenate([self.energies, energies])
+
+    def pauses(self, start: int, end: int) -> list[Pause]:
+        """Those after what is first said in these frames; the last one may go on beyond them."""
+        gaps = self._quiet(start, end) if self.peaks is None else self._between_words(start, end)
+        return [self._pause(*gap) for gap in gaps if gap[0] < gap[1]]
+
+    def _between_words(self, start: int, end: int) -> list[tuple[int, int]]:
+        inside = [peak for peak in self.peaks if start <= peak.start < end]
+        inside += [Peak(end, end, True)] if inside else []
+        return [(one.end, later.start) for one, later in pairwise(inside) if later.begins]
+
+    def _quiet(self, start: int, end: int) -> list[tuple[int, int]]:
+        energies = self.energies[start:end]
+        loud = start + np.flatnonzero(energies >= energies.mean())
+        return [(one + 1, later) for one, later in pairwise([*loud.tolist(), end])]
+
+    def _pause(self, start: int, end: int) -> Pause:
+        """What is about as quiet as the quietest of these frames, around it."""
+        energies = self.energies[start:end]
+        loud = np.flatnonzero(energies > energies.min() + AS_QUIET)
+        i = np.searchsorted(loud, energies.argmin())
+        first, last = np.concatenate([[-1], loud, [end - start]])[i : i + 2] + start
+        return Pause(int(first) + 1, int(last))
+
+
+def next_cut(track: Track, start: int, longest: int, pause: int, ended: bool) -> int | None:
+    """The frame that ends the segment from `start`; None: it ends with the recording, or more
+    must be known of it first.
+
+    It is in the middle of the first pause of at least `pause` frames, else of the longest one in
+    the second half of the `longest` frames, else of any before; without one, the quietest frame.
+    """
+    if len(track) < start + longest + SHORTEST and not ended:
+        return None
+    end = min(start + longest + SHORTEST, len(track))
+    low, high, middle = start + SHORTEST, end - SHORTEST, start + longest // 2
+    lengths = {}
+    for found in track.pauses(start, end):
+        place = min((found.first + found.last) // 2, high)
+        if place >= low and place > found.first:
+            lengths[place] = found.length
+            if found.length >= pause and found.last < end:
+                return place
+    if ended and len(track) - start <= longest:
+        return None
+    if lengths:
+        late = [place for place in lengths if place > middle]
+        return max(late or lengths, key=lengths.get)
+    return middle + int(track.energies[middle : high + 1].argmin())
+
+
+def smoothed(energies: np.ndarray) -> np.ndarray:
+    """Means over SMOOTHED frames, (T,) -> (T,)."""
+    padded = np.pad(energies, SMOOTHED // 2, mode="edge")
+    return np.convolve(padded, np.full(SMOOTHED, 1 / SMOOTHED), mode="valid")

@@ -1,0 +1,291 @@
+"""Recordings through a recognizer: cut where they are long, batched together, put together."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from speechllm.cut_files import frames_needed, speech_embeddings
+from speechllm.decoding.ctc_reader import CtcReading
+from speechllm.decoding.recognizer import Recognition, Recognizer
+from speechllm.decoding.word_times import CTC_FRAME_SHIFT, FRAME_CENTRE
+from speechllm.errors import InputError
+from speechllm.features import FRAME_SHIFT, SAMPLING_RATE, fbank_extractor
+from speechllm.transcription.audio import windows
+from speechllm.transcription.cutting import (
+    FRAMES_PER_SECOND,
+    Peak,
+    Track,
+    next_cut,
+    smoothed,
+)
+from speechllm.transcription.transcript import Segment, Transcript, Word
+from speechllm.zipformer.ctc import BLANK
+
+FRAME = SAMPLING_RATE // FRAMES_PER_SECOND  # samples
+WINDOW = 16 * SAMPLING_RATE  # samples that the CTC head hears at once, and context on both sides
+CONTEXT = 2 * SAMPLING_RATE
+SHORTEST_LIMIT = 3.0  # s: of --max-segment
+
+
+@dataclass
+class _Recording:
+    """One that is being transcribed."""
+
+    name: str
+    samples: int = 0  # read
+    pieces: int = 0  # cut from it to be recognized
+    ended: bool = False
+    error: str | None = None
+    segments: list[Segment] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What is recognized by itself."""
+
+    recording: _Recording
+    start: int  # sample
+    samples: int
+    features: Tensor  # (T, 80)
+
+
+class _Part(NamedTuple):
+    """Of a long recording, and what is heard in it; frames count from its start."""
+
+    samples: Tensor  # (N,)
+    energies: np.ndarray  # (N // FRAME,)
+    peaks: list[Peak]
+
+
+class Transcriber:
+    """Transcribes recordings of any length with a recognizer."""
+
+    def __init__(
+        self,
+        recognizer: Recognizer,
+        max_segment: float = 20.0,
+        pause: float = 0.6,
+        max_duration: float = 200.0,
+        language: str | None = None,
+    ):
+        """
+        Args:
+          max_segment: seconds; a longer recording is cut.
+          pause: seconds; in a recording that is cut, a pause as long as this ends a segment.
+          max_duration: seconds of a batch, padding included.
+          language: of the transcripts, as they tell it.
+
+        Raises:
+          ValueError: a value is out of range, or such segments do not fit the LLM.
+        """
+        if not max_segment >= SHORTEST_LIMIT:
+            raise InputError(f"--max-segment {max_segment} must be at least {SHORTEST_LIMIT:g}")
+        if not pause > 0:
+            raise InputError(f"--pause {pause} must be above 0")
+        self.recognizer, self.max_duration, self.language = recognizer, max_duration, language
+        self.max_segment, self.pause = max_segment, pause
+        self.fbank = fbank_extractor()
+        self._check_positions()
+
+    def __call__(self, recordings: Iterable[tuple[str, Iterable[Tensor]]]) -> list[Transcript]:
+        """Of all recordings, in order; arguments as those of `stream`."""
+        found = (one for _, one in self.stream(recordings))
+        return [one for one in found if isinstance(one, Transcript)]
+
+    def stream(
+        self, recordings: Iterable[tuple[str, Iterable[Tensor]]]
+    ) -> Iterator[tuple[str, Segment | Transcript]]:
+        """Each recording's segments as soon as they are known, then all of it; in order.
+
+        What the blocks raise as InputError or FileNotFoundError ends this recording alone.
+
+        Args:
+          recordings: names, each with blocks of samples (N,), float32, 16 kHz, such as
+            `audio.audio_blocks(path)` or `[samples]`.
+        """
+        reading: deque[_Recording] = deque()
+        for batch, answers in self.recognizer(self._batches(recordings, reading)):
+            for piece, answer in zip(batch["pieces"], answers, strict=True):
+                segment = _segment(piece, answer)
+                piece.recording.segments.append(segment)
+                yield piece.recording.name, segment
+            while reading and reading[0].ended and len(reading[0].segments) == reading[0].pieces:
+                yield reading[0].name, self._transcript(reading.popleft())
+        for recording in reading:  # without anything to recognize
+            yield recording.name, self._transcript(recording)
+
+    def _transcript(self, recording: _Recording) -> Transcript:
+        seconds = recording.samples / SAMPLING_RATE
+        if not (recording.pieces or recording.error):
+            logging.warning(f"{recording.name} of {seconds:.2f} s is too short to hear")
+        segments = tuple(recording.segments)
+        return Transcript(recording.name, seconds, segments, self.language, recording.error)
+
+    # ---- from recordings to batches
+
+    def _batches(self, recordings, reading: deque[_Recording]) -> Iterator[dict]:
+        """In order, so that what is read first is ready first."""
+        batch, longest = [], 0
+        for piece in self._pieces(recordings, reading):
+            longest = max(longest, piece.samples)
+            if batch and (len(batch) + 1) * longest > self.max_duration * SAMPLING_RATE:
+                yield _batch(batch)
+                batch, longest = [], piece.samples
+            batch.append(piece)
+        if batch:
+            yield _batch(batch)
+
+    def _pieces(self, recordings, reading: deque[_Recording]) -> Iterator[_Piece]:
+        """What is long enough to hear, of all recordings."""
+        for name, blocks in recordings:
+            recording = _Recording(name)
+            reading.append(recording)
+            try:
+                for start, samples in self.cut(_counted(recording, blocks)):
+                    features = self.fbank.extract(samples, SAMPLING_RATE)
+                    if len(features) >= frames_needed(self.recognizer.model.ds_rate):
+                        recording.pieces += 1
+                        yield _Piece(recording, start, len(samples), features)
+            except (InputError, FileNotFoundError) as error:
+                recording.error = str(error)
+            recording.ended = True
+
+    # ---- cutting
+
+    def cut(self, blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """A recording in parts of at most `max_segment` seconds: first sample, samples (N,)."""
+        limit = round(self.max_segment * SAMPLING_RATE)
+        blocks, first, held = iter(blocks), [], 0
+        while held <= limit and (block := next(blocks, None)) is not None:
+            first.append(block)
+            held += len(block)
+        if held > limit:
+            yield from self._cut_long(chain(first, blocks))
+        elif held:
+            yield 0, torch.cat(first)
+
+    def _cut_long(self, blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        longest = int(self.max_segment * FRAMES_PER_SECOND)
+        pause = round(self.pause * FRAMES_PER_SECOND)
+        track = Track(peaks=None if self.recognizer.reader is None else [])
+        held, start = torch.zeros(0), 0
+        for part, ended in _with_end(self._heard_parts(blocks)):
+            track.append(part.energies, part.peaks)
+            held = torch.cat([held, part.samples])
+            while (cut := next_cut(track, start, longest, pause, ended)) is not None:
+                samples = (cut - start) * FRAME
+                yield start * FRAME, held[:samples]
+                held, start = held[samples:], cut
+        yield start * FRAME, held
+
+    def _heard_parts(self, blocks: Iterable[Tensor]) -> Iterator[_Part]:
+        """Windows are heard as many together as fit in a batch."""
+        several = max(1, int(self.max_duration * SAMPLING_RATE / (WINDOW + 2 * CONTEXT)))
+        for some in _groups(windows(blocks, WINDOW, CONTEXT), several):
+            features = [self.fbank.extract(window.samples, SAMPLING_RATE) for window in some]
+            for window, own, peaks in zip(some, features, self._peaks(features)):
+                before, after = window.before // FRAME, (window.before + window.length) // FRAME
+                yield _Part(
+                    window.samples[window.before :][: window.length],
+                    _energies(own)[before:after],
+                    [peak.moved(-before) for peak in peaks if before <= peak.start < after],
+                )
+
+    def _peaks(self, features: list[Tensor]) -> list[list[Peak]]:
+        if self.recognizer.reader is None:
+            return [[] for _ in features]
+        lens = torch.tensor([len(one) for one in features])
+        readings = self.recognizer.read(pad_sequence(features, batch_first=True), lens)
+        return [_peaks_of(reading, self.recognizer.options.ctc_lag) for reading in readings]
+
+    def _check_positions(self) -> None:
+        """Whether speech and answer fit into the LLM's positions."""
+        model, options = self.recognizer.model, self.recognizer.options
+        n, limit = len(model.encoder), model.llm.config.max_position_embeddings
+        speech = n * speech_embeddings(round(self.max_segment / FRAME_SHIFT), model.ds_rate)
+        needed = len(model.chat.prompt(n)) + speech + options.max_new_tokens
+        if needed > limit:
+            raise InputError(
+                f"--max-segment {self.max_segment:g} needs {needed} positions, the LLM has {limit}"
+            )
+
+
+def _counted(recording: _Recording, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    for block in blocks:
+        recording.samples += len(block)
+        yield block
+
+
+def _batch(pieces: list[_Piece]) -> dict:
+    """As in speechllm.data, with the pieces."""
+    return {
+        "pieces": pieces,
+        "features": pad_sequence([piece.features for piece in pieces], batch_first=True),
+        "feature_lens": torch.tensor([len(piece.features) for piece in pieces]),
+        "seconds": sum(piece.samples for piece in pieces) / SAMPLING_RATE,
+    }
+
+
+def _segment(piece: _Piece, answer: Recognition) -> Segment:
+    start, end = (
+        sample / SAMPLING_RATE for sample in (piece.start, piece.start + piece.samples)
+    )
+    words = tuple(
+        Word(start + word.start, start + word.end, word.word, word.confidence)
+        for word in answer.words or ()
+    )
+    log_probs = answer.hypothesis.log_probs
+    confidence = math.exp(sum(log_probs) / len(log_probs)) if log_probs else 0.0
+    return Segment(
+        start, end, answer.text, words, confidence, answer.source, tuple(answer.reasons)
+    )
+
+
+def _energies(features: Tensor) -> np.ndarray:
+    """Log-mel energies (T, 80) -> smoothed means of frames of 40 ms (T // 4,)."""
+    frames = len(features) // 4
+    return smoothed(features[: 4 * frames].mean(dim=1).view(frames, 4).mean(dim=1).numpy())
+
+
+def _peaks_of(reading: CtcReading, lag: float) -> list[Peak]:
+    """On the best path, in frames of the sound, which CTC's are `lag` seconds later than."""
+    shift = round((FRAME_CENTRE - lag) / CTC_FRAME_SHIFT - 0.5)
+    best = reading.log_probs.argmax(dim=1).numpy()
+    starts = np.flatnonzero(np.diff(best, prepend=-1))
+    ends = [*starts[1:].tolist(), len(best)]
+    return [
+        Peak(max(0, start + shift), max(0, end + shift), reading.pieces.begins_word(int(best[start])))
+        for start, end in zip(starts.tolist(), ends)
+        if best[start] != BLANK
+    ]
+
+
+def _groups(items: Iterable, size: int) -> Iterator[list]:
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _with_end(items: Iterable) -> Iterator[tuple]:
+    """Each item, and whether it is the last one."""
+    items = iter(items)
+    before = next(items, None)
+    for item in items:
+        yield before, False
+        before = item
+    if before is not None:
+        yield before, True

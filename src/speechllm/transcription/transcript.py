@@ -1,0 +1,41 @@
+"""What is transcribed of a recording: words, segments, all of it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word from `start` to `end`, in seconds of the recording."""
+
+    start: float
+    end: float
+    text: str
+    confidence: float  # 0 to 1, see word_times
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a recording that was recognized by itself; the parts make up the whole."""
+
+    start: float  # s
+    end: float
+    text: str
+    words: tuple[Word, ...] = ()  # where there is a CTC head
+    confidence: float = 0.0  # 0 to 1: the LLM's mean probability of a token
+    source: str = "LLM"  # or CTC
+    reasons: tuple[str, ...] = ()  # to distrust it, see guard
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """Of a recording; what was too short to hear has no segments."""
+
+    name: str
+    seconds: float
+    segments: tuple[Segment, ...] = ()
+    language: str | None = None
+    error: str | None = None  # why the recording, or the rest of it, could not be read
+
+    @property
+    def text(self) -> str:
+        return " ".join(segment.text for segment in self.segments if segment.text)
