@@ -1,9 +1,9 @@
 """Where to cut a long recording: in pauses, between words.
 
-Where an encoder has a CTC head, only the frames between the last piece of a word and the first of
-the next one come into question; else the frames that are quieter than the sound on average. CTC's
-peaks do not tell how long a word goes on, so within these the pause is what is about as quiet as
-the quietest place. A frame here is one of the encoder's output, 40 ms.
+A pause is where it is quieter than on average around, and, where an encoder has a CTC head,
+between the last piece of a word and the first of the next one. Neither would do alone: it is quiet
+within words too, and CTC's peaks do not tell how long a word goes on. A frame here is one of the
+encoder's output, 40 ms.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,6 @@ import numpy as np
 FRAMES_PER_SECOND = 25
 SHORTEST = FRAMES_PER_SECOND  # of what cutting leaves, and of what training saw
 SMOOTHED = 5  # frames: longer than the closure of a plosive within a word
-AS_QUIET = 1.4  # nats of energy, 6 dB
 
 
 class Peak(NamedTuple):
@@ -61,26 +60,24 @@ class Track:
 
     def pauses(self, start: int, end: int) -> list[Pause]:
         """Those after what is first said in these frames; the last one may go on beyond them."""
-        gaps = self._quiet(start, end) if self.peaks is None else self._between_words(start, end)
-        return [self._pause(*gap) for gap in gaps if gap[0] < gap[1]]
+        energies = self.energies[start:end]
+        quiet = energies < energies.mean()
+        if self.peaks is None:
+            quiet[: quiet.argmin()] = False
+        else:
+            quiet &= self._between_words(start, end)
+        borders = start + np.flatnonzero(np.diff(quiet, prepend=False, append=False))
+        return [Pause(first, last) for first, last in borders.reshape(-1, 2).tolist()]
 
-    def _between_words(self, start: int, end: int) -> list[tuple[int, int]]:
+    def _between_words(self, start: int, end: int) -> np.ndarray:
+        """(end - start,), true from the end of a word to the beginning of the next one."""
+        between = np.zeros(end - start, dtype=bool)
         inside = [peak for peak in self.peaks if start <= peak.start < end]
         inside += [Peak(end, end, True)] if inside else []
-        return [(one.end, later.start) for one, later in pairwise(inside) if later.begins]
-
-    def _quiet(self, start: int, end: int) -> list[tuple[int, int]]:
-        energies = self.energies[start:end]
-        loud = start + np.flatnonzero(energies >= energies.mean())
-        return [(one + 1, later) for one, later in pairwise([*loud.tolist(), end])]
-
-    def _pause(self, start: int, end: int) -> Pause:
-        """What is about as quiet as the quietest of these frames, around it."""
-        energies = self.energies[start:end]
-        loud = np.flatnonzero(energies > energies.min() + AS_QUIET)
-        i = np.searchsorted(loud, energies.argmin())
-        first, last = np.concatenate([[-1], loud, [end - start]])[i : i + 2] + start
-        return Pause(int(first) + 1, int(last))
+        for one, later in pairwise(inside):
+            if later.begins:
+                between[one.end - start : later.start - start] = True
+        return between
 
 
 def next_cut(track: Track, start: int, longest: int, pause: int, ended: bool) -> int | None:

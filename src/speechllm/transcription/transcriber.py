@@ -73,7 +73,7 @@ class Transcriber:
         self,
         recognizer: Recognizer,
         max_segment: float = 20.0,
-        pause: float = 0.6,
+        pause: float = 0.8,
         max_duration: float = 200.0,
         language: str | None = None,
     ):
@@ -263,9 +263,9 @@ def _peaks_of(reading: CtcReading, lag: float) -> list[Peak]:
     starts = np.flatnonzero(np.diff(best, prepend=-1))
     ends = [*starts[1:].tolist(), len(best)]
     return [
-        Peak(max(0, start + shift), max(0, end + shift), reading.pieces.begins_word(int(best[start])))
-        for start, end in zip(starts.tolist(), ends)
-        if best[start] != BLANK
+        Peak(max(0, start + shift), max(0, end + shift), reading.pieces.begins_word(piece))
+        for start, end, piece in zip(starts.tolist(), ends, best[starts].tolist())
+        if piece != BLANK
     ]
 
 
