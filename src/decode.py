@@ -51,26 +51,32 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
         help="processes to share the work, by default one a GPU, at most 4; "
         "torchrun's wins")  # fmt: skip
     add("--master-port", type=int, default=12355, help="for several processes on one machine")
+    add("--test-cuts", default=TEST_CUTS, help="cut files in --manifest-dir, comma-separated")
+    add("--normalize", choices=list(NORMALIZERS), default="none",
+        help="text normalisation of references and hypotheses before scoring")  # fmt: skip
+    add_trained_model_arguments(parser)
+    add_search_arguments(parser)
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.set_defaults(max_duration=2000.0, **defaults)
+    return parser
+
+
+def add_trained_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `read_parameters` and `Decoder` read besides the model's and the search's."""
+    add = parser.add_argument_group("trained model").add_argument
     add("--exp-dir", type=Path, help="where the checkpoints are; results go to its decode/")
     add("--epoch", type=int, default=10, help="last of the averaged epochs")
     add("--iter", type=int, default=0,
         help="above 0: average checkpoint-<step>.pt up to this step instead of epochs")  # fmt: skip
     add("--avg", type=int, default=5, help="how many epochs or checkpoints to average")
     add("--checkpoint", help="a file in --exp-dir instead of --epoch and --avg")
-    add("--test-cuts", default=TEST_CUTS, help="cut files in --manifest-dir, comma-separated")
     add("--use-encoders", help="numbers of the model's encoders to use, such as 1,3; all if unset")
-    add("--normalize", choices=list(NORMALIZERS), default="none",
-        help="text normalisation of references and hypotheses before scoring")  # fmt: skip
     add("--use-fp16", type=str2bool, default=torch.cuda.is_available(), help="decode in float16")
     add("--use-bf16", type=str2bool, default=False, help="decode in bfloat16; wins over fp16")
     add("--use-lora", type=str2bool, default=True, help="as in training")
     add("--unfreeze-llm", type=str2bool, default=True, help="as in training")
     add("--unfreeze-encoder", type=str2bool, default=False, help="as in training")
-    add_search_arguments(parser)
-    add_model_arguments(parser)
-    add_data_arguments(parser)
-    parser.set_defaults(max_duration=2000.0, **defaults)
-    return parser
 
 
 def used_encoders(text: str | None, num_encoders: int) -> list[int]:

@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import soundfile
 import torch
@@ -80,14 +80,6 @@ def seconds_of(path: str | Path) -> float:
         return soundfile.info(path).duration
     except (soundfile.LibsndfileError, TypeError):
         return 0.0
-
-
-def stored(stream: BinaryIO) -> tempfile._TemporaryFileWrapper:
-    """What a pipe says, as a file that is gone when it is closed: some formats need to seek."""
-    file = tempfile.NamedTemporaryFile(prefix="transcribe-")
-    shutil.copyfileobj(stream, file)
-    file.flush()
-    return file
 
 
 def _soundfile_blocks(path: str | Path, file: soundfile.SoundFile) -> Iterator[Tensor]:

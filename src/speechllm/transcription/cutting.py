@@ -15,6 +15,7 @@ import numpy as np
 FRAMES_PER_SECOND = 25
 SHORTEST = FRAMES_PER_SECOND  # of what cutting leaves, and of what training saw
 SMOOTHED = 5  # frames: longer than the closure of a plosive within a word
+LONGER_THAN_IN_WORDS = 20  # frames without a piece: CTC misheard what comes next
 
 
 class Peak(NamedTuple):
@@ -75,7 +76,7 @@ class Track:
         inside = [peak for peak in self.peaks if start <= peak.start < end]
         inside += [Peak(end, end, True)] if inside else []
         for one, later in pairwise(inside):
-            if later.begins:
+            if later.begins or later.start - one.end >= LONGER_THAN_IN_WORDS:
                 between[one.end - start : later.start - start] = True
         return between
 

@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Transcribe recordings of any length.
+
+    python src/transcribe.py --exp-dir exp/asr_librispeech_zipformer_qwen2_1.5B talk.flac
+    python src/transcribe.py --exp-dir exp/x --format srt,json --out subtitles talks/ more.mp3
+    cat talk.ogg | python src/transcribe.py --exp-dir exp/x --format vtt - > talk.vtt
+
+Takes files, folders (the sound files in them, at any depth) and - for standard input. Channels are
+averaged, any rate becomes 16 kHz; what soundfile cannot open ffmpeg reads, where it is installed.
+Long recordings are cut in pauses, each part is recognized by itself, parts of all recordings
+together. Writes to standard output, or with --out a file for each recording and format there. A
+recording that cannot be read is named at the end, the others are transcribed; the exit code is 1.
+
+The JSON is described in speechllm/transcription/transcript_files.py.
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import decode
+import train
+from speechllm.decoding.recognizer import Recognizer
+from speechllm.decoding.search_options import add_search_arguments, search_options
+from speechllm.errors import InputError, without_secrets
+from speechllm.flags import Help, comma_list
+from speechllm.model_flags import add_model_arguments, check_model_files
+from speechllm.progress import ProgressBar
+from speechllm.transcription.audio import audio_blocks, seconds_of
+from speechllm.transcription.transcriber import Transcriber
+from speechllm.transcription.transcript import Segment, Transcript
+from speechllm.transcription.transcript_files import ENDINGS, FORMATS
+from speechllm.whole_file import whole_file
+
+STDIN = "-"
+SOUND = {
+    ".aac", ".aif", ".aiff", ".amr", ".au", ".avi", ".caf", ".flac", ".m4a", ".m4v", ".mkv", ".mov",
+    ".mp3", ".mp4", ".mpeg", ".mpg", ".oga", ".ogg", ".opus", ".sph", ".w64", ".wav", ".webm",
+    ".wma",
+}  # fmt: skip
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument_group("what to transcribe").add_argument
+    add("recordings", nargs="+", metavar="FILE", help="a sound file, a folder of them, or -")
+    add("--format", default="text", help=f"{', '.join(FORMATS)}; several comma-separated")
+    add("--out", type=Path, help="a folder for the files; standard output if unset")
+    add("--max-segment", type=float, default=20.0,
+        help="seconds of what is recognized at once: at most what training saw")  # fmt: skip
+    add("--pause", type=float, default=0.8,
+        help="in longer recordings a pause (s) as long as this ends a segment")  # fmt: skip
+    add("--max-duration", type=float, default=200.0, help="seconds of audio in a batch")
+    add("--language", help="what the transcripts say of their language")
+    decode.add_trained_model_arguments(parser)
+    add_search_arguments(parser)
+    add_model_arguments(parser)
+    parser.set_defaults(**train.DEFAULTS)
+    return parser
+
+
+def find_recordings(given: list[str]) -> list[str]:
+    """Files as they are given, the sound files of folders in their place, sorted; each once.
+
+    Raises:
+      FileNotFoundError, ValueError: naming what is not there, or a folder without sound files.
+    """
+    found: dict[str, None] = {}
+    for name in given:
+        path = Path(name)
+        if name != STDIN and not path.exists():
+            raise FileNotFoundError(f"{name} is not there")
+        inside = [name]
+        if path.is_dir():
+            inside = sorted(
+                str(one) for one in path.rglob("*") if one.suffix.lower() in SOUND and one.is_file()
+            )
+        if not inside:
+            raise InputError(f"{name} has no sound files ({' '.join(sorted(SOUND))})")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[str, str], Path]:
+    """Where each recording goes in each format; `talk.wav` and `talk.mp3` keep their endings.
+
+    Raises:
+      ValueError: two recordings would have one file.
+    """
+    stems = {name: "stdin" if name == STDIN else Path(name).stem for name in names}
+    shared = {stem for stem, count in Counter(stems.values()).items() if count > 1}
+    stems = {name: Path(name).name if stem in shared else stem for name, stem in stems.items()}
+    for stem, count in Counter(stems.values()).items():
+        if count > 1:
+            same = [name for name in names if stems[name] == stem]
+            raise InputError(f"--out {out}: {' and '.join(same)} would both become {stem}.*")
+    return {
+        (name, kind): out / f"{stem}.{ENDINGS[kind]}"
+        for name, stem in stems.items()
+        for kind in formats
+    }
+
+
+def read_formats(text: str) -> list[str]:
+    """
+    Raises:
+      ValueError: naming what is no format.
+    """
+    formats = comma_list(text)
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise InputError(f"--format {text}: the formats are {', '.join(FORMATS)}")
+    return list(dict.fromkeys(formats))
+
+
+def load_recognizer(args) -> Recognizer:
+    """The trained model that the flags describe, on a GPU if there is one.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
+    """
+    search_options(args, can_draft=True)  # what contradicts itself is said at once
+    if args.exp_dir is None:
+        raise InputError("--exp-dir is missing: where the checkpoints are")
+    check_model_files(args)
+    parameters, name = decode.read_parameters(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return decode.Decoder(args, parameters, name, device).recognizer(args)
+
+
+def with_progress(
+    found: Iterable[tuple[str, Segment | Transcript]], bar: ProgressBar
+) -> Iterator[Transcript]:
+    """The transcripts; the bar sees the segments."""
+    for _, one in found:
+        if isinstance(one, Transcript):
+            yield one
+        else:
+            bar.advance(one.end - one.start)
+
+
+def write(transcript: Transcript, formats: list[str], files: dict[tuple[str, str], Path]) -> None:
+    """To the files, or to standard output where there are none."""
+    for kind in formats:
+        content = FORMATS[kind](transcript)
+        if not files:
+            print(content, end="", flush=True)
+            continue
+        with whole_file(files[transcript.name, kind]) as partial:
+            partial.write_text(content, encoding="utf-8")
+
+
+def sounds(names: list[str]) -> Iterator[tuple[str, Iterable[Tensor]]]:
+    for name in names:
+        yield name, stdin_blocks() if name == STDIN else audio_blocks(name)
+
+
+def stdin_blocks() -> Iterator[Tensor]:
+    """As `audio_blocks`, of a copy on the disk: some formats need to seek."""
+    with tempfile.NamedTemporaryFile(prefix="transcribe-") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        try:
+            yield from audio_blocks(file.name)
+        except InputError as error:
+            raise InputError(str(error).replace(file.name, "standard input")) from None
+
+
+def transcribe(args) -> list[Transcript]:
+    """Transcribes and writes; those that could not be read are returned.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence, before anything is transcribed.
+    """
+    formats, names = read_formats(args.format), find_recordings(args.recordings)
+    if not args.out and (len(formats) > 1 or (len(names) > 1 and {"srt", "vtt"} & set(formats))):
+        raise InputError(f"--format {args.format} of {len(names)} recordings needs --out")
+    files = output_files(names, args.out, formats) if args.out else {}
+    transcriber = Transcriber(
+        load_recognizer(args), args.max_segment, args.pause, args.max_duration, args.language
+    )
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    broken = []
+    bar = ProgressBar("transcribing", sum(seconds_of(name) for name in names if name != STDIN))
+    transcriber.recognizer.start_counting()
+    for transcript in with_progress(transcriber.stream(sounds(names)), bar):
+        if transcript.error:
+            broken.append(transcript)
+        else:
+            write(transcript, formats, files)
+    bar.close()
+    counted = transcriber.recognizer.stop_counting()
+    print(", ".join(f"{what}: {value:.2f}" for what, value in counted.items()), file=sys.stderr)
+    return broken
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        broken = transcribe(args)
+    except (FileNotFoundError, InputError) as error:
+        raise SystemExit(without_secrets(error)) from None
+    if broken:
+        raise SystemExit("\n".join(without_secrets(one.error) for one in broken))
+
+
+if __name__ == "__main__":
+    main()
