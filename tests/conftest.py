@@ -220,6 +220,19 @@ def tiny_argv(tiny_corpus, tiny_llm_dir, tiny_encoder_dir, encoder_size):
 
 
 @pytest.fixture(scope="session")
+def tiny_transcribe_argv(tiny_argv):
+    """Flags of transcribe.py for the model of an experiment of two epochs."""
+
+    def flags(exp_dir: Path) -> list[str]:
+        model = tiny_argv()
+        model = model[model.index("--llm-path") :]
+        return [*model, "--exp-dir", str(exp_dir), "--checkpoint", "epoch-2.pt",
+                "--max-new-tokens", "6"]  # fmt: skip
+
+    return flags
+
+
+@pytest.fixture(scope="session")
 def tiny_train_argv(tiny_argv):
     """Flags of train.py and train_mose.py for these, with n encoders and two epochs."""
 

@@ -61,3 +61,25 @@ def test_cached_encoder_compares_epochs(lines, tiny_corpus):
     )
     assert line["ratio"] == pytest.approx(line["heard_s"] / line["read_s"], rel=0.1)
     assert line["GB_per_hour"] == pytest.approx(3600 * 25 * 144 * 4 / 1e9, rel=0.1)
+
+
+def test_long_recordings_compares_clips_and_their_join(
+    monkeypatch, capsys, restore_logging, tiny_corpus, tiny_exp, tiny_transcribe_argv
+):
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    argv = [*tiny_transcribe_argv(tiny_exp), "--max-segment", "5"]
+    cuts = str(tiny_corpus / "tiny_cuts_train.jsonl.gz")
+    benchmark = importlib.import_module("long_recordings")
+    benchmark.main(["--cuts", cuts, "--hours", "0.01", *argv])
+    clips, joined = map(json.loads, capsys.readouterr().out.splitlines())
+    assert clips["seconds"] == joined["seconds"] >= 36 and clips["words"] == joined["words"] > 0
+    assert clips["parts"] > 5 < joined["parts"]
+
+    assert benchmark.errors("a b c d".split(), ["a b", "c d"]) == {
+        "errors": 0, "lost": 0, "doubled": 0
+    }  # fmt: skip
+    assert benchmark.errors("a b c d".split(), ["a b", "d"])["lost"] == 1
+    assert benchmark.errors("a b c d".split(), ["a b", "b c d"])["doubled"] == 1
+    assert benchmark.errors("a b c d".split(), ["a", "b d"]) == {
+        "errors": 1, "lost": 0, "doubled": 0
+    }  # fmt: skip

@@ -103,7 +103,7 @@ def next_cut(track: Track, start: int, longest: int, pause: int, ended: bool) ->
         return None
     if lengths:
         late = [place for place in lengths if place > middle]
-        return max(late or lengths, key=lengths.get)
+        return max(late or lengths, key=lambda place: (lengths[place], place))
     return middle + int(track.energies[middle : high + 1].argmin())
 
 

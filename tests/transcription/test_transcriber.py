@@ -1,0 +1,166 @@
+"""Recordings through a tiny untrained recognizer: nothing is lost, doubled or mixed up."""
+
+import logging
+from collections import deque
+
+import pytest
+import torch
+
+import transcribe
+from speechllm.errors import InputError
+from speechllm.transcription.transcriber import Transcriber
+from speechllm.transcription.transcript import Segment, Transcript
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def recognizers(tiny_exp, tiny_encoder_dir, tiny_transcribe_argv):
+    """With a CTC head that is read, and without."""
+
+    def load(*flags):
+        argv = [*tiny_transcribe_argv(tiny_exp), *flags, "x.wav"]
+        return transcribe.load_recognizer(transcribe.get_parser().parse_args(argv))
+
+    bpe = str(tiny_encoder_dir / "bpe.model")
+    return {True: load("--speech-encoder-bpe-path", bpe), False: load()}
+
+
+@pytest.fixture(params=[True, False], ids=["CTC", "no CTC"])
+def recognizer(recognizers, request):
+    return recognizers[request.param]
+
+
+def bursts(seconds, seed=0):
+    """Loud for 0.5 s in every 1.2 s."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(round(seconds * RATE), generator=generator) * 0.1
+    place = torch.arange(len(samples)) / RATE
+    return samples * torch.where(place % 1.2 < 0.5, 1.0, 0.01)
+
+
+def transcribed(recognizer, *sounds, **options):
+    named = [(str(number), blocks) for number, blocks in enumerate(sounds)]
+    return Transcriber(recognizer, **options)(named)
+
+
+def test_parts_make_up_the_recording(recognizer):
+    samples = bursts(61.23)
+    transcriber = Transcriber(recognizer, max_segment=6.0)
+    parts = list(transcriber.cut(samples.split(12345)))
+    assert torch.cat([part for _, part in parts]).equal(samples)
+    assert all(samples[start : start + len(part)].equal(part) for start, part in parts)
+    lengths = [len(part) / RATE for _, part in parts]
+    assert max(lengths) <= 6.0 and min(lengths) >= 1.0 and len(parts) > 9
+
+
+def test_without_ctc_it_is_cut_where_it_is_quiet(recognizers):
+    parts = Transcriber(recognizers[False], max_segment=6.0).cut([bursts(61.23)])
+    starts = [start / RATE for start, _ in parts][1:]
+    assert all(0.5 <= start % 1.2 <= 1.2 for start in starts)
+
+
+@pytest.mark.parametrize("sizes", [[160000] * 7, [1000] * 1120])
+def test_blocks_and_batches_do_not_matter(recognizer, sizes):
+    samples = bursts(70.0)
+    [whole] = transcribed(recognizer, [samples], max_segment=8.0)
+    [blocks] = transcribed(recognizer, samples.split(sizes), max_segment=8.0, max_duration=8.0)
+    assert [(one.start, one.end) for one in blocks.segments] == [
+        (one.start, one.end) for one in whole.segments
+    ]
+    assert blocks.text == whole.text and blocks.seconds == whole.seconds == 70.0
+
+
+def test_a_short_recording_is_what_decoding_makes_of_it(recognizer):
+    samples = bursts(3.0)
+    [transcript] = transcribed(recognizer, [samples])
+    [segment] = transcript.segments
+    features = Transcriber(recognizer).fbank.extract(samples, RATE)
+    batch = {"features": features[None], "feature_lens": torch.tensor([300]), "seconds": 3.0}
+    [(_, [answer])] = recognizer([batch])
+    assert (segment.text, segment.source) == (answer.text, answer.source) and segment.text
+    assert segment.reasons == tuple(answer.reasons) and 0 < segment.confidence <= 1
+    assert [word.text for word in segment.words] == [word.word for word in answer.words or []]
+
+
+def test_words_are_in_their_segments_in_order(recognizers):
+    [transcript] = transcribed(recognizers[True], [bursts(30.0)], max_segment=5.0)
+    assert len(transcript.segments) > 5
+    for segment in transcript.segments:
+        assert " ".join(word.text for word in segment.words) == " ".join(segment.text.split())
+        times = [time for word in segment.words for time in (word.start, word.end)]
+        assert times == sorted(times)
+        assert segment.start <= times[0] + 1e-6 and times[-1] <= segment.end + 1e-6
+
+
+def test_recordings_of_a_batch_are_told_apart(recognizer, caplog):
+    sounds = [[bursts(2.0, 1)], [bursts(25.0, 2)], [], [bursts(0.1)], [bursts(3.0, 3)]]
+    alone = [transcribed(recognizer, sound, max_segment=5.0)[0] for sound in sounds]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        together = transcribed(recognizer, *sounds, max_segment=5.0)
+    assert [one.name for one in together] == ["0", "1", "2", "3", "4"]
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert [one.seconds for one in together] == pytest.approx([2.0, 25.0, 0.0, 0.1, 3.0])
+    assert [len(one.segments) for one in together][2:4] == [0, 0]
+    assert "2 of 0.00 s is too short to hear" in caplog.text
+    assert "3 of 0.10 s is too short to hear" in caplog.text
+
+
+def test_batches_are_within_their_seconds(recognizer):
+    transcriber = Transcriber(recognizer, max_duration=10.0)
+    named = [(str(i), [bursts(1.0 + i % 3)]) for i in range(20)]
+    batches = list(transcriber._batches(named, deque()))
+    assert sum(len(batch["pieces"]) for batch in batches) == 20
+    shapes = [batch["features"].shape for batch in batches]
+    assert all(shape[0] * shape[1] <= 1000 for shape in shapes) and len(batches) < 10
+
+
+def test_what_cannot_be_read_ends_one_recording_alone(recognizer):
+    def broken():
+        yield bursts(10.0)
+        raise InputError("b.wav is broken")
+
+    found = list(
+        Transcriber(recognizer, max_segment=4.0).stream(
+            [("a", [bursts(2.0)]), ("b", broken()), ("c", [bursts(2.0)])]
+        )
+    )
+    ends = [one for _, one in found if isinstance(one, Transcript)]
+    assert [(one.name, one.error) for one in ends] == [
+        ("a", None), ("b", "b.wav is broken"), ("c", None)
+    ]  # fmt: skip
+    names = [name for name, one in found if isinstance(one, Segment)]
+    assert names == sorted(names) and {"a", "c"} <= set(names)
+
+
+def test_segments_are_given_while_the_recording_goes_on(recognizer):
+    read = []
+
+    def live():
+        for block in bursts(200.0).split(RATE):
+            read.append(len(block))
+            yield block
+
+    found = Transcriber(recognizer, max_segment=5.0, max_duration=10.0).stream([("live", live())])
+    name, segment = next(found)
+    assert name == "live" and segment.start == 0.0 and len(read) < 60
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_segment": 2.0}, "--max-segment 2.0 must be at least 3"),
+        ({"max_segment": float("nan")}, "--max-segment nan must be"),
+        ({"pause": 0.0}, "--pause 0.0 must be above 0"),
+        ({"max_segment": 1e5}, r"--max-segment 100000 needs \d+ positions, the LLM has \d+"),
+    ],
+)
+def test_what_cannot_be_is_said(recognizer, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Transcriber(recognizer, **options)
+
+
+def test_the_language_is_passed_on(recognizer):
+    [transcript] = transcribed(recognizer, [bursts(1.5)], language="fr")
+    assert transcript.language == "fr"
