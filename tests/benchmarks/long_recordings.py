@@ -67,7 +67,7 @@ def errors(reference: list[str], parts: list[str]) -> dict[str, int]:
         if not expected:
             beyond = [hypothesis[place - 1]] if place in borders else []
             beyond += [hypothesis[place + 1]] if place + 1 in borders else []
-            found["doubled"] += heard in beyond
+            found["doubled"] += heard[0] in beyond
         place += bool(heard)
     return found
 

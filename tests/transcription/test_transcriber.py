@@ -2,12 +2,14 @@
 
 import logging
 from collections import deque
+from pathlib import Path
 
 import pytest
 import torch
 
 import transcribe
 from speechllm.errors import InputError
+from speechllm.transcription.audio import audio_blocks
 from speechllm.transcription.transcriber import Transcriber
 from speechllm.transcription.transcript import Segment, Transcript
 
@@ -164,3 +166,25 @@ def test_what_cannot_be_is_said(recognizer, options, sentence):
 def test_the_language_is_passed_on(recognizer):
     [transcript] = transcribed(recognizer, [bursts(1.5)], language="fr")
     assert transcript.language == "fr"
+
+
+def test_real_speech_is_cut_between_clips(recognizers, shared, monkeypatch):
+    """By energy alone, as no trained CTC head is at hand; the benchmark measures with one."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from long_recordings import silence
+
+    paths = sorted((shared / "corpora" / "an4" / "flac").rglob("*.flac"))[::40][:20]
+    if not paths:
+        pytest.skip("AN4 is not there")
+    sounds, borders = [], []
+    for path in paths:
+        clip = torch.cat(list(audio_blocks(path)))
+        gap = silence(clip, RATE // 2)
+        sounds += [gap, clip, gap]
+        borders.append(sum(map(len, sounds)))
+    joined = torch.cat(sounds)
+    starts = [start for start, _ in Transcriber(recognizers[False]).cut([joined])][1:]
+    near = [min(abs(start - border) for start in starts) / RATE for border in borders[:-1]]
+    assert sum(distance < 0.5 for distance in near) >= 18
+    loud = joined.square().mean()
+    assert all(joined[start - 800 : start + 800].square().mean() < loud / 10 for start in starts)

@@ -81,7 +81,9 @@ def test_subtitles_are_of_sensible_size_and_say_every_word_once(with_times):
     shown = list(subtitles(Transcript("a", 24.4, (whole,))))
     assert " ".join(text for *_, text in shown).split() == texts
     times = [time for start, end, _ in shown for time in (start, end)]
-    assert times == pytest.approx(sorted(times)) and times[0] == 0 and times[-1] == pytest.approx(24.4)
+    assert (
+        times == pytest.approx(sorted(times)) and times[0] == 0 and times[-1] == pytest.approx(24.4)
+    )
     for start, end, text in shown:
         lines = text.split("\n")
         assert len(lines) <= LINES and end - start <= 7.0

@@ -236,18 +236,14 @@ def _batch(pieces: list[_Piece]) -> dict:
 
 
 def _segment(piece: _Piece, answer: Recognition) -> Segment:
-    start, end = (
-        sample / SAMPLING_RATE for sample in (piece.start, piece.start + piece.samples)
-    )
+    start, end = (sample / SAMPLING_RATE for sample in (piece.start, piece.start + piece.samples))
     words = tuple(
         Word(start + word.start, start + word.end, word.word, word.confidence)
         for word in answer.words or ()
     )
     log_probs = answer.hypothesis.log_probs
     confidence = math.exp(sum(log_probs) / len(log_probs)) if log_probs else 0.0
-    return Segment(
-        start, end, answer.text, words, confidence, answer.source, tuple(answer.reasons)
-    )
+    return Segment(start, end, answer.text, words, confidence, answer.source, tuple(answer.reasons))
 
 
 def _energies(features: Tensor) -> np.ndarray:
