@@ -216,6 +216,17 @@ def test_every_flag_is_tested():
     assert flags - {"-h", "--help"} <= tested
 
 
+def test_scanning_memory_changes_nothing(flags, tmp_path):
+    """Also not which batches are the first, which have another loss."""
+    for scan in ("true", "false"):
+        main(flags, tmp_path / scan, **{"--scan-oom": scan})
+    one, two = (load_checkpoint(tmp_path / scan / "epoch-1.pt") for scan in ("true", "false"))
+    assert equal(one.pop("model"), two.pop("model"))
+    assert repr(one) == repr(two)
+    logs = "".join(path.read_text() for path in (tmp_path / "true" / "log").iterdir())
+    assert "There is memory for the worst batches" in logs
+
+
 def test_the_same_command_goes_on_in_the_middle_of_an_epoch(flags, tmp_path):
     more = {
         "--num-epochs": 2, "--max-duration": 4, "--save-every-n": 1, "--save-every-minutes": 0,
