@@ -346,8 +346,10 @@ def test_numbers_that_make_no_training(tmp_path, flag, sentence):
         check_training(parse("--exp-dir", tmp_path, flag, 0))
 
 
-@pytest.mark.parametrize("flag", ["--save-every-n", "--save-every-minutes", "--max-skipped-steps", "--loader-timeout"])
-def test_times_that_make_no_checkpoints(tmp_path, flag):
+@pytest.mark.parametrize(
+    "flag", ["--save-every-n", "--save-every-minutes", "--max-skipped-steps", "--loader-timeout"]
+)
+def test_numbers_below_0(tmp_path, flag):
     with pytest.raises(ValueError, match=f"^{flag} -1 must be at least 0$"):
         check_training(parse("--exp-dir", tmp_path, flag, -1))
 
