@@ -7,7 +7,8 @@
 Writes to `<exp-dir>/decode/`, for each set and way of decoding: recogs-, errs- and wer-summary-;
 report-, a page to look at; guard- with the utterances to distrust; where an encoder has a CTC head
 and a BPE model, ctm- with the times of words; with --nbest, nbest-. A checkpoint by name, such as a
-published one: `--checkpoint epoch-10-avg-5.pt`.
+published one: `--checkpoint epoch-10-avg-5.pt`. The model is the one that training described in
+`<exp-dir>/model.json`; where there is none, and where a flag is given, the flags say it.
 """
 
 import argparse
@@ -32,7 +33,12 @@ from speechllm.decoding.search_options import (
 from speechllm.decoding.test_set import answer_cuts, files_to_decode, set_name, with_answers
 from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Parser, comma_list, str2bool
-from speechllm.model_flags import add_model_arguments, build_model, check_model_files
+from speechllm.model_flags import (
+    add_model_arguments,
+    build_model,
+    check_model_files,
+    take_model_file,
+)
 from speechllm.progress import setup_logging
 from speechllm.sampling import LLMPositions, TooManyPositions
 from speechllm.scoring import NORMALIZERS, ErrorCounts, log_line
@@ -77,6 +83,21 @@ def add_trained_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--use-lora", type=str2bool, default=True, help="as in training")
     add("--unfreeze-llm", type=str2bool, default=True, help="as in training")
     add("--unfreeze-encoder", type=str2bool, default=False, help="as in training")
+
+
+def read_flags(
+    argv: list[str] | None = None,
+    defaults: dict = train.DEFAULTS,
+    description: str | None = __doc__,
+) -> argparse.Namespace:
+    """The values of decode.py's flags.
+
+    Raises:
+      ValueError: model.json cannot be read.
+    """
+    parser = get_parser(defaults, description)
+    take_model_file(parser, argv)
+    return parser.parse_args(argv)
 
 
 def used_encoders(text: str | None, num_encoders: int) -> list[int]:
@@ -233,8 +254,8 @@ def main(
     defaults: dict = train.DEFAULTS,
     description: str | None = __doc__,
 ) -> None:
-    args = get_parser(defaults, description).parse_args(argv)
     try:
+        args = read_flags(argv, defaults, description)
         launch(run, args, args.world_size, args.master_port)
     except (FileNotFoundError, InputError) as error:
         raise SystemExit(without_secrets(error)) from None

@@ -31,6 +31,7 @@ from speechllm.decoding.recognizer import Recognizer
 from speechllm.decoding.search_options import add_search_arguments, search_options
 from speechllm.decoding.test_set import set_name
 from speechllm.errors import InputError, without_secrets
+from speechllm.model_flags import take_model_file
 from speechllm.training.distributed import Ranks, launch
 from speechllm.whole_file import whole_file
 
@@ -174,6 +175,7 @@ def all_ways(argv: list[str], defaults: dict) -> list[tuple[dict[str, str], Any]
       ValueError: a flag cannot be swept over, or flags contradict each other.
     """
     parser = get_parser(defaults)
+    take_model_file(parser, argv)
     over = combinations(parser.parse_args(argv).over)
     ways = [
         parser.parse_args([*argv, *(f"--{flag}={value}" for flag, value in one.items())])

@@ -9,7 +9,8 @@ On several machines, one line on each:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \\
       src/train.py ...
 
-Several encoders are comma-separated values (see train_mose.py).
+Several encoders are comma-separated values (see train_mose.py). What decoding must know of the
+model goes to `<exp-dir>/model.json`.
 """
 
 import argparse
@@ -26,7 +27,13 @@ from speechllm.data import add_data_arguments, add_training_data_arguments
 from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Parser, str2bool
 from speechllm.model import SpeechLLM, draw_encoders
-from speechllm.model_flags import add_model_arguments, build_model, check_model_files
+from speechllm.model_flags import (
+    add_model_arguments,
+    build_model,
+    check_model_files,
+    check_same_model,
+    write_model_file,
+)
 from speechllm.progress import setup_logging
 from speechllm.prompt import ChatIds, encode_transcripts, training_ids
 from speechllm.sampling import LLMPositions
@@ -67,6 +74,7 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
     add("--deepspeed", type=Path,
         help="divide the model among the GPUs: local/deepspeed_zero2.json or alike")  # fmt: skip
     add("--pretrained-model-path", help="start from this checkpoint's parameters")
+    add("--language", help="what is spoken, such as en: noted in <exp-dir>/model.json")
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_training_data_arguments(parser)
@@ -155,6 +163,8 @@ def run(ranks: Ranks, args) -> None:
     state, checkpoint = initial_parameters(model, args)
     args.count_positions = LLMPositions(tokenizer, model.chat, len(model.encoder), model.ds_rate)
     check_positions(args, model.llm.config.max_position_embeddings, ranks.is_main)
+    if ranks.is_main:
+        write_model_file(args)
     model.to(ranks.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     logging.info(f"Number of model parameters: {sum(p.numel() for p in model.parameters())}")
@@ -186,6 +196,8 @@ def main(
                 f"checkpoint, not from --pretrained-model-path {args.pretrained_model_path}"
             )
         args.start = check_training(args)
+        if args.start:
+            check_same_model(args)
         if args.activation_checkpointing and not args.unfreeze_llm:
             raise InputError("--activation-checkpointing true is for an LLM that is trained")
         args.deepspeed_config = deepspeed_config(args)

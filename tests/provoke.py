@@ -39,7 +39,6 @@ import prepare_corpus
 from make_spoken_corpus import SAMPLING_RATE, Espeak, Speaker, noise, place_in_room
 
 import decode
-import train
 from speechllm.cut_files import frames_needed
 from speechllm.data import loader_options
 from speechllm.decoding.draft import Hypothesis
@@ -262,7 +261,7 @@ def write_corpus(found: Iterable[tuple[str, str, Clip]], out: Path) -> dict[str,
 def decode_all(argv: list[str], manifest_dir: Path) -> tuple[dict[str, dict], int]:
     """id -> seconds, CTC text and, of each guard, the answer; the limit of tokens."""
     argv = [*argv, "--test-cuts", "provocations_cuts_test", "--manifest-dir", str(manifest_dir)]
-    args = decode.get_parser(train.DEFAULTS).parse_args(argv)
+    args = decode.read_flags(argv)
     (path,), decoder = decode.prepare(args)
     answers: dict[str, dict] = defaultdict(dict)
     for args.guard in GUARDS if decoder.recognizer(args).reader else GUARDS[:2]:

@@ -18,6 +18,7 @@ import train
 from speechllm import data
 from speechllm.decoding import test_set
 from speechllm.decoding.recognizer import Recognizer
+from speechllm.model_flags import read_model_file
 from speechllm.seeds import seed_everything
 from speechllm.training import setup
 from speechllm.training.distributed import Ranks
@@ -193,6 +194,7 @@ TRAIN = {
     "--pretrained-model-path": Change(
         "{tmp}/exp/epoch-1.pt", parameter("encoder_projector.0.proj.1.bias")
     ),
+    "--language": Change("de", lambda r: read_model_file(r.exp_dir)),
     "--llm-path": Change("{tmp}/llm", parameter("llm.base_model.model.model.norm.weight")),
     "--speech-encoder-type": Change("medium", attribute("sentence")),
     "--speech-encoder-path": Change(

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import decode
 import pretrain_encoder
-import train
 from speechllm.decoding.test_set import decode_cuts
 from speechllm.model_flags import build_model
 from speechllm.prompt import IM_END
@@ -84,7 +83,7 @@ def argv(real, ending_llm_dir):
 
 
 def parsed(flags):
-    return decode.get_parser(train.DEFAULTS).parse_args(flags)
+    return decode.read_flags(flags)
 
 
 # ---- other batches: the same tokens

@@ -1,6 +1,11 @@
-"""From flags to a SpeechLLM: what training and decoding say alike."""
+"""From flags to a SpeechLLM: what training and decoding say alike.
+
+Training writes what its flags say of the model to `<exp-dir>/model.json`; programs that use the
+model need no flag but --exp-dir then.
+"""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -11,7 +16,22 @@ from speechllm.flags import comma_list, str2bool
 from speechllm.llm import check_llm_path, load_llm, prepare_llm
 from speechllm.model import SpeechLLM
 from speechllm.prompt import chat_ids
+from speechllm.whole_file import whole_file
 from speechllm.zipformer import SIZES, load_encoder
+
+MODEL_FILE = "model.json"
+MODEL_FLAGS = {  # what model.json holds, and of which type
+    "llm_path": str,
+    "speech_encoder_type": str,
+    "speech_encoder_path": str,
+    "speech_encoder_bpe_path": str,
+    "encoder_projector_ds_rate": int,
+    "use_lora": bool,
+    "unfreeze_llm": bool,
+    "unfreeze_encoder": bool,
+    "language": str,
+}
+FREE_FLAGS = ("speech_encoder_bpe_path", "language")  # training makes no use of them
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +45,59 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--encoder-projector-ds-rate", type=int, default=4,
         help="encoder frames in one speech embedding")  # fmt: skip
     add("--use-flash-attn", type=str2bool, default=False, help="flash-attn instead of SDPA")
+
+
+def take_model_file(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
+    """What model.json in --exp-dir says, if it is there, becomes the parser's defaults.
+
+    Raises:
+      ValueError: one sentence naming the file.
+    """
+    parser.set_defaults(**read_model_file(parser.parse_args(argv).exp_dir))
+
+
+def read_model_file(exp_dir: Path) -> dict:
+    """What the model was trained with, by flag; nothing where there is no model.json.
+
+    Raises:
+      ValueError: naming the file and what is wrong in it.
+    """
+    path = exp_dir / MODEL_FILE
+    if not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(stored, dict):
+        raise InputError(f"{path} holds no flags by name")
+    for name, value in stored.items():
+        if name not in MODEL_FLAGS:
+            raise InputError(f"{path} has {name!r}, which is no flag of a model")
+        if type(value) is not MODEL_FLAGS[name]:
+            raise InputError(f"{path}: {name} is {value!r}, not {MODEL_FLAGS[name].__name__}")
+    return stored
+
+
+def write_model_file(args) -> None:
+    """`<exp-dir>/model.json`, paths as they were given."""
+    with whole_file(args.exp_dir / MODEL_FILE) as partial:
+        stored = {name: value for name in MODEL_FLAGS if (value := getattr(args, name)) is not None}
+        partial.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_same_model(args) -> None:
+    """A training that goes on must be of the model that was begun.
+
+    Raises:
+      ValueError: naming both values of a flag.
+    """
+    for name, then in read_model_file(args.exp_dir).items():
+        if name not in FREE_FLAGS and then != (now := getattr(args, name)):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{flag} {now}: the training in {args.exp_dir} was begun with {flag} {then}"
+            )
 
 
 def encoder_files(args) -> list[tuple[str, str]]:

@@ -86,7 +86,7 @@ def random_batch(model: SpeechLLM, args, device: str) -> Batch:
 
 def trained_batches(flags: list[str]) -> tuple[SpeechLLM, list[Batch], int]:
     """The model of decode.py's flags, its test sets' prompts with CTC drafts, the token limit."""
-    args = decode.get_parser(decode.train.DEFAULTS).parse_args(flags)
+    args = decode.read_flags(flags)
     paths, decoder = decode.prepare(args, "benchmark")
     recognizer, batches = decoder.recognizer(args), []
 
