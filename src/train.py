@@ -35,7 +35,7 @@ from speechllm.model_flags import (
     write_model_file,
 )
 from speechllm.progress import setup_logging
-from speechllm.prompt import ChatIds, encode_transcripts, training_ids
+from speechllm.prompt import ChatIds, encode_contexts, encode_transcripts, training_ids
 from speechllm.sampling import LLMPositions
 from speechllm.seeds import seed_everything
 from speechllm.trained_state import load_trainable_state, trainable_state
@@ -111,7 +111,8 @@ class LlmBatchLoss:
         else:
             used = [list(range(self.num_encoders))] * size
         groups = [len(encoders) for encoders in used]
-        ids, labels = training_ids(self.chat, self._transcripts(batch), groups)
+        contexts = encode_contexts(self.tokenizer, self.chat, batch.get("contexts"))
+        ids, labels = training_ids(self.chat, self._transcripts(batch), groups, contexts)
         sums = model(
             batch["features"].to(self.device, non_blocking=True),
             batch["feature_lens"],

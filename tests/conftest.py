@@ -59,7 +59,8 @@ def tiny_corpus(tmp_path_factory) -> Path:
     musan_cuts          3 pieces of noise of 2 s, without text
 
     A word is a tone burst of 0.2 s with a pitch of its own, so the text can be learnt. Texts are
-    in lower case; the lengths are no multiples of a frame.
+    in lower case; the lengths are no multiples of a frame. Utterances of odd number have their
+    first word as a context.
     """
     from lhotse import CutSet
 
@@ -107,8 +108,11 @@ def _tone_cut(folder: Path, part: str, i: int):
     cut = _recorded(folder, f"{part}-{i}", samples + rng.normal(scale=1e-3, size=len(samples)))
     text = " ".join(WORDS[w] for w in words)
     cut.supervisions = [
-        SupervisionSegment(cut.id, cut.id, 0.0, cut.duration, text=text, speaker=f"speaker{i % 3}")
-    ]
+        SupervisionSegment(
+            cut.id, cut.id, 0.0, cut.duration, text=text, speaker=f"speaker{i % 3}",
+            custom={"context": text.split()[0]} if i % 2 else None,
+        )
+    ]  # fmt: skip
     return cut
 
 

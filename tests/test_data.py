@@ -89,6 +89,24 @@ def test_a_batch_is_what_the_legend_says(tiny_corpus, num_workers):
             assert (row[length:] < -15).all()  # padded with the logarithm of next to nothing
 
 
+def test_contexts_come_when_they_are_asked_for(tiny_corpus):
+    cuts = {cut.id: cut for cut in load_manifest(path_of(tiny_corpus))}
+    for batch in train_batches(path_of(tiny_corpus), use_context=True):
+        for cut_id, context in zip(batch["ids"], batch["contexts"], strict=True):
+            odd = int(cut_id.removeprefix("train-")) % 2
+            assert context == (cuts[cut_id].supervisions[0].text.split()[0] if odd else "")
+
+
+def test_the_context_of_a_joined_cut_has_each_text_once(tiny_corpus):
+    a, b, c = list(load_manifest(path_of(tiny_corpus)))[1:6:2]
+    c.supervisions[0].custom = a.supervisions[0].custom
+    contexts = [cut.supervisions[0].custom["context"] for cut in (a, b)]
+    assert cut_files.context_of(a.append(b).append(c)) == " ".join(contexts)
+    a.supervisions[0].custom = {"context": ["one"]}
+    with pytest.raises(ValueError, match=r"cut train-1 has a context that is no text: \['one'\]"):
+        cut_files.context_of(a)
+
+
 def test_a_batch_holds_no_more_than_max_duration_with_its_padding(many):
     for options in ({}, {"bucketing_sampler": False}):
         sizes = [batch["features"].shape[:2] for batch in train_batches(many, **options)]

@@ -412,6 +412,24 @@ def test_too_long_for_the_positions_of_the_llm(run, copies, tiny_llm_dir, tmp_pa
     assert "cut test-1 of 2.2 s needs 35 positions, the LLM has 33" in log_of(exp_dir)
 
 
+def test_contexts_take_positions_too(run, copies, tiny_corpus, tiny_llm_dir, tmp_path):
+    llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
+    config = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    cuts = list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
+    cuts[0].supervisions[0].custom = {"context": 3}
+    cuts[2].supervisions[0].custom = {"context": "seven " * 90}
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    exp_dir = copies()
+    flags = ("--test-cuts", tmp_path / "cuts.jsonl.gz", "--llm-path", llm)
+    run(exp_dir, *flags, "--use-context", "true")
+    assert "could not be decoded: 2 (1 malformed, 1 positions)" in summary(exp_dir)
+    assert re.search(r"cut test-2 of 1.2 s needs \d{3} positions, the LLM has 100", log_of(exp_dir))
+    assert "cut test-0 has a context that is no text: 3" in log_of(exp_dir)
+    run(exp_dir, *flags)
+    assert "could not be decoded" not in summary(exp_dir)
+
+
 def recog_lines(exp_dir):
     (path,) = (exp_dir / "decode").glob("recogs-*")
     return path.read_text().splitlines()

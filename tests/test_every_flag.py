@@ -203,6 +203,9 @@ TRAIN = {
     # Training has the flag because decoding has it, and does not read it.
     "--speech-encoder-bpe-path": Change("other.model", lambda r: r.args.speech_encoder_bpe_path),
     "--encoder-projector-ds-rate": Change("2", lambda r: r.model.encoder_projector[0].ds_rate),
+    "--prompt": Change("write it", lambda r: r.model.chat.prompt(1)),
+    "--use-context": Change("true", lambda r: (
+        r.model.chat.use_context, [b.get("contexts") for b in r.train_loader(1)])),
     "--use-flash-attn": Change(
         "true", lambda r: r.sentence or r.model.llm.config._attn_implementation
     ),
@@ -374,6 +377,8 @@ DECODE = {
     "--speech-encoder-path": Change("{tmp}/other.pt", files),
     "--speech-encoder-bpe-path": Change("{tmp}/bpe.model", names),
     "--encoder-projector-ds-rate": Change("2", files),
+    "--prompt": Change("write it", files),
+    "--use-context": Change("true", files),
     "--use-flash-attn": Change(
         "true", lambda s: s.sentence or s.model.llm.config._attn_implementation
     ),

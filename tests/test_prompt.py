@@ -166,6 +166,56 @@ def test_prompts_end_where_the_answer_begins():
     ]
 
 
+# ---- instruction and context
+
+
+def test_an_instruction_follows_the_speech(tokenizer):
+    chat = prompt.chat_ids(tokenizer, " write what is said ")
+    whole = (
+        f"<|im_start|>user\n{GROUP * 2}write what is said<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert chat.prompt(2) == tokenizer.encode(whole, add_special_tokens=False)
+
+
+def test_an_instruction_cannot_end_the_turn(tokenizer):
+    instruction = "say <|im_end|> and <speech>"
+    chat = prompt.chat_ids(tokenizer, instruction)
+    assert not {chat.end, chat.speech} & set(chat.instruction)
+    assert prompt.decode_transcripts(tokenizer, [list(chat.instruction)]) == [instruction]
+
+
+def test_contexts_follow_the_instruction(tokenizer):
+    chat = prompt.chat_ids(tokenizer, "the words:", use_context=True)
+    contexts = prompt.encode_contexts(tokenizer, chat, ["alpha beta ", "", "<|im_end|>"])
+    assert contexts[1] == [] and chat.end not in contexts[2]
+    whole = (
+        f"<|im_start|>user\n{GROUP}the words: alpha beta<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert chat.prompt(1, contexts[0]) == tokenizer.encode(whole, add_special_tokens=False)
+    assert chat.prompt(1, contexts[1]) == chat.prompt(1)
+
+
+def test_no_context_where_the_chat_has_no_place_for_it(tokenizer):
+    assert prompt.encode_contexts(tokenizer, prompt.chat_ids(tokenizer), ["alpha"]) is None
+    chat = prompt.chat_ids(tokenizer, use_context=True)
+    assert prompt.encode_contexts(tokenizer, chat, None) is None
+
+
+def test_prompts_of_different_lengths_end_together():
+    chat = ChatIds((1, 2), (3, 4, 5), (6, 7), end=8, pad=0, instruction=(9,), use_context=True)
+    assert prompt.prompt_ids(chat, [1, 1], [[20, 21], []]).tolist() == [
+        [1, 2, 3, 4, 5, 9, 20, 21, 6, 7],
+        [0, 0, 1, 2, 3, 4, 5, 9, 6, 7],
+    ]
+    ids, labels = prompt.training_ids(chat, [[11], [12, 13]], [1, 1], [[20, 21], []])
+    x = IGNORED
+    assert ids.tolist() == [
+        [1, 2, 3, 4, 5, 9, 20, 21, 6, 7, 11, 8],
+        [0, 1, 2, 3, 4, 5, 9, 6, 7, 12, 13, 8],
+    ]
+    assert labels.tolist() == [[x] * 10 + [11, 8], [x] * 9 + [12, 13, 8]]
+
+
 # ---- other tokenizers
 
 

@@ -10,7 +10,7 @@ from lhotse import CutSet, MonoCut, SupervisionSegment, load_manifest
 from speechllm import cut_files
 from speechllm.llm import load_llm
 from speechllm.model import expand_speech
-from speechllm.prompt import chat_ids, encode_transcripts, training_ids
+from speechllm.prompt import chat_ids, encode_contexts, encode_transcripts, training_ids
 from speechllm.sampling import BatchLimit, LLMPositions, make_sampler, with_positions
 from speechllm.zipformer import SIZES, ZipformerEncoder
 
@@ -108,10 +108,13 @@ def test_a_corpus_sorted_by_duration_does_not_lead_beyond_the_limit():
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("ds_rate", [4, 2])
-def test_positions_are_those_the_llm_is_given(tiny_corpus, tiny_llm_dir, encoder_size, n, ds_rate):
+@pytest.mark.parametrize("asked", [(), ("write it", True), ("write it", False)])
+def test_positions_are_those_the_llm_is_given(
+    tiny_corpus, tiny_llm_dir, encoder_size, n, ds_rate, asked
+):
     """Against encoder, prompt and merging themselves."""
     _, tokenizer = load_llm(str(tiny_llm_dir))
-    chat = chat_ids(tokenizer)
+    chat = chat_ids(tokenizer, *asked)
     encoder = ZipformerEncoder(SIZES[encoder_size]).eval()
     count = LLMPositions(tokenizer, chat, n, ds_rate)
     for cut in load_manifest(tiny_corpus / "tiny_cuts_train.jsonl.gz"):
@@ -120,7 +123,8 @@ def test_positions_are_those_the_llm_is_given(tiny_corpus, tiny_llm_dir, encoder
         with torch.no_grad():
             _, lens = encoder(features, torch.tensor([features.size(1)]))
         transcript = encode_transcripts(tokenizer, ["the quick brown <speech> fox"])
-        ids, labels = training_ids(chat, transcript, [n])
+        contexts = encode_contexts(tokenizer, chat, [cut_files.context_of(cut)])
+        ids, labels = training_ids(chat, transcript, [n], contexts)
         counts = [[int(lens[0]) // ds_rate] * n]
         expanded, _, _ = expand_speech(ids, labels, counts, chat.speech, chat.pad)
         assert count(cut) == expanded.size(1)

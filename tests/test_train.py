@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def test_what_a_training_leaves_behind(request, exp, n):
     exp_dir = request.getfixturevalue(exp)
     names = {path.name for path in exp_dir.iterdir()} - {"decode"}  # other tests decode with it
     assert names == {
-        "epoch-1.pt", "epoch-2.pt", "best-train-loss.pt", "best-valid-loss.pt", "log", "tensorboard"
+        "epoch-1.pt", "epoch-2.pt", "best-train-loss.pt", "best-valid-loss.pt", "log",
+        "tensorboard", "model.json",
     }  # fmt: skip
     (log_file,) = (exp_dir / "log").iterdir()
     assert re.fullmatch(r"log-train-[\d-]+", log_file.name)
@@ -246,6 +248,22 @@ def test_texts_are_lower_cased_and_encoders_dropped_in_training_only(tiny_tokeni
     batch_loss(model.train(), batch)
     assert (model.used == [[0]] * 20) == (n == 1)
     assert (model.ids == 3).sum(dim=1).tolist() == [len(used) for used in model.used]
+
+
+def test_contexts_are_before_the_answer(tiny_tokenizer):
+    batch = {
+        "features": torch.zeros(2, 50, 80), "feature_lens": torch.full((2,), 45),
+        "texts": ["one", "two"], "contexts": ["three", ""],
+    }  # fmt: skip
+    chat = replace(Listener.chat, instruction=(7,), use_context=True)
+    batch_loss = train.LlmBatchLoss(tiny_tokenizer, chat, 1, torch.device("cpu"))
+    model = Listener()
+    batch_loss(model, batch)
+    context, one, two = (tiny_tokenizer.encode(text) for text in (" three", "one", "two"))
+    row = [1, 2, 3, 4, 7, *context, 5, *one, 6]
+    other = [1, 2, 3, 4, 7, 5, *two, 6]
+    assert model.ids.tolist() == [row, [0] * (len(row) - len(other)) + other]
+    assert (model.labels[0] != IGNORED).sum() == len(one) + 1
 
 
 # ---- precision and ranks

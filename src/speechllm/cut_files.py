@@ -118,6 +118,19 @@ def _cut_of(line: str) -> Cut | str:
         return str(error)
 
 
+def context_of(cut: Cut) -> str:
+    """What the cut's supervisions have as custom `context`, each text once.
+
+    Raises:
+      ValueError: naming the cut and what is no text.
+    """
+    found = [(supervision.custom or {}).get("context") for supervision in cut.supervisions]
+    for context in found:
+        if not isinstance(context, str | None):
+            raise InputError(f"cut {cut.id} has a context that is no text: {context!r}")
+    return " ".join(dict.fromkeys(filter(None, found)))
+
+
 def check_cuts(
     paths: list[Path],
     *,

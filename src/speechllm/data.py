@@ -5,6 +5,7 @@ A batch is a dict:
     features      (B, T, 80) float32, padded; B utterances, T frames of 10 ms
     feature_lens  (B,) int64, valid frames
     texts         B transcripts as they are in the cut files
+    contexts      B texts for the prompt, empty where there is none; only with `use_context`
     ids           B cut ids; a cut joined by --concatenate-cuts has a new one
     seconds       audio in the batch, without padding
     bad           faults of the utterances left out, and of noise: what is broken shows when read
@@ -47,6 +48,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from speechllm.cut_faults import Fault, cut_faults, header_faults, reading_faults
+from speechllm.cut_files import context_of
 from speechllm.encoder_cache import EncoderCache
 from speechllm.errors import InputError, first_line
 from speechllm.features import FRAME_SHIFT, NUM_MEL_BINS, fbank_extractor
@@ -76,12 +78,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def loader_options(args) -> dict:
-    """What the flags of `add_data_arguments` say, as keywords of both loaders."""
+    """What the flags of `add_data_arguments` say, as keywords of both loaders.
+
+    And --use-context, which only models with an LLM have.
+    """
     names = (
         "max_duration", "bucketing_sampler", "num_buckets", "num_workers", "loader_timeout",
         "on_the_fly_feats",
     )  # fmt: skip
-    return {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names}
+    return {**options, "use_context": getattr(args, "use_context", False)}
 
 
 def add_training_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +121,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         cut_transforms: list[Callable[[CutSet], CutSet]] | None = None,
         input_transforms: list[Callable[[Tensor], Tensor]] | None = None,
         faults: Callable[[Cut], list[Fault]] | None = None,
+        use_context: bool = False,
     ):
         """
         Args:
@@ -125,7 +132,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
             input_transforms=input_transforms,
             input_strategy=_input_strategy(on_the_fly_feats),
         )
-        self.on_the_fly_feats, self.faults = on_the_fly_feats, faults
+        self.on_the_fly_feats, self.faults, self.use_context = on_the_fly_feats, faults, use_context
         self.augmentations, self.augmented = cut_transforms or [], CutSet()
 
     def __getitem__(self, cuts: CutSet) -> dict:
@@ -175,7 +182,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         supervisions = batch["supervisions"]
         size = batch["inputs"].size(0)
         texts: list[list[str]] = [[] for _ in range(size)]
-        ids, lens = [""] * size, torch.zeros(size, dtype=torch.long)
+        heard, lens = [None] * size, torch.zeros(size, dtype=torch.long)
         # A joined cut has several supervisions: their texts follow one another.
         for row, start, frames, text, cut in zip(
             supervisions["sequence_idx"].tolist(),
@@ -185,23 +192,28 @@ class SpeechDataset(K2SpeechRecognitionDataset):
             supervisions["cut"],
         ):
             texts[row].append(text)
-            ids[row] = cut.id
+            heard[row] = cut
             lens[row] = max(int(lens[row]), start + frames)
         lens.clamp_(max=batch["inputs"].size(1))
         return {
             "features": batch["inputs"],
             "feature_lens": lens,
             "texts": [" ".join(parts) for parts in texts],
-            "ids": ids,
+            "ids": [cut.id for cut in heard],
             "seconds": lens.sum().item() * FRAME_SHIFT,
+            **_contexts(heard, self.use_context),
         }
+
+
+def _contexts(cuts: Iterable[Cut], use_context: bool) -> dict:
+    return {"contexts": list(map(context_of, cuts))} if use_context else {}
 
 
 class HeardDataset(Dataset):
     """Batches as those of `SpeechDataset`, what encoders made of the features in their place."""
 
-    def __init__(self, cache: EncoderCache):
-        self.cache = cache
+    def __init__(self, cache: EncoderCache, use_context: bool = False):
+        self.cache, self.use_context = cache, use_context
 
     def __getitem__(self, cuts: CutSet) -> dict:
         cuts, bad = _parted(cuts.sort_by_duration(ascending=False), self._faults)  # as lhotse does
@@ -216,6 +228,7 @@ class HeardDataset(Dataset):
             "ids": [cut.id for cut in cuts],
             "seconds": sum(frames) * FRAME_SHIFT,
             "bad": bad,
+            **_contexts(cuts, self.use_context),
         }
 
     def _faults(self, cut: Cut) -> list[Fault]:
@@ -341,6 +354,7 @@ def training_loader(
     musan_cuts: CutSet | None = None,
     enable_spec_aug: bool = True,
     spec_aug_time_warp_factor: int = 80,
+    use_context: bool = False,
     seed: int = 42,
     epoch: int = 1,
     skip: int = 0,
@@ -390,13 +404,14 @@ def training_loader(
     )
     sampler.set_epoch(epoch - 1)
     if encoder_cache is not None:
-        dataset = HeardDataset(encoder_cache)
+        dataset = HeardDataset(encoder_cache, use_context)
     else:
         dataset = SpeechDataset(
             on_the_fly_feats,
             _cut_transforms(concatenate_cuts, duration_factor, gap, musan_cuts),
             [_spec_augment(spec_aug_time_warp_factor)] if enable_spec_aug else [],
             _Faults(not on_the_fly_feats, more_faults) if streamed else None,
+            use_context,
         )
     dataset = SeededDataset(dataset, f"{seed} {epoch} {rank}")
     watched = {"where": f"epoch {epoch}", "timeout": loader_timeout}
@@ -453,6 +468,7 @@ def evaluation_loader(
     num_workers: int = 2,
     loader_timeout: float = 600.0,
     on_the_fly_feats: bool = False,
+    use_context: bool = False,
     rank: int = 0,
     world_size: int = 1,
     encoder_cache: EncoderCache | None = None,
@@ -463,9 +479,9 @@ def evaluation_loader(
     kernels round differently in other batches. The cuts' manifests have been checked.
     """
     if encoder_cache is not None:
-        dataset = HeardDataset(encoder_cache)
+        dataset = HeardDataset(encoder_cache, use_context)
     else:
-        dataset = SpeechDataset(on_the_fly_feats)
+        dataset = SpeechDataset(on_the_fly_feats, use_context=use_context)
     sampler = make_sampler(
         cuts,
         BatchLimit(max_duration),

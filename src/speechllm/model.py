@@ -155,15 +155,18 @@ class SpeechLLM(nn.Module):
         """Hear and project."""
         return self.project(self.hear(features, feature_lens, used), used)
 
-    def prompt(self, features: Tensor, feature_lens: Tensor) -> Prompt:
+    def prompt(
+        self, features: Tensor, feature_lens: Tensor, contexts: list[list[int]] | None = None
+    ) -> Prompt:
         """What decoding begins with: every utterance through all encoders.
 
         Args:
           features: (B, T, 80); feature_lens: (B,), on the CPU.
+          contexts: ids of each utterance's, see `prompt.py`.
         """
         used = self.all_encoders(features.size(0))
         heard = self.hear(features, feature_lens, used)
-        ids = prompt_ids(self.chat, [len(encoders) for encoders in used])
+        ids = prompt_ids(self.chat, [len(encoders) for encoders in used], contexts)
         embeds, mask, _ = self.merge(ids, None, self.project(heard, used))
         return Prompt(embeds, mask, heard)
 

@@ -26,6 +26,8 @@ MODEL_FLAGS = {  # what model.json holds, and of which type
     "speech_encoder_path": str,
     "speech_encoder_bpe_path": str,
     "encoder_projector_ds_rate": int,
+    "prompt": str,
+    "use_context": bool,
     "use_lora": bool,
     "unfreeze_llm": bool,
     "unfreeze_encoder": bool,
@@ -44,6 +46,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="bpe.model of each encoder, or one of all: decoding drafts with it")  # fmt: skip
     add("--encoder-projector-ds-rate", type=int, default=4,
         help="encoder frames in one speech embedding")  # fmt: skip
+    add("--prompt", default="", help="an instruction to the LLM, after the speech; published: none")
+    add("--use-context", type=str2bool, default=False,
+        help="after the instruction comes what the utterance's supervision has as custom "
+        "`context`, such as hotwords")  # fmt: skip
     add("--use-flash-attn", type=str2bool, default=False, help="flash-attn instead of SDPA")
 
 
@@ -155,7 +161,7 @@ def build_model(
     model = SpeechLLM(
         encoders,
         llm,
-        chat_ids(tokenizer),
+        chat_ids(tokenizer, args.prompt, args.use_context),
         ds_rate=args.encoder_projector_ds_rate,
         encoder_feature_mask=encoder_feature_mask,
     )

@@ -2,13 +2,17 @@
 
 The chat of one utterance and n encoders, as ids (`⏎` is a line break):
 
-    <|im_start|>user⏎ n × (<start_speech><speech><end_speech>) <|im_end|>⏎
+    <|im_start|>user⏎ n × (<start_speech><speech><end_speech>) instruction context <|im_end|>⏎
     <|im_start|>assistant⏎ transcript <|im_end|>
+
+The instruction is the same for all utterances, the context each one's own; published models have
+neither.
 
 Each `<speech>` gives way to an encoder's speech embeddings in the model. Labels are on the
 transcript and the closing token alone. No other module contains template text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -39,6 +43,8 @@ class ChatIds:
     after: tuple[int, ...]  # <|im_end|>⏎<|im_start|>assistant⏎
     end: int  # <|im_end|>
     pad: int  # may be `end`, as with some tokenizers: only what stands in front is padding
+    instruction: tuple[int, ...] = ()
+    use_context: bool = False  # whether utterances have contexts
 
     @property
     def speech(self) -> int:
@@ -49,9 +55,10 @@ class ChatIds:
         """The ids that end an answer: padding is none of its words."""
         return self.end, self.pad
 
-    def prompt(self, num_groups: int) -> list[int]:
+    def prompt(self, num_groups: int, context: Sequence[int] = ()) -> list[int]:
         """Everything before the transcript."""
-        return [*self.before, *self.group * num_groups, *self.after]
+        groups = self.group * num_groups
+        return [*self.before, *groups, *self.instruction, *context, *self.after]
 
 
 def add_speech_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
@@ -76,7 +83,9 @@ def add_speech_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -
         )
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase) -> ChatIds:
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, instruction: str = "", use_context: bool = False
+) -> ChatIds:
     """The pieces of a chat, from a tokenizer that has the speech tokens."""
     before, after = chat_prompt(SPEECH).split(SPEECH)
     start, speech, stop = tokenizer.convert_tokens_to_ids([START_SPEECH, SPEECH, END_SPEECH])
@@ -87,15 +96,27 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase) -> ChatIds:
         after=tuple(tokenizer.encode(after, add_special_tokens=False)),
         end=end,
         pad=end if pad is None else pad,
+        instruction=tuple(_encode(tokenizer, instruction.strip())),
+        use_context=use_context,
     )
 
 
 def encode_transcripts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Transcripts as ids. Text that looks like a special token is text here."""
-    return [
-        tokenizer.encode(text.strip(), add_special_tokens=False, split_special_tokens=True)
-        for text in texts
-    ]
+    return [_encode(tokenizer, text.strip()) for text in texts]
+
+
+def encode_contexts(
+    tokenizer: PreTrainedTokenizerBase, chat: ChatIds, texts: list[str] | None
+) -> list[list[int]] | None:
+    """Contexts as ids, after a space each; None where there are none or the chat has no place."""
+    if texts is None or not chat.use_context:
+        return None
+    return [_encode(tokenizer, f" {text.strip()}" if text.strip() else "") for text in texts]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def decode_transcripts(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
@@ -120,21 +141,32 @@ def word_log_probs(
 
 
 def training_ids(
-    chat: ChatIds, transcripts: list[list[int]], num_groups: list[int]
+    chat: ChatIds,
+    transcripts: list[list[int]],
+    num_groups: list[int],
+    contexts: list[list[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Left-padded ids and labels, both (B, L); utterance b has `num_groups[b]` speech groups."""
     ids, labels = [], []
-    for transcript, groups in zip(transcripts, num_groups):
-        prompt = chat.prompt(groups)
+    for transcript, prompt in zip(transcripts, _prompts(chat, num_groups, contexts)):
         answer = [*transcript, chat.end]
         ids.append(prompt + answer)
         labels.append([IGNORED] * len(prompt) + answer)
     return left_padded(ids, chat.pad), left_padded(labels, IGNORED)
 
 
-def prompt_ids(chat: ChatIds, num_groups: list[int]) -> Tensor:
+def prompt_ids(
+    chat: ChatIds, num_groups: list[int], contexts: list[list[int]] | None = None
+) -> Tensor:
     """Left-padded prompts without an answer, (B, L)."""
-    return left_padded([chat.prompt(groups) for groups in num_groups], chat.pad)
+    return left_padded(_prompts(chat, num_groups, contexts), chat.pad)
+
+
+def _prompts(
+    chat: ChatIds, num_groups: list[int], contexts: list[list[int]] | None
+) -> list[list[int]]:
+    contexts = contexts or [[]] * len(num_groups)
+    return [chat.prompt(n, context) for n, context in zip(num_groups, contexts, strict=True)]
 
 
 def left_padded(rows: list[list[int]], padding: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Which cuts make a batch: at most so many seconds and LLM positions, padding included."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from lhotse.utils import compute_num_frames
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.cut_faults import Fault, most_characters
-from speechllm.cut_files import speech_embeddings
+from speechllm.cut_files import context_of, speech_embeddings
+from speechllm.errors import InputError
 from speechllm.features import FRAME_SHIFT, SAMPLING_RATE
-from speechllm.prompt import ChatIds, encode_transcripts
+from speechllm.prompt import ChatIds, encode_contexts, encode_transcripts
 
 MIN_CUTS_IN_BUCKET = 20  # small sets get fewer buckets
 CUTS_IN_BUFFER = 7000  # for each bucket
@@ -38,32 +40,45 @@ class LLMPositions:
     def __call__(self, cut: Cut) -> int:
         text = " ".join(supervision.text or "" for supervision in cut.supervisions)
         [ids] = encode_transcripts(self.tokenizer, [text.lower()])
-        return self.before_text(cut.duration) + len(ids) + 1
+        return self.before_text(cut.duration) + self.context(cut) + len(ids) + 1
 
     def before_text(self, seconds: float) -> int:
-        """Prompt and speech."""
+        """Prompt and speech, without a context."""
         frames = compute_num_frames(seconds, FRAME_SHIFT, SAMPLING_RATE)
         prompt = len(self.chat.prompt(self.num_encoders)) - self.num_encoders  # no `<speech>`
         return prompt + self.num_encoders * speech_embeddings(frames, self.ds_rate)
 
-    def most(self, seconds: float) -> int:
+    def context(self, cut: Cut) -> int:
+        """The cut's own context, 0 where the chat has no place for one.
+
+        Raises:
+          ValueError: it is no text.
+        """
+        if not self.chat.use_context:
+            return 0
+        [ids] = encode_contexts(self.tokenizer, self.chat, [context_of(cut)])
+        return len(ids)
+
+    def most(self, seconds: float) -> float:
         """What a cut without faults takes at most, a token for every byte of its text."""
+        if self.chat.use_context:  # of any length
+            return math.inf
         return self.before_text(seconds) + 4 * int(most_characters(seconds)) + 1
 
 
 @dataclass(frozen=True)
 class TooManyPositions:
-    """The fault of a cut that does not fit into the LLM's positions."""
+    """The fault of a cut that does not fit the LLM's positions, or whose context is no text."""
 
     count_positions: LLMPositions
     limit: int
     max_new_tokens: int | None = None  # in place of the text, when decoding
 
     def __call__(self, cut: Cut) -> list[Fault]:
-        if self.max_new_tokens is None:
-            needed = self.count_positions(cut)
-        else:
-            needed = self.count_positions.before_text(cut.duration) + self.max_new_tokens
+        try:
+            needed = self._needed(cut)
+        except InputError as error:
+            return [Fault(cut.id, "malformed", str(error))]
         if needed <= self.limit:
             return []
         sentence = (
@@ -71,6 +86,12 @@ class TooManyPositions:
             f"the LLM has {self.limit}"
         )
         return [Fault(cut.id, "positions", sentence)]
+
+    def _needed(self, cut: Cut) -> int:
+        count = self.count_positions
+        if self.max_new_tokens is None:
+            return count(cut)
+        return count.before_text(cut.duration) + count.context(cut) + self.max_new_tokens
 
 
 def with_positions(cuts: CutSet, count_positions: Callable[[Cut], int]) -> CutSet:

@@ -53,6 +53,26 @@ def test_methods_agree(recognizer, batch, greedy):
         ]
 
 
+@pytest.mark.parametrize("method", ["greedy", "draft", "beam"])
+def test_contexts_of_different_lengths_in_a_batch(recognizer, model, batch, monkeypatch, method):
+    """Each utterance is written as with its own context alone, and not as without."""
+    contexts = ["the lazy dog one two three", "", "brown"]
+    chat = replace(model.chat, instruction=(40, 41), use_context=True)
+    recognizer = recognizer(method=method, beam_size=2 if method == "beam" else 1)
+    without = only(recognizer, batch)
+    monkeypatch.setattr(model, "chat", chat)
+    together = only(recognizer, {**batch, "contexts": contexts})
+    changed = 0
+    for b, context in enumerate(contexts):
+        lens = LENS[b : b + 1]
+        alone = {"features": batch["features"][b : b + 1, :lens], "feature_lens": lens,
+                 "seconds": 1.0, "contexts": [context]}  # fmt: skip
+        (one,) = only(recognizer, alone)
+        assert one.hypothesis.ids == together[b].hypothesis.ids
+        changed += one.hypothesis.ids != without[b].hypothesis.ids
+    assert changed
+
+
 def test_what_ctc_is_sure_of_is_not_asked_of_the_llm(recognizer, batch):
     plain = only(recognizer(method="greedy"), batch)
     entropies = [reading.entropy for reading in recognizer().hear(batch).readings]

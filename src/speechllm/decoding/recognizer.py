@@ -20,7 +20,12 @@ from speechllm.decoding.word_times import WordTime, words_with_times
 from speechllm.errors import InputError
 from speechllm.features import FRAME_SHIFT
 from speechllm.model import SpeechLLM
-from speechllm.prompt import decode_transcripts, encode_transcripts, word_log_probs
+from speechllm.prompt import (
+    decode_transcripts,
+    encode_contexts,
+    encode_transcripts,
+    word_log_probs,
+)
 
 FALLBACK_BEAM, FALLBACK_CTC_WEIGHT = 4, 0.3
 Item, Made = TypeVar("Item"), TypeVar("Made")
@@ -135,7 +140,8 @@ class Recognizer:
         """Through encoders and projectors to the LLM's prompt and the CTC head's opinion."""
         with self._autocast():
             features, lens = batch["features"], batch["feature_lens"]
-            prompt = self.model.prompt(features.to(self.device), lens)
+            contexts = encode_contexts(self.tokenizer, self.model.chat, batch.get("contexts"))
+            prompt = self.model.prompt(features.to(self.device), lens, contexts)
             readings = self.reader(prompt.heard) if self.reader else [None] * len(lens)
         ids = [None] * len(lens)
         if self.reader:
