@@ -62,14 +62,13 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
         help="text normalisation of references and hypotheses before scoring")  # fmt: skip
     add_trained_model_arguments(parser)
     add_search_arguments(parser)
-    add_model_arguments(parser)
     add_data_arguments(parser)
     parser.set_defaults(max_duration=2000.0, **defaults)
     return parser
 
 
 def add_trained_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `read_parameters` and `Decoder` read besides the model's and the search's."""
+    """Which model, which of its checkpoints, and how: what `prepare` and `Decoder` read."""
     add = parser.add_argument_group("trained model").add_argument
     add("--exp-dir", type=Path, help="where the checkpoints are; results go to its decode/")
     add("--epoch", type=int, default=10, help="last of the averaged epochs")
@@ -83,6 +82,7 @@ def add_trained_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--use-lora", type=str2bool, default=True, help="as in training")
     add("--unfreeze-llm", type=str2bool, default=True, help="as in training")
     add("--unfreeze-encoder", type=str2bool, default=False, help="as in training")
+    add_model_arguments(parser)
 
 
 def read_flags(

@@ -15,6 +15,8 @@ model goes to `<exp-dir>/model.json`.
 
 import argparse
 import logging
+import shlex
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,7 +167,7 @@ def run(ranks: Ranks, args) -> None:
     args.count_positions = LLMPositions(tokenizer, model.chat, len(model.encoder), model.ds_rate)
     check_positions(args, model.llm.config.max_position_embeddings, ranks.is_main)
     if ranks.is_main:
-        write_model_file(args)
+        write_model_file(args.exp_dir, vars(args))
     model.to(ranks.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     logging.info(f"Number of model parameters: {sum(p.numel() for p in model.parameters())}")
@@ -189,6 +191,7 @@ def main(
     argv: list[str] | None = None, defaults: dict = DEFAULTS, description: str | None = __doc__
 ) -> None:
     args = get_parser(defaults, description).parse_args(argv)
+    args.command = without_secrets(shlex.join(sys.argv))
     try:
         check_model_files(args)
         if args.pretrained_model_path and args.start_epoch > 1:

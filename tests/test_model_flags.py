@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import shutil
+import sys
 
 import pytest
 
@@ -40,8 +42,9 @@ def test_training_notes_the_model(request, tiny_train_argv, n):
     defaults = train.DEFAULTS if n == 1 else train_mose.DEFAULTS
     args = train.get_parser(defaults).parse_args(tiny_train_argv(exp_dir, n))
     stored = read_model_file(exp_dir)
+    assert stored.keys() == MODEL_FLAGS.keys() - {"language", "checkpoint"}
+    assert stored.pop("command") == shlex.join(sys.argv)
     assert stored == {name: getattr(args, name) for name in stored}
-    assert stored.keys() == MODEL_FLAGS.keys() - {"language"}
     assert stored["speech_encoder_path"].count(",") == n - 1
 
 
@@ -95,6 +98,8 @@ def test_going_on_with_another_model(exp, tiny_train_argv):
         f"--encoder-projector-ds-rate 2: the training in {exp} was begun with "
         "--encoder-projector-ds-rate 4"
     )
+    with pytest.raises(SystemExit, match="^--use-lora false: .* was begun with --use-lora true$"):
+        train.main([*argv, "--use-lora", "false"])
     assert (exp / "model.json").read_text() == before and not (exp / "epoch-3.pt").exists()
     train.main([*argv, "--language", "en", "--speech-encoder-bpe-path", "other.model"])
     assert (exp / "epoch-3.pt").exists()

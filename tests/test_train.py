@@ -456,7 +456,9 @@ def test_an_average_cannot_be_gone_on_with(said, tiny_exp, tmp_path):
     (["--encoder-projector-ds-rate", "2"], r"proj.1.weight is \(32, 96\) in .*epoch-1.pt and"),
 ])  # fmt: skip
 def test_going_on_with_another_model(said, tiny_exp, tmp_path, flags, sentence):
-    shutil.copytree(tiny_exp, tmp_path / "copy", ignore=shutil.ignore_patterns("tensorboard"))
+    """What the checkpoint itself says, where a training left no model.json."""
+    left_out = shutil.ignore_patterns("tensorboard", "model.json")
+    shutil.copytree(tiny_exp, tmp_path / "copy", ignore=left_out)
     flags = "--resume", "never", "--start-epoch", 2, *flags
     assert re.search(sentence, said(*flags, exp_dir=tmp_path / "copy"))
 

@@ -4,6 +4,8 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from speechllm.errors import InputError
@@ -18,12 +20,16 @@ def copy_to_cpu(value: Tensor) -> Tensor:
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint on the CPU, loaded without running any code in it.
 
+    A file of safetensors (`*.safetensors`) is its 'model' entry.
+
     Raises:
       FileNotFoundError, ValueError: one sentence that names the file; it is missing, cut off,
         has other bytes than were written, or holds something else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing")
+    if Path(path).suffix == ".safetensors":
+        return {"model": _read_safetensors(path)}
     try:
         _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -49,6 +55,13 @@ def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """
     with whole_file(path) as partial, open(partial, "wb") as file:
         torch.save(checkpoint, file)  # given a path, it would not say why it failed
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def _check_sums(path: str | Path) -> None:

@@ -1,7 +1,8 @@
 """From flags to a SpeechLLM: what training and decoding say alike.
 
 Training writes what its flags say of the model to `<exp-dir>/model.json`; programs that use the
-model need no flag but --exp-dir then.
+model need no flag but --exp-dir then. In a directory of export.py, whose model.json names a
+`checkpoint`, the paths in it are relative to the directory.
 """
 
 import argparse
@@ -32,8 +33,11 @@ MODEL_FLAGS = {  # what model.json holds, and of which type
     "unfreeze_llm": bool,
     "unfreeze_encoder": bool,
     "language": str,
+    "command": str,  # of the training
+    "checkpoint": str,  # of an exported model, in the directory
 }
-FREE_FLAGS = ("speech_encoder_bpe_path", "language")  # training makes no use of them
+PATHS = ("llm_path", "speech_encoder_path", "speech_encoder_bpe_path")
+FREE_FLAGS = ("speech_encoder_bpe_path", "language", "command")  # training makes no use of them
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,13 +86,16 @@ def read_model_file(exp_dir: Path) -> dict:
             raise InputError(f"{path} has {name!r}, which is no flag of a model")
         if type(value) is not MODEL_FLAGS[name]:
             raise InputError(f"{path}: {name} is {value!r}, not {MODEL_FLAGS[name].__name__}")
+    if "checkpoint" in stored:
+        for name in stored.keys() & PATHS:
+            stored[name] = ",".join(str(exp_dir / part) for part in comma_list(stored[name]))
     return stored
 
 
-def write_model_file(args) -> None:
-    """`<exp-dir>/model.json`, paths as they were given."""
-    with whole_file(args.exp_dir / MODEL_FILE) as partial:
-        stored = {name: value for name in MODEL_FLAGS if (value := getattr(args, name)) is not None}
+def write_model_file(folder: Path, flags: dict) -> None:
+    """`<folder>/model.json` of what `flags` say of the model, paths as they are."""
+    stored = {name: flags[name] for name in MODEL_FLAGS if flags.get(name) is not None}
+    with whole_file(folder / MODEL_FILE) as partial:
         partial.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -101,6 +108,7 @@ def check_same_model(args) -> None:
     for name, then in read_model_file(args.exp_dir).items():
         if name not in FREE_FLAGS and then != (now := getattr(args, name)):
             flag = "--" + name.replace("_", "-")
+            now, then = (str(v).lower() if isinstance(v, bool) else v for v in (now, then))
             raise InputError(
                 f"{flag} {now}: the training in {args.exp_dir} was begun with {flag} {then}"
             )
