@@ -2,6 +2,7 @@
 """A trained model as one directory, which is all that decode.py and others need of it.
 
     python src/export.py --exp-dir exp/mine --epoch 10 --avg 5 --out exp/mine-model
+    python src/export.py ... --int8 true --out exp/mine-for-cpu
     python src/export.py ... --dtype float16 --adapter exp/mine-lora --push-to-hub me/mine
     python src/decode.py --exp-dir exp/mine-model --test-cuts my_cuts_test
 
@@ -13,6 +14,7 @@ The directory, wherever it is moved, without a pickle in it:
     model.json                                  flags of decode.py
     README.md                                   a model card: data, commands, WER of --exp-dir
 
+With --int8 true, model-int8.safetensors (see speechllm/int8.py) is in place of model.safetensors.
 --adapter also writes the LoRA matrices alone, for `PeftModel.from_pretrained(llm, DIR)`.
 """
 
@@ -37,7 +39,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 import decode
 import train
 from speechllm.errors import InputError, without_secrets
-from speechllm.flags import Help, comma_list
+from speechllm.flags import Parser, comma_list, str2bool
+from speechllm.int8 import INT8_FILE, int8_state, is_int8
 from speechllm.lora import ADAPTER
 from speechllm.model import SpeechLLM
 from speechllm.model_flags import (
@@ -52,16 +55,22 @@ from speechllm.trained_state import load_trainable_state, trainable_state
 from speechllm.whole_file import check_space, whole_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PLAIN = """
+The directory is also a plain Qwen2 for `transformers.AutoModelForCausalLM.from_pretrained`.
+"""
 PROJECTOR, ENCODER, BPE = "projector.safetensors", "model.safetensors", "bpe.model"
 
 
 def get_parser(defaults: dict = train.DEFAULTS) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     decode.add_trained_model_arguments(parser)
     add = parser.add_argument_group("export").add_argument
     add("--out", type=Path, required=True, help="the directory, which must not be there yet")
     add("--dtype", choices=list(DTYPES), default="float32",
         help="of the LLM's weights and of the encoders' linear layers")  # fmt: skip
+    add("--int8", type=str2bool, default=False,
+        help="the LLM's weights in 8 bits, to decode faster on a CPU; transformers alone cannot "
+        "load these")  # fmt: skip
     add("--adapter", type=Path, help="a directory for the LoRA matrices alone, in peft's format")
     add("--push-to-hub", metavar="NAME",
         help="upload --out to the Hugging Face hub, as a private repository if it is new; with "
@@ -135,11 +144,15 @@ def merge_lora(llm: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def write_llm(
-    llm: nn.Module, tokenizer: PreTrainedTokenizerBase, chat: ChatIds, folder: Path
+    llm: nn.Module, tokenizer: PreTrainedTokenizerBase, chat: ChatIds, int8: bool, folder: Path
 ) -> None:
     """What `from_pretrained` of transformers reads; the tokenizer knows the speech tokens."""
     llm.generation_config = GenerationConfig(eos_token_id=chat.end, pad_token_id=chat.pad)
-    llm.save_pretrained(folder)
+    if int8:
+        llm.config.save_pretrained(folder)
+        save_file(int8_state(llm), folder / INT8_FILE)
+    else:
+        llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -203,6 +216,8 @@ def model_card(args, name: str) -> str:
     rows = results_of(args.exp_dir, name)
     wer = ["| set | WER % | errors / words | decoded with |", "|---|---|---|---|", *rows]
     command = getattr(args, "command", None) or f"unknown: {name} came without a model.json"
+    weights = f"{args.dtype}, the LLM's in int8" if args.int8 else args.dtype
+    plain = "" if args.int8 else PLAIN
     encoders = "\n".join(f"- {size} encoder: `{path}`" for path, size in encoder_files(args))
     return f"""---
 pipeline_tag: automatic-speech-recognition
@@ -210,14 +225,12 @@ pipeline_tag: automatic-speech-recognition
 ---
 # Speech recognition: Zipformer, projector, Qwen2
 
-Parameters `{name}`, weights in {args.dtype}.
+Parameters `{name}`, weights in {weights}.
 
 ## Use
 
     python src/decode.py --exp-dir {args.out} --test-cuts my_cuts_test
-
-The directory is also a plain Qwen2 for `transformers.AutoModelForCausalLM.from_pretrained`.
-
+{plain}
 ## Made of
 
 - LLM: `{args.llm_path}`
@@ -254,7 +267,7 @@ def write_directory(
         encoder.freeze(dtype)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     check_space(args.out, size, "the model")
-    write_llm(model.llm, tokenizer, model.chat, folder)
+    write_llm(model.llm, tokenizer, model.chat, args.int8, folder)
     encoders = write_encoders(model, comma_list(args.speech_encoder_bpe_path or ""), folder)
     save_file(trainable_state(model), folder / PROJECTOR)  # nothing else is trained now
     write_model_file(folder, flags_of_export(args, encoders))
@@ -273,6 +286,8 @@ def run(args) -> None:
         args, torch.float32, torch.float32, args.unfreeze_llm, args.unfreeze_encoder
     )
     load_trainable_state(model, parameters, name)
+    if is_int8(model.llm):
+        raise InputError(f"{args.llm_path} is in int8 already: export what it was made of")
     model.eval()
     if args.adapter:
         with whole_directory(args.adapter) as folder:

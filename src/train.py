@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from speechllm.data import add_data_arguments, add_training_data_arguments
 from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Parser, str2bool
+from speechllm.int8 import INT8_FILE
 from speechllm.model import SpeechLLM, draw_encoders
 from speechllm.model_flags import (
     add_model_arguments,
@@ -194,6 +195,10 @@ def main(
     args.command = without_secrets(shlex.join(sys.argv))
     try:
         check_model_files(args)
+        if (Path(args.llm_path) / INT8_FILE).is_file():  # integers have no gradients
+            raise InputError(
+                f"--llm-path {args.llm_path} has weights in int8, which are for decoding"
+            )
         if args.pretrained_model_path and args.start_epoch > 1:
             raise InputError(
                 f"--start-epoch {args.start_epoch} goes on from this training's own "

@@ -31,8 +31,8 @@ import train
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.decoding.search_options import add_search_arguments, search_options
 from speechllm.errors import InputError, without_secrets
-from speechllm.flags import Help, comma_list
-from speechllm.model_flags import add_model_arguments, check_model_files
+from speechllm.flags import Parser, comma_list
+from speechllm.model_flags import check_model_files, take_model_file
 from speechllm.progress import ProgressBar
 from speechllm.transcription.audio import audio_blocks, seconds_of
 from speechllm.transcription.transcriber import Transcriber
@@ -49,7 +49,7 @@ SOUND = {
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("what to transcribe").add_argument
     add("recordings", nargs="+", metavar="FILE", help="a sound file, a folder of them, or -")
     add("--format", default="text", help=f"{', '.join(FORMATS)}; several comma-separated")
@@ -62,7 +62,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--language", help="what the transcripts say of their language")
     decode.add_trained_model_arguments(parser)
     add_search_arguments(parser)
-    add_model_arguments(parser)
     parser.set_defaults(**train.DEFAULTS)
     return parser
 

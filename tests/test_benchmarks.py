@@ -83,3 +83,9 @@ def test_long_recordings_compares_clips_and_their_join(
     assert benchmark.errors("a b c d".split(), ["a", "b d"]) == {
         "errors": 1, "lost": 0, "doubled": 0
     }  # fmt: skip
+
+
+def test_int8_is_compared_with_float(lines):
+    found = lines("int8", "--batch", 1, 2, "--positions", 5, "--tokens", 3, "--rounds", 1)
+    assert [line["batch"] for line in found] == [1, 2]
+    assert all(line["first"] > 0 and 0.2 < line["size"] < 0.3 for line in found)

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from speechllm.errors import InputError
+from speechllm.int8 import INT8_FILE, is_int8, load_int8
 from speechllm.lora import with_lora
 from speechllm.prompt import add_speech_tokens
 
@@ -25,7 +26,7 @@ def load_llm(
     """The LLM with its weights in `dtype`, and its tokenizer with the speech tokens.
 
     Args:
-      path: a local directory, or a name on the Hugging Face hub.
+      path: a local directory, which may hold weights in int8, or a name on the Hugging Face hub.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -36,18 +37,21 @@ def load_llm(
     attention = "flash_attention_2" if use_flash_attn else "sdpa"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        llm, loaded = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=False,  # else it would ask
-            use_safetensors=True,  # no pickles
-            output_loading_info=True,
-        )
+        if (Path(path) / INT8_FILE).is_file():
+            llm, missing = load_int8(path, dtype, attention), []
+        else:
+            llm, loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,  # else it would ask
+                use_safetensors=True,  # no pickles
+                output_loading_info=True,
+            )
+            missing = loaded["missing_keys"]  # transformers would go on with random numbers
     except Exception as error:  # transformers, the hub, safetensors and json have their own each
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"the LLM cannot be loaded from {path}: {reason}") from None
-    missing = loaded["missing_keys"]  # transformers would go on with random numbers
     if missing:
         raise InputError(
             f"the LLM in {path} lacks {len(missing)} of its weights, such as {min(missing)}"
@@ -59,7 +63,15 @@ def load_llm(
 
 
 def prepare_llm(llm: nn.Module, unfreeze: bool, use_lora: bool) -> nn.Module:
-    """What of the LLM is trained: nothing, LoRA matrices in float32, or everything."""
+    """What of the LLM is trained: nothing, LoRA matrices in float32, or everything.
+
+    Raises:
+      ValueError: something of an LLM in int8.
+    """
+    if unfreeze and is_int8(llm):
+        raise InputError(
+            "the LLM has weights in int8, beside which nothing is trained (see --unfreeze-llm)"
+        )
     llm.requires_grad_(unfreeze and not use_lora)
     if unfreeze and use_lora:
         llm = with_lora(llm)
