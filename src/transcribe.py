@@ -203,10 +203,11 @@ def transcribe(args) -> list[Transcript]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parser = get_parser()
     try:
-        broken = transcribe(args)
+        take_model_file(parser, argv)
+        broken = transcribe(parser.parse_args(argv))
     except (FileNotFoundError, InputError) as error:
         raise SystemExit(without_secrets(error)) from None
     if broken:
