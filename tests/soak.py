@@ -246,7 +246,7 @@ def kill_and_go_on(args, flags, tally, rng, disk: Path, mounted: bool, size: int
             raise SystemExit(f"over after {kills} kills: give it more --num-epochs")
         else:
             training.wait_until_over(0)
-        if expected:
+        if expected and "Going on from" in training.output():  # it came so far
             tally.expect(f"Left out: {exp_dir / expected}" in training.output(), "damage not said")
             expected = None
         if damages and kills >= min(damages) and (name := damage(exp_dir, damages[min(damages)])):

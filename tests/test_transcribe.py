@@ -161,8 +161,15 @@ def transcribed(run, monkeypatch, sounds, tiny_exp, tiny_encoder_dir, tiny_llm_d
             seen.batches.append(tuple(batch["features"].shape))
             return hear(recognizer, batch)
 
+        load = transcribe.load_recognizer
+
+        def watched_load(args):
+            seen.args = args
+            return load(args)
+
         with monkeypatch.context() as patch:
             patch.setattr(Recognizer, "hear", watched)
+            patch.setattr(transcribe, "load_recognizer", watched_load)
             found = run(
                 "--format", "json", "--checkpoint", "", "--exp-dir", exp, "--epoch", "2",
                 "--avg", "2", "--max-segment", "5",
@@ -214,6 +221,9 @@ FLAGS = {
     "--speech-encoder-path": Change("{tmp}/other.pt", said),
     "--speech-encoder-bpe-path": Change("{tmp}/bpe.model", said),
     "--encoder-projector-ds-rate": Change("2", said),
+    "--prompt": Change("Write down what is said.", said),
+    # For decoding: recordings have no context. The flag is a model's own.
+    "--use-context": Change("true", lambda s: s.args.use_context),
     "--use-flash-attn": Change(
         "true", lambda s: s.said[0] or s.model.llm.config._attn_implementation
     ),
