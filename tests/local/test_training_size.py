@@ -1,72 +1,14 @@
-"""What training_size.py computes from dimensions is what small models really have."""
+"""What training_size.py prints, and the dimensions and FLOPs that it begins with."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import training_size as size
+from small_training import loss, make_model, predicted
 from torch.utils.flop_counter import FlopCounterMode
 
-from speechllm.llm import prepare_llm
-from speechllm.model import SpeechLLM
-from speechllm.prompt import training_ids
-from speechllm.training.setup import make_optimizer
-from speechllm.zipformer import SIZES, ZipformerEncoder
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-BATCH = size.Batch(utterances=4, seconds=8.0, tokens=21)
-DTYPES = {4: torch.float32, 2: torch.bfloat16}  # by bytes of an element
-LORA_AND_FULL = pytest.mark.parametrize("use_lora", [True, False], ids=["lora", "full"])
-
-
-@pytest.fixture
-def measure(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("measure")
-
-
-def make_model(measure, use_lora, dtype=torch.float32, encoders=1):
-    llm = measure.make_llm("tiny", dtype if use_lora else torch.float32, "cpu")
-    llm = prepare_llm(llm, unfreeze=True, use_lora=use_lora)
-    ears = [ZipformerEncoder(SIZES["tiny"]).freeze(dtype) for _ in range(encoders)]
-    return SpeechLLM(ears, llm, measure.random_chat("tiny")).train()
-
-
-def predicted(model, use_lora, element=4, checkpointing=False):
-    n = len(model.encoder)
-    meta = size.meta_model(model.plain_llm.config, "tiny", n, use_lora)
-    batch = size.Batch(BATCH.utterances, BATCH.seconds, BATCH.tokens, n)
-    return size.Training(meta, batch, use_lora, element, checkpointing)
-
-
-def loss(model, element=4):
-    n = len(model.encoder)
-    transcripts = [[11] * (BATCH.tokens - 1)] * BATCH.utterances
-    ids, labels = training_ids(model.chat, transcripts, [n] * BATCH.utterances)
-    features = torch.randn(BATCH.utterances, BATCH.frames, 80)
-    lens = torch.full(features.shape[:1], BATCH.frames)
-    with torch.autocast("cpu", DTYPES[element], enabled=element == 2):
-        return model(features, lens, ids, labels, model.all_encoders(BATCH.utterances))["loss"]
-
-
-@LORA_AND_FULL
-@pytest.mark.parametrize("encoders", [1, 2])
-def test_parameters_are_exact(measure, use_lora, encoders):
-    model = make_model(measure, use_lora, encoders=encoders)
-    found = size.parameters(predicted(model, use_lora))
-    projectors = sum(p.numel() for p in model.encoder_projector.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    assert found == {
-        "encoders": sum(p.numel() for p in model.encoder.parameters()),
-        "projectors": projectors,
-        "llm": sum(p.numel() for p in measure.make_llm("tiny", torch.float32, "cpu").parameters()),
-        "lora": lora,
-        "trained": trained,
-    }
-    assert trained == projectors + (lora if use_lora else found["llm"])
+from speechllm.training.size import count
 
 
 @pytest.mark.parametrize(
@@ -74,74 +16,32 @@ def test_parameters_are_exact(measure, use_lora, encoders):
 )
 def test_qwen2_has_its_published_size(name, elements):
     with torch.device("meta"):
-        assert size.count(size.Qwen2ForCausalLM(size.llm_config(name)).parameters()) == elements
+        assert count(size.Qwen2ForCausalLM(size.llm_config(name)).parameters()) == elements
 
 
-@LORA_AND_FULL
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpointed"])
-@pytest.mark.parametrize("element", [4, 2], ids=["fp32", "bf16"])
-def test_bytes_kept_for_backward(measure, use_lora, checkpointing, element):
-    model = make_model(measure, use_lora, DTYPES[element])
-    if checkpointing:
-        model.checkpoint_activations()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(model, element)
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    training = predicted(model, use_lora, element, checkpointing)
-    # Autocast's copies live until the forward pass ends; checkpointing leaves none to the graph.
-    expected = training.kept + (0 if checkpointing else training.cast_weights)
-    assert expected == pytest.approx(measured, rel=0.1 if element == 2 else 0.02)
-
-
-@LORA_AND_FULL
-@pytest.mark.parametrize("name", ["scaled_adam", "adamw"])
-def test_optimizer_state_is_exact(measure, use_lora, name):
-    model = make_model(measure, use_lora)
-    optimizer = make_optimizer(name, model.parameters(), 1e-4)
-    (loss(model) / 100).backward()
-    optimizer.step()
-    tensors = [value for state in optimizer.state.values() for value in state.values()]
-    tensors += [value for group in optimizer.param_groups for value in group.values()]
-    measured = sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
-    assert predicted(model, use_lora).optimizer(name)[0] == measured
-
-
-@LORA_AND_FULL
-@pytest.mark.parametrize("element", [4, 2], ids=["fp32", "bf16"])
-def test_weights_are_exact(measure, use_lora, element):
-    model = make_model(measure, use_lora, DTYPES[element])
-    measured = sum(p.nbytes for p in model.parameters())
-    assert predicted(model, use_lora, element).weights == measured
-
-
-@LORA_AND_FULL
-def test_flops_are_those_of_a_step(measure, use_lora):
-    model = make_model(measure, use_lora)
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_flops_are_those_of_a_step(trained):
+    model = make_model(trained)
     # torch's counter knows all products but this one, and on CPUs attention's, 2 % here.
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, out_shape: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         loss(model).backward()
-    assert predicted(model, use_lora).flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+    expected = size.training_flops(predicted(trained))
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def test_live_memory_forgets_what_is_gone_and_counts_no_views():
-    weight = torch.empty(250, device="meta")  # 1000 bytes, made before
-    with size.LiveMemory() as memory:
-        x = weight.view(25, 10) + 1
-        y = x.t() * 2
-        assert memory.live == memory.peak == 2000
-        del x, y
-        assert memory.live == 0
-        weight + 1
-    assert memory.peak == 2000
+@pytest.mark.parametrize("trained", ["lora", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_model_is_that_of_a_training(trained, dtype):
+    """Its parameters have the names, shapes and types of one that is made with weights."""
+    config = make_model("full").plain_llm.config
+    model = size.meta_model(config, "tiny", 2, trained == "lora", dtype)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert described(model) == described(make_model(trained, dtype, encoders=2))
+
+
+def described(model):
+    return {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
 
 
 @pytest.fixture
