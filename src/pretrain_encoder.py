@@ -29,6 +29,7 @@ from speechllm.flags import Parser, str2bool
 from speechllm.progress import setup_logging
 from speechllm.scoring import log_line, score
 from speechllm.seeds import seed_everything
+from speechllm.training import dry_run
 from speechllm.training.checkpoint import (
     TrainState,
     average_epochs,
@@ -102,10 +103,10 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | None) -> bytes:
     """A sentencepiece model of upper-case `texts` with icefall's ids: 0 blank, 2 unknown.
 
-    Of more than a million texts so many are drawn.
+    Of more than a million texts so many are drawn. It is written to `path` unless that is None.
 
     Raises:
       ValueError: `vocab_size` is below the number of characters.
@@ -129,8 +130,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"no BPE model with --vocab-size {vocab_size}: {reason}") from None
-    with whole_file(path) as partial:  # under torchrun each process writes
-        partial.write_bytes(model.getvalue())
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:  # under torchrun each process writes
+            partial.write_bytes(model.getvalue())
+    return model.getvalue()
 
 
 class CtcBatchLoss:
@@ -187,15 +191,17 @@ def training_texts(args) -> Iterator[tuple[float, str]]:
                 yield cut.duration, " ".join(s.text for s in cut.supervisions).upper()
 
 
-def prepare_bpe(args) -> None:
+def prepare_bpe(args) -> sentencepiece.SentencePieceProcessor:
     """Train the BPE model, once; say how many utterances CTC cannot align to their text."""
     path = args.exp_dir / "bpe.model"
     if not args.start:
-        args.exp_dir.mkdir(parents=True, exist_ok=True)
-        train_bpe((text for _, text in training_texts(args)), args.vocab_size, path)
-    elif not path.is_file():
+        texts = (text for _, text in training_texts(args))
+        model = train_bpe(texts, args.vocab_size, None if args.dry_run else path)
+    elif path.is_file():
+        model = path.read_bytes()
+    else:
         raise FileNotFoundError(f"{path} is missing: {args.start} needs it")
-    bpe = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    bpe = sentencepiece.SentencePieceProcessor(model_proto=model)
     used = too_dense = 0
     for seconds, text in training_texts(args):
         if args.min_utterance <= seconds <= args.max_utterance:
@@ -204,6 +210,7 @@ def prepare_bpe(args) -> None:
     if too_dense and is_first_process():
         print(f"{too_dense} of {used} utterances have more text than CTC can align: "
               "they add nothing to the loss")  # fmt: skip
+    return bpe
 
 
 def encoder_frames(seconds: float) -> int:
@@ -303,6 +310,14 @@ def decode_tests(model: CtcModel, bpe, args, device: torch.device) -> None:
         logging.info(log_line(set_name(path), counts))
 
 
+def say_dry_run(args) -> None:
+    bpe = prepare_bpe(args)
+    checkpoint = load_checkpoint(args.start) if args.start else {}
+    encoder = make_encoder(args, bpe.vocab_size(), checkpoint).to("meta")
+    if is_first_process():
+        print(dry_run.of_encoder(encoder, bpe.vocab_size(), args))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     try:
@@ -310,6 +325,9 @@ def main(argv: list[str] | None = None) -> None:
         check_average(args)
         args.train_statistics, args.valid_statistics = check_data(args)
         args.test_paths = files_to_decode(args)
+        if args.dry_run:
+            say_dry_run(args)
+            return
         if is_first_process():
             print(f"Training cuts: {args.train_statistics}")
             print(f"Validation cuts: {args.valid_statistics}")

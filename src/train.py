@@ -42,6 +42,7 @@ from speechllm.prompt import ChatIds, encode_contexts, encode_transcripts, train
 from speechllm.sampling import LLMPositions
 from speechllm.seeds import seed_everything
 from speechllm.trained_state import load_trainable_state, trainable_state
+from speechllm.training import dry_run
 from speechllm.training.checkpoint import TrainState, load_checkpoint, restore_state
 from speechllm.training.distributed import Ranks, is_first_process, launch
 from speechllm.training.setup import (
@@ -149,11 +150,10 @@ def initial_parameters(model: SpeechLLM, args) -> tuple[TrainState, dict]:
     return TrainState(), {}
 
 
-def run(ranks: Ranks, args) -> None:
-    """What each process of the training does."""
-    setup_logging(args.exp_dir / "log" / "log-train", ranks)
-    logging.info(f"Training started: {vars(args)}")
-    seed_everything(args.seed)
+def prepare(
+    args, is_main: bool, device: str = "cpu"
+) -> tuple[SpeechLLM, PreTrainedTokenizerBase, TrainState, dict]:
+    """The model that training starts from, its tokenizer and progress; cuts too long are known."""
     dtype = autocast_dtype(args.use_fp16, args.use_bf16)
     model, tokenizer = build_model(
         args,
@@ -163,10 +163,20 @@ def run(ranks: Ranks, args) -> None:
         unfreeze_llm=args.unfreeze_llm,
         unfreeze_encoder=args.unfreeze_encoder,
         encoder_feature_mask=args.encoder_feature_mask,
+        device=device,
     )
     state, checkpoint = initial_parameters(model, args)
     args.count_positions = LLMPositions(tokenizer, model.chat, len(model.encoder), model.ds_rate)
-    check_positions(args, model.llm.config.max_position_embeddings, ranks.is_main)
+    check_positions(args, model.llm.config.max_position_embeddings, is_main)
+    return model, tokenizer, state, checkpoint
+
+
+def run(ranks: Ranks, args) -> None:
+    """What each process of the training does."""
+    setup_logging(args.exp_dir / "log" / "log-train", ranks)
+    logging.info(f"Training started: {vars(args)}")
+    seed_everything(args.seed)
+    model, tokenizer, state, checkpoint = prepare(args, ranks.is_main)
     if ranks.is_main:
         write_model_file(args.exp_dir, vars(args))
     model.to(ranks.device)
@@ -215,6 +225,11 @@ def main(
         if args.pretrained_model_path:
             load_checkpoint(args.pretrained_model_path)
         args.train_statistics, args.valid_statistics = check_data(args)
+        if args.dry_run:
+            model, *_ = prepare(args, is_main=False, device="meta")
+            if is_first_process():
+                print(dry_run.of_llm(model, args))
+            return
         if is_first_process():
             print(f"Training cuts: {args.train_statistics}")
             print(f"Validation cuts: {args.valid_statistics}")

@@ -167,6 +167,7 @@ TRAIN = {
     "--keep-last-k": Change("2", attribute("keep_last_k")),
     "--exp-dir": Change("{tmp}/other", attribute("exp_dir")),
     "--grad-accum": Change("3", attribute("grad_accum")),
+    "--dry-run": Change("true", lambda r: hasattr(r, "model")),
     "--activation-checkpointing": Change("true", lambda r: r.module.llm.is_gradient_checkpointing),
     "--compile": Change("true", lambda r: compiled(r.module.plain_llm.get_decoder().layers[0])),
     "--base-lr": Change("0.005", rates),

@@ -227,6 +227,26 @@ def test_scanning_memory_changes_nothing(flags, tmp_path):
     assert "There is memory for the worst batches" in logs
 
 
+def optimized(exp_dir):
+    """What ScaledAdam keeps for each trained element."""
+    state = load_checkpoint(exp_dir / "epoch-1.pt")["optimizer"]["state"]
+    return [of_one["delta"] for of_one in state.values()]
+
+
+def test_a_dry_run_says_what_the_training_then_has(flags, trained, tmp_path, capsys):
+    main(flags, tmp_path, **{"--dry-run": "true"})
+    said = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    real = log(trained)
+    total = int(re.search(r"Number of model parameters: (\d+)", real)[1])
+    trained_elements = sum(p.numel() for p in optimized(trained))
+    assert f"Parameters: {total:,}, {trained_elements:,} of them trained (9" in said
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(trained / "bpe.model"))
+    assert f"with a CTC head of {pieces.vocab_size()} BPE pieces" in said
+    assert "Epochs: 1 to go, up to 1; begins anew in epoch 1" in said
+    assert "Memory: about " in said and said.endswith("Nothing was written.\n")
+
+
 def test_the_same_command_goes_on_in_the_middle_of_an_epoch(flags, tmp_path):
     more = {
         "--num-epochs": 2, "--max-duration": 4, "--save-every-n": 1, "--save-every-minutes": 0,

@@ -22,11 +22,13 @@ def load_llm(
     path: str,
     dtype: torch.dtype = torch.float32,
     use_flash_attn: bool = False,
+    device: str = "cpu",
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The LLM with its weights in `dtype`, and its tokenizer with the speech tokens.
 
     Args:
       path: a local directory, which may hold weights in int8, or a name on the Hugging Face hub.
+      device: "meta" gives shapes without weights, from a look at which weights there are.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -47,6 +49,7 @@ def load_llm(
                 trust_remote_code=False,  # else it would ask
                 use_safetensors=True,  # no pickles
                 output_loading_info=True,
+                device_map=None if device == "cpu" else device,
             )
             missing = loaded["missing_keys"]  # transformers would go on with random numbers
     except Exception as error:  # transformers, the hub, safetensors and json have their own each

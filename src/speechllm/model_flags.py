@@ -156,21 +156,24 @@ def build_model(
     unfreeze_llm: bool = True,
     unfreeze_encoder: bool = False,
     encoder_feature_mask: bool = True,
+    device: str = "cpu",
 ) -> tuple[SpeechLLM, PreTrainedTokenizerBase]:
     """The model the flags describe, on the CPU, and its tokenizer with the speech tokens.
 
-    `encoder_dtype` is of frozen encoders.
+    `encoder_dtype` is of frozen encoders. On `device` "meta" the model is checked all the same, and
+    has no weights.
     """
-    encoders = [load_encoder(path, size) for path, size in encoder_files(args)]
+    encoders = [load_encoder(path, size).to(device) for path, size in encoder_files(args)]
     if not unfreeze_encoder:
         encoders = [encoder.freeze(encoder_dtype) for encoder in encoders]
-    llm, tokenizer = load_llm(args.llm_path, llm_dtype, args.use_flash_attn)
+    llm, tokenizer = load_llm(args.llm_path, llm_dtype, args.use_flash_attn, device)
     llm = prepare_llm(llm, unfreeze_llm, args.use_lora)
-    model = SpeechLLM(
-        encoders,
-        llm,
-        chat_ids(tokenizer, args.prompt, args.use_context),
-        ds_rate=args.encoder_projector_ds_rate,
-        encoder_feature_mask=encoder_feature_mask,
-    )
+    with torch.device(device):
+        model = SpeechLLM(
+            encoders,
+            llm,
+            chat_ids(tokenizer, args.prompt, args.use_context),
+            ds_rate=args.encoder_projector_ds_rate,
+            encoder_feature_mask=encoder_feature_mask,
+        )
     return model, tokenizer

@@ -61,11 +61,16 @@ def check_space(path: Path, num_bytes: float, what: str) -> None:
     Raises:
       ValueError: with both sizes.
     """
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if (free := shutil.disk_usage(there).free) < num_bytes:
+    if (free := free_bytes(path)) < num_bytes:
         raise InputError(
             f"{path} needs {num_bytes / 1e9:.2f} GB more for {what}, {free / 1e9:.2f} GB are free"
         )
+
+
+def free_bytes(path: Path) -> int:
+    """Of the disk of `path`, which need not be there yet."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
 
 
 def _take_place(partial: Path, path: Path) -> None:

@@ -76,6 +76,11 @@ def remove_partial_checkpoints(exp_dir: Path) -> None:
             path.unlink()
 
 
+def checkpoint_bytes(parameters: Iterable[Tensor]) -> int:
+    """About what a checkpoint of these trained parameters takes: each, and two of its optimizer."""
+    return 3 * sum(p.nbytes for p in parameters if p.requires_grad)
+
+
 def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> None:
     """Whether checkpoints of these trained parameters and their optimizer find room.
 
@@ -85,7 +90,7 @@ def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> N
     Raises:
       ValueError: there is not even room for a second one beside the first.
     """
-    size = 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    size = checkpoint_bytes(parameters)
     check_space(exp_dir, 2 * size, "two checkpoints")
     try:
         check_space(exp_dir, num_files * size, f"{num_files} checkpoints")

@@ -122,9 +122,23 @@ def launch(run: Callable, args, world_size: int, master_port: int) -> None:
       ProcessRaisedException: another error in one of several processes, with its traceback.
       Preempted: `run` did, in all processes.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _start(int(os.environ["RANK"]), run, args, int(os.environ["WORLD_SIZE"]), None)
-        return
+    world_size = num_ranks(world_size)
+    if _torchrun():
+        _start(int(os.environ["RANK"]), run, args, world_size, None)
+    elif world_size == 1:
+        _start(0, run, args, 1, master_port)
+    else:
+        _spawn(run, args, world_size, master_port)
+
+
+def num_ranks(world_size: int) -> int:
+    """How many processes a training has: as torchrun says, else `world_size`.
+
+    Raises:
+      ValueError: there are GPUs, but fewer than processes.
+    """
+    if _torchrun():
+        return int(os.environ["WORLD_SIZE"])
     if world_size < 1:
         raise InputError(f"--world-size {world_size} must be at least 1")
     if 0 < torch.cuda.device_count() < world_size:
@@ -132,10 +146,11 @@ def launch(run: Callable, args, world_size: int, master_port: int) -> None:
             f"--world-size {world_size} needs as many GPUs, "
             f"this machine has {torch.cuda.device_count()}"
         )
-    if world_size == 1:
-        _start(0, run, args, 1, master_port)
-    else:
-        _spawn(run, args, world_size, master_port)
+    return world_size
+
+
+def _torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _spawn(run: Callable, args, world_size: int, master_port: int) -> None:

@@ -86,6 +86,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--master-port", type=int, default=12354, help="for DDP on one machine")
     add("--grad-accum", type=int, default=1,
         help="batches of each process in a step, the same as one large batch")  # fmt: skip
+    add("--dry-run", type=str2bool, default=False,
+        help="check everything, say what would be trained and what it needs, and write nothing")
     add("--seed", type=int, default=42, help="for order, augmentation and dropout")
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=["scaled_adam", "adamw"], default="scaled_adam", help="optimizer")
@@ -245,7 +247,7 @@ def check_data(
 def _check_bad(checked: list[CutStatistics], args, is_main: bool) -> None:
     listing = bad_listing(args)
     faults = [fault for one in checked for of_cut in one.bad_cuts for fault in of_cut]
-    if is_main:
+    if is_main and not args.dry_run:
         if args.start_epoch == 1 and not getattr(args, "start", None):  # of an earlier training
             listing.unlink(missing_ok=True)
         list_faults(listing, faults)
@@ -312,7 +314,8 @@ def check_encoder_cache(args) -> None:
     if args.shar_dir:
         raise InputError(f"{flag} is for cut files, not for shards (--shar-dir {args.shar_dir})")
     try:
-        args.cache_encoder.mkdir(parents=True, exist_ok=True)
+        if not args.dry_run:
+            args.cache_encoder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{flag} cannot be a directory: {error.strerror}") from None
 

@@ -241,12 +241,12 @@ def encoder_training_memory(
     encoder: ZipformerEncoder, batch: Batch, gpus: int, optimizer: str, checkpointing: bool
 ) -> dict[str, int]:
     """The same as `Training.memory` of an encoder that is trained alone, with a CTC head."""
-    trained = list(encoder.parameters())
+    trained = [p for p in encoder.parameters() if p.requires_grad]
     state, step = optimizer_memory(trained, optimizer)
-    weights = num_bytes(trained)
-    always = {"weights": weights, "optimizer": state, "buffers": weights if gpus > 1 else 0}
+    weights, gradients = num_bytes(encoder.parameters()), num_bytes(trained)
+    always = {"weights": weights, "optimizer": state, "buffers": gradients if gpus > 1 else 0}
     peak, _ = encoder_memory(encoder, batch, True, checkpointing)
-    return with_peak(always, {"forward and backward": peak, "step": weights + step})
+    return with_peak(always, {"forward and backward": peak, "step": gradients + step})
 
 
 def optimizer_memory(trained: list[nn.Parameter], name: str) -> tuple[int, int]:
