@@ -68,7 +68,7 @@ def test_table_becomes_cuts_with_features(table, tmp_path, capsys):
         assert feats.shape == (round(one.duration * 100), 80)
         np.testing.assert_allclose(feats, one.compute_features(fbank_extractor()), atol=0.02)
     assert Path(cut.features.storage_path).parent == out / "toy_feats_train"
-    train, dev = capsys.readouterr().out.splitlines()[1:]
+    train, dev = capsys.readouterr().out.splitlines()[1:3]
     assert train.split()[:4] == ["train", "2", "0.00", "1"] and "6 cuts" in train
     assert dev.split()[:4] == ["dev", "1", "0.00", "1"]
 
@@ -119,19 +119,18 @@ def bad_table(table):
 
 
 REPORT = """\
-12 bad rows (1 empty text, 1 duplicate id, 1 empty speaker, 1 split is not usable in a file name, \
-1 empty path, 1 more cells than the header, 1 missing audio, 2 unreadable audio, 1 zero duration, \
-1 shorter than 25 ms, 1 more than one channel):
-  line 5, gone: missing audio: {wav}/gone.wav
-  line 6, junk: unreadable audio: Error opening '{wav}/junk.wav': Format not recognised.
-  line 7, half: unreadable audio: Error : flac decoder lost sync.
+12 bad utterances (5 malformed, 1 duplicate-id, 1 no-text, 2 no-audio, 1 channels, \
+2 unreadable-audio):
+  line 5, gone: {wav}/gone.wav is missing
+  line 6, junk: Error opening '{wav}/junk.wav': Format not recognised.
+  line 7, half: {wav}/cut.flac is broken: Error : flac decoder lost sync.
   line 8, mute: empty text
   line 9, a: duplicate id
-  line 10, empty: zero duration: {wav}/empty.wav
-  line 11, short: shorter than 25 ms: 320 samples at 16000 Hz in {wav}/short.wav
-  line 12, stereo: more than one channel: 2 in {wav}/stereo.wav
+  line 10, empty: {wav}/empty.wav has a duration of 0 s
+  line 11, short: 0.020 s of {wav}/short.wav are shorter than 0.025 s
+  line 12, stereo: 2 channels in {wav}/stereo.wav, see --channel
   line 13, nobody: empty speaker
-  line 14, slash: split is not usable in a file name: dev/1
+  line 14, slash: split 'dev/1' is not usable in a file name
   line 15, brief: empty path
   line 16, long: more cells than the header
 --skip-bad true leaves them out"""
@@ -144,19 +143,27 @@ def test_bad_rows_are_reported_together_before_anything_is_written(bad_table, tm
     assert not (tmp_path / "fbank").exists()
 
 
-def test_skip_bad_leaves_them_out_and_counts_them(bad_table, tmp_path, caplog):
+def test_skip_bad_leaves_them_out_and_reports_them(bad_table, tmp_path, caplog, capsys):
     prepare(bad_table, tmp_path, "--skip-bad", "true", "--speed-perturb", "false")
     assert ids_of(tmp_path, "train") == ["a", "b"] and ids_of(tmp_path, "dev") == ["c"]
-    assert "left out 12 bad rows (1 empty text, 1 duplicate id" in caplog.text
-    assert "line 9, a: duplicate id" in caplog.text
+    assert "leaving out 12 bad utterances (5 malformed, 1 duplicate-id" in caplog.text
+    said = capsys.readouterr().out
+    expected = REPORT.format(wav=bad_table.parent / "wav").splitlines()
+    assert said.endswith("\n".join(expected[1:-1]) + "\n")
+    assert said == (tmp_path / "toy_report.txt").read_text()
+
+    left_out = json.loads((tmp_path / "toy_report.json").read_text())["left_out"]
+    assert left_out["counts"]["unreadable-audio"] == 2 and len(left_out["utterances"]) == 12
+    assert left_out["utterances"][0]["id"] == "gone"
+    assert left_out["utterances"][0]["reason"] == "no-audio"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("utt_id\tspeaker\twords\nx\ty\tz\n", "has no column text, path or audio or wav; it has"),
-        ("", "has no column utt_id or id"),
-        (HEADER, "has no usable row"),
+        ("utt_id\tspeaker\twords\nx\ty\tz\n", "has no column text or sentence .*, path or .*; it has"),
+        ("", "has no column text .*; it has none"),
+        (HEADER, "has no usable utterance"),
         (HEADER.encode() + b"a\tb\tc\t\xff\te\n", "is not a TSV or CSV table in UTF-8"),
     ],
 )
@@ -204,30 +211,10 @@ def test_rows_without_a_split_are_divided_by_speaker(table, tmp_path, caplog):
     assert "20 utterances had no split: divided by speaker into dev, eval, test" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "dev", "test"),
-    [
-        ({f"s{i:02}": 10.0 for i in range(40)}, 4, 4),
-        ({"a": 1.0, "b": 1.0, "c": 1.0}, 1, 1),
-        ({"giant": 1000.0, "a": 10.0, "b": 10.0}, 1, 1),  # the giant is for training
-        ({"a": 1.0, "b": 1.0}, 1, 0),
-        ({"a": 1.0}, 0, 0),
-        ({}, 0, 0),
-    ],
-)
-def test_divide_speakers(seconds, dev, test):
-    split_of = prepare_corpus.divide_speakers(seconds, "train")
-    splits = list(split_of.values())
-    assert set(split_of) == set(seconds)
-    assert (splits.count("dev"), splits.count("test")) == (dev, test)
-    assert split_of == prepare_corpus.divide_speakers(seconds, "train")
-    assert split_of.get("giant", "train") == "train"
-
-
-def test_speakers_in_several_splits_are_named(table, tmp_path, caplog):
+def test_speakers_in_several_splits_are_named(table, tmp_path, capsys):
     table.write_text(table.read_text().replace("carl", "anna"))
     prepare(table, tmp_path, "--speed-perturb", "false")
-    assert "1 speakers are in several splits: anna (dev, train)" in caplog.text
+    assert "1 speakers are in several splits: anna (dev, train)\n" in capsys.readouterr().out
 
 
 def mtimes(out: Path) -> dict[str, int]:
@@ -266,7 +253,7 @@ def test_splits_of_a_former_table_stay_and_are_named(table, tmp_path, caplog):
     prepare(table, tmp_path, "--speed-perturb", "false")
     table.write_text(table.read_text().replace("\tdev\t", "\ttest\t"))
     prepare(table, tmp_path, "--speed-perturb", "false")
-    assert "toy_cuts_dev.jsonl.gz was made from another table" in caplog.text
+    assert "toy_cuts_dev.jsonl.gz was made from other files" in caplog.text
     assert ids_of(tmp_path, "dev") == ids_of(tmp_path, "test") == ["c"]
 
 
@@ -288,7 +275,7 @@ def test_other_rates_are_resampled(table, tmp_path):
 def test_resampling_without_a_resampler_says_what_to_install(table, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     write_audio(table.parent / "wav" / "c.wav", 0.6, rate=8000)
-    with pytest.raises(SystemExit, match=r"c.wav \(c\) is at 8000 Hz.*pip install scipy"):
+    with pytest.raises(SystemExit, match=r"c.wav is at 8000 Hz.*pip install scipy"):
         prepare(table, tmp_path / "fbank")
     assert not (tmp_path / "fbank").exists()
 

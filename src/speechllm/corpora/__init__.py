@@ -1,0 +1,1 @@
+"""Corpora in the forms they come in, to utterances, to cuts."""

@@ -1,0 +1,57 @@
+"""Splits that no speaker is in two of."""
+
+import logging
+import random
+from collections import defaultdict
+
+from lhotse.cut import Cut
+
+from speechllm.corpora.utterance import Utterance
+
+HELD_OUT = {"dev": 0.1, "test": 0.1}  # share of the duration, where the corpus has no splits
+SPLIT_SEED = 42
+
+logger = logging.getLogger(__name__)
+
+
+def assign_splits(cuts: list[tuple[Utterance, Cut]], train_split: str) -> dict[str, list[Cut]]:
+    """Split -> its cuts; those without a split get one, and no speaker gets into two by that.
+
+    A speaker with a split keeps it.
+    """
+    split_of = {_speaker(cut): one.split for one, cut in cuts if one.split}
+    without = [cut for one, cut in cuts if not one.split]
+    seconds = defaultdict(float)
+    for cut in without:
+        if _speaker(cut) not in split_of:
+            seconds[_speaker(cut)] += cut.duration
+    split_of |= divide_speakers(seconds, train_split)
+    by_split = defaultdict(list)
+    for one, cut in cuts:
+        by_split[one.split or split_of[_speaker(cut)]].append(cut)
+    if without:
+        used = ", ".join(sorted({split_of[_speaker(cut)] for cut in without}))
+        logger.info("%d utterances had no split: divided by speaker into %s", len(without), used)
+    return dict(by_split)
+
+
+def _speaker(cut: Cut) -> str:
+    return cut.supervisions[0].speaker
+
+
+def divide_speakers(seconds: dict[str, float], train_split: str) -> dict[str, str]:
+    """Speaker -> split, by duration; a random draw that is the same every time."""
+    speakers = sorted(seconds)
+    random.Random(SPLIT_SEED).shuffle(speakers)
+    split_of = dict.fromkeys(speakers, train_split)
+    room = {split: share * sum(seconds.values()) for split, share in HELD_OUT.items()}
+    for speaker in speakers:
+        split = max(room, key=room.get)
+        if seconds[speaker] <= room[split]:
+            split_of[speaker] = split
+            room[split] -= seconds[speaker]
+    for split in HELD_OUT:  # few speakers: each has more than the share, so take the shortest
+        left = [speaker for speaker in speakers if split_of[speaker] == train_split]
+        if split not in split_of.values() and len(left) > 1:
+            split_of[min(left, key=seconds.get)] = split
+    return split_of
