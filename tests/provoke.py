@@ -209,7 +209,7 @@ def clips_of(table: Path, split: str) -> list[prepare_corpus.Utterance]:
     Raises:
       ValueError: there is none.
     """
-    rows = [row for _, row in prepare_corpus.read_table(table)[0]]
+    rows = [row for row in prepare_corpus.read_table(table) if not row.problem]
     rows = [row for row in rows if row.split == split] or rows
     if not rows:
         raise InputError(f"{table} has no clips")

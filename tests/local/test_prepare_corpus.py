@@ -161,7 +161,7 @@ def test_skip_bad_leaves_them_out_and_reports_them(bad_table, tmp_path, caplog, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("utt_id\tspeaker\twords\nx\ty\tz\n", "has no column text or sentence .*, path or .*; it has"),
+        ("utt_id\tspeaker\twords\nx\ty\tz\n", "has no column text or .*, path or .*; it has"),
         ("", "has no column text .*; it has none"),
         (HEADER, "has no usable utterance"),
         (HEADER.encode() + b"a\tb\tc\t\xff\te\n", "is not a TSV or CSV table in UTF-8"),
