@@ -41,7 +41,7 @@ from speechllm.model_flags import (
 )
 from speechllm.progress import setup_logging
 from speechllm.sampling import LLMPositions, TooManyPositions
-from speechllm.scoring import NORMALIZERS, ErrorCounts, log_line
+from speechllm.scoring import NORMALIZERS, SCORE_BY, ErrorCounts, log_line
 from speechllm.trained_state import load_trainable_state
 from speechllm.training.checkpoint import average_checkpoints, average_epochs, load_checkpoint
 from speechllm.training.distributed import Ranks, launch
@@ -60,6 +60,8 @@ def get_parser(defaults: dict, description: str | None = __doc__) -> argparse.Ar
     add("--test-cuts", default=TEST_CUTS, help="cut files in --manifest-dir, comma-separated")
     add("--normalize", choices=list(NORMALIZERS), default="none",
         help="text normalisation of references and hypotheses before scoring")  # fmt: skip
+    add("--score-by", choices=SCORE_BY, default="auto",
+        help="auto: characters where a cut's language is written without spaces")  # fmt: skip
     add_trained_model_arguments(parser)
     add_search_arguments(parser)
     add_data_arguments(parser)
@@ -141,6 +143,8 @@ def result_suffix(args, options: SearchOptions, parameters_name: str) -> str:
         parts.append(f"max{args.max_new_tokens}")
     if args.normalize != "none":
         parts.append(args.normalize)
+    if args.score_by != "auto":
+        parts.append(args.score_by)
     return "-".join(parts)
 
 
@@ -208,6 +212,7 @@ def decode_set(
             suffix,
             args.normalize,
             counted,
+            args.score_by,
         )
     errors, *_ = ranks.gather_objects(errors)
     logging.info(log_line(set_name(path), errors))

@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import kaldialign
@@ -21,7 +21,7 @@ import kaldialign
 from speechllm.decoding.beam import Candidate
 from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Parser, comma_list
-from speechllm.scoring import NORMALIZERS, ErrorCounts
+from speechllm.scoring import NORMALIZERS, ErrorCounts, rate_name, units
 
 WEIGHTS = ",".join(f"{k / 20:g}" for k in range(21))
 KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list"}
@@ -103,9 +103,12 @@ def read_line(line: bytes, normalize: Callable[[str], str]) -> tuple[str, Uttera
     if not nbest:
         raise ValueError(f"{cut_id} has an empty nbest")
     candidates = [read_candidate(one) for one in nbest]
-    words = normalize(reference.lower()).split()
+    is_by_characters = entry.get("score_by") == "characters"
+    texts = [reference, *(candidate.text for candidate in candidates)]
+    words, *hypotheses = (units(normalize(text.lower()), is_by_characters) for text in texts)
     errors = [
-        count_errors(words, normalize(candidate.text.lower()).split()) for candidate in candidates
+        replace(count_errors(words, hypothesis), rate=rate_name([is_by_characters]))
+        for hypothesis in hypotheses
     ]
     return cut_id, Utterance(candidates, errors)
 
@@ -134,19 +137,21 @@ def count_errors(reference: list[str], hypothesis: list[str]) -> ErrorCounts:
 
 def wer(counts: list[ErrorCounts]) -> float:
     """Of several utterances together, in percent."""
-    return ErrorCounts(*map(sum, zip(*map(astuple, counts)))).wer
+    parts = ((one.insertions, one.deletions, one.substitutions, one.ref_words) for one in counts)
+    return ErrorCounts(*map(sum, zip(*parts))).wer
 
 
 def run(paths: list[Path], weights: list[float], normalize: str) -> None:
     utterances = read_nbest(paths, NORMALIZERS[normalize])
     without = wer([one.chosen(0.0) for one in utterances])
     found = {weight: wer([one.chosen(weight) for one in utterances]) for weight in weights}
-    print(f"{len(utterances)} utterances\nCTC weight  WER %")
+    rate = rate_name(one.errors[0].rate == "CER" for one in utterances)
+    print(f"{len(utterances)} utterances\nCTC weight  {rate} %")
     for weight, value in found.items():
         print(f"{weight:10g}  {value:5.2f}")
     print(f"    oracle  {wer([one.fewest() for one in utterances]):5.2f}")
     best = min(weights, key=found.get)  # of ties the first, which is the smallest
-    print(f"best --ctc-weight {best:g}: WER {found[best]:.2f}% (without CTC {without:.2f}%)")
+    print(f"best --ctc-weight {best:g}: {rate} {found[best]:.2f}% (without CTC {without:.2f}%)")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from speechllm.cut_faults import text_faults
 from speechllm.cut_files import read_cuts
 from speechllm.data import add_data_arguments, add_training_data_arguments, loader_options
-from speechllm.decoding.test_set import decode_cuts, files_to_decode, results, set_name
+from speechllm.decoding.test_set import decode_cuts, files_to_decode, rate, results, set_name
 from speechllm.errors import InputError, without_secrets
 from speechllm.flags import Parser, str2bool
 from speechllm.progress import setup_logging
@@ -306,7 +306,8 @@ def decode_tests(model: CtcModel, bpe, args, device: torch.device) -> None:
         decoded = decode_cuts(path, recognize, **loader_options(args))
         texts = [one.answer or "" for one in decoded]
         out_dir = args.exp_dir / "decode"
-        counts = score(results(decoded, texts), out_dir, set_name(path), "ctc-greedy")
+        scored = results(decoded, texts)
+        counts = score(scored, out_dir, set_name(path), "ctc-greedy", rate=rate(decoded))
         logging.info(log_line(set_name(path), counts))
 
 

@@ -80,6 +80,7 @@ class Row:
     wer: float  # %
     rtfx: float
     others: dict[str, str]  # columns of the table
+    rate: str = "WER"  # or CER, see scoring.ErrorCounts
 
     def beats(self, row: "Row") -> bool:
         mine, its = (-self.wer, self.rtfx), (-row.wer, row.rtfx)
@@ -103,7 +104,7 @@ def decode_row(
         "from CTC %": f"{100 * n['from CTC'] / utterances:.1f}",
         "flagged %": f"{100 * n['flagged'] / utterances:.1f}",
     }
-    return Row(values, errors.wer, recognizer.rtfx, others)
+    return Row(values, errors.wer, recognizer.rtfx, others, errors.rate)
 
 
 def warm_up(path: Path, recognizer: Recognizer, args) -> None:
@@ -122,7 +123,7 @@ def table(flags: list[str], rows: list[Row]) -> list[list[str]]:
     """The names of the columns, and a line for each row."""
     best = best_rows(rows)
     return [
-        [*flags, "WER %", "RTFx", *rows[0].others, "best"],
+        [*flags, f"{rows[0].rate} %", "RTFx", *rows[0].others, "best"],
         *(
             [*row.values, f"{row.wer:.2f}", f"{row.rtfx:.1f}", *row.others.values(),
              "*" if row in best else "-"]
@@ -151,7 +152,7 @@ def plot(title: str, rows: list[Row]) -> Figure:
         line = {"arrowstyle": "-", "color": colour, "alpha": 0.3, "relpos": (0, 0.5)}
         axes.annotate(", ".join(row.values), point, label, textcoords="axes fraction", va="center",
             color=colour, arrowprops=line)  # fmt: skip
-    axes.set(title=title, xlabel="RTFx (audio seconds per second)", ylabel="WER %")
+    axes.set(title=title, xlabel="RTFx (audio seconds per second)", ylabel=f"{rows[0].rate} %")
     axes.grid(color="0.9")
     return figure
 

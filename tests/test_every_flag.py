@@ -359,6 +359,7 @@ DECODE = {
     "--beam-size": Change("2", names),
     "--max-new-tokens": Change("1", searches),
     "--normalize": Change("basic", names),
+    "--score-by": Change("characters", lambda s: s.files),
     "--nbest": Change("2", names, ("--beam-size", "2")),
     "--ctc-weight": Change("0.9", files, ("--beam-size", "4", *WITH_CTC)),
     "--accept": Change("relaxed:0", files, WITH_CTC),

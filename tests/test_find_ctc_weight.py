@@ -185,3 +185,15 @@ def test_impossible_weights(file, capsys, weights):
     with pytest.raises(SystemExit):
         find_ctc_weight.main([str(file(*LINES)), f"--weights={weights}"])
     assert f"{weights!r} must be numbers from 0 to 1" in capsys.readouterr().err
+
+
+def test_utterances_that_were_scored_by_characters(file, capsys):
+    line = {
+        "id": "one", "reference": "今天 天气", "nbest": [
+            candidate("今天天", -1.0, -8.0), candidate("今天天气", -2.0, -4.0)],
+        "score_by": "characters",
+    }  # fmt: skip
+    said = printed(capsys, file(line), "--weights", "0,0.5")
+    assert said[1:4] == ["CTC weight  CER %", "         0  25.00", "       0.5   0.00"]
+    assert said[-1] == "best --ctc-weight 0.5: CER 0.00% (without CTC 25.00%)"
+    assert printed(capsys, file(line, LINES[1]), "--weights", "0")[1] == "CTC weight  MER %"

@@ -415,3 +415,52 @@ def test_english_normalizer(text, normal):
 def test_every_normalizer_is_documented():
     for name, normalize in NORMALIZERS.items():
         assert normalize.__doc__ and "\n" not in normalize.__doc__, name
+
+
+# ---- characters
+
+
+@pytest.mark.parametrize(
+    ("language", "is_by_characters"),
+    [
+        ("zh", True), ("zh-CN", True), ("zh_TW", True), ("ZH", True), ("yue", True), ("ja", True),
+        ("th", True), ("lo", True), ("km", True), ("my", True), ("Chinese", True),
+        ("Mandarin (Taiwan)", True), ("en", False), ("ko", False), ("English", False),
+        ("thx", False), ("", False), (None, False),
+    ],
+)  # fmt: skip
+def test_languages_without_spaces_are_scored_by_characters(language, is_by_characters):
+    assert scoring.by_characters(language) == is_by_characters
+    assert scoring.by_characters(language, "characters")
+    assert not scoring.by_characters(language, "words")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name"),
+    [([], "WER"), ([False, False], "WER"), ([True, True], "CER"), ([True, False], "MER")],
+)
+def test_the_name_of_the_rate(kinds, name):
+    assert scoring.rate_name(kinds) == name
+
+
+def test_units():
+    assert scoring.units("今天 天气\u3000很好 ok", True) == list("今天天气很好ok")
+    assert scoring.units("今天 天气 ok", False) == ["今天", "天气", "ok"]
+
+
+def test_files_of_characters(tmp_path):
+    results = [("u1", list("今天天气"), list("今天气")), ("u2", list("很好"), list("很号"))]
+    counts = scoring.score(results, tmp_path, "zh", "x", rate="CER")
+    assert (counts.errors, counts.ref_words, counts.rate) == (2, 6, "CER")
+    errs = (tmp_path / "errs-zh-x.txt").read_text("utf-8")
+    assert errs.splitlines()[:2] == [
+        "%CER = 33.33",
+        "Errors: 0 insertions, 1 deletions, 1 substitutions, over 6 reference characters "
+        "(4 correct)",
+    ]
+    assert section(errs, "SUBSTITUTIONS") == ["1   好 -> 号"]
+    summary = (tmp_path / "wer-summary-zh-x.txt").read_text("utf-8").splitlines()
+    assert summary[1] == "For zh CER: 33.33"
+    assert summary[2] == "[zh] %CER 33.33% [2 / 6, 0 ins, 1 del, 1 sub ]"
+    assert not any(line.startswith("CER:") for line in summary)
+    assert scoring.read_recogs(tmp_path / "recogs-zh-x.txt") == results

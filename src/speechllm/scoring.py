@@ -8,13 +8,17 @@ with the results sorted by id:
 
 Words are aligned by kaldialign with costs 1, 1, 1. In the lists of errs-*.txt the highest count
 comes first, and among equal counts the last word by code point.
+
+Where a language is written without spaces a word is a character, and the rate is called CER; MER
+where that is so of some utterances only.
 """
 
 import ast
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
@@ -34,12 +38,16 @@ Pair = tuple[Words, Words]  # aligned reference and hypothesis; () where one has
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Errors of a set, over `ref_words` reference words (characters when the CER is counted)."""
+    """Errors of a set, over `ref_words` reference words (characters when the CER is counted).
+
+    rate: WER; CER of characters; MER of both.
+    """
 
     insertions: int
     deletions: int
     substitutions: int
     ref_words: int
+    rate: str = "WER"
 
     @property
     def errors(self) -> int:
@@ -114,15 +122,18 @@ def read_recogs(path: str | Path) -> list[Result]:
     return _sorted_by_id(results)
 
 
-def errs_text(results: Sequence[Result]) -> tuple[str, ErrorCounts]:
+def errs_text(results: Sequence[Result], rate: str = "WER") -> tuple[str, ErrorCounts]:
     """The text of errs-*.txt, and the counts of its first two lines.
+
+    Args:
+      rate: see `ErrorCounts`.
 
     Raises:
       ValueError: when two results have one id.
     """
     alignments = [(cut_id, align(ref, hyp)) for cut_id, ref, hyp in _sorted_by_id(results)]
     pairs = Counter(pair for _, alignment in alignments for pair in alignment)
-    counts = error_counts(pairs)
+    counts = replace(error_counts(pairs), rate=rate)
     lines = [
         *_header(counts, correct=sum(n for (ref, hyp), n in pairs.items() if ref == hyp)),
         "",
@@ -145,17 +156,21 @@ def errs_text(results: Sequence[Result]) -> tuple[str, ErrorCounts]:
 
 
 def summary_text(
-    set_name: str, results: Sequence[Result], extra: Mapping[str, str | float] | None = None
+    set_name: str,
+    results: Sequence[Result],
+    extra: Mapping[str, str | float] | None = None,
+    rate: str = "WER",
 ) -> str:
     """The text of wer-summary-*.txt: the published line, then what a reader compares by."""
-    counts = error_counts(aligned_pairs(results))
+    counts = replace(error_counts(aligned_pairs(results)), rate=rate)
     low, high = bootstrap_interval(results)
+    characters = [f"CER: {character_error_counts(results).wer:.2f}%"] if rate == "WER" else []
     lines = [
         "",
-        f"For {set_name} WER: {round(counts.wer, 2)}",
+        f"For {set_name} {rate}: {round(counts.wer, 2)}",
         log_line(set_name, counts),
         f"95% interval: {low:.2f}% to {high:.2f}%",
-        f"CER: {character_error_counts(results).wer:.2f}%",
+        *characters,
         f"utterances: {len(results)}",
         *(f"{key}: {_number(value)}" for key, value in (extra or {}).items()),
     ]
@@ -168,6 +183,7 @@ def score(
     set_name: str,
     suffix: str,
     extra: Mapping[str, str | float] | None = None,
+    rate: str = "WER",
 ) -> ErrorCounts:
     """Writes recogs-, errs- and wer-summary-<set>-<suffix>.txt into `out_dir`.
 
@@ -176,11 +192,11 @@ def score(
     Raises:
       ValueError: when two results have one id.
     """
-    errs, counts = errs_text(results)
+    errs, counts = errs_text(results, rate)
     texts = {
         "recogs": recogs_text(results),
         "errs": errs,
-        "wer-summary": summary_text(set_name, results, extra),
+        "wer-summary": summary_text(set_name, results, extra, rate),
     }
     encoded = {kind: text.encode("utf-8") for kind, text in texts.items()}
     Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -193,7 +209,7 @@ def score(
 def log_line(set_name: str, counts: ErrorCounts) -> str:
     """`[set] %WER 1.86% [978 / 52576, 108 ins, 74 del, 796 sub ]`"""
     return (
-        f"[{set_name}] %WER {counts.wer:.2f}% [{counts.errors} / {counts.ref_words}, "
+        f"[{set_name}] %{counts.rate} {counts.wer:.2f}% [{counts.errors} / {counts.ref_words}, "
         f"{counts.insertions} ins, {counts.deletions} del, {counts.substitutions} sub ]"
     )
 
@@ -296,6 +312,36 @@ def _per_100(errors: np.ndarray, words: np.ndarray) -> np.ndarray:
     return np.where(words > 0, 100.0 * errors / np.maximum(words, 1), no_words)
 
 
+# ---- what is counted: words, or characters of languages without spaces
+
+SCORE_BY = ("auto", "words", "characters")
+NO_SPACES = frozenset(  # ISO 639 codes, and the names that lhotse's recipes use
+    "zh zho chi cmn yue wuu nan hak gan hsn ja jpn th tha lo lao km khm my mya bur bo bod tib dz "
+    "chinese mandarin cantonese japanese thai khmer burmese tibetan".split()
+)
+
+
+def by_characters(language: str | None, score_by: str = "auto") -> bool:
+    """Whether an utterance is scored by characters: `zh-CN` is, `en` and None are not.
+
+    Args:
+      score_by: of SCORE_BY; `auto` leaves it to the language.
+    """
+    code = re.split(r"[^a-z]", str(language or "").lower(), maxsplit=1)[0]
+    return score_by == "characters" or (score_by == "auto" and code in NO_SPACES)
+
+
+def units(text: str, characters: bool) -> list[str]:
+    """The words of a text, or its characters (code points) without white space."""
+    return [one for one in text if not one.isspace()] if characters else text.split()
+
+
+def rate_name(are_characters: Iterable[bool]) -> str:
+    """Of utterances by how they are scored: WER, CER, or MER if some so and some so."""
+    kinds = set(are_characters)
+    return "MER" if len(kinds) > 1 else "CER" if True in kinds else "WER"
+
+
 # ---- normalizers: off unless asked for; both reference and hypothesis must go through the same
 
 
@@ -375,14 +421,15 @@ def _read_words(line: bytes, kind: str) -> tuple[str, list[str]]:
 def _header(counts: ErrorCounts, correct: int) -> list[str]:
     errors = (
         f"Errors: {counts.insertions} insertions, {counts.deletions} deletions, "
-        f"{counts.substitutions} substitutions, over {counts.ref_words} reference words "
+        f"{counts.substitutions} substitutions, over {counts.ref_words} reference "
+        f"{'characters' if counts.rate == 'CER' else 'words'} "
         f"({correct} correct)"
     )
     sections = (
         "Search below for sections starting with PER-UTT DETAILS:, SUBSTITUTIONS:, DELETIONS:, "
         "INSERTIONS:, PER-WORD STATS:"
     )
-    return [f"%WER = {counts.wer:.2f}", errors, sections]
+    return [f"%{counts.rate} = {counts.wer:.2f}", errors, sections]
 
 
 def _show(alignment: list[Pair]) -> str:

@@ -98,3 +98,28 @@ def test_what_is_too_short_to_hear_is_in_no_other_file(cuts, tmp_path):
     write_results([Decoded(cuts[0], None)], tmp_path, "x", "y", "none", {})
     kinds = {path.name.split("-")[0] for path in tmp_path.iterdir()}
     assert kinds == {"recogs", "errs", "wer", "report"}
+
+
+def test_a_language_without_spaces_is_scored_by_characters_in_all_files(cuts, tmp_path):
+    for cut, text, language in zip(cuts, ("今天 天气", "很好", "a b"), ("zh", "zh-CN", "en")):
+        cut.supervisions[0].text, cut.supervisions[0].language = text, language
+    best = [Candidate("今天天", -1.5, 3, None)]
+    decoded = [Decoded(cuts[0], answer("今天天", nbest=best)), Decoded(cuts[1], answer("很好"))]
+
+    def written(name, decoded, score_by="auto"):
+        errors = write_results(decoded, tmp_path, name, "y", "none", {}, score_by)
+        page = parsed((tmp_path / f"report-{name}-y.html").read_text("utf-8"))
+        return errors, [term.text for term in page.all("dt")]
+
+    errors, facts = written("zh", decoded)
+    assert (errors.rate, errors.errors, errors.ref_words) == ("CER", 1, 6)
+    assert facts[:2] == ["CER", "Character errors"] and "WER" not in facts
+    assert "ref=['今', '天', '天', '气']" in (tmp_path / "recogs-zh-y.txt").read_text("utf-8")
+    assert json.loads(lines(tmp_path / "nbest-zh-y.jsonl")[0])["score_by"] == "characters"
+
+    errors, facts = written("both", [*decoded, Decoded(cuts[2], answer("a c"))])
+    assert (errors.rate, errors.errors, errors.ref_words) == ("MER", 2, 8)
+    errors, facts = written("words", decoded, "words")
+    assert (errors.rate, errors.errors, errors.ref_words) == ("WER", 2, 3)
+    assert facts.count("WER") == facts.count("CER") == 1
+    assert "score_by" not in lines(tmp_path / "nbest-words-y.jsonl")[0]

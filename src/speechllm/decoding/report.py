@@ -11,7 +11,7 @@ from urllib.parse import quote
 from lhotse.cut import Cut, MonoCut
 
 from speechllm.decoding.recognizer import Recognition
-from speechllm.decoding.test_set import Decoded, results
+from speechllm.decoding.test_set import Decoded, rate, results
 from speechllm.pages import page
 from speechllm.pages.marks import SURE, Mark, marks
 from speechllm.pages.tables import MOST, WORDS, Row, Table, buckets, frequent_errors, row
@@ -64,12 +64,18 @@ class Utterance:
 
 
 def report_html(
-    decoded: Sequence[Decoded], out_dir: Path, set_name: str, suffix: str, normalize: str
+    decoded: Sequence[Decoded],
+    out_dir: Path,
+    set_name: str,
+    suffix: str,
+    normalize: str,
+    score_by: str = "auto",
 ) -> str:
     """The page, to be written into `out_dir`: recordings are linked from there."""
-    scored = results(decoded, [one.answer.text if one.answer else "" for one in decoded], normalize)
+    texts = [one.answer.text if one.answer else "" for one in decoded]
+    scored = results(decoded, texts, normalize, score_by)
     heard = [one for one in decoded if one.answer and one.answer.ctc_text is not None]
-    by_ctc = results(heard, [one.answer.ctc_text for one in heard], normalize)
+    by_ctc = results(heard, [one.answer.ctc_text for one in heard], normalize, score_by)
     ctc = {cut_id: hyp for cut_id, _, hyp in by_ctc}
     utterances = [
         read_utterance(one, result, ctc.get(one.cut.id), out_dir)
@@ -88,6 +94,7 @@ def report_html(
         counts=error_counts(pairs),
         low=low,
         high=high,
+        rate=rate(decoded, score_by),
         cer=character_error_counts(scored).wer,
         ctc_wer=error_counts(aligned_pairs(by_ctc)).wer if by_ctc else None,
         seconds=sum(one.seconds for one in utterances),

@@ -11,7 +11,7 @@ from speechllm.cut_faults import counted as reasons_text
 from speechllm.cut_faults import first_reasons
 from speechllm.decoding.recognizer import Recognition
 from speechllm.decoding.report import report_html
-from speechllm.decoding.test_set import Decoded, results
+from speechllm.decoding.test_set import Decoded, rate, results
 from speechllm.decoding.word_times import ctm_lines
 from speechllm.scoring import ErrorCounts, score
 from speechllm.whole_file import whole_file
@@ -28,6 +28,7 @@ def write_results(
     suffix: str,
     normalize: str,
     counted: Mapping[str, float],
+    score_by: str = "auto",
 ) -> ErrorCounts:
     """What decode.py writes of a test set; `counted` goes into the summary.
 
@@ -47,19 +48,20 @@ def write_results(
     contents: dict[Path, bytes] = {}
     for kind, ending, lines in (
         ("guard", "jsonl", map(_guard_line, (one for one in answered if one.answer.reasons))),
-        ("nbest", "jsonl", map(_nbest_line, (one for one in answered if one.answer.nbest))),
+        ("nbest", "jsonl", _nbest_lines(answered, score_by)),
         ("ctm", "ctm", _ctm(answered)),
     ):
         path = Path(out_dir) / f"{kind}-{set_name}-{suffix}.{ending}"
         contents[path] = "".join(f"{line}\n" for line in lines).encode()
-    errors = score(results(decoded, texts, normalize), out_dir, set_name, suffix, extra)
+    scored = results(decoded, texts, normalize, score_by)
+    errors = score(scored, out_dir, set_name, suffix, extra, rate(decoded, score_by))
     for path, content in contents.items():
         if content:
             with whole_file(path) as partial:
                 partial.write_bytes(content)
         else:
             path.unlink(missing_ok=True)  # of an earlier decoding
-    report = report_html(decoded, Path(out_dir), set_name, suffix, normalize)
+    report = report_html(decoded, Path(out_dir), set_name, suffix, normalize, score_by)
     with whole_file(Path(out_dir) / f"report-{set_name}-{suffix}.html") as partial:
         partial.write_text(report, encoding="utf-8", errors="replace")
     return errors
@@ -81,7 +83,11 @@ def _guard_line(one: Decoded) -> str:
     )
 
 
-def _nbest_line(one: Decoded) -> str:
+def _nbest_lines(answered: list[Decoded], score_by: str) -> Iterable[str]:
+    return (_nbest_line(one, score_by) for one in answered if one.answer.nbest)
+
+
+def _nbest_line(one: Decoded, score_by: str) -> str:
     return _json(
         id=one.cut.id,
         reference=one.reference,
@@ -94,6 +100,7 @@ def _nbest_line(one: Decoded) -> str:
             }
             for candidate in one.answer.nbest
         ],
+        **({"score_by": "characters"} if one.by_characters(score_by) else {}),
     )
 
 

@@ -22,7 +22,7 @@ from speechllm.data import evaluation_loader, with_speech
 from speechllm.errors import InputError
 from speechllm.flags import comma_list
 from speechllm.progress import ProgressBar
-from speechllm.scoring import NORMALIZERS, Result
+from speechllm.scoring import NORMALIZERS, Result, by_characters, rate_name, units
 
 
 def files_to_decode(args) -> list[Path]:
@@ -69,6 +69,11 @@ class Decoded:
         """The texts; what cannot be written is a question mark."""
         texts = (str(supervision.text or "") for supervision in self.cut.supervisions)
         return " ".join(texts).encode(errors="replace").decode()
+
+    def by_characters(self, score_by: str = "auto") -> bool:
+        """Whether it is scored so, see `scoring.by_characters`; the first language counts."""
+        languages = (one.language for one in self.cut.supervisions if one.language)
+        return by_characters(next(languages, None), score_by)
 
 
 def decode_cuts(path: Path, recognize: Callable, *args, **options) -> list[Decoded]:
@@ -136,15 +141,27 @@ def with_answers(path: Path, answers: dict[str, Any]) -> list[Decoded]:
     return decoded
 
 
-def results(decoded: list[Decoded], texts: list[str], normalize: str = "none") -> list[Result]:
+def rate(decoded: Iterable[Decoded], score_by: str = "auto") -> str:
+    """The name of what `results` are scored by: WER, CER or MER."""
+    return rate_name(one.by_characters(score_by) for one in decoded)
+
+
+def results(
+    decoded: Iterable[Decoded], texts: list[str], normalize: str = "none", score_by: str = "auto"
+) -> list[Result]:
     """(cut id, reference words, hypothesis words), in lower case, to be scored.
 
     Args:
       normalize: a name in `scoring.NORMALIZERS`, applied to references and hypotheses.
+      score_by: characters take the place of words where `scoring.by_characters` says so.
     """
     function = NORMALIZERS[normalize]
+
+    def scored(text: str, one: Decoded) -> list[str]:
+        return units(function(text.lower()), one.by_characters(score_by))
+
     return [
-        (one.cut.id, function(one.reference.lower()).split(), function(text.lower()).split())
+        (one.cut.id, scored(one.reference, one), scored(text, one))
         for one, text in zip(decoded, texts, strict=True)
     ]
 
