@@ -40,9 +40,7 @@ def test_what_soundfile_reads_is_used_as_it_is(tmp_path, ending):
     assert not (tmp_path / "copies").exists()
 
 
-@pytest.mark.parametrize(
-    ("ending", "codec"), [("m4a", "aac"), ("webm", "libopus"), ("aac", "aac")]
-)
+@pytest.mark.parametrize(("ending", "codec"), [("m4a", "aac"), ("webm", "libopus"), ("aac", "aac")])
 def test_other_formats_are_copied_to_flac(tmp_path, ending, codec):
     path, rate = tmp_path / f"a.{ending}", 48000
     write_by_av(path, tone(rate=rate, channels=2), rate, codec)
