@@ -9,7 +9,9 @@ import prepare_corpus
 import pyarrow
 import pyarrow.parquet
 import pytest
+import soundfile
 from lhotse import CutSet, RecordingSet, SupervisionSet, load_manifest
+from scipy.signal import resample_poly
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +190,33 @@ def test_audio_inside_a_dataset_is_kept_once_and_goes_with_the_dataset(rows, tmp
     with pytest.raises(SystemExit, match="test/state.json cannot be read"):
         prepare(tmp_path, "--huggingface", source)
     assert [now] == list((tmp_path / "out").glob("x_audio-*"))
+
+
+def as_stereo(samples):
+    """The speech is in the second channel, in the first there is noise."""
+    return np.stack([np.random.default_rng(0).normal(scale=0.05, size=len(samples)), samples], 1)
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize("stereo", [False, True])
+def test_telephone_speech_in_other_formats(rows, expected, tmp_path, ending, stereo):
+    """Of 8 kHz and maybe stereo; below 4 kHz the features are about those of the original."""
+    changed = []
+    for utt, speaker, split, text, path in rows:
+        samples = resample_poly(soundfile.read(path)[0], 1, 2)
+        changed.append((utt, speaker, split, text, tmp_path / f"{utt}.{ending}"))
+        soundfile.write(changed[-1][-1], as_stereo(samples) if stereo else samples, 8000)
+    chosen = ("--channel", "2") if stereo else ()
+    found = prepare(tmp_path, "--table", write_table(changed, tmp_path), *chosen)
+    for split in SPLITS:
+        for one, other in zip(found[split], expected[split], strict=True):
+            assert one.supervisions[0].text == other.supervisions[0].text
+            assert one.duration == pytest.approx(other.duration, abs=0.15)  # mp3 is padded
+            assert closest(one.load_features()[:, :40], other.load_features()[:, :40]) > 0.9
+
+
+def closest(feats, original) -> float:
+    """The correlation of the features, frames shifted by what MP3 puts before the audio."""
+    length = min(len(feats), len(original)) - 15
+    shifts = (feats[lag : lag + length].ravel() for lag in range(16))
+    return max(np.corrcoef(one, original[:length].ravel())[0, 1] for one in shifts)

@@ -1,0 +1,87 @@
+import json
+import re
+
+import pytest
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse.utils import fastcopy
+
+
+@pytest.fixture
+def cut(tmp_path, write_audio):
+    """Three seconds of 22.05 kHz stereo; the cut is 1 to 3 s of its second channel."""
+    recording = Recording.from_file(write_audio(tmp_path / "r.wav", 3.0, 22050, channels=2))
+    said = [
+        SupervisionSegment("s1", "r", 0.0, 0.8, channel=1, text="one", speaker="ann", language="de",
+                           custom={"context": "Ann"}),
+        SupervisionSegment("s2", "r", 0.9, 1.2, channel=1, text="two"),  # longer than the cut
+    ]  # fmt: skip
+    return MonoCut("c", 1.0, 2.0, 1, recording=recording, supervisions=said)
+
+
+def write(cut, path):
+    CutSet.from_cuts([cut]).to_file(path)
+    return path
+
+
+def test_each_supervision_is_an_utterance(cut, prepare, tmp_path):
+    cuts, report = prepare("--lhotse", write(cut, tmp_path / "cuts.jsonl.gz"), "--language", "en")
+    assert {i: (c.start, c.duration, c.channel) for i, c in cuts.items()} == {
+        "s1": (1.0, 0.8, 1), "s2": (1.9, 1.1, 1)}  # fmt: skip
+    one, two = (cuts[i].supervisions[0] for i in ("s1", "s2"))
+    assert (one.text, one.speaker, one.language, one.custom) == (
+        "one", "ann", "de", {"context": "Ann"})  # fmt: skip
+    assert (two.text, two.speaker, two.language) == ("two", "r", "en")
+    assert report["audio"] == {"files": 1, "rates": {"22050": 1}, "channels": {"2": 1}}
+    assert cuts["s1"].load_audio().shape == (1, 12800)
+
+
+def at_address(cut):
+    cut.recording.sources[0].type = "url"
+    return cut
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda cut: cut.perturb_speed(1.1), "malformed.*its audio is changed by Speed"),
+        (lambda cut: cut.pad(9.0), "no-audio.*a cut that is made of several"),
+        (lambda cut: fastcopy(cut, recording=None), "no-audio.*no recording"),
+        (at_address, "no-audio.*its audio is no file but a url"),
+        (lambda cut: cut.drop_supervisions(), "no-text.*no supervision"),
+    ],
+)
+def test_cuts_that_are_none_of_a_file(cut, prepare, tmp_path, change, sentence):
+    path = write(change(cut), tmp_path / "cuts.jsonl.gz")
+    with pytest.raises(SystemExit) as stop:
+        prepare("--lhotse", path)
+    assert re.search(sentence, str(stop.value), re.DOTALL)
+
+
+@pytest.mark.parametrize("kind", ["cuts", "recordings"])
+def test_a_manifest_that_would_run_something_is_refused(cut, prepare, tmp_path, kind):
+    cut.recording.sources[0].type, cut.recording.sources[0].source = "command", "touch x"
+    if kind == "cuts":
+        path = write(cut, tmp_path / "x_cuts.jsonl.gz")
+    else:
+        path = tmp_path / "x_recordings_dev.jsonl"
+        path.write_text(json.dumps(cut.recording.to_dict()) + "\n")
+        supervisions = [{**one.to_dict(), "recording_id": "r"} for one in cut.supervisions]
+        lines = "".join(json.dumps(one) + "\n" for one in supervisions)
+        (tmp_path / "x_supervisions_dev.jsonl").write_text(lines)
+    with pytest.raises(SystemExit, match="is refused: it wants audio from a command, 'touch x'"):
+        prepare("--lhotse", path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("cuts.jsonl", "{}\n", "cuts.jsonl cannot be read beyond cut 0"),
+        ("x_recordings.jsonl", "{}\n", "x_supervisions.jsonl cannot be read"),
+        ("else.txt", "", "has no .cuts.*jsonl.gz and no"),
+    ],
+)
+def test_what_are_no_manifests(prepare, tmp_path, name, content, sentence):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_text(content)
+    with pytest.raises(SystemExit, match=sentence):
+        prepare("--lhotse", tmp_path / "in")

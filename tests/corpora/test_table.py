@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+
+@pytest.fixture
+def table(tmp_path, write_audio):
+    """A function from columns and rows to a table beside a.wav, 2 s of two channels."""
+    write_audio(tmp_path / "a.wav", 2.0, channels=2)
+
+    def write(header: str, *rows: str, name="table.tsv"):
+        (tmp_path / name).write_text("\n".join([header, *rows]).replace(" | ", "\t"), "utf-8")
+        return tmp_path / name
+
+    return write
+
+
+def test_all_columns(table, prepare):
+    cuts, _ = prepare("--table", table(
+        "utt_id | sentence | path | client_id | locale | context | channel | start | end",
+        "u1 | hi | a.wav | ann | zh-CN | Zoë, Ben | 1 |  | ",
+        "u2 | ho | a.wav | ann |  |  | B | 0.5 | 1.5",
+    ))  # fmt: skip
+    one, two = cuts["u1"], cuts["u2"]
+    assert (one.start, one.duration, one.channel) == (0.0, 2.0, 0)
+    assert (two.start, two.duration, two.channel) == (0.5, 1.0, 1)
+    assert one.supervisions[0].custom == {"context": "Zoë, Ben"}
+    assert two.supervisions[0].custom is None
+    assert [cut.supervisions[0].language for cut in (one, two)] == ["zh-CN", None]
+    assert one.recording_id == "u1" and two.recording_id == "a"
+    assert two.load_audio().std() == pytest.approx(2 * one.load_audio().std(), rel=0.05)
+
+
+def test_an_offset_with_a_duration_and_a_file_name_as_id(table, prepare):
+    name = table("text | audio_filepath | offset | duration | channel", "x | a.wav | 0.25 | 1 | 1")
+    cuts, _ = prepare("--table", name)
+    assert (cuts["a"].start, cuts["a"].duration) == (0.25, 1.0)
+    name = table("text | path | duration | channel", "x | a.wav | 1 | 1")
+    assert prepare("--table", name)[0]["a"].duration == 2.0  # it is for information
+
+
+@pytest.mark.parametrize(
+    ("cells", "sentence"),
+    [
+        (" | 1 | 0", "channel '0' is no number from 1"),
+        (" | 1 | C", "channel 'C' is no"),
+        ("x | 1 | 1", "'x' is no time in seconds"),
+        ("-1 | 1 | 1", "'-1' is no time"),
+        ("0 | nan | 1", "'nan' is no time"),
+        ("0 | 9 | 1", "it ends at 9 s"),
+        ("1 | 0.5 | 1", "-0.500 s of"),
+        ("0 | 1 | 3", "no channel 3 in .*a.wav, which has 2"),
+        ("0 | 1 | ", "2 channels in .*a.wav, see --channel"),
+    ],
+)
+def test_times_and_channels_that_are_none(table, prepare, cells, sentence):
+    name = table("utt_id | text | path | start | end | channel", f"u1 | x | a.wav | {cells}")
+    with pytest.raises(SystemExit, match=f"line 2, u1: .*{sentence}"):
+        prepare("--table", name)
+
+
+def test_texts_that_cannot_be_said_or_are_lost(table, prepare):
+    name = table(
+        "id | text | path | channel",
+        f"long | {'x ' * 1000} | a.wav | 1", "lost | a\ufffdb | a.wav | 1",
+        "bad\x07id | x | a.wav | 1", "good | x | a.wav | 1",
+    )  # fmt: skip
+    _, report = prepare("--table", name, "--skip-bad", "true")
+    assert [(one["id"], one["reason"]) for one in report["left_out"]["utterances"]] == [
+        ("long", "long-text"), ("lost", "not-unicode"), ("'bad\\x07id'", "bad-id")]  # fmt: skip
+    assert report["left_out"]["counts"] == {"long-text": 1, "not-unicode": 1, "bad-id": 1}
+
+
+def test_json_has_numbers_and_null(table, prepare):
+    rows = [{"id": 7, "text": "x", "path": "a.wav", "channel": 2, "speaker": 3, "start": 0.5},
+            {"id": 8, "text": "y", "path": "a.wav", "channel": 1, "start": None, "end": None,
+             "speaker": 4}]  # fmt: skip
+    cuts, _ = prepare("--table", table(*map(json.dumps, rows), name="t.jsonl"))
+    assert (cuts["7"].start, cuts["7"].supervisions[0].speaker) == (0.5, "3")
+    assert (cuts["8"].start, cuts["8"].duration) == (0.0, 2.0)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '"x"', "\x00"])
+def test_lines_that_are_no_json(table, prepare, line):
+    with pytest.raises(SystemExit, match="t.jsonl line 2 is not JSON"):
+        prepare("--table", table('{"text": "x", "path": "a.wav"}', line, name="t.jsonl"))
