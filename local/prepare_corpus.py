@@ -141,7 +141,7 @@ def read_corpus(args: argparse.Namespace, copies: Path) -> Corpus:
     """
     name, path = source_of(args)
     read = SOURCES[name][0]
-    utterances = list(read(path, copies) if read is read_huggingface else read(path))
+    utterances = list(read(path, copies) if name == "huggingface" else read(path))
     paths = (one.path for one in utterances if not one.problem)
     files = check_files(paths, copies, args.channel == MIX, args.num_jobs)
     good, faults = to_cuts(utterances, files, args)

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
+from lhotse import load_manifest
 
 import pretrain_encoder
+from speechllm.decoding.test_set import Decoded
 from speechllm.training import setup
 from speechllm.training.checkpoint import load_checkpoint
 from speechllm.zipformer import load_encoder
@@ -407,3 +409,14 @@ def test_texts_of_shards_are_those_of_the_cut_files(tiny_corpus, tiny_shards):
 
     assert len(texts()) == 96
     assert texts() == texts("--shar-dir", str(tiny_shards), "--train-cuts", "nowhere")
+
+
+def test_a_language_without_spaces_is_scored_by_characters(tiny_corpus, tmp_path, monkeypatch):
+    cut = next(iter(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz")))
+    cut.supervisions[0].text, cut.supervisions[0].language = "今天天气", "zh"
+    monkeypatch.setattr(pretrain_encoder, "decode_cuts", lambda *_, **__: [Decoded(cut, "今天")])
+    monkeypatch.setattr(pretrain_encoder, "loader_options", lambda args: {})
+    args = SimpleNamespace(exp_dir=tmp_path, test_paths=[tmp_path / "x_cuts_test.jsonl.gz"])
+    pretrain_encoder.decode_tests(torch.nn.Identity(), None, args, torch.device("cpu"))
+    errs = (tmp_path / "decode/errs-x_test-ctc-greedy.txt").read_text("utf-8")
+    assert errs.startswith("%CER = 50.00\n")

@@ -57,6 +57,12 @@ def row(name, wer, rtfx):
 # ---- its parts
 
 
+def test_the_rate_is_called_by_its_name():
+    by_characters = Row(("exact",), 5.0, 1.0, {}, "CER")
+    assert table(["accept"], [by_characters])[0] == ["accept", "CER %", "RTFx", "best"]
+    assert plot("x", [by_characters]).axes[0].get_ylabel() == "CER %"
+
+
 def test_combinations():
     assert combinations([["accept", "exact", "relaxed:0.5"], ["ctc-confident", "0", "1"]]) == [
         {"accept": "exact", "ctc-confident": "0"},

@@ -33,3 +33,12 @@ def test_two_files_with_one_id(prepare, tmp_path, write_audio):
 def test_a_folder_without_audio(prepare, tmp_path):
     with pytest.raises(SystemExit, match="has no audio"):
         prepare("--folder", tmp_path)
+
+
+def test_links_to_folders_are_followed_once(prepare, tmp_path, write_audio):
+    write_audio(tmp_path / "elsewhere/1.wav").with_suffix(".txt").write_text("x")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/ann").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/again").symlink_to(tmp_path / "in")
+    cuts, _ = prepare("--folder", tmp_path / "in")
+    assert list(cuts) == ["ann-1"] and cuts["ann-1"].supervisions[0].speaker == "ann"

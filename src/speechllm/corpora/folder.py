@@ -4,6 +4,7 @@ The first folder of a path is the split if it is called as one (train, dev, test
 the speaker. The id is the path without its ending, `-` for `/`.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,19 @@ TEXTS = (".txt", ".lab")
 
 def audio_and_texts(folder: Path) -> list[Path]:
     """In the order of their names; hidden ones are left."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in (*AUDIO, *TEXTS))
+    files = (path for path in _files(folder) if path.suffix.lower() in (*AUDIO, *TEXTS))
     return sorted(path for path in files if not path.name.startswith("."))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Links to folders are followed, but into no folder again."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in names)
 
 
 def read_folder(folder: Path) -> Iterator[Utterance]:

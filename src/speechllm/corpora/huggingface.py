@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from speechllm.corpora.utterance import COLUMNS, Utterance, find_columns, from_fields
+from speechllm.corpora.utterance import Utterance, find_columns, from_fields
 from speechllm.errors import InputError, first_line
 
 ROWS = 16  # at a time: audio is large
@@ -47,8 +47,8 @@ def read_huggingface(folder: Path, copies: Path) -> Iterator[Utterance]:
     for split, path in dataset_files(folder):
         for row in _rows(path):
             columns = find_columns(list(row), path)
-            columns["path"] = next(name for name in _audio_first() if name in row)
-            audio = row[columns["path"]]
+            # `path` beside `audio` is where the sound once was.
+            audio = row["audio" if "audio" in row else columns["path"]]
             fields = {k: _text(row[name]) for k, name in columns.items() if k != "path"}
             named = _name_of(audio)
             fields.setdefault("id", Path(named).stem or f"{split or 'row'}-{number}")
@@ -60,11 +60,6 @@ def read_huggingface(folder: Path, copies: Path) -> Iterator[Utterance]:
                 Path(named).write_bytes(inside)
             yield from_fields(fields | {"path": named}, folder, f"{path.name} row {number}")
             number += 1
-
-
-def _audio_first() -> list[str]:
-    """Datasets may have `audio` with the sound and `path` with where it once was."""
-    return sorted(COLUMNS["path"], key=lambda name: name != "audio")
 
 
 def _name_of(audio: object) -> str:
