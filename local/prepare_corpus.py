@@ -60,7 +60,7 @@ from speechllm.corpora.report import corpus_report, report_text, shown
 from speechllm.corpora.splits import assign_splits
 from speechllm.corpora.table import read_table
 from speechllm.corpora.utterance import Utterance, channel_number
-from speechllm.cut_faults import Fault, counted, first_reasons
+from speechllm.cut_faults import Fault, counted, first_reasons, shown_id
 from speechllm.errors import InputError
 from speechllm.features import SAMPLING_RATE, compute_fbank, cuts_path, with_perturbed_speed
 from speechllm.flags import str2bool
@@ -162,9 +162,10 @@ def to_cuts(
     for one in utterances:
         channel = 0 if args.channel == MIX else args.channel
         made = to_cut(one, files.get(one.path), args.language, channel)
-        if one.id in ids and one.id:
+        name = shown_id(one)
+        if name and name in ids:
             made = fault(one, "duplicate-id", "duplicate id")
-        ids.add(one.id)
+        ids.add(name)
         if isinstance(made, Fault):
             faults.append(made)
         else:

@@ -85,3 +85,10 @@ def test_what_are_no_manifests(prepare, tmp_path, name, content, sentence):
     (tmp_path / "in" / name).write_text(content)
     with pytest.raises(SystemExit, match=sentence):
         prepare("--lhotse", tmp_path / "in")
+
+
+@pytest.mark.parametrize("field", ["id", "text", "speaker", "language"])
+def test_values_that_are_no_texts(cut, prepare, tmp_path, field):
+    setattr(cut.supervisions[0], field, [7])
+    with pytest.raises(SystemExit, match=rf"malformed\):\n  .*its {field} \[7\] is no text"):
+        prepare("--lhotse", write(cut, tmp_path / "cuts.jsonl.gz"))

@@ -47,6 +47,9 @@ def fault(utterance: Utterance, reason: str, what: str) -> Fault:
 
 def _problem(utterance: Utterance) -> Problem | None:
     """What is wrong with the texts of an utterance, if its source knows of nothing."""
+    for name in ("id", "text", "speaker", "language", "context"):
+        if not isinstance(value := getattr(utterance, name), str | None):
+            return "malformed", f"its {name} {value!r} is no text"
     if not utterance.id:
         return "bad-id", "empty id"
     if not utterance.text.strip():
@@ -55,8 +58,6 @@ def _problem(utterance: Utterance) -> Problem | None:
         return "malformed", "empty speaker"
     if not re.fullmatch(r"[\w.-]*", utterance.split):
         return "malformed", f"split {utterance.split!r} is not usable in a file name"
-    if not isinstance(utterance.context, str | None):
-        return "malformed", f"context {utterance.context!r} is no text"
     return None
 
 
