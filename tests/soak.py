@@ -161,7 +161,7 @@ def disturb(training: Training, how: str, rng: random.Random) -> bool:
 
 
 def damage(exp_dir: Path, kind: str) -> str | None:
-    """The name of the newest checkpoint, of which a half or a byte is now gone."""
+    """The name of the newest checkpoint, of which a half is now gone, or some bytes are others."""
     newest = next(iter(numbered_files(exp_dir, "checkpoint").values()), None)
     if newest is None:
         return None
@@ -169,7 +169,8 @@ def damage(exp_dir: Path, kind: str) -> str | None:
     if kind == "truncated":
         del content[len(content) // 2 :]
     else:
-        content[len(content) // 2] ^= 1
+        middle = len(content) // 2  # a single byte might be padding
+        content[middle : middle + 256] = bytes(byte ^ 1 for byte in content[middle : middle + 256])
     newest.write_bytes(content)
     return newest.name
 
@@ -221,7 +222,7 @@ def soak(args, flags: list, tally: Tally) -> None:
 
 def kill_and_go_on(args, flags, tally, rng, disk: Path, mounted: bool, size: int) -> None:
     exp_dir, kills, runs, expected = disk / "exp", 0, 0, None
-    damages = {args.kills // 3: "truncated", 2 * args.kills // 3: "flipped byte"}
+    damages = {args.kills // 3: "truncated", 2 * args.kills // 3: "with flipped bits"}
     full = args.kills // 2 if mounted else -1
     while True:
         runs += 1
