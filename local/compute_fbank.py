@@ -18,7 +18,7 @@ from lhotse import CutSet, RecordingSet, SupervisionSet, combine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from speechllm.features import compute_fbank, cuts_path, with_perturbed_speed
-from speechllm.flags import comma_list, str2bool
+from speechllm.flags import Parser, comma_list, str2bool
 
 LIBRISPEECH_PARTS = (
     "train-clean-100",
@@ -112,9 +112,7 @@ def parts_to_do(manifest_dir: Path, requested: list[str]) -> list[str]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("corpus", choices=["librispeech", "musan"])
     parser.add_argument("--manifest-dir", type=Path, default=Path("data/manifests"))
     parser.add_argument("--output-dir", type=Path, default=Path("data/fbank"))

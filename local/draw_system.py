@@ -4,13 +4,13 @@
     python local/draw_system.py local/pictures/system.svg
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import matplotlib
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from speechllm.flags import Parser
 from speechllm.whole_file import whole_file  # noqa: E402
 
 matplotlib.use("svg")
@@ -89,9 +89,7 @@ def _legend(axes) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("out", type=Path, help="an .svg file")
     draw(parser.parse_args(argv).out)
 

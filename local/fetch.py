@@ -7,7 +7,6 @@ download that was cut off goes on where it stopped (FILE.part); a file has its f
 its hash was right. What is already there and right is kept.
 """
 
-import argparse
 import hashlib
 import http.client
 import json
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from speechllm.errors import without_secrets
+from speechllm.flags import Parser
 
 HUGGING_FACE = "https://huggingface.co"
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -257,9 +257,7 @@ def by_hand(mirror: str, downloads: list[Download], root: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("groups", nargs="+", choices=GROUPS, metavar="GROUP", help=" ".join(GROUPS))
     parser.add_argument("--mirror", default=HUGGING_FACE, help=f"instead of {HUGGING_FACE}")
     parser.add_argument(

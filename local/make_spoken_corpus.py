@@ -407,10 +407,7 @@ def is_complete(out: Path, arguments: dict[str, int]) -> bool:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--num-train", type=int, default=2000, help="utterances to train on")
     parser.add_argument("--num-dev", type=int, default=60, help="utterances to validate on")
@@ -452,4 +449,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main()from speechllm.flags import Parser
+

@@ -38,6 +38,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from speechllm.flags import Parser
 from speechllm.prompt import IGNORED, IM_END, IM_START, PAD, SPEECH_TOKENS, chat_prompt
 
 CHAT_TOKENS = (PAD, IM_START, IM_END)  # in Qwen2's order
@@ -298,10 +299,7 @@ def save_directory(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, 
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(__doc__.split("\n\n")[0])
     add = parser.add_argument
     # data
     add("--text", type=Path, nargs="+", required=True, help="tables, cuts files or text files")

@@ -4,7 +4,6 @@ python local/manifest_statistics.py data/fbank/an4_cuts_*.jsonl.gz
 python local/manifest_statistics.py --min-duration 1 --max-duration 20 FILE...
 """
 
-import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from lhotse.cut import Cut
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from speechllm.cut_files import read_cuts
+from speechllm.flags import Parser
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
@@ -64,9 +64,7 @@ def report(statistics: Statistics, min_duration: float, max_duration: float) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a .jsonl.gz of cuts")
     parser.add_argument("--min-duration", type=float, default=1.0, help="seconds")
     parser.add_argument("--max-duration", type=float, default=20.0, help="seconds")

@@ -63,7 +63,7 @@ from speechllm.corpora.utterance import Utterance, channel_number
 from speechllm.cut_faults import Fault, counted, first_reasons, shown_id
 from speechllm.errors import InputError
 from speechllm.features import SAMPLING_RATE, compute_fbank, cuts_path, with_perturbed_speed
-from speechllm.flags import str2bool
+from speechllm.flags import Parser, str2bool
 from speechllm.whole_file import whole_file
 
 SOURCES = {  # flag: what it reads, and the files this depends on
@@ -79,9 +79,7 @@ logger = logging.getLogger(__name__)
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     for name in SOURCES:
         source(f"--{name}", type=Path, help="see above")

@@ -7,7 +7,6 @@ recordings are named by these ids. Words are aligned as for the WER, in lower ca
 compared: an error above 0 is a time later than the true one.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from speechllm.errors import InputError
+from speechllm.flags import Parser
 from speechllm.scoring import align
 
 Timed = tuple[str, float, float]  # word, start and end in seconds
@@ -144,9 +144,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("ctm", type=Path, metavar="CTM", help="word times to score")
     parser.add_argument("words", type=Path, metavar="WORDS", help="a .jsonl of true times")
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from speechllm.errors import InputError
 from speechllm.features import NUM_MEL_BINS
-from speechllm.flags import Help, str2bool
+from speechllm.flags import Parser, str2bool
 from speechllm.llm import check_llm_path, prepare_llm
 from speechllm.model import SpeechLLM
 from speechllm.prompt import ChatIds
@@ -177,7 +177,7 @@ def plot(title: str, curves: dict[str, list[dict]]) -> Figure:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("training").add_argument
     add("--llm-path", default="1.5B", help=f"a directory with config.json, or {'|'.join(QWEN2)}")
     add("--encoder", choices=list(SIZES), default="large", help="size of the encoders")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from speechllm.cut_faults import cut_faults, duplicate, reading_faults
 from speechllm.cut_files import read_lines
-from speechllm.flags import str2bool
+from speechllm.flags import Parser, str2bool
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +72,7 @@ def validate(path: Path, as_json: bool, **options) -> Counter[str]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("files", type=Path, nargs="+", metavar="FILE", help="a .jsonl.gz of cuts")
     add("--read", choices=["all", "ends", "none"], default="ends",

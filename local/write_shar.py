@@ -20,12 +20,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from speechllm.cut_files import check_cuts, cuts_file, cuts_within
 from speechllm.errors import InputError
-from speechllm.flags import Help, comma_list, str2bool
+from speechllm.flags import Parser, comma_list, str2bool
 from speechllm.shards import read_shards, write_shards
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--cuts", type=comma_list, required=True, help="in --manifest-dir, comma-separated")
     add("--manifest-dir", type=Path, default=Path("data/fbank"), help="where the cut files are")

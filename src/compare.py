@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from speechllm.errors import InputError, without_secrets
+from speechllm.errors import in_sentences
 from speechllm.flags import Parser
 from speechllm.pages import page, signed
 from speechllm.pages.marks import Mark, marks
@@ -152,12 +152,10 @@ def run(a_path: Path, b_path: Path, html: Path | None) -> None:
     print(f"The page is {html}")
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    try:
-        run(args.a, args.b, args.html)
-    except (FileNotFoundError, InputError) as error:
-        raise SystemExit(without_secrets(error)) from None
+    run(args.a, args.b, args.html)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from speechllm.decoding.search_options import (
     search_options,
 )
 from speechllm.decoding.test_set import answer_cuts, files_to_decode, set_name, with_answers
-from speechllm.errors import InputError, without_secrets
+from speechllm.errors import InputError, in_sentences
 from speechllm.flags import Parser, comma_list, str2bool
 from speechllm.model_flags import (
     add_model_arguments,
@@ -254,16 +254,14 @@ def run(ranks: Ranks, args) -> None:
     logging.info(f"Results are in {args.exp_dir / 'decode'}")
 
 
+@in_sentences
 def main(
     argv: list[str] | None = None,
     defaults: dict = train.DEFAULTS,
     description: str | None = __doc__,
 ) -> None:
-    try:
-        args = read_flags(argv, defaults, description)
-        launch(run, args, args.world_size, args.master_port)
-    except (FileNotFoundError, InputError) as error:
-        raise SystemExit(without_secrets(error)) from None
+    args = read_flags(argv, defaults, description)
+    launch(run, args, args.world_size, args.master_port)
 
 
 if __name__ == "__main__":

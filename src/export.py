@@ -38,7 +38,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import decode
 import train
-from speechllm.errors import InputError, without_secrets
+from speechllm.errors import InputError, in_sentences, without_secrets
 from speechllm.flags import Parser, comma_list, str2bool
 from speechllm.int8 import INT8_FILE, int8_state, is_int8
 from speechllm.lora import ADAPTER
@@ -300,13 +300,11 @@ def run(args) -> None:
         print(f"and on the hub as {args.push_to_hub}")
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
-    try:
-        take_model_file(parser, argv)
-        run(parser.parse_args(argv))
-    except (FileNotFoundError, InputError) as error:
-        raise SystemExit(without_secrets(error)) from None
+    take_model_file(parser, argv)
+    run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 import kaldialign
 
 from speechllm.decoding.beam import Candidate
-from speechllm.errors import InputError, without_secrets
+from speechllm.errors import InputError, in_sentences
 from speechllm.flags import Parser, comma_list
 from speechllm.scoring import NORMALIZERS, ErrorCounts, rate_name, units
 
@@ -154,12 +154,10 @@ def run(paths: list[Path], weights: list[float], normalize: str) -> None:
     print(f"best --ctc-weight {best:g}: {rate} {found[best]:.2f}% (without CTC {without:.2f}%)")
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    try:
-        run(args.nbest, args.weights, args.normalize)
-    except (FileNotFoundError, InputError) as error:
-        raise SystemExit(without_secrets(error)) from None
+    run(args.nbest, args.weights, args.normalize)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from speechllm.errors import InputError, without_secrets
+from speechllm.errors import InputError, in_sentences
 from speechllm.flags import Parser
 from speechllm.pages import page
 from speechllm.whole_file import whole_file
@@ -205,12 +205,10 @@ def run(exp_dirs: list[Path], out: Path) -> None:
     print(f"Written: {out}")
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    try:
-        run(args.exp_dirs, args.out)
-    except (FileNotFoundError, InputError) as error:
-        raise SystemExit(without_secrets(error)) from None
+    run(args.exp_dirs, args.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from speechllm.cut_faults import text_faults
 from speechllm.cut_files import read_cuts
 from speechllm.data import add_data_arguments, add_training_data_arguments, loader_options
 from speechllm.decoding.test_set import decode_cuts, files_to_decode, rate, results, set_name
-from speechllm.errors import InputError, without_secrets
+from speechllm.errors import InputError, in_sentences
 from speechllm.flags import Parser, str2bool
 from speechllm.progress import setup_logging
 from speechllm.scoring import log_line, score
@@ -319,23 +319,21 @@ def say_dry_run(args) -> None:
         print(dry_run.of_encoder(encoder, bpe.vocab_size(), args))
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    try:
-        args.start = check_training(args)
-        check_average(args)
-        args.train_statistics, args.valid_statistics = check_data(args)
-        args.test_paths = files_to_decode(args)
-        if args.dry_run:
-            say_dry_run(args)
-            return
-        if is_first_process():
-            print(f"Training cuts: {args.train_statistics}")
-            print(f"Validation cuts: {args.valid_statistics}")
-        prepare_bpe(args)
-        launch(run, args, args.world_size, args.master_port)
-    except (FileNotFoundError, InputError) as error:
-        raise SystemExit(without_secrets(error)) from None
+    args.start = check_training(args)
+    check_average(args)
+    args.train_statistics, args.valid_statistics = check_data(args)
+    args.test_paths = files_to_decode(args)
+    if args.dry_run:
+        say_dry_run(args)
+        return
+    if is_first_process():
+        print(f"Training cuts: {args.train_statistics}")
+        print(f"Validation cuts: {args.valid_statistics}")
+    prepare_bpe(args)
+    launch(run, args, args.world_size, args.master_port)
 
 
 if __name__ == "__main__":

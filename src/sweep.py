@@ -30,7 +30,7 @@ from speechllm.data import evaluation_loader, loader_options, with_speech
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.decoding.search_options import add_search_arguments, search_options
 from speechllm.decoding.test_set import set_name
-from speechllm.errors import InputError, without_secrets
+from speechllm.errors import InputError, in_sentences
 from speechllm.model_flags import take_model_file
 from speechllm.training.distributed import Ranks, launch
 from speechllm.whole_file import whole_file
@@ -207,13 +207,11 @@ def run(ranks: Ranks, combined: list[tuple[dict[str, str], Any]]) -> None:
         write(out_dir, set_name(path), decoder.parameters_name, flags, rows[path])
 
 
+@in_sentences
 def main(argv: list[str] | None = None, defaults: dict = train.DEFAULTS) -> None:
-    try:
-        ways = all_ways(sys.argv[1:] if argv is None else argv, defaults)
-        _, args = ways[0]
-        launch(run, ways, args.world_size, args.master_port)
-    except (FileNotFoundError, InputError) as error:
-        raise SystemExit(without_secrets(error)) from None
+    ways = all_ways(sys.argv[1:] if argv is None else argv, defaults)
+    _, args = ways[0]
+    launch(run, ways, args.world_size, args.master_port)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.data import add_data_arguments, add_training_data_arguments
-from speechllm.errors import InputError, without_secrets
+from speechllm.errors import InputError, in_sentences, without_secrets
 from speechllm.flags import Parser, str2bool
 from speechllm.int8 import INT8_FILE
 from speechllm.model import SpeechLLM, draw_encoders
@@ -198,44 +198,42 @@ def run(ranks: Ranks, args) -> None:
     )
 
 
+@in_sentences
 def main(
     argv: list[str] | None = None, defaults: dict = DEFAULTS, description: str | None = __doc__
 ) -> None:
     args = get_parser(defaults, description).parse_args(argv)
     args.command = without_secrets(shlex.join(sys.argv))
-    try:
-        check_model_files(args)
-        if (Path(args.llm_path) / INT8_FILE).is_file():  # integers have no gradients
-            raise InputError(
-                f"--llm-path {args.llm_path} has weights in int8, which are for decoding"
-            )
-        if args.pretrained_model_path and args.start_epoch > 1:
-            raise InputError(
-                f"--start-epoch {args.start_epoch} goes on from this training's own "
-                f"checkpoint, not from --pretrained-model-path {args.pretrained_model_path}"
-            )
-        args.start = check_training(args)
-        if args.start:
-            check_same_model(args)
-        if args.activation_checkpointing and not args.unfreeze_llm:
-            raise InputError("--activation-checkpointing true is for an LLM that is trained")
-        args.deepspeed_config = deepspeed_config(args)
-        if args.cache_encoder:
-            check_encoder_cache(args)
-        if args.pretrained_model_path:
-            load_checkpoint(args.pretrained_model_path)
-        args.train_statistics, args.valid_statistics = check_data(args)
-        if args.dry_run:
-            model, *_ = prepare(args, is_main=False, device="meta")
-            if is_first_process():
-                print(dry_run.of_llm(model, args))
-            return
+    check_model_files(args)
+    if (Path(args.llm_path) / INT8_FILE).is_file():  # integers have no gradients
+        raise InputError(
+            f"--llm-path {args.llm_path} has weights in int8, which are for decoding"
+        )
+    if args.pretrained_model_path and args.start_epoch > 1:
+        raise InputError(
+            f"--start-epoch {args.start_epoch} goes on from this training's own "
+            f"checkpoint, not from --pretrained-model-path {args.pretrained_model_path}"
+        )
+    args.start = check_training(args)
+    if args.start:
+        check_same_model(args)
+    if args.activation_checkpointing and not args.unfreeze_llm:
+        raise InputError("--activation-checkpointing true is for an LLM that is trained")
+    args.deepspeed_config = deepspeed_config(args)
+    if args.cache_encoder:
+        check_encoder_cache(args)
+    if args.pretrained_model_path:
+        load_checkpoint(args.pretrained_model_path)
+    args.train_statistics, args.valid_statistics = check_data(args)
+    if args.dry_run:
+        model, *_ = prepare(args, is_main=False, device="meta")
         if is_first_process():
-            print(f"Training cuts: {args.train_statistics}")
-            print(f"Validation cuts: {args.valid_statistics}")
-        launch(run, args, args.world_size, args.master_port)
-    except (FileNotFoundError, InputError) as error:
-        raise SystemExit(without_secrets(error)) from None
+            print(dry_run.of_llm(model, args))
+        return
+    if is_first_process():
+        print(f"Training cuts: {args.train_statistics}")
+        print(f"Validation cuts: {args.valid_statistics}")
+    launch(run, args, args.world_size, args.master_port)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import decode
 import train
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.decoding.search_options import add_search_arguments, search_options
-from speechllm.errors import InputError, without_secrets
+from speechllm.errors import InputError, in_sentences, without_secrets
 from speechllm.flags import Parser, comma_list
 from speechllm.model_flags import check_model_files, take_model_file
 from speechllm.progress import ProgressBar
@@ -202,14 +202,12 @@ def transcribe(args) -> list[Transcript]:
     return broken
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = get_parser()
-    try:
-        take_model_file(parser, argv)
-        broken = transcribe(parser.parse_args(argv))
-    except (FileNotFoundError, InputError) as error:
-        raise SystemExit(without_secrets(error)) from None
+    take_model_file(parser, argv)
+    broken = transcribe(parser.parse_args(argv))
     if broken:
         raise SystemExit("\n".join(without_secrets(one.error) for one in broken))
 

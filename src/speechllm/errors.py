@@ -1,7 +1,10 @@
 """The error that programs show as a sentence; any other keeps its traceback."""
 
 import re
+from collections.abc import Callable
+from functools import wraps
 
+INTERRUPTED = 130  # as of programs that the shell ends by Ctrl-C
 SECRETS = (
     (r"(:/+)[^/\s'\",@]+@", r"\1***@"),  # https://token@host
     (r"(:/+)[^/\s'\",@:]*:[^\s'\",]*@", r"\1***@"),  # s3://key:secret/with/slashes@bucket
@@ -20,6 +23,21 @@ def without_secrets(text: object) -> str:
     for secret, shown in SECRETS:
         text = re.sub(secret, shown, text)
     return text
+
+
+def in_sentences(main: Callable) -> Callable:
+    """A program that ends with one sentence on what is wrong (exit code 1), or by Ctrl-C (130)."""
+
+    @wraps(main)
+    def program(*args, **options):
+        try:
+            return main(*args, **options)
+        except (FileNotFoundError, InputError) as error:
+            raise SystemExit(without_secrets(error)) from None
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
+
+    return program
 
 
 def first_line(error: Exception) -> str:
