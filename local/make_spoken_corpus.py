@@ -23,6 +23,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ import espeakng_loader
 import numpy as np
 import soundfile
 from scipy.signal import resample_poly
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from speechllm.flags import Parser
 
 logger = logging.getLogger(__name__)
 
@@ -449,5 +453,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()from speechllm.flags import Parser
+    main()
 
