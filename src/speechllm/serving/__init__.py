@@ -1,0 +1,1 @@
+"""Transcripts over HTTP, as OpenAI's API gives them."""

@@ -1,0 +1,77 @@
+"""From the body of a request to samples, within limits."""
+
+import asyncio
+from collections import deque
+from typing import BinaryIO
+
+from starlette.types import Message, Receive
+from torch import Tensor
+
+from speechllm.errors import InputError
+from speechllm.features import SAMPLING_RATE
+from speechllm.serving.places import Place, Refused
+from speechllm.transcription.audio import audio_blocks, stored
+
+SILENCE = 30.0  # s: a client that sends nothing for so long gives up its place
+
+
+class Body:
+    """Passes on what a client sends, as `receive` of ASGI, up to a number of bytes."""
+
+    def __init__(self, receive: Receive, max_bytes: int):
+        self.receive, self.max_bytes = receive, max_bytes
+        self.bytes, self.ended = 0, False
+
+    async def __call__(self) -> Message:
+        """
+        Raises:
+          Refused: the body is too long, or the client too slow.
+        """
+        message = await self._next()
+        if self.bytes > self.max_bytes:
+            await self.drain()
+            raise Refused(413, f"the upload is above {self.max_bytes / 1e6:g} MB", "file")
+        return message
+
+    async def drain(self) -> None:
+        """Takes what is still sent: many clients read no answer before. Not without end, though."""
+        limit = 2 * max(self.bytes, self.max_bytes)
+        while not self.ended and self.bytes < limit:
+            await self._next()
+
+    async def _next(self) -> Message:
+        if self.ended:
+            return await self.receive()  # returns when the client is gone
+        try:
+            message = await asyncio.wait_for(self.receive(), SILENCE)
+        except TimeoutError:
+            self.ended = True
+            raise Refused(408, f"nothing came for {SILENCE:g} s") from None
+        self.bytes += len(message.get("body", b""))
+        self.ended = not message.get("more_body", False)
+        return message
+
+
+def decoded(upload: BinaryIO, name: str, max_seconds: float, place: Place) -> deque[Tensor]:
+    """The samples of a sound file, (N,) each, at 16 kHz; for a thread of its own.
+
+    Args:
+      place: counts them.
+
+    Raises:
+      Refused: it is no sound, too long, too much for now, or its client is gone.
+    """
+    blocks, samples = deque(), 0
+    with stored(upload) as file:
+        try:
+            for block in audio_blocks(file.name):
+                samples += len(block)
+                if samples > max_seconds * SAMPLING_RATE:
+                    raise Refused(413, f"{name} is longer than {max_seconds:g} s", "file")
+                place.add(len(block) / SAMPLING_RATE)
+                blocks.append(block)
+        except InputError as error:
+            raise Refused(400, str(error).replace(file.name, name), "file") from None
+    if not samples:
+        raise Refused(400, f"{name} has no sound in it", "file")
+    return blocks
