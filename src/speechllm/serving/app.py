@@ -137,6 +137,8 @@ class Gate:
         async def watched_send(message) -> None:
             nonlocal status
             status = message.get("status", status)
+            if "status" in message and not body.ended:  # else all of it would still be read
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
         try:

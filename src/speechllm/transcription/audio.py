@@ -1,5 +1,6 @@
 """Sound files of any kind and length, read block by block: mono, 16 kHz."""
 
+import math
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from speechllm.features import SAMPLING_RATE
 
 BLOCK_SECONDS = 10
 RESAMPLER_CONTEXT = 1  # s: far more than its filter is long
+LARGEST_RESAMPLER = 10_000_000  # weights; 44.1 kHz needs 70560, 44.101 kHz 700 million
 # What ffmpeg may open: sound by itself. Playlists would name other files to read.
 FFMPEG_FORMATS = (
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,webm,mov,mp4,m4a,mp3,"
@@ -71,6 +73,9 @@ def audio_blocks(path: str | Path) -> Iterator[Tensor]:
             ) from None
         yield from _checked(path, _ffmpeg_blocks(path))
         return
+    step = math.gcd(file.samplerate, SAMPLING_RATE)
+    if file.samplerate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
+        raise InputError(f"{path} has a rate of {file.samplerate} Hz, too odd to bring to 16 kHz")
     yield from _checked(path, _at_16_khz(_soundfile_blocks(path, file), file.samplerate))
 
 

@@ -1,0 +1,450 @@
+"""The server as OpenAI's client and plain HTTP see it."""
+
+import json
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import soundfile
+
+from running import client_of, running
+from speechllm.features import SAMPLING_RATE
+from speechllm.serving import app, upload
+from speechllm.serving.app import Service
+from speechllm.transcription.audio import audio_blocks
+
+
+def transcribed(client, path, **asked):
+    with open(path, "rb") as file:
+        return client.audio.transcriptions.create(model="tiny", file=file, **asked)
+
+
+@pytest.fixture(scope="session")
+def alone(transcriber):
+    """What the transcriber says of a file by itself."""
+    return lambda path: transcriber([(path.name, audio_blocks(path))])[0]
+
+
+@pytest.fixture(scope="session")
+def long_clip(tiny_corpus, tmp_path_factory):
+    """Clips joined to 12 s or more."""
+    clips = [soundfile.read(tiny_corpus / "audio" / f"train-{i}.wav")[0] for i in range(12)]
+    path = tmp_path_factory.mktemp("long") / "long.wav"
+    soundfile.write(path, np.concatenate(clips), SAMPLING_RATE)
+    return path
+
+
+def eventually(condition) -> bool:
+    """Whether it comes true; other threads need some moments."""
+    for _ in range(2000):
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+# ---- forms of answers
+
+
+def test_json_is_what_the_transcriber_says(client, alone, clip):
+    answer = transcribed(client, clip)
+    assert answer.text == alone(clip).text != ""
+    assert answer.usage.type == "duration"
+
+
+def test_text(client, alone, clip):
+    assert transcribed(client, clip, response_format="text") == alone(clip).text + "\n"
+
+
+def test_verbose_json_has_segments_and_words(client, alone, long_clip):
+    expected = alone(long_clip)
+    answer = transcribed(
+        client, long_clip, response_format="verbose_json",
+        timestamp_granularities=["segment", "word"],
+    )  # fmt: skip
+    assert answer.text == expected.text
+    assert answer.duration == pytest.approx(soundfile.info(long_clip).duration, abs=1e-3)
+    assert len(answer.segments) == len(expected.segments) > 2
+    for said, segment in zip(answer.segments, expected.segments):
+        assert (said.text, said.start, said.end) == pytest.approx(
+            (segment.text, segment.start, segment.end), abs=1e-3
+        )
+        assert said.confidence == pytest.approx(segment.confidence, abs=1e-3)
+        assert said.reasons == list(segment.reasons)
+    words = [word for segment in expected.segments for word in segment.words]
+    assert [word.word for word in answer.words] == [word.text for word in words]
+    assert [word.start for word in answer.words] == pytest.approx(
+        [word.start for word in words], abs=2e-3
+    )
+
+
+def test_granularities_say_what_is_told(client, clip):
+    plain = transcribed(client, clip, response_format="verbose_json")
+    words = transcribed(
+        client, clip, response_format="verbose_json", timestamp_granularities=["word"]
+    )
+    assert plain.segments and plain.words is None
+    assert words.words and words.segments is None
+
+
+def test_subtitles(client, long_clip):
+    srt = transcribed(client, long_clip, response_format="srt")
+    vtt = transcribed(client, long_clip, response_format="vtt")
+    assert re.match(r"1\n00:00:00,\d{3} --> 00:00:0\d,\d{3}\n\S", srt)
+    assert re.match(r"WEBVTT\n\n(1\n)?00:00:00\.\d{3} --> 00:00:0\d\.\d{3}\n\S", vtt)
+
+
+def test_streamed_deltas_are_the_text(client, alone, long_clip):
+    *deltas, done = transcribed(client, long_clip, stream=True)
+    assert {event.type for event in deltas} == {"transcript.text.delta"}
+    assert len(deltas) > 2
+    assert done.type == "transcript.text.done"
+    assert "".join(event.delta for event in deltas) == done.text == alone(long_clip).text
+
+
+def test_a_verbose_stream_has_words_and_subtitles(client, long_clip):
+    *deltas, done = transcribed(client, long_clip, stream=True, response_format="verbose_json")
+    starts = [word["start"] for event in deltas for word in event.words]
+    assert starts == sorted(starts) and starts[-1] > 3
+    assert done.srt == transcribed(client, long_clip, response_format="srt")
+
+
+def test_segments_come_before_the_end(held, long_clip):
+    """The first one while the recognizer still waits to hear the rest."""
+    service = held()
+    service.worker.max_samples = 3 * SAMPLING_RATE  # a part each
+    with running(service) as url:
+        stream = transcribed(client_of(url), long_clip, stream=True)
+        go = service.worker.go
+        go.set()
+        first = next(iter(stream))
+        assert first.type == "transcript.text.delta"
+        stream.close()
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="no model 'big'"):
+        client.models.retrieve("big")
+
+
+def test_a_prompt_is_said_to_be_ignored(client, clip):
+    with open(clip, "rb") as file:
+        raw = client.audio.transcriptions.with_raw_response.create(
+            model="tiny", file=file, prompt="Names: Ada."
+        )
+    assert raw.headers["x-ignored"] == "prompt"
+
+
+# ---- what cannot be answered
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"temperature": 0.5}, "temperature 0.5: the model draws nothing"),
+        ({"language": "de"}, "language 'de': the model's is 'en'"),
+        ({"response_format": "docx"}, "response_format: .*'docx'"),
+        ({"response_format": "srt", "stream": True}, "'srt' cannot be streamed"),
+        ({"timestamp_granularities": ["word"]}, "'json' has no words with times"),
+        ({"timestamp_granularities": ["letter"]}, "letter"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_400(client, clip, asked, sentence):
+    with pytest.raises(openai.BadRequestError, match=sentence) as raised:
+        transcribed(client, clip, **asked)
+    assert raised.value.type == "invalid_request_error"
+    assert raised.value.param
+
+
+def test_zero_temperature_and_the_right_language_are_fine(client, clip):
+    assert transcribed(client, clip, temperature=0, language="en").text
+
+
+def test_an_unknown_model_is_404(client, clip):
+    with pytest.raises(openai.NotFoundError, match="no model 'whisper-1', only 'tiny'"):
+        client.audio.transcriptions.create(model="whisper-1", file=clip)
+
+
+@pytest.mark.parametrize("content", [b"no sound at all", b""])
+def test_a_bad_file_is_400_with_its_name(client, content):
+    with pytest.raises(openai.BadRequestError, match="song.wav") as raised:
+        client.audio.transcriptions.create(model="tiny", file=("song.wav", content))
+    assert "/tmp" not in raised.value.message
+
+
+def test_a_cut_off_file_is_400(client, clip):
+    with pytest.raises(openai.BadRequestError, match="x.flac"):
+        soundfile.write("/dev/null", np.zeros(10), 16000, format="flac")
+        half = clip.read_bytes()[:30]
+        client.audio.transcriptions.create(model="tiny", file=("x.flac", half))
+
+
+def test_a_rate_that_would_take_gigabytes_to_resample_is_400(client, tmp_path):
+    soundfile.write(tmp_path / "odd.wav", np.zeros(44101), 44101)
+    with pytest.raises(openai.BadRequestError, match="44101 Hz"):
+        transcribed(client, tmp_path / "odd.wav")
+
+
+def test_without_a_file_is_400(url):
+    answer = httpx.post(f"{url}/v1/audio/transcriptions", data={"model": "tiny"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "file"
+
+
+def test_an_unknown_address_has_the_same_form_of_errors(url):
+    answer = httpx.get(f"{url}/v1/images")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"] == "Not Found"
+
+
+def test_words_cannot_be_asked_of_a_model_without_their_times(transcriber, clip, monkeypatch):
+    monkeypatch.setattr(transcriber.recognizer, "reader", None)
+    service = Service(transcriber, "tiny")
+    with running(service) as url, pytest.raises(openai.BadRequestError, match="times of words"):
+        transcribed(
+            client_of(url), clip, response_format="verbose_json", timestamp_granularities=["word"]
+        )
+
+
+def test_what_a_recognizer_raises_is_500_and_the_next_request_is_fine(
+    transcriber, clip, long_clip, monkeypatch
+):
+    service = Service(transcriber, "tiny")
+    with running(service) as url:
+        client = client_of(url)
+        with monkeypatch.context() as patch:
+            patch.setattr(transcriber, "recognizer", None)
+            with pytest.raises(openai.InternalServerError, match="its log|server's log"):
+                transcribed(client, clip)
+            with pytest.raises(openai.APIError, match="server's log"):
+                list(transcribed(client, clip, stream=True))
+        assert transcribed(client, clip).text
+    assert service.metrics.registry.get_sample_value("asr_requests_total", {"status": "500"}) == 1
+
+
+# ---- limits
+
+
+def test_an_upload_above_the_limit_is_413(transcriber, clip):
+    with running(Service(transcriber, "tiny", max_upload=1000)) as url:
+        with pytest.raises(openai.APIStatusError, match="above 0.001 MB") as raised:
+            transcribed(client_of(url), clip)
+        assert raised.value.status_code == 413
+
+
+def test_an_upload_is_not_read_far_beyond_the_limit(transcriber):
+    """The body never ends; the answer comes nevertheless."""
+    sent = 0
+
+    def endless():
+        nonlocal sent
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+        while True:
+            sent += 100_000
+            yield bytes(100_000)
+
+    with running(Service(transcriber, "tiny", max_upload=1_000_000)) as url:
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        with pytest.raises(httpx.HTTPError):
+            httpx.post(f"{url}/v1/audio/transcriptions", content=endless(), headers=kind)
+    assert 1_000_000 < sent < 100_000_000
+
+
+def test_sound_above_the_limit_is_413(transcriber, long_clip):
+    with running(Service(transcriber, "tiny", max_seconds=10)) as url:
+        with pytest.raises(openai.APIStatusError, match="long.wav is longer than 10 s") as raised:
+            transcribed(client_of(url), long_clip)
+        assert raised.value.status_code == 413
+
+
+def test_too_much_waiting_sound_is_503(held, long_clip, clip):
+    service = held(max_waiting=soundfile.info(long_clip).duration + 0.1)
+    with running(service) as url, ThreadPoolExecutor() as pool:
+        first = pool.submit(transcribed, client_of(url), long_clip)
+        assert eventually(lambda: service.places.seconds > 10)
+        with pytest.raises(openai.InternalServerError, match="s of sound wait") as raised:
+            transcribed(client_of(url), clip)
+        assert raised.value.status_code == 503
+        assert raised.value.response.headers["retry-after"]
+        service.worker.go.set()
+        assert first.result().text
+        assert transcribed(client_of(url), clip).text
+    assert service.places.seconds == pytest.approx(0)
+
+
+def test_a_request_too_many_is_429(held, clip):
+    service = held(max_requests=2)
+    with running(service) as url, ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(transcribed, client_of(url), clip) for _ in range(2)]
+        assert eventually(lambda: service.places.requests == 2)
+        with pytest.raises(openai.RateLimitError, match="2 requests are in progress"):
+            transcribed(client_of(url), clip)
+        service.worker.go.set()
+        assert len({one.result().text for one in waiting}) == 1
+        assert transcribed(client_of(url), clip).text
+    assert service.places.requests == 0
+
+
+def test_a_client_that_falls_silent_gives_up_its_place(transcriber, monkeypatch):
+    monkeypatch.setattr(upload, "SILENCE", 0.05)
+    service = Service(transcriber, "tiny")
+    with running(service) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as silent:
+            silent.sendall(
+                f"POST {app.TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+                "Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode()
+            )
+            assert b" 408 " in silent.recv(100)
+        assert eventually(lambda: service.places.requests == 0)
+
+
+@pytest.mark.parametrize("stream", [b"false", b"true"])
+def test_a_client_that_goes_frees_its_place(held, clip, stream):
+    service = held()
+    with running(service) as url:
+        host, port = url.removeprefix("http://").split(":")
+        fields = {b"model": b"tiny", b"stream": stream}
+        body = b"".join(
+            b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % one
+            for one in fields.items()
+        )
+        body += b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        body += clip.read_bytes() + b"\r\n--x--\r\n"
+        with socket.create_connection((host, int(port))) as gone:
+            gone.sendall(
+                f"POST {app.TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+                "Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode()
+            )
+            gone.sendall(body)
+            assert eventually(lambda: service.places.seconds > 0)
+        assert eventually(lambda: service.places.requests == 0)
+        assert service.places.seconds == pytest.approx(0)
+        service.worker.go.set()
+        assert transcribed(client_of(url), clip).text
+
+
+# ---- batches
+
+
+def test_requests_of_many_clients_share_batches(held, alone, tiny_corpus, long_clip):
+    service = held()
+    clips = [tiny_corpus / "audio" / f"train-{i}.wav" for i in range(10)]
+    with running(service) as url, ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(transcribed, client_of(url), path) for path in [long_clip, *clips]]
+        assert eventually(lambda: service.places.requests == 11)
+        assert eventually(lambda: service.worker.waiting.qsize() + len(service.worker.turns) == 11)
+        service.worker.go.set()
+        texts = [one.result().text for one in asked]
+    assert texts == [alone(path).text for path in [long_clip, *clips]]
+    parts = service.metrics.registry.get_sample_value("asr_batch_parts_sum")
+    batches = service.metrics.registry.get_sample_value("asr_batch_parts_count")
+    assert parts / batches > 2
+    assert len(set(service.worker.batches[0])) > 2, "one batch has clips of several clients"
+
+
+# ---- who may ask
+
+
+@pytest.fixture(scope="module")
+def guarded(transcriber):
+    with running(Service(transcriber, "tiny", token="sésame")) as url:
+        yield url
+
+
+@pytest.mark.parametrize("address", ["/v1/models", "/metrics", "/openapi.json"])
+def test_without_the_token_nothing_is_told(guarded, address):
+    answer = httpx.get(guarded + address)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("shown", ["wrong", "s", "sésame2"])
+def test_a_wrong_token_is_401(guarded, clip, shown):
+    headers = {"Authorization": f"Bearer {shown}".encode()}
+    with open(clip, "rb") as file:
+        answer = httpx.post(
+            guarded + app.TRANSCRIPTIONS, headers=headers, files={"file": file},
+            data={"model": "tiny"},
+        )  # fmt: skip
+    assert answer.status_code == 401
+    assert answer.json()["error"]["type"] == "authentication_error"
+
+
+def test_openai_says_authentication_error(guarded):
+    with pytest.raises(openai.AuthenticationError, match="needs its token"):
+        client_of(guarded, "wrong").models.list()
+
+
+def test_the_token_opens(transcriber, clip):
+    with running(Service(transcriber, "tiny", token="sesame")) as url:
+        assert transcribed(client_of(url, "sesame"), clip).text
+
+
+def test_page_and_health_are_open(guarded):
+    assert httpx.get(f"{guarded}/health").json() == {"status": "ok"}
+    assert httpx.get(guarded).status_code == 200
+
+
+# ---- state
+
+
+def test_metrics_count_requests(transcriber, clip):
+    with running(Service(transcriber, "tiny")) as url:
+        transcribed(client_of(url), clip)
+        client_of(url)
+        httpx.post(url + app.TRANSCRIPTIONS)
+        said = httpx.get(f"{url}/metrics").text
+    assert 'asr_requests_total{status="200"} 1.0' in said
+    assert 'asr_requests_total{status="400"} 1.0' in said
+    assert "asr_request_seconds_count 2.0" in said
+    seconds = float(re.search(r"asr_audio_seconds_total (\S+)", said)[1])
+    assert seconds == pytest.approx(soundfile.info(clip).duration)
+    assert "process_resident_memory_bytes" in said
+
+
+def test_stopping_finishes_what_was_accepted(held, clip):
+    service = held()
+    with ThreadPoolExecutor() as pool:
+        with running(service) as url:
+            asked = pool.submit(transcribed, client_of(url), clip)
+            assert eventually(lambda: service.places.seconds > 0)
+            threading.Timer(0.2, service.worker.go.set).start()
+        assert asked.result().text
+    assert not service.worker.thread.is_alive()
+
+
+def test_a_server_that_stops_says_503(transcriber, clip):
+    service = Service(transcriber, "tiny")
+    with running(service) as url:
+        service.places.closed = True
+        with pytest.raises(openai.InternalServerError, match="about to stop") as raised:
+            transcribed(client_of(url), clip)
+        assert raised.value.status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 503
+
+
+# ---- the page
+
+
+def test_the_page_needs_nothing_from_elsewhere(url):
+    answer = httpx.get(url)
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.search(r"(src|href)=|https?://|@import|innerHTML|document\.write", answer.text)
+
+
+def test_events_are_one_line_of_json():
+    from speechllm.serving.formats import event
+
+    said = event(type="x", text="two\nlines")
+    assert said.endswith("\n\n") and said.count("\n") == 2
+    assert json.loads(said.removeprefix("data: ")) == {"type": "x", "text": "two\nlines"}
