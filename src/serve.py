@@ -15,26 +15,21 @@ import argparse
 import logging
 from pathlib import Path
 
-import torch
 import uvicorn
 
-import train
-from decode import Decoder, read_parameters
-from speechllm.decoding.search_options import add_search_arguments, search_options
 from speechllm.errors import InputError, without_secrets
-from speechllm.flags import Help, str2bool
-from speechllm.model_flags import add_model_arguments, check_model_files
+from speechllm.flags import Parser
 from speechllm.serving.app import Service, create_app
-from speechllm.transcription.transcriber import Transcriber
+from transcribe import add_transcriber_arguments, load_transcriber
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: all")
-    add("--port", type=int, default=8000)
+    add("--port", type=int, default=8000, help="0: any that is free")
     add("--model-name", help="what clients call the model, by default the name of --exp-dir")
     add("--token-file", type=Path, help="holds the token that clients must show")
     add("--max-upload", type=float, default=100.0, help="MB of a request")
@@ -42,28 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--max-requests", type=int, default=256, help="in progress at once")
     add("--max-waiting", type=float, default=14400.0,
         help="seconds of sound in memory, of all requests; 64 kB each")  # fmt: skip
-    add = parser.add_argument_group("recordings").add_argument
-    add("--max-segment", type=float, default=20.0, help="seconds; longer recordings are cut")
-    add("--pause", type=float, default=0.6,
-        help="seconds; in a recording that is cut, a pause as long as this ends a segment")  # fmt: skip
-    add("--max-duration", type=float, default=200.0, help="seconds of a batch of segments")
-    add("--language", help="of the model, such as en, for answers that tell it")
-    add = parser.add_argument_group("checkpoint").add_argument
-    add("--exp-dir", type=Path, required=True, help="where the checkpoints are")
-    add("--epoch", type=int, default=10, help="last of the averaged epochs")
-    add("--iter", type=int, default=0,
-        help="above 0: average checkpoint-<step>.pt up to this step instead of epochs")  # fmt: skip
-    add("--avg", type=int, default=5, help="how many epochs or checkpoints to average")
-    add("--checkpoint", help="a file in --exp-dir instead of --epoch and --avg")
-    add("--use-encoders", help="numbers of the model's encoders to use, such as 1,3; all if unset")
-    add("--use-fp16", type=str2bool, default=torch.cuda.is_available(), help="decode in float16")
-    add("--use-bf16", type=str2bool, default=False, help="decode in bfloat16; wins over fp16")
-    add("--use-lora", type=str2bool, default=True, help="as in training")
-    add("--unfreeze-llm", type=str2bool, default=True, help="as in training")
-    add("--unfreeze-encoder", type=str2bool, default=False, help="as in training")
-    add_search_arguments(parser)
-    add_model_arguments(parser)
-    parser.set_defaults(**train.DEFAULTS)
+    add_transcriber_arguments(parser)
     return parser
 
 
@@ -93,20 +67,6 @@ def check_limits(args) -> None:
             raise InputError(f"--{flag.replace('_', '-')} {value} must be above 0")
 
 
-def load_transcriber(args) -> Transcriber:
-    """
-    Raises:
-      FileNotFoundError, ValueError: one sentence on what does not fit.
-    """
-    search_options(args, can_draft=True)  # what contradicts itself is said at once
-    check_model_files(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recognizer = Decoder(args, *read_parameters(args), device).recognizer(args)
-    return Transcriber(
-        recognizer, args.max_segment, args.pause, args.max_duration, args.language
-    )
-
-
 def load_service(args) -> Service:
     """
     Raises:
@@ -116,8 +76,9 @@ def load_service(args) -> Service:
     token = read_token(args.token_file)
     if token is None and args.host not in LOOPBACK:
         logging.warning(f"--host {args.host} without --token-file: whoever reaches it may use it")
+    transcriber = load_transcriber(args)
     return Service(
-        load_transcriber(args),
+        transcriber,
         args.model_name or args.exp_dir.resolve().name,
         max_upload=int(args.max_upload * 1e6),
         max_seconds=args.max_seconds,

@@ -16,9 +16,7 @@ The JSON is described in speechllm/transcription/transcript_files.py.
 
 import argparse
 import logging
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,7 +32,7 @@ from speechllm.errors import InputError, in_sentences, without_secrets
 from speechllm.flags import Parser, comma_list
 from speechllm.model_flags import check_model_files, take_model_file
 from speechllm.progress import ProgressBar
-from speechllm.transcription.audio import audio_blocks, seconds_of
+from speechllm.transcription.audio import audio_blocks, seconds_of, stream_blocks
 from speechllm.transcription.transcriber import Transcriber
 from speechllm.transcription.transcript import Segment, Transcript
 from speechllm.transcription.transcript_files import ENDINGS, FORMATS
@@ -54,6 +52,13 @@ def get_parser() -> argparse.ArgumentParser:
     add("recordings", nargs="+", metavar="FILE", help="a sound file, a folder of them, or -")
     add("--format", default="text", help=f"{', '.join(FORMATS)}; several comma-separated")
     add("--out", type=Path, help="a folder for the files; standard output if unset")
+    add_transcriber_arguments(parser)
+    return parser
+
+
+def add_transcriber_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load_transcriber` reads."""
+    add = parser.add_argument_group("recordings").add_argument
     add("--max-segment", type=float, default=20.0,
         help="seconds of what is recognized at once: at most what training saw")  # fmt: skip
     add("--pause", type=float, default=0.8,
@@ -63,7 +68,6 @@ def get_parser() -> argparse.ArgumentParser:
     decode.add_trained_model_arguments(parser)
     add_search_arguments(parser)
     parser.set_defaults(**train.DEFAULTS)
-    return parser
 
 
 def find_recordings(given: list[str]) -> list[str]:
@@ -135,6 +139,15 @@ def load_recognizer(args) -> Recognizer:
     return decode.Decoder(args, parameters, name, device).recognizer(args)
 
 
+def load_transcriber(args) -> Transcriber:
+    """
+    Raises:
+      FileNotFoundError, ValueError: as `load_recognizer`, or such segments do not fit.
+    """
+    recognizer = load_recognizer(args)
+    return Transcriber(recognizer, args.max_segment, args.pause, args.max_duration, args.language)
+
+
 def with_progress(
     found: Iterable[tuple[str, Segment | Transcript]], bar: ProgressBar
 ) -> Iterator[Transcript]:
@@ -159,18 +172,8 @@ def write(transcript: Transcript, formats: list[str], files: dict[tuple[str, str
 
 def sounds(names: list[str]) -> Iterator[tuple[str, Iterable[Tensor]]]:
     for name in names:
-        yield name, stdin_blocks() if name == STDIN else audio_blocks(name)
-
-
-def stdin_blocks() -> Iterator[Tensor]:
-    """As `audio_blocks`, of a copy on the disk: some formats need to seek."""
-    with tempfile.NamedTemporaryFile(prefix="transcribe-") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-        file.flush()
-        try:
-            yield from audio_blocks(file.name)
-        except InputError as error:
-            raise InputError(str(error).replace(file.name, "standard input")) from None
+        of_stdin = stream_blocks(sys.stdin.buffer, "standard input") if name == STDIN else None
+        yield name, of_stdin or audio_blocks(name)
 
 
 def transcribe(args) -> list[Transcript]:
@@ -183,9 +186,7 @@ def transcribe(args) -> list[Transcript]:
     if not args.out and (len(formats) > 1 or (len(names) > 1 and {"srt", "vtt"} & set(formats))):
         raise InputError(f"--format {args.format} of {len(names)} recordings needs --out")
     files = output_files(names, args.out, formats) if args.out else {}
-    transcriber = Transcriber(
-        load_recognizer(args), args.max_segment, args.pause, args.max_duration, args.language
-    )
+    transcriber = load_transcriber(args)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     broken = []

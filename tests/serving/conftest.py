@@ -8,15 +8,12 @@ from speechllm.serving.app import Service
 
 
 @pytest.fixture(scope="session")
-def serve_argv(tiny_exp, tiny_llm_dir, tiny_encoder_dir, encoder_size):
+def serve_argv(tiny_transcribe_argv, tiny_exp, tiny_encoder_dir):
     """Flags of serve.py for the tiny model, whose encoder has a CTC head."""
     return [
-        "--exp-dir", str(tiny_exp), "--epoch", "2", "--avg", "2", "--use-fp16", "false",
-        "--llm-path", str(tiny_llm_dir), "--speech-encoder-type", encoder_size,
-        "--speech-encoder-path", str(tiny_encoder_dir / "a.pt"),
+        *tiny_transcribe_argv(tiny_exp),
         "--speech-encoder-bpe-path", str(tiny_encoder_dir / "bpe.model"),
-        "--max-new-tokens", "6", "--max-segment", "3", "--max-duration", "20",
-        "--max-waiting", "600", "--language", "en", "--model-name", "tiny",
+        "--max-segment", "3", "--max-duration", "20", "--language", "en", "--model-name", "tiny",
     ]  # fmt: skip
 
 

@@ -96,8 +96,8 @@ def test_granularities_say_what_is_told(client, clip):
 def test_subtitles(client, long_clip):
     srt = transcribed(client, long_clip, response_format="srt")
     vtt = transcribed(client, long_clip, response_format="vtt")
-    assert re.match(r"1\n00:00:00,\d{3} --> 00:00:0\d,\d{3}\n\S", srt)
-    assert re.match(r"WEBVTT\n\n(1\n)?00:00:00\.\d{3} --> 00:00:0\d\.\d{3}\n\S", vtt)
+    assert re.match(r"1\n00:00:0\d,\d{3} --> 00:00:0\d,\d{3}\n\S", srt)
+    assert re.match(r"WEBVTT\n\n00:00:0\d\.\d{3} --> 00:00:0\d\.\d{3}\n\S", vtt)
 
 
 def test_streamed_deltas_are_the_text(client, alone, long_clip):
@@ -253,8 +253,8 @@ def test_an_upload_is_not_read_far_beyond_the_limit(transcriber):
 
     with running(Service(transcriber, "tiny", max_upload=1_000_000)) as url:
         kind = {"Content-Type": "multipart/form-data; boundary=x"}
-        with pytest.raises(httpx.HTTPError):
-            httpx.post(f"{url}/v1/audio/transcriptions", content=endless(), headers=kind)
+        answer = httpx.post(f"{url}/v1/audio/transcriptions", content=endless(), headers=kind)
+    assert answer.status_code == 413
     assert 1_000_000 < sent < 100_000_000
 
 
@@ -398,15 +398,15 @@ def test_page_and_health_are_open(guarded):
 
 
 def test_metrics_count_requests(transcriber, clip):
-    with running(Service(transcriber, "tiny")) as url:
+    service = Service(transcriber, "tiny")
+    with running(service) as url:
         transcribed(client_of(url), clip)
-        client_of(url)
         httpx.post(url + app.TRANSCRIPTIONS)
         said = httpx.get(f"{url}/metrics").text
     assert 'asr_requests_total{status="200"} 1.0' in said
     assert 'asr_requests_total{status="400"} 1.0' in said
     assert "asr_request_seconds_count 2.0" in said
-    seconds = float(re.search(r"asr_audio_seconds_total (\S+)", said)[1])
+    seconds = service.metrics.registry.get_sample_value("asr_audio_seconds_total")
     assert seconds == pytest.approx(soundfile.info(clip).duration)
     assert "process_resident_memory_bytes" in said
 

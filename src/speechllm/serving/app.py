@@ -25,6 +25,7 @@ from speechllm.serving.upload import Body, decoded
 from speechllm.serving.worker import Job, Worker
 from speechllm.transcription.transcriber import Transcriber
 from speechllm.transcription.transcript import Transcript
+from speechllm.transcription.transcript_files import FORMATS
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 OPEN = ("/", "/health")  # without the token: they tell nothing
@@ -40,9 +41,7 @@ PAGE_HEADERS = {
 }
 
 Format = Literal["json", "text", "verbose_json", "srt", "vtt"]
-Granularities = Annotated[
-    list[Literal["segment", "word"]], Form(alias="timestamp_granularities[]")
-]
+Granularities = Annotated[list[Literal["segment", "word"]], Form(alias="timestamp_granularities[]")]
 
 
 class Service:
@@ -235,7 +234,9 @@ def _check_model(service: Service, name: str) -> None:
 
 def _check_possible(service: Service, language: str, temperature: float) -> None:
     if language and service.language and language != service.language:
-        raise Refused(400, f"language {language!r}: the model's is {service.language!r}", "language")
+        raise Refused(
+            400, f"language {language!r}: the model's is {service.language!r}", "language"
+        )
     if temperature:
         raise Refused(
             400, f"temperature {temperature:g}: the model draws nothing, only 0 fits", "temperature"
@@ -254,9 +255,7 @@ def _check_forms(service: Service, form: str, stream: bool, granularities: list[
             "timestamp_granularities",
         )
     if not service.tells_words:
-        raise Refused(
-            400, "this model does not tell the times of words", "timestamp_granularities"
-        )
+        raise Refused(400, "this model does not tell the times of words", "timestamp_granularities")
 
 
 # ---- answers
@@ -275,8 +274,8 @@ def _answer(transcript: Transcript, form: Format, granularities: list[str]) -> R
     if form == "verbose_json":
         return JSONResponse(formats.verbose_json(transcript, granularities))
     if form == "text":
-        return PlainTextResponse(transcript.text + "\n")
-    return PlainTextResponse(formats.subtitles(transcript, form))
+        return PlainTextResponse(f"{transcript.text}\n")
+    return PlainTextResponse(FORMATS[form](transcript))
 
 
 async def _events(service: Service, place: Place, verbose: bool) -> AsyncIterator[str]:
@@ -296,7 +295,7 @@ async def _events(service: Service, place: Place, verbose: bool) -> AsyncIterato
         yield formats.event(**error_body(500, FAILED))
         return
     transcript = service.transcript(place, segments)
-    more = {"srt": formats.subtitles(transcript, "srt")} if verbose else {}
+    more = {"srt": FORMATS["srt"](transcript)} if verbose else {}
     yield formats.event(type="transcript.text.done", text=transcript.text, **more)
 
 

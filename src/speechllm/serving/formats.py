@@ -33,9 +33,7 @@ def verbose_json(transcript: Transcript, granularities: list[str]) -> dict:
             segment_json(i, segment) for i, segment in enumerate(transcript.segments)
         ]
     if "word" in granularities:
-        verbose["words"] = [
-            word for segment in transcript.segments for word in words_json(segment)
-        ]
+        verbose["words"] = [word for segment in transcript.segments for word in words_json(segment)]
     return verbose
 
 
@@ -72,19 +70,3 @@ def words_json(segment: Segment) -> list[dict]:
 def event(**content) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(content)}\n\n"
-
-
-def subtitles(transcript: Transcript, form: str) -> str:
-    """As srt or vtt, a segment each."""
-    mark = "," if form == "srt" else "."
-    said = [segment for segment in transcript.segments if segment.text]
-    cues = [
-        f"{i + 1}\n{_clock(one.start, mark)} --> {_clock(one.end, mark)}\n{one.text}\n"
-        for i, one in enumerate(said)
-    ]
-    return "\n".join(["WEBVTT\n"] * (form == "vtt") + cues)
-
-
-def _clock(seconds: float, mark: str) -> str:
-    ms = round(1000 * seconds)
-    return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"

@@ -25,7 +25,10 @@ class Metrics:
             "asr_requests", "Transcriptions by status; 499: the client went", ["status"], **own
         )
         self.request_seconds = Histogram(
-            "asr_request_seconds", "From its first byte to its answer's last", buckets=SECONDS, **own
+            "asr_request_seconds",
+            "From its first byte to its answer's last",
+            buckets=SECONDS,
+            **own,
         )
         self.audio_seconds = Counter("asr_audio_seconds", "Sound of answered requests", **own)
         self.batch_parts = Histogram(

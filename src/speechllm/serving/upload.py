@@ -10,7 +10,7 @@ from torch import Tensor
 from speechllm.errors import InputError
 from speechllm.features import SAMPLING_RATE
 from speechllm.serving.places import Place, Refused
-from speechllm.transcription.audio import audio_blocks, stored
+from speechllm.transcription.audio import stream_blocks
 
 SILENCE = 30.0  # s: a client that sends nothing for so long gives up its place
 
@@ -62,16 +62,15 @@ def decoded(upload: BinaryIO, name: str, max_seconds: float, place: Place) -> de
       Refused: it is no sound, too long, too much for now, or its client is gone.
     """
     blocks, samples = deque(), 0
-    with stored(upload) as file:
-        try:
-            for block in audio_blocks(file.name):
-                samples += len(block)
-                if samples > max_seconds * SAMPLING_RATE:
-                    raise Refused(413, f"{name} is longer than {max_seconds:g} s", "file")
-                place.add(len(block) / SAMPLING_RATE)
-                blocks.append(block)
-        except InputError as error:
-            raise Refused(400, str(error).replace(file.name, name), "file") from None
+    try:
+        for block in stream_blocks(upload, name):
+            samples += len(block)
+            if samples > max_seconds * SAMPLING_RATE:
+                raise Refused(413, f"{name} is longer than {max_seconds:g} s", "file")
+            place.add(len(block) / SAMPLING_RATE)
+            blocks.append(block)
+    except InputError as error:
+        raise Refused(400, str(error), "file") from None
     if not samples:
         raise Refused(400, f"{name} has no sound in it", "file")
     return blocks

@@ -160,6 +160,4 @@ def _later(segment: Segment, seconds: float) -> Segment:
     words = tuple(
         replace(word, start=word.start + seconds, end=word.end + seconds) for word in segment.words
     )
-    return replace(
-        segment, start=segment.start + seconds, end=segment.end + seconds, words=words
-    )
+    return replace(segment, start=segment.start + seconds, end=segment.end + seconds, words=words)

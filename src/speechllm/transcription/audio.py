@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import soundfile
 import torch
@@ -77,6 +77,21 @@ def audio_blocks(path: str | Path) -> Iterator[Tensor]:
     if file.samplerate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
         raise InputError(f"{path} has a rate of {file.samplerate} Hz, too odd to bring to 16 kHz")
     yield from _checked(path, _at_16_khz(_soundfile_blocks(path, file), file.samplerate))
+
+
+def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
+    """As `audio_blocks`, of a copy on the disk: some formats need to seek.
+
+    Raises:
+      ValueError: one sentence with the name.
+    """
+    with tempfile.NamedTemporaryFile(prefix="transcribe-") as file:
+        shutil.copyfileobj(stream, file)
+        file.flush()
+        try:
+            yield from audio_blocks(file.name)
+        except InputError as error:
+            raise InputError(str(error).replace(file.name, name)) from None
 
 
 def seconds_of(path: str | Path) -> float:
