@@ -22,6 +22,7 @@ from speechllm.flags import Parser
 from speechllm.serving.app import Service, create_app
 from transcribe import add_transcriber_arguments, load_transcriber
 
+KEEP_ALIVE = 75  # s; at uvicorn's 5 a busy server may close what a client just wrote to
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -95,7 +96,13 @@ def main(argv: list[str] | None = None) -> None:
         service = load_service(args)
     except (FileNotFoundError, InputError) as error:
         raise SystemExit(without_secrets(error)) from None
-    uvicorn.run(create_app(service), host=args.host, port=args.port, log_config=None)
+    uvicorn.run(
+        create_app(service),
+        host=args.host,
+        port=args.port,
+        log_config=None,
+        timeout_keep_alive=KEEP_ALIVE,
+    )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def started(monkeypatch, tiny_transcribe_argv, tiny_exp, tmp_path):
     def started(*flags):
         seen = SimpleNamespace(sentence="")
 
-        def run(app, host, port, **_):
-            seen.host, seen.port = host, port
+        def run(app, host, port, timeout_keep_alive, **_):
+            seen.host, seen.port, seen.keep_alive = host, port, timeout_keep_alive
 
         def create_app(service):
             seen.service = service
@@ -104,6 +104,11 @@ def test_a_flag_of_the_model_reaches_it(started):
 
 def test_nothing_outside_this_machine_is_listened_to_by_default(started):
     assert started().host == "127.0.0.1"
+
+
+def test_connections_are_kept_longer_than_clients_use_them_again(started):
+    """Else the server may close one that a client just wrote to, and the request is lost."""
+    assert started().keep_alive > 2 * httpx.Limits().keepalive_expiry
 
 
 def test_an_open_server_without_a_token_is_warned_of(started, caplog):

@@ -52,7 +52,7 @@ async def ask(client, model: str, clips, expected, seconds, seen: Seen, end: flo
         try:
             answer = await client.audio.transcriptions.create(model=model, file=clip)
         except openai.OpenAIError as error:
-            seen.outcomes[f"lost: {type(error).__name__}"] += 1
+            seen.outcomes[f"lost: {error!r} of {error.__cause__!r}"] += 1
             continue
         seen.latencies.append(time.monotonic() - start)
         seen.outcomes["right" if answer.text == expected[clip] else "wrong"] += 1
@@ -93,7 +93,7 @@ async def load(args, clips: list[Path]) -> dict:
 
 def summary(seen: Seen, wall: float) -> dict:
     lost = sum(n for outcome, n in seen.outcomes.items() if outcome.startswith("lost"))
-    first = seen.memory[len(seen.memory) // 10 :]  # without what is allocated once
+    tenths = [seen.memory[len(seen.memory) * k // 10] for k in range(10)] + seen.memory[-1:]
     return {
         "requests": seen.outcomes.total(),
         "lost": lost,
@@ -101,12 +101,10 @@ def summary(seen: Seen, wall: float) -> dict:
         "outcomes": dict(seen.outcomes),
         "seconds": round(wall, 1),
         "RTFx": round(seen.audio_seconds / wall, 2),
-        "latency p50 (s)": round(float(np.percentile(seen.latencies, 50)), 2),
-        "latency p95 (s)": round(float(np.percentile(seen.latencies, 95)), 2),
+        "latency p50 (s)": round(float(np.percentile(seen.latencies or [0], 50)), 2),
+        "latency p95 (s)": round(float(np.percentile(seen.latencies or [0], 95)), 2),
         "parts in a batch": round(seen.parts / max(1, seen.batches), 1),
-        "memory at first, after a tenth, in the middle, at last (MB)": [
-            round(one) for one in (seen.memory[0], first[0], first[len(first) // 2], first[-1])
-        ],
+        "memory after each tenth of the time (MB)": [round(one) for one in tenths],
     }
 
 
