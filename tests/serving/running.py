@@ -1,6 +1,7 @@
 """Servers on free ports of this machine, and their clients."""
 
 import threading
+import time
 from contextlib import contextmanager
 
 import openai
@@ -18,7 +19,7 @@ def running(service: Service):
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started and thread.is_alive():
-        pass
+        time.sleep(0.005)
     host, port = server.servers[0].sockets[0].getsockname()
     try:
         yield f"http://{host}:{port}"
@@ -32,7 +33,9 @@ def client_of(url: str, token: str = "none") -> openai.OpenAI:
 
 
 class Held(Worker):
-    """A worker that waits for `go` before each batch."""
+    """A worker that waits for `go` before each batch; after `only` batches it waits again."""
+
+    only: int | None = None
 
     def __init__(self, *args):
         self.go, self.batches = threading.Event(), []
@@ -44,4 +47,6 @@ class Held(Worker):
             self._take_waiting()
         batch = super()._next_batch()
         self.batches.append([part.job.name for part in batch])
+        if len(self.batches) == self.only:
+            self.go.clear()
         return batch
