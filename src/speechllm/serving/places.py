@@ -5,6 +5,7 @@ from threading import Lock
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
+from speechllm.features import SAMPLING_RATE
 from speechllm.serving.worker import Job
 
 RETRY_SECONDS = 1  # what refused clients are told to wait
@@ -43,8 +44,12 @@ class Places:
           max_waiting: seconds of sound of all requests together.
         """
         self.max_requests, self.max_waiting = max_requests, max_waiting
-        self.requests, self.seconds, self.closed = 0, 0.0, False
+        self.requests, self.samples, self.closed = 0, 0, False
         self.lock = Lock()  # sound is counted by the threads that decode it
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / SAMPLING_RATE
 
     def take(self) -> "Place":
         """To be given back by leaving its `with` block.
@@ -65,7 +70,7 @@ class Place:
     """Of one request: its sound, and its job once there is one."""
 
     def __init__(self, places: Places):
-        self.places, self.seconds, self.left = places, 0.0, False
+        self.places, self.samples, self.left = places, 0, False
         self.job: Job | None = None
 
     def __enter__(self) -> "Place":
@@ -75,12 +80,16 @@ class Place:
     def __exit__(self, *_) -> None:
         with self.places.lock:
             self.left = True
-            self.places.seconds -= self.seconds
+            self.places.samples -= self.samples
         self.places.requests -= 1
         if self.job:
             self.job.cancelled = True
 
-    def add(self, seconds: float) -> None:
+    @property
+    def seconds(self) -> float:
+        return self.samples / SAMPLING_RATE
+
+    def add(self, samples: int) -> None:
         """Counts sound that is now in memory.
 
         Raises:
@@ -89,11 +98,11 @@ class Place:
         with self.places.lock:
             if self.left:
                 raise Refused(499, "the client is gone")
-            if self.places.seconds + seconds > self.places.max_waiting:
+            if self.places.seconds + samples / SAMPLING_RATE > self.places.max_waiting:
                 raise Refused(
                     503,
                     f"{self.places.seconds:.0f} s of sound wait, at most "
                     f"{self.places.max_waiting:g} s may: try again later",
                 )
-            self.places.seconds += seconds
-            self.seconds += seconds
+            self.places.samples += samples
+            self.samples += samples

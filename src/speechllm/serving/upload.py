@@ -67,7 +67,7 @@ def decoded(upload: BinaryIO, name: str, max_seconds: float, place: Place) -> de
             samples += len(block)
             if samples > max_seconds * SAMPLING_RATE:
                 raise Refused(413, f"{name} is longer than {max_seconds:g} s", "file")
-            place.add(len(block) / SAMPLING_RATE)
+            place.add(len(block))
             blocks.append(block)
     except InputError as error:
         raise Refused(400, str(error), "file") from None
