@@ -17,8 +17,9 @@ from pathlib import Path
 
 import uvicorn
 
-from speechllm.errors import InputError, without_secrets
+from speechllm.errors import InputError, in_sentences
 from speechllm.flags import Parser
+from speechllm.model_flags import take_model_file
 from speechllm.serving.app import Service, create_app
 from transcribe import add_transcriber_arguments, load_transcriber
 
@@ -89,13 +90,12 @@ def load_service(args) -> Service:
     )
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    try:
-        service = load_service(args)
-    except (FileNotFoundError, InputError) as error:
-        raise SystemExit(without_secrets(error)) from None
+    parser = get_parser()
+    take_model_file(parser, argv)
+    service = load_service(parser.parse_args(argv))
     uvicorn.run(
         create_app(service),
         host=args.host,
