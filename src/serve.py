@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     parser = get_parser()
     take_model_file(parser, argv)
-    service = load_service(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    service = load_service(args)
     uvicorn.run(
         create_app(service),
         host=args.host,
