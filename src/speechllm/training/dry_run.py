@@ -150,7 +150,7 @@ def epoch_batches(args) -> tuple[int, dict[str, Batch]]:
 
 
 def batch_of(cuts: CutSet, count_positions: LLMPositions | None) -> Batch:
-    """Padded to the longest audio and the longest text."""
+    """Padded to the longest audio and the longest text; a context counts as text."""
     seconds = max(cut.duration for cut in cuts)
     if not count_positions:
         return Batch(len(cuts), seconds)
