@@ -1,16 +1,22 @@
 """`epoch-N.pt`, its averages and its best, and what is said when one is missing."""
 
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from speechllm.errors import InputError
 from speechllm.training.checkpoint import (
     TrainState,
     average_epochs,
+    check_room,
     copy_best,
     epoch_path,
     load_checkpoint,
+    remove_partial_checkpoints,
     restore_state,
     save_checkpoint,
 )
@@ -131,3 +137,33 @@ def test_the_best_are_copied_when_they_are_reached(tmp_path, monkeypatch, links)
     save_epochs(tmp_path, [2], bias=torch.zeros(1))  # written anew, as in a second training
     assert "bias" not in load_checkpoint(tmp_path / "best-train-loss.pt")["model"]
     assert not list(tmp_path.glob(".part-*"))
+
+
+# Room for them, and what a killed training leaves
+
+
+def test_room_is_looked_for(tmp_path, monkeypatch, caplog):
+    parameters = [nn.Parameter(torch.zeros(1_000_000)), nn.Parameter(torch.zeros(9), False)]
+    size = 3 * 4e6  # the first, and as much twice for the optimizer
+
+    def free(num_bytes):
+        usage = SimpleNamespace(free=num_bytes)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        check_room(tmp_path, parameters, 10)
+
+    free(10 * size)
+    assert caplog.text == ""
+    free(9.9 * size)
+    assert "needs 0.12 GB more for 10 checkpoints, 0.12 GB are free" in caplog.text
+    free(2 * size)
+    with pytest.raises(InputError, match="needs 0.02 GB more for two checkpoints, 0.01 GB are"):
+        free(1.2 * size)
+
+
+def test_what_was_half_written_is_removed(tmp_path):
+    kept = [".part-7-epoch-3-avg-2.pt", ".part-8-notes.txt", "epoch-1.pt"]
+    gone = [".part-7-epoch-3.pt", ".part-9-checkpoint-40.pt", ".part-9-best-valid-loss.pt"]
+    for name in kept + gone:
+        (tmp_path / name).touch()
+    remove_partial_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

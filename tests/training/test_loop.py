@@ -326,6 +326,23 @@ def test_when_checkpoints_are_written_and_how_many_are_kept(tmp_path, options, n
     assert sorted(numbered_files(tmp_path, "checkpoint")) == numbers
 
 
+def test_a_full_disk_ends_the_training_and_leaves_what_was_saved(small_disk):
+    def fill(model, batch):
+        if len(list((small_disk / "exp").glob("checkpoint-*.pt"))) == 2:
+            free = os.statvfs(small_disk)
+            (small_disk / "filler").write_bytes(b"0" * (free.f_bavail * free.f_frsize))
+        return batch_loss(model, batch)
+
+    options = {"num_epochs": 1, "batches": 30, "save_every_n": 5}
+    with pytest.raises(ValueError, match="checkpoint-15.pt cannot be written: the disk is full"):
+        run(small_disk / "exp", batch_loss=fill, **options)
+    assert sorted(path.name for path in (small_disk / "exp").iterdir()) == [
+        "checkpoint-10.pt", "checkpoint-5.pt",
+    ]  # fmt: skip
+    (small_disk / "filler").unlink()
+    run(small_disk / "exp", start="checkpoint-10.pt", **options)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("moment", ["training", "first validation", "epoch's end"])
 def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, caplog, number, moment):
