@@ -71,6 +71,14 @@ def process(rank, world_size, port, argv, moment):
     train.main(argv)
 
 
+def ended(one, seconds=120):
+    """The exit code, which `join` would wait for as long as loader processes live."""
+    end = time.monotonic() + seconds
+    while one.exitcode is None and time.monotonic() < end:
+        time.sleep(0.05)
+    return one.exitcode
+
+
 def run(argv, world_size, moment=None, mortal=0):
     """Processes as torchrun starts them; one dies at the moment, the others are killed then."""
     fork, port = multiprocessing.get_context("fork"), free_port()
@@ -82,12 +90,11 @@ def run(argv, world_size, moment=None, mortal=0):
     ]
     for one in ranks:
         one.start()
-    ranks[mortal].join(120)
-    code = ranks[mortal].exitcode
+    code = ended(ranks[mortal])
     for one in ranks:
         if moment or code is None:
             one.kill()
-        one.join(120)
+        ended(one)
         try:
             os.killpg(one.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -148,10 +155,8 @@ def test_all_processes_of_a_job_are_told_to_stop(argv, tmp_path, restore_logging
         time.sleep(0.1)
     for one in ranks:
         os.killpg(one.pid, number)
-    codes = []
+    codes = [ended(one, 60) for one in ranks]
     for one in ranks:
-        one.join(60)
-        codes.append(one.exitcode)
         one.kill()
     assert codes == [EXIT_CODE] * 2
     said = "".join(path.read_text() for path in log.glob("*"))
