@@ -201,6 +201,7 @@ def rank_streams(ranks, args):
     add_training_data_arguments(parser)
     flags = parser.parse_args([*args.flags, "--drop-last", "false"])
     flags.seed, flags.train_cuts, flags.valid_cuts = 42, "", "tiny_cuts_dev"
+    flags.dry_run = False
     flags.exp_dir, flags.start_epoch = args.exp_dir, 1
     loader = make_train_loader(flags, check_data(flags)[0], ranks)
     ids["shards"] = [[batch["ids"] for batch in loader(epoch)] for epoch in (1, 2)]
