@@ -175,6 +175,15 @@ def damage(exp_dir: Path, kind: str) -> str | None:
     return newest.name
 
 
+def damage_was_said(training: Training, name: str | None, tally: Tally) -> str | None:
+    """The name of the damaged checkpoint, as long as no run came so far as to read it."""
+    if not name or "Going on from" not in training.output():
+        return name
+    sentence = f"Left out: {training.exp_dir / name}"
+    tally.expect(sentence in training.output(), f"damage of {name} was not said")
+    return None
+
+
 def small_disk(folder: Path, num_bytes: int) -> bool:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
@@ -233,7 +242,7 @@ def kill_and_go_on(args, flags, tally, rng, disk: Path, mounted: bool, size: int
             wait_for_a_step(training)
         if kills >= full >= 0:
             fill_disk(training, disk, tally, size // 2)
-            full = -1
+            full, expected = -1, damage_was_said(training, expected, tally)
             continue
         time.sleep(rng.uniform(0, args.patience))
         how = rng.choice(KILLS if rng.random() < 0.8 else REQUESTS)
@@ -247,9 +256,7 @@ def kill_and_go_on(args, flags, tally, rng, disk: Path, mounted: bool, size: int
             raise SystemExit(f"over after {kills} kills: give it more --num-epochs")
         else:
             training.wait_until_over(0)
-        if expected and "Going on from" in training.output():  # it came so far
-            tally.expect(f"Left out: {exp_dir / expected}" in training.output(), "damage not said")
-            expected = None
+        expected = damage_was_said(training, expected, tally)
         if damages and kills >= min(damages) and (name := damage(exp_dir, damages[min(damages)])):
             expected = name
             tally.tried[f"checkpoint {damages.pop(min(damages))}"] += 1
