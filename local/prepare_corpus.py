@@ -23,8 +23,8 @@ others are ignored:
   start, end | offset, duration        optional: seconds in the file
   channel                              optional: 1, 2, … or A, B
 
-Audio may be in any format and rate that soundfile reads, or PyAV (m4a, webm, …: pip install av);
-what training cannot read by itself is copied to FLAC in <manifest-dir>/<corpus>_audio-….
+Audio may be in any rate and in any format that soundfile or PyAV (m4a, webm, …) reads; what
+training cannot read by itself is copied to FLAC in <manifest-dir>/<corpus>_audio-….
 
 Writes <manifest-dir>/<corpus>_cuts_<split>.jsonl.gz with the features beside it, and what the
 corpus holds and lacks to <corpus>_report.json and .txt. The train split also gets copies at 0.9 and

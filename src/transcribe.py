@@ -5,11 +5,11 @@
     python src/transcribe.py --exp-dir exp/x --format srt,json --out subtitles talks/ more.mp3
     cat talk.ogg | python src/transcribe.py --exp-dir exp/x --format vtt - > talk.vtt
 
-Takes files, folders (the sound files in them, at any depth) and - for standard input. Channels are
-averaged, any rate becomes 16 kHz; what soundfile cannot open ffmpeg reads, where it is installed.
-Long recordings are cut in pauses, each part is recognized by itself, parts of all recordings
-together. Writes to standard output, or with --out a file for each recording and format there. A
-recording that cannot be read is named at the end, the others are transcribed; the exit code is 1.
+Takes files, folders (the sound files in them, at any depth) and - for standard input. Any format
+that soundfile or PyAV reads; channels are averaged, any rate becomes 16 kHz. Long recordings are
+cut in pauses, each part is recognized by itself, parts of all recordings together. Writes to
+standard output, or with --out a file for each recording and format there. A recording that cannot
+be read is named at the end, the others are transcribed; the exit code is 1.
 
 The JSON is described in speechllm/transcription/transcript_files.py.
 """
@@ -32,7 +32,8 @@ from speechllm.errors import InputError, in_sentences, without_secrets
 from speechllm.flags import Parser, comma_list
 from speechllm.model_flags import check_model_files, take_model_file
 from speechllm.progress import ProgressBar
-from speechllm.transcription.audio import audio_blocks, seconds_of, stream_blocks
+from speechllm.sound_files import seconds_of
+from speechllm.transcription.audio import audio_blocks, stream_blocks
 from speechllm.transcription.transcriber import Transcriber
 from speechllm.transcription.transcript import Segment, Transcript
 from speechllm.transcription.transcript_files import ENDINGS, FORMATS

@@ -1,33 +1,14 @@
-import builtins
 import shutil
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import soundfile
+from sounds import tone, write_by_av
 
 from speechllm.corpora.audio import AudioFile, check_file, check_files
 
 RATE = 16000
-
-
-def tone(seconds: float = 1.0, rate: int = RATE, channels: int = 1) -> np.ndarray:
-    """(N, C), each channel of its own pitch and loudness."""
-    time = np.arange(int(seconds * rate))[:, None] / rate
-    numbers = np.arange(channels) + 1
-    return np.sin(2 * np.pi * 300 * numbers * time) * 0.1 * numbers
-
-
-def write_by_av(path, samples: np.ndarray, rate: int, codec: str) -> None:
-    with av.open(str(path), "w") as container:
-        layout = "mono" if samples.shape[1] == 1 else "stereo"
-        stream = container.add_stream(codec, rate, layout=layout)
-        planar = np.ascontiguousarray(samples.T.astype(np.float32))
-        frame = av.AudioFrame.from_ndarray(planar, format="fltp", layout=layout)
-        frame.sample_rate = rate
-        for packet in (*stream.encode(frame), *stream.encode(None)):
-            container.mux(packet)
 
 
 @pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff", "au", "caf", "w64"])
@@ -87,10 +68,10 @@ def broken(tmp_path) -> dict:
     soundfile.write(tmp_path / "empty.wav", tone(0), RATE)
     return {
         "gone.wav": ("no-audio", "gone.wav is missing"),
-        "junk.m4a": ("unreadable-audio", "Format not recognised"),
+        "junk.m4a": ("unreadable-audio", "cannot be read as sound: Invalid data"),
         "half.flac": ("unreadable-audio", "half.flac is broken"),
-        "half.webm": ("unreadable-audio", "half.webm ends after "),
-        "list.m3u8": ("unreadable-audio", "Format not recognised"),
+        "half.webm": ("unreadable-audio", "half.webm is cut off after "),
+        "list.m3u8": ("unreadable-audio", "cannot be read as sound: Invalid data"),
         "empty.wav": ("malformed", "empty.wav has a duration of 0 s"),
     }
 
@@ -103,20 +84,6 @@ def test_files_that_cannot_be_used_are_told_by_kind(tmp_path):
     for path in paths:
         reason, what = expected[path.name]
         assert found[path][0] == reason and what in found[path][1], path
-
-
-def test_without_pyav_other_formats_have_a_sentence(tmp_path, monkeypatch):
-    write_by_av(tmp_path / "a.m4a", tone(), RATE, "aac")
-    really = builtins.__import__
-
-    def no_av(name, *args, **options):
-        if name == "av":
-            raise ImportError(name)
-        return really(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", no_av)
-    reason, what = check_file(tmp_path / "a.m4a", tmp_path / "copies")
-    assert reason == "unreadable-audio" and what.endswith("need PyAV: pip install av")
 
 
 def test_copies_of_equal_names_do_not_meet(tmp_path):

@@ -1,0 +1,29 @@
+"""Sound files for tests."""
+
+import av
+import numpy as np
+
+
+def noise(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
+    """(N, C) float32."""
+    shape = (round(seconds * rate), channels)
+    return np.random.default_rng(0).uniform(-0.5, 0.5, shape).astype(np.float32)
+
+
+def tone(seconds: float = 1.0, rate: int = 16000, channels: int = 1) -> np.ndarray:
+    """(N, C), each channel of its own pitch and loudness."""
+    time = np.arange(int(seconds * rate))[:, None] / rate
+    numbers = np.arange(channels) + 1
+    return np.sin(2 * np.pi * 300 * numbers * time) * 0.1 * numbers
+
+
+def write_by_av(path, samples: np.ndarray, rate: int, codec: str) -> None:
+    """Samples (N, C) to a format that soundfile does not write."""
+    with av.open(str(path), "w") as container:
+        layout = "mono" if samples.shape[1] == 1 else "stereo"
+        stream = container.add_stream(codec, rate, layout=layout)
+        planar = np.ascontiguousarray(samples.T.astype(np.float32))
+        frame = av.AudioFrame.from_ndarray(planar, format="fltp", layout=layout)
+        frame.sample_rate = rate
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
