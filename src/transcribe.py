@@ -35,7 +35,7 @@ from speechllm.progress import ProgressBar
 from speechllm.sound_files import seconds_of
 from speechllm.transcription.audio import audio_blocks, stream_blocks
 from speechllm.transcription.transcriber import Transcriber
-from speechllm.transcription.transcript import Segment, Transcript
+from speechllm.transcription.transcript import NOBODY, Segment, Transcript
 from speechllm.transcription.transcript_files import ENDINGS, FORMATS
 from speechllm.whole_file import whole_file
 
@@ -154,10 +154,11 @@ def with_progress(
 ) -> Iterator[Transcript]:
     """The transcripts; the bar sees the segments."""
     for _, one in found:
-        if isinstance(one, Transcript):
+        is_whole = isinstance(one, Transcript)
+        new = [part for part in one.segments if part.source == NOBODY] if is_whole else [one]
+        bar.advance(sum(part.end - part.start for part in new))
+        if is_whole:
             yield one
-        else:
-            bar.advance(one.end - one.start)
 
 
 def write(transcript: Transcript, formats: list[str], files: dict[tuple[str, str], Path]) -> None:

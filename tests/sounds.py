@@ -10,11 +10,13 @@ def noise(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
     return np.random.default_rng(0).uniform(-0.5, 0.5, shape).astype(np.float32)
 
 
-def tone(seconds: float = 1.0, rate: int = 16000, channels: int = 1) -> np.ndarray:
+def tone(
+    seconds: float = 1.0, rate: int = 16000, channels: int = 1, pitch: float = 300.0
+) -> np.ndarray:
     """(N, C), each channel of its own pitch and loudness."""
     time = np.arange(int(seconds * rate))[:, None] / rate
     numbers = np.arange(channels) + 1
-    return np.sin(2 * np.pi * 300 * numbers * time) * 0.1 * numbers
+    return np.sin(2 * np.pi * pitch * numbers * time) * 0.1 * numbers
 
 
 def write_by_av(path, samples: np.ndarray, rate: int, codec: str) -> None:

@@ -84,6 +84,18 @@ def test_verbose_json_has_segments_and_words(client, alone, long_clip):
     )
 
 
+def test_where_nothing_is_said_the_llm_is_not_asked(client, clip, tmp_path):
+    samples, rate = soundfile.read(clip)
+    silence = np.zeros(12 * rate)
+    soundfile.write(tmp_path / "a.wav", np.concatenate([samples, silence, samples]), rate)
+    answer = transcribed(client, tmp_path / "a.wav", response_format="verbose_json")
+    first, *unheard, last = answer.segments
+    assert (first.no_speech_prob, last.no_speech_prob) == (0, 0)
+    assert {(one.no_speech_prob, one.text) for one in unheard} == {(1, "")}
+    assert unheard[-1].end - unheard[0].start > 9
+    assert answer.text == f"{first.text} {last.text}" and first.text and last.text
+
+
 def test_granularities_say_what_is_told(client, clip):
     plain = transcribed(client, clip, response_format="verbose_json")
     words = transcribed(

@@ -11,7 +11,7 @@ import transcribe
 from speechllm.errors import InputError
 from speechllm.transcription.audio import audio_blocks
 from speechllm.transcription.transcriber import Transcriber
-from speechllm.transcription.transcript import Segment, Transcript
+from speechllm.transcription.transcript import NOBODY, Segment, Transcript
 
 RATE = 16000
 
@@ -50,15 +50,15 @@ def test_parts_make_up_the_recording(recognizer):
     samples = bursts(61.23)
     transcriber = Transcriber(recognizer, max_segment=6.0)
     parts = list(transcriber.cut(samples.split(12345)))
-    assert torch.cat([part for _, part in parts]).equal(samples)
-    assert all(samples[start : start + len(part)].equal(part) for start, part in parts)
-    lengths = [len(part) / RATE for _, part in parts]
+    assert torch.cat([part.samples for part in parts]).equal(samples)
+    assert all(samples[start : start + len(part)].equal(part) for start, part, _ in parts)
+    lengths = [len(part.samples) / RATE for part in parts]
     assert max(lengths) <= 6.0 and min(lengths) >= 1.0 and len(parts) > 9
 
 
 def test_without_ctc_it_is_cut_where_it_is_quiet(recognizers):
     parts = Transcriber(recognizers[False], max_segment=6.0).cut([bursts(61.23)])
-    starts = [start / RATE for start, _ in parts][1:]
+    starts = [part.start / RATE for part in parts][1:]
     assert all(0.5 <= start % 1.2 <= 1.2 for start in starts)
 
 
@@ -85,6 +85,38 @@ def test_a_short_recording_is_what_decoding_makes_of_it(recognizer):
     assert [word.text for word in segment.words] == [word.word for word in answer.words or []]
 
 
+def test_where_nothing_is_said_nobody_is_asked(recognizer):
+    silence = torch.zeros(9 * RATE)
+    sounds = [silence, bursts(4.0, 1), silence, bursts(8.0, 2), silence]
+    transcriber = Transcriber(recognizer, max_segment=12.0, pause=3.0)
+    [transcript] = transcriber([("a", [torch.cat(sounds)])])
+    assert [one.source == NOBODY for one in transcript.segments] == [True, False] * 2 + [True]
+    borders = [one.start for one in transcript.segments] + [transcript.segments[-1].end]
+    assert borders == pytest.approx([0, 9, 13, 22, 30, 39], abs=1.3)
+    assert [one.end for one in transcript.segments] == borders[1:]
+    assert all(one.text == "" for one in transcript.segments[::2])
+    streamed = [one for _, one in transcriber.stream([("a", [torch.cat(sounds)])])]
+    assert streamed == [*transcript.segments[1::2], transcript]
+
+
+def test_a_short_recording_is_still_too(recognizer):
+    [transcript] = transcribed(recognizer, [torch.cat([bursts(3.0), torch.zeros(6 * RATE)])])
+    said, unheard = transcript.segments
+    assert 3 <= said.end <= 4.5 and said.text and unheard.source == NOBODY
+    assert transcript.seconds == unheard.end == 9.0
+
+
+def test_a_batch_in_one_go(recognizer):
+    transcriber = Transcriber(recognizer)
+    sounds = [bursts(3.0, 1), torch.zeros(5 * RATE), bursts(2.0, 2)]
+    stretches = [next(transcriber.cut([sound])) for sound in sounds]
+    together = transcriber.recognize(stretches)
+    assert [one.source == NOBODY for one in together] == [False, True, False]
+    for one, stretch in zip(together, stretches, strict=True):
+        [alone] = transcriber.recognize([stretch])
+        assert (one.start, one.end, one.text) == (alone.start, alone.end, alone.text)
+
+
 def test_words_are_in_their_segments_in_order(recognizers):
     [transcript] = transcribed(recognizers[True], [bursts(30.0)], max_segment=5.0)
     assert len(transcript.segments) > 5
@@ -104,9 +136,10 @@ def test_recordings_of_a_batch_are_told_apart(recognizer, caplog):
     assert [one.name for one in together] == ["0", "1", "2", "3", "4"]
     assert [one.text for one in together] == [one.text for one in alone]
     assert [one.seconds for one in together] == pytest.approx([2.0, 25.0, 0.0, 0.1, 3.0])
-    assert [len(one.segments) for one in together][2:4] == [0, 0]
-    assert "2 of 0.00 s is too short to hear" in caplog.text
-    assert "3 of 0.10 s is too short to hear" in caplog.text
+    assert together[2].segments == ()
+    assert together[3].segments == (Segment(0.0, 0.1, "", source=NOBODY),)
+    assert "2 of 0.00 s: nothing is said, or it is too short to hear" in caplog.text
+    assert "3 of 0.10 s: nothing is said, or it is too short to hear" in caplog.text
 
 
 def test_batches_are_within_their_seconds(recognizer):
@@ -183,7 +216,7 @@ def test_real_speech_is_cut_between_clips(recognizers, shared, monkeypatch):
         sounds += [gap, clip, gap]
         borders.append(sum(map(len, sounds)))
     joined = torch.cat(sounds)
-    starts = [start for start, _ in Transcriber(recognizers[False]).cut([joined])][1:]
+    starts = [part.start for part in Transcriber(recognizers[False]).cut([joined])][1:]
     near = [min(abs(start - border) for start in starts) / RATE for border in borders[:-1]]
     assert sum(distance < 0.5 for distance in near) >= 18
     loud = joined.square().mean()

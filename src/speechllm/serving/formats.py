@@ -1,14 +1,15 @@
 """Transcripts in the forms of OpenAI's API.
 
 Beyond them, words and segments have a `confidence`, segments the guard's `reasons` to distrust
-them. What this model does not have is always the same: `tokens` [], `seek` 0, `no_speech_prob` 0.
+them. `no_speech_prob` is 1 where nothing is said, else 0. What this model does not have is always
+the same: `tokens` [], `seek` 0.
 """
 
 import json
 import math
 import zlib
 
-from speechllm.transcription.transcript import Segment, Transcript
+from speechllm.transcription.transcript import NOBODY, Segment, Transcript
 
 LEAST_CONFIDENCE = 1e-9  # whose logarithm JSON can write
 
@@ -49,7 +50,7 @@ def segment_json(number: int, segment: Segment) -> dict:
         "temperature": 0.0,
         "tokens": [],
         "seek": 0,
-        "no_speech_prob": 0.0,
+        "no_speech_prob": float(segment.source == NOBODY),
         "confidence": round(segment.confidence, 4),
         "reasons": list(segment.reasons),
     }

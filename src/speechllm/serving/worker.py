@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
 from queue import SimpleQueue
 from threading import Thread
 from typing import NamedTuple
@@ -12,16 +11,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from speechllm.features import SAMPLING_RATE
-from speechllm.transcription.transcriber import Transcriber
+from speechllm.transcription.transcriber import Stretch, Transcriber
 from speechllm.transcription.transcript import Segment
 
 
 class Part(NamedTuple):
-    """Of a recording, short enough to be recognized by itself."""
-
     job: "Job"
-    start: int  # sample
-    samples: Tensor  # (N,)
+    stretch: Stretch
 
 
 class Job:
@@ -108,8 +104,8 @@ class Worker:
 
     def _parts(self, job: Job) -> Iterator[Part]:
         blocks = (job.blocks.popleft() for _ in range(len(job.blocks)))
-        for start, samples in self.transcriber.cut(blocks):
-            yield Part(job, start, samples)
+        for stretch in self.transcriber.cut(blocks):
+            yield Part(job, stretch)
 
     def _move_on(self, job: Job) -> None:
         """The job's next part, if it has one, waits for its turn."""
@@ -127,7 +123,7 @@ class Worker:
         while self.turns:
             job = self.turns[0]
             if not job.cancelled:
-                longest = max(longest, len(job.next.samples))
+                longest = max(longest, len(job.next.stretch.samples))
                 if batch and (len(batch) + 1) * longest > self.max_samples:
                     break
                 batch.append(job.next)
@@ -138,7 +134,7 @@ class Worker:
     def _answer(self, batch: list[Part]) -> None:
         """If the recognizer fails, each part is tried alone, so that only its job fails."""
         try:
-            found = self.transcriber([(part.job.name, [part.samples]) for part in batch])
+            segments = self.transcriber.recognize([part.stretch for part in batch])
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0].job, error)
@@ -146,18 +142,10 @@ class Worker:
                 for part in batch:
                     self._answer([part])
             return
-        for part, transcript in zip(batch, found, strict=True):
-            for segment in transcript.segments:
-                part.job.say(_later(segment, part.start / SAMPLING_RATE))
+        for part, segment in zip(batch, segments, strict=True):
+            part.job.say(segment)
 
     def _fail(self, job: Job, error: Exception) -> None:
         logging.error(f"{job.name} failed", exc_info=error)
         job.cancelled = True
         job.say(error)
-
-
-def _later(segment: Segment, seconds: float) -> Segment:
-    words = tuple(
-        replace(word, start=word.start + seconds, end=word.end + seconds) for word in segment.words
-    )
-    return replace(segment, start=segment.start + seconds, end=segment.end + seconds, words=words)

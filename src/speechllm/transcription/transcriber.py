@@ -26,8 +26,9 @@ from speechllm.transcription.cutting import (
     Track,
     next_cut,
     smoothed,
+    still_frames,
 )
-from speechllm.transcription.transcript import Segment, Transcript, Word
+from speechllm.transcription.transcript import NOBODY, Segment, Transcript, Word
 from speechllm.zipformer.ctc import BLANK
 
 FRAME = SAMPLING_RATE // FRAMES_PER_SECOND  # samples
@@ -42,20 +43,26 @@ class _Recording:
 
     name: str
     samples: int = 0  # read
-    pieces: int = 0  # cut from it to be recognized
+    awaited: int = 0  # stretches that are being recognized
     ended: bool = False
     error: str | None = None
     segments: list[Segment] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """What is recognized by itself."""
+class Stretch(NamedTuple):
+    """Of a recording, to be recognized by itself.
 
-    recording: _Recording
+    features: (T, 80); None where nothing is said, or too little to hear.
+    """
+
     start: int  # sample
-    samples: int
-    features: Tensor  # (T, 80)
+    samples: Tensor  # (N,)
+    features: Tensor | None
+
+
+class _Piece(NamedTuple):
+    recording: _Recording
+    stretch: Stretch
 
 
 class _Part(NamedTuple):
@@ -64,6 +71,7 @@ class _Part(NamedTuple):
     samples: Tensor  # (N,)
     energies: np.ndarray  # (N // FRAME,)
     peaks: list[Peak]
+    still: np.ndarray  # (N // FRAME,) bool
 
 
 class Transcriber:
@@ -115,54 +123,73 @@ class Transcriber:
         reading: deque[_Recording] = deque()
         for batch, answers in self.recognizer(self._batches(recordings, reading)):
             for piece, answer in zip(batch["pieces"], answers, strict=True):
-                segment = _segment(piece, answer)
+                segment = _segment(piece.stretch, answer)
                 piece.recording.segments.append(segment)
+                piece.recording.awaited -= 1
                 yield piece.recording.name, segment
-            while reading and reading[0].ended and len(reading[0].segments) == reading[0].pieces:
+            while reading and reading[0].ended and not reading[0].awaited:
                 yield reading[0].name, self._transcript(reading.popleft())
         for recording in reading:  # without anything to recognize
             yield recording.name, self._transcript(recording)
 
+    def recognize(self, stretches: list[Stretch]) -> list[Segment]:
+        """The segment of each; they are one batch."""
+        heard, answers = [one for one in stretches if one.features is not None], iter(())
+        if heard:
+            [(_, found)] = self.recognizer([_batch(heard)])
+            answers = iter(found)
+        return [
+            _unheard(one) if one.features is None else _segment(one, next(answers))
+            for one in stretches
+        ]
+
     def _transcript(self, recording: _Recording) -> Transcript:
         seconds = recording.samples / SAMPLING_RATE
-        if not (recording.pieces or recording.error):
-            logging.warning(f"{recording.name} of {seconds:.2f} s is too short to hear")
-        segments = tuple(recording.segments)
+        if not recording.error and all(one.source == NOBODY for one in recording.segments):
+            logging.warning(
+                f"{recording.name} of {seconds:.2f} s: nothing is said, or it is too short to hear"
+            )
+        segments = tuple(sorted(recording.segments, key=lambda segment: segment.start))
         return Transcript(recording.name, seconds, segments, self.language, recording.error)
 
     # ---- from recordings to batches
 
     def _batches(self, recordings, reading: deque[_Recording]) -> Iterator[dict]:
         """In order, so that what is read first is ready first."""
-        batch, longest = [], 0
+        pieces, longest = [], 0
         for piece in self._pieces(recordings, reading):
-            longest = max(longest, piece.samples)
-            if batch and (len(batch) + 1) * longest > self.max_duration * SAMPLING_RATE:
-                yield _batch(batch)
-                batch, longest = [], piece.samples
-            batch.append(piece)
-        if batch:
-            yield _batch(batch)
+            samples = len(piece.stretch.samples)
+            longest = max(longest, samples)
+            if pieces and (len(pieces) + 1) * longest > self.max_duration * SAMPLING_RATE:
+                yield _batch_of(pieces)
+                pieces, longest = [], samples
+            pieces.append(piece)
+        if pieces:
+            yield _batch_of(pieces)
 
     def _pieces(self, recordings, reading: deque[_Recording]) -> Iterator[_Piece]:
-        """What is long enough to hear, of all recordings."""
+        """What is to be recognized, of all recordings."""
         for name, blocks in recordings:
             recording = _Recording(name)
             reading.append(recording)
             try:
-                for start, samples in self.cut(_counted(recording, blocks)):
-                    features = self.fbank.extract(samples, SAMPLING_RATE)
-                    if len(features) >= frames_needed(self.recognizer.model.ds_rate):
-                        recording.pieces += 1
-                        yield _Piece(recording, start, len(samples), features)
+                for stretch in self.cut(_counted(recording, blocks)):
+                    if stretch.features is None:
+                        recording.segments.append(_unheard(stretch))
+                    else:
+                        recording.awaited += 1
+                        yield _Piece(recording, stretch)
             except (InputError, FileNotFoundError) as error:
                 recording.error = str(error)
             recording.ended = True
 
     # ---- cutting
 
-    def cut(self, blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """A recording in parts of at most `max_segment` seconds: first sample, samples (N,)."""
+    def cut(self, blocks: Iterable[Tensor]) -> Iterator[Stretch]:
+        """A recording in stretches of at most `max_segment` seconds; they make up the whole.
+
+        A short one is cut, too, if it is still somewhere.
+        """
         limit = round(self.max_segment * SAMPLING_RATE)
         blocks, first, held = iter(blocks), [], 0
         while held <= limit and (block := next(blocks, None)) is not None:
@@ -171,21 +198,38 @@ class Transcriber:
         if held > limit:
             yield from self._cut_long(chain(first, blocks))
         elif held:
-            yield 0, torch.cat(first)
+            stretch = self._stretch(0, torch.cat(first))
+            if self._may_be_still(stretch):
+                yield from self._cut_long(first)
+            else:
+                yield stretch
 
-    def _cut_long(self, blocks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def _cut_long(self, blocks: Iterable[Tensor]) -> Iterator[Stretch]:
         longest = int(self.max_segment * FRAMES_PER_SECOND)
         pause = round(self.pause * FRAMES_PER_SECOND)
         track = Track(peaks=None if self.recognizer.reader is None else [])
         held, start = torch.zeros(0), 0
         for part, ended in _with_end(self._heard_parts(blocks)):
-            track.append(part.energies, part.peaks)
+            track.append(part.energies, part.peaks, part.still)
             held = torch.cat([held, part.samples])
             while (cut := next_cut(track, start, longest, pause, ended)) is not None:
                 samples = (cut - start) * FRAME
-                yield start * FRAME, held[:samples]
+                yield self._stretch(start * FRAME, held[:samples], track.still[start])
                 held, start = held[samples:], cut
-        yield start * FRAME, held
+        yield self._stretch(start * FRAME, held, track.still[start:].all())
+
+    def _stretch(self, start: int, samples: Tensor, still: bool = False) -> Stretch:
+        features = None
+        if not still:
+            features = self.fbank.extract(samples, SAMPLING_RATE)
+            if len(features) < frames_needed(self.recognizer.model.ds_rate):
+                features = None
+        return Stretch(start, samples, features)
+
+    def _may_be_still(self, stretch: Stretch) -> bool:
+        """Somewhere, unless CTC hears something there."""
+        peaks = None if self.recognizer.reader is None else []
+        return stretch.features is not None and still_frames(stretch.features, peaks).any()
 
     def _heard_parts(self, blocks: Iterable[Tensor]) -> Iterator[_Part]:
         """Windows are heard as many together as fit in a batch."""
@@ -194,15 +238,17 @@ class Transcriber:
             features = [self.fbank.extract(window.samples, SAMPLING_RATE) for window in some]
             for window, own, peaks in zip(some, features, self._peaks(features)):
                 before, after = window.before // FRAME, (window.before + window.length) // FRAME
+                inside = [one for one in peaks or () if before <= one.start < after]
                 yield _Part(
                     window.samples[window.before :][: window.length],
                     _energies(own)[before:after],
-                    [peak.moved(-before) for peak in peaks if before <= peak.start < after],
+                    [peak.moved(-before) for peak in inside],
+                    still_frames(own, peaks)[before:after],
                 )
 
-    def _peaks(self, features: list[Tensor]) -> list[list[Peak]]:
+    def _peaks(self, features: list[Tensor]) -> list[list[Peak] | None]:
         if self.recognizer.reader is None:
-            return [[] for _ in features]
+            return [None] * len(features)
         lens = torch.tensor([len(one) for one in features])
         readings = self.recognizer.read(pad_sequence(features, batch_first=True), lens)
         return [_peaks_of(reading, self.recognizer.options.ctc_lag) for reading in readings]
@@ -225,18 +271,31 @@ def _counted(recording: _Recording, blocks: Iterable[Tensor]) -> Iterator[Tensor
         yield block
 
 
-def _batch(pieces: list[_Piece]) -> dict:
-    """As in speechllm.data, with the pieces."""
+def _batch_of(pieces: list[_Piece]) -> dict:
+    return {**_batch([piece.stretch for piece in pieces]), "pieces": pieces}
+
+
+def _batch(stretches: list[Stretch]) -> dict:
+    """As in speechllm.data; all are heard."""
+    features = [stretch.features for stretch in stretches]
     return {
-        "pieces": pieces,
-        "features": pad_sequence([piece.features for piece in pieces], batch_first=True),
-        "feature_lens": torch.tensor([len(piece.features) for piece in pieces]),
-        "seconds": sum(piece.samples for piece in pieces) / SAMPLING_RATE,
+        "features": pad_sequence(features, batch_first=True),
+        "feature_lens": torch.tensor([len(one) for one in features]),
+        "seconds": sum(len(stretch.samples) for stretch in stretches) / SAMPLING_RATE,
     }
 
 
-def _segment(piece: _Piece, answer: Recognition) -> Segment:
-    start, end = (sample / SAMPLING_RATE for sample in (piece.start, piece.start + piece.samples))
+def _times(stretch: Stretch) -> tuple[float, float]:
+    end = stretch.start + len(stretch.samples)
+    return stretch.start / SAMPLING_RATE, end / SAMPLING_RATE
+
+
+def _unheard(stretch: Stretch) -> Segment:
+    return Segment(*_times(stretch), "", source=NOBODY)
+
+
+def _segment(stretch: Stretch, answer: Recognition) -> Segment:
+    start, end = _times(stretch)
     words = tuple(
         Word(start + word.start, start + word.end, word.word, word.confidence)
         for word in answer.words or ()

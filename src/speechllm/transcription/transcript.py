@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+NOBODY = "nobody"  # the source of a segment in which nothing is said, or that is too short to hear
 
 @dataclass(frozen=True)
 class Word:
@@ -22,13 +23,13 @@ class Segment:
     text: str
     words: tuple[Word, ...] = ()  # where there is a CTC head
     confidence: float = 0.0  # 0 to 1: the LLM's mean probability of a token
-    source: str = "LLM"  # or CTC
+    source: str = "LLM"  # or CTC, or NOBODY
     reasons: tuple[str, ...] = ()  # to distrust it, see guard
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """Of a recording; what was too short to hear has no segments."""
+    """Of a recording; an empty one has no segments."""
 
     name: str
     seconds: float

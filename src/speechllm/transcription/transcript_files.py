@@ -10,7 +10,7 @@ JSON, one object a recording; times are in seconds of the recording, confidences
       start, end
       text
       confidence  the LLM's (geometric) mean probability of a token; 0 where CTC wrote the text
-      source      LLM or CTC
+      source      LLM or CTC; nobody where nothing is said, or it is too short to hear
       reasons     to distrust the text, see speechllm.decoding.guard; mostly none
       words       in order; none without a CTC head and BPE model
         start, end
