@@ -4,8 +4,8 @@
     python tests/benchmarks/long_recordings.py --cuts my_cuts_test --exp-dir exp/mine …
 
 Takes transcribe.py's flags for the model and the cutting. The clips of a cut file come again and
-again, in a new order each time, until they are --hours; each has 0.2 to 0.6 s more of its own
-quietest sound at both ends. They are transcribed one by one and joined. `lost` and `doubled` are
+again, in a new order each time, until they are --hours; each has 0.2 to --longest-quiet s more of
+its own quietest sound at both ends. They are transcribed one by one and joined. `lost` and `doubled` are
 words at the ends of segments: deleted there, or inserted there and equal to the word beyond the
 cut; of the clips the same is counted, as a recognizer errs at ends by itself.
 """
@@ -40,7 +40,9 @@ def silence(samples: Tensor, length: int) -> Tensor:
     return there_and_back.repeat(-(-length // len(there_and_back)))[:length]
 
 
-def clips(path: Path, seconds: float, rng: random.Random) -> list[tuple[Tensor, str]]:
+def clips(
+    path: Path, seconds: float, longest_quiet: float, rng: random.Random
+) -> list[tuple[Tensor, str]]:
     """Samples and text of each, until they last so long."""
     cuts, taken, total = list(read_cuts(path)), [], 0
     for number, _ in enumerate(cycle(cuts)):
@@ -48,7 +50,7 @@ def clips(path: Path, seconds: float, rng: random.Random) -> list[tuple[Tensor, 
             order = rng.sample(cuts, len(cuts))
         cut = order[number % len(cuts)]
         samples = torch.from_numpy(cut.load_audio()[0])
-        gaps = [silence(samples, round(rng.uniform(0.2, 0.6) * SAMPLING_RATE)) for _ in "ab"]
+        gaps = [silence(samples, round(rng.uniform(0.2, longest_quiet) * SAMPLING_RATE)) for _ in "ab"]
         samples = torch.cat([gaps[0], samples, gaps[1]])
         taken.append((samples, cut.supervisions[0].text.lower()))
         total += len(samples)
@@ -78,10 +80,12 @@ def main(argv: list[str] | None = None) -> None:
     parser._remove_action(next(a for a in parser._actions if a.dest == "recordings"))
     parser.add_argument("--cuts", type=Path, required=True, help="a cut file with audio and text")
     parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--longest-quiet", type=float, default=0.6)
     parser.add_argument("--seed", type=int, default=0)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    transcribe.take_model_file(parser, argv)
     args = parser.parse_args(argv)
-    taken = clips(args.cuts, 3600 * args.hours, random.Random(args.seed))
+    taken = clips(args.cuts, 3600 * args.hours, args.longest_quiet, random.Random(args.seed))
     transcriber = Transcriber(
         transcribe.load_recognizer(args), args.max_segment, args.pause, args.max_duration
     )

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import transcribe
+from speechllm.decoding.draft import Hypothesis
+from speechllm.decoding.recognizer import Recognition
 from speechllm.errors import InputError
 from speechllm.transcription.audio import audio_blocks
-from speechllm.transcription.transcriber import Transcriber
+from speechllm.transcription.transcriber import Stretch, Transcriber
 from speechllm.transcription.transcript import NOBODY, Segment, Transcript
 
 RATE = 16000
@@ -104,6 +106,21 @@ def test_a_short_recording_is_still_too(recognizer):
     said, unheard = transcript.segments
     assert 3 <= said.end <= 4.5 and said.text and unheard.source == NOBODY
     assert transcript.seconds == unheard.end == 9.0
+
+
+def test_what_ctc_does_not_hear_is_not_said(recognizers, monkeypatch):
+    """A click is not still: an LLM makes words of it."""
+
+    def heard(text):
+        transcriber = Transcriber(recognizers[True])
+        answer = Recognition("go", Hypothesis([5], [-0.1]), text, reasons=["disagrees with CTC"])
+        monkeypatch.setattr(transcriber, "recognizer", lambda batches: [(None, [answer])])
+        return transcriber.recognize([Stretch(RATE, torch.zeros(RATE), torch.zeros(100, 80))])
+
+    [said], [unheard], [without_ctc] = heard("no"), heard(""), heard(None)
+    assert (said.text, said.source) == (without_ctc.text, without_ctc.source) == ("go", "LLM")
+    assert (unheard.text, unheard.source, unheard.words) == ("", NOBODY, ())
+    assert (unheard.start, unheard.end, *unheard.reasons) == (1.0, 2.0, "disagrees with CTC")
 
 
 def test_a_batch_in_one_go(recognizer):

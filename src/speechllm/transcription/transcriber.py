@@ -295,7 +295,10 @@ def _unheard(stretch: Stretch) -> Segment:
 
 
 def _segment(stretch: Stretch, answer: Recognition) -> Segment:
+    """Where CTC hears nothing, nothing is said, whatever an LLM makes of a click or a cough."""
     start, end = _times(stretch)
+    if answer.ctc_text == "":
+        return Segment(start, end, "", source=NOBODY, reasons=tuple(answer.reasons))
     words = tuple(
         Word(start + word.start, start + word.end, word.word, word.confidence)
         for word in answer.words or ()

@@ -23,7 +23,7 @@ class Segment:
     text: str
     words: tuple[Word, ...] = ()  # where there is a CTC head
     confidence: float = 0.0  # 0 to 1: the LLM's mean probability of a token
-    source: str = "LLM"  # or CTC, or NOBODY
+    source: str = "LLM"  # or CTC, or NOBODY: then without text
     reasons: tuple[str, ...] = ()  # to distrust it, see guard
 
 
