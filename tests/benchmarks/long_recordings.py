@@ -5,9 +5,9 @@
 
 Takes transcribe.py's flags for the model and the cutting. The clips of a cut file come again and
 again, in a new order each time, until they are --hours; each has 0.2 to --longest-quiet s more of
-its own quietest sound at both ends. They are transcribed one by one and joined. `lost` and `doubled` are
-words at the ends of segments: deleted there, or inserted there and equal to the word beyond the
-cut; of the clips the same is counted, as a recognizer errs at ends by itself.
+its own quietest sound at both ends. They are transcribed one by one and joined. `lost` and
+`doubled` are words at the ends of segments: deleted there, or inserted there and equal to the word
+beyond the cut; of the clips the same is counted, as a recognizer errs at ends by itself.
 """
 
 import argparse
@@ -50,8 +50,10 @@ def clips(
             order = rng.sample(cuts, len(cuts))
         cut = order[number % len(cuts)]
         samples = torch.from_numpy(cut.load_audio()[0])
-        gaps = [silence(samples, round(rng.uniform(0.2, longest_quiet) * SAMPLING_RATE)) for _ in "ab"]
-        samples = torch.cat([gaps[0], samples, gaps[1]])
+        before, after = (
+            silence(samples, round(rng.uniform(0.2, longest_quiet) * SAMPLING_RATE)) for _ in "ab"
+        )
+        samples = torch.cat([before, samples, after])
         taken.append((samples, cut.supervisions[0].text.lower()))
         total += len(samples)
         if total >= seconds * SAMPLING_RATE:
