@@ -26,7 +26,8 @@ import decode
 import train
 from speechllm.cut_faults import cut_faults
 from speechllm.cut_files import cuts_within, frames_needed
-from speechllm.data import evaluation_loader, loader_options, with_speech
+from speechllm.data import evaluation_loader, loader_options
+from speechllm.datasets import with_speech
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.decoding.search_options import add_search_arguments, search_options
 from speechllm.decoding.test_set import set_name

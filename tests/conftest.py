@@ -78,6 +78,12 @@ def tiny_corpus(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def many(tiny_corpus) -> Path:
+    """The cut file tiny_cuts_many."""
+    return tiny_corpus / "tiny_cuts_many.jsonl.gz"
+
+
 @pytest.fixture(scope="session")
 def tiny_shards(tiny_corpus, tmp_path_factory) -> Path:
     """The cuts of tiny_cuts_many in 12 shards of 8; do not write into it."""

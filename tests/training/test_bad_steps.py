@@ -17,8 +17,8 @@ from test_distributed import free_port
 from test_loop import listed, logged, values
 from torch import nn
 
-from speechllm.data import NamingLoader
 from speechllm.errors import InputError
+from speechllm.loader_processes import NamingLoader
 from speechllm.training import bad_steps
 from speechllm.training.checkpoint import (
     TrainState,

@@ -18,7 +18,8 @@ from speechllm.cut_files import (
     read_cuts,
     sorted_by_id,
 )
-from speechllm.data import evaluation_loader, with_speech
+from speechllm.data import evaluation_loader
+from speechllm.datasets import with_speech
 from speechllm.errors import InputError
 from speechllm.flags import comma_list
 from speechllm.progress import ProgressBar
@@ -95,7 +96,7 @@ def answer_cuts(
     The batches depend on the cuts alone, not on their order or the number of ranks.
 
     Args:
-      recognize: batches (see speechllm.data) to pairs of a batch and its answers.
+      recognize: batches (see speechllm.datasets) to pairs of a batch and its answers.
       min_frames: fewer are too short.
       more_faults: as for `check_cuts`.
       loader_options: of `data.evaluation_loader`.

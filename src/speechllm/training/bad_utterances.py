@@ -11,7 +11,7 @@ from speechllm.training.distributed import Ranks
 
 
 class BadUtterances:
-    """What loaders left out of the batches of an epoch (see `data`), beside what its check found.
+    """What loaders left out of an epoch's batches (see `datasets`), beside what its check found.
 
     The limit is a share of the utterances of a whole epoch, not of those seen so far: a broken
     one among the first twenty does not stop a training of a million.

@@ -40,7 +40,7 @@ def worst_batches(
 
 
 def silence_of(cuts: Iterable[Cut], cache: EncoderCache | None = None) -> dict:
-    """A batch as loaders make it of these cuts (see data.py), in size alone."""
+    """A batch as loaders make it of these cuts (see datasets.py), in size alone."""
     cuts = list(cuts)
     lens = [compute_num_frames(cut.duration, FRAME_SHIFT, SAMPLING_RATE) for cut in cuts]
     frames, dim = max(lens), NUM_MEL_BINS

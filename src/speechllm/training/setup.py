@@ -36,8 +36,8 @@ from speechllm.data import (
     joined,
     loader_options,
     training_loader,
-    with_speech,
 )
+from speechllm.datasets import with_speech
 from speechllm.encoder_cache import EncoderCache
 from speechllm.errors import InputError
 from speechllm.flags import comma_list, str2bool
