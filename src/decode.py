@@ -45,7 +45,7 @@ from speechllm.scoring import NORMALIZERS, SCORE_BY, ErrorCounts, log_line
 from speechllm.trained_state import load_trainable_state
 from speechllm.training.checkpoint import average_checkpoints, average_epochs, load_checkpoint
 from speechllm.training.distributed import Ranks, launch
-from speechllm.training.setup import autocast_dtype
+from speechllm.training.engine import autocast_dtype
 
 TEST_CUTS = "librispeech_cuts_test-clean,librispeech_cuts_test-other"
 

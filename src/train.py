@@ -45,16 +45,15 @@ from speechllm.trained_state import load_trainable_state, trainable_state
 from speechllm.training import dry_run
 from speechllm.training.checkpoint import TrainState, load_checkpoint, restore_state
 from speechllm.training.distributed import Ranks, is_first_process, launch
-from speechllm.training.setup import (
+from speechllm.training.engine import autocast_dtype
+from speechllm.training.heard_cuts import make_encoder_cache
+from speechllm.training.loaders import make_valid_loader
+from speechllm.training.setup import fit
+from speechllm.training.training_cuts import check_data, check_positions
+from speechllm.training.training_flags import (
     add_training_arguments,
-    autocast_dtype,
-    check_data,
     check_encoder_cache,
-    check_positions,
     check_training,
-    fit,
-    make_encoder_cache,
-    make_valid_loader,
 )
 from speechllm.training.zero import deepspeed_config
 

@@ -21,7 +21,8 @@ from speechllm.data import evaluation_loader
 from speechllm.encoder_cache import EncoderCache, fingerprint, hash_of_encoders, outputs_of
 from speechllm.training.checkpoint import load_checkpoint
 from speechllm.training.distributed import Ranks
-from speechllm.training.setup import check_data, make_encoder_cache
+from speechllm.training.heard_cuts import make_encoder_cache
+from speechllm.training.training_cuts import check_data
 from speechllm.zipformer import load_encoder
 
 pytestmark = pytest.mark.usefixtures("restore_logging")

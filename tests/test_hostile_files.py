@@ -360,7 +360,7 @@ def test_noise_that_changed_after_it_was_checked(
     corpus = shutil.copytree(tiny_corpus, tmp_path / "corpus")
     write_lines(corpus / "musan_cuts.jsonl.gz", [hostile_cuts(canary)["command"][0]])
     monkeypatch.setattr(
-        "speechllm.training.setup.check_cuts",
+        "speechllm.training.training_cuts.check_cuts",
         lambda paths, **options: check_cuts(
             [tiny_corpus / path.name for path in paths], **options  # as it was then
         ),

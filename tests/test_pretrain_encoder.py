@@ -212,9 +212,10 @@ def test_every_flag_is_tested():
     """Here or, where other programs have it too, with the loaders they share."""
     parser = pretrain_encoder.get_parser()
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    tests = Path(__file__).parent
-    texts = [tests / "test_pretrain_encoder.py", tests / "training" / "test_setup.py"]
-    tested = set(re.findall(r'"(--[a-z0-9-]+)"', "".join(path.read_text() for path in texts)))
+    names = ("loaders", "training_cuts", "training_flags", "optimizers")
+    texts = [Path(__file__).parent / "training" / f"test_{name}.py" for name in names]
+    texts = "".join(path.read_text() for path in (Path(__file__), *texts))
+    tested = set(re.findall(r'"(--[a-z0-9-]+)"', texts))
     assert flags - {"-h", "--help"} <= tested
 
 

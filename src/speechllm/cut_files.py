@@ -253,6 +253,11 @@ def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:
     return CutSet(_Every(cuts, rank, world_size))
 
 
+def size_of_share(num_cuts: int, rank: int, world_size: int) -> int:
+    """How many of `num_cuts` are in the share of a rank."""
+    return len(range(rank, num_cuts, world_size))
+
+
 def sorted_by_id(cuts: CutSet) -> CutSet:
     """The cuts in an order of their own, whatever the file's is; read when they are asked for."""
     return CutSet(_SortedById(cuts))

@@ -188,21 +188,17 @@ def test_only_rank_0_writes(together):
 
 def rank_streams(ranks, args):
     """The epochs of both ranks, of lists of batches and of shards."""
-    from speechllm.data import add_data_arguments, add_training_data_arguments
-    from speechllm.training.setup import check_data, make_train_loader
+    from typed_flags import parse
+
+    from speechllm.training.loaders import make_train_loader
+    from speechllm.training.training_cuts import check_data
 
     mine = [{"ids": [f"{ranks.rank}-{i}"]} for i in range(2 + 3 * ranks.rank)]
     ids = {
         drop_last: [batch["ids"][0] for batch in InStep(lambda _: mine, ranks, drop_last, 7)]
         for drop_last in (True, False)
     }
-    parser = argparse.ArgumentParser()
-    add_data_arguments(parser)
-    add_training_data_arguments(parser)
-    flags = parser.parse_args([*args.flags, "--drop-last", "false"])
-    flags.seed, flags.train_cuts, flags.valid_cuts = 42, "", "tiny_cuts_dev"
-    flags.dry_run = False
-    flags.exp_dir, flags.start_epoch = args.exp_dir, 1
+    flags = parse(*args.flags, "--drop-last", "false", "--exp-dir", args.exp_dir)
     loader = make_train_loader(flags, check_data(flags)[0], ranks)
     ids["shards"] = [[batch["ids"] for batch in loader(epoch)] for epoch in (1, 2)]
     torch.save(ids, args.exp_dir / "streams" / f"rank-{ranks.rank}.pt")

@@ -1,6 +1,5 @@
 """--scan-oom: which batches are tried, what is said of those without memory, and no trace of it."""
 
-import argparse
 import logging
 
 import pytest
@@ -10,16 +9,17 @@ from lhotse.cut import MonoCut
 from lhotse.supervision import SupervisionSegment
 from test_loop import listed
 from torch import nn
+from typed_flags import parse
 
 import train
-from speechllm.data import add_data_arguments, add_training_data_arguments
 from speechllm.errors import InputError
 from speechllm.model import SpeechLLM
 from speechllm.training.checkpoint import load_checkpoint
 from speechllm.training.distributed import Ranks
 from speechllm.training.engine import Engine
+from speechllm.training.loaders import make_train_loader, scan_batches
 from speechllm.training.memory_scan import scan_memory, silence_of, worst_batches
-from speechllm.training.setup import check_data, make_train_loader, scan_batches
+from speechllm.training.training_cuts import check_data
 
 
 def cut(seconds, text="a"):
@@ -43,20 +43,16 @@ def test_the_worst_are_found():
 
 @pytest.fixture
 def flags(tiny_corpus, tiny_shards):
-    def parse(*argv):
-        parser = argparse.ArgumentParser()
-        add_data_arguments(parser)
-        add_training_data_arguments(parser)
-        args = parser.parse_args([
-            "--manifest-dir", str(tiny_corpus), "--num-workers", "0", "--max-duration", "6",
-            "--enable-musan", "false", "--enable-spec-aug", "false", "--drop-last", "false", *argv,
-        ])  # fmt: skip
-        args.seed, args.train_cuts, args.valid_cuts = 42, "tiny_cuts_many", "tiny_cuts_dev"
-        args.exp_dir, args.start_epoch = tiny_corpus / "none", 1
+    def checked(*argv):
+        args = parse(
+            "--manifest-dir", tiny_corpus, "--num-workers", 0, "--max-duration", 6,
+            "--enable-musan", "false", "--enable-spec-aug", "false", "--drop-last", "false",
+            "--exp-dir", tiny_corpus / "none", *argv,
+        )  # fmt: skip
         args.train_statistics = check_data(args, is_main=False)[0]
         return args
 
-    return parse
+    return checked
 
 
 @pytest.mark.parametrize("more", [(), ("--concatenate-cuts", "true", "--max-duration", "20")])

@@ -5,7 +5,7 @@ import torch
 from small_training import BATCH, TRAINED, loss, make_model, predicted
 
 from speechllm.training.live_memory import LiveMemory
-from speechllm.training.setup import make_optimizer
+from speechllm.training.optimizers import make_optimizer
 from speechllm.training.size import encoder_memory, encoder_training_memory, parameters
 from speechllm.zipformer import SIZES, ZipformerEncoder
 

@@ -17,8 +17,9 @@ from speechllm.model_flags import encoder_files
 from speechllm.sampling import LLMPositions
 from speechllm.training.checkpoint import check_room, checkpoint_bytes
 from speechllm.training.distributed import num_ranks
+from speechllm.training.engine import autocast_dtype
+from speechllm.training.loaders import scan_batches
 from speechllm.training.memory_scan import worst_batches
-from speechllm.training.setup import autocast_dtype, scan_batches
 from speechllm.training.size import (
     Batch,
     Training,

@@ -103,6 +103,13 @@ class Engine:
             self.scaler.load_state_dict(state["grad_scaler"])
 
 
+def autocast_dtype(use_fp16: bool, use_bf16: bool) -> torch.dtype:
+    """What the flags say, for autocast and for weights that are not trained."""
+    if use_bf16:
+        return torch.bfloat16
+    return torch.float16 if use_fp16 else torch.float32
+
+
 class WithStandIn(nn.Module):
     """A module, and a pass through all that is trained in it for those who have no batch."""
 
