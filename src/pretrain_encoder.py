@@ -40,10 +40,10 @@ from speechllm.training.checkpoint import (
 from speechllm.training.distributed import Ranks, is_first_process, launch
 from speechllm.training.engine import Engine
 from speechllm.training.loaders import make_valid_loader
-from speechllm.training.loop import validate
 from speechllm.training.setup import fit
 from speechllm.training.training_cuts import check_data, train_paths
 from speechllm.training.training_flags import add_training_arguments, check_training
+from speechllm.training.validation import validate
 from speechllm.whole_file import whole_file
 from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
 from speechllm.zipformer.checkpoint import encoder_from_state

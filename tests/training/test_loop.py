@@ -23,10 +23,11 @@ from speechllm.training.checkpoint import (
 )
 from speechllm.training.distributed import Ranks
 from speechllm.training.engine import Engine
-from speechllm.training.loop import Trainer, adjust_grad_scale, groups, validate
+from speechllm.training.loop import Trainer, adjust_grad_scale, groups
 from speechllm.training.preemption import EXIT_CODE
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.schedule import Eden
+from speechllm.training.validation import validate
 
 CLASSES = 3
 

@@ -25,7 +25,7 @@ from speechllm.training.checkpoint import TrainState, average_epochs, save_check
 from speechllm.training.distributed import launch
 from speechllm.training.engine import Engine
 from speechllm.training.loop import Trainer
-from speechllm.training.loop import validate as loop_validate
+from speechllm.training.validation import validate as loop_validate
 from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
 
 LOCAL = Path(__file__).resolve().parents[2] / "local"

@@ -1,4 +1,4 @@
-"""The training loop: epochs, steps, validation and checkpoints, for any model with a batch loss."""
+"""The training loop: epochs, steps and checkpoints, for any model with a batch loss."""
 
 import logging
 import time
@@ -8,10 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from speechllm.errors import InputError
-from speechllm.progress import ProgressBar
 from speechllm.seeds import seed_everything
 from speechllm.training.bad_steps import (
     GRADIENTS,
@@ -34,10 +33,11 @@ from speechllm.training.checkpoint import (
 )
 from speechllm.training.engine import Engine
 from speechllm.training.metrics import RESET_INTERVAL, Metrics, TensorBoard
+from speechllm.training.pace import Pace
 from speechllm.training.preemption import EXIT_CODE, Preempted, StopAsked, asked_to_stop
 from speechllm.training.schedule import FixedLR
+from speechllm.training.validation import BatchLoss, validate
 
-BatchLoss = Callable[[nn.Module, dict], dict[str, Tensor]]
 ModelState = Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]]
 
 
@@ -153,66 +153,65 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         """The batches of an epoch that were not trained on yet."""
-        state, ranks = self.state, self.engine.ranks
-        progress = ProgressBar(f"epoch {state.epoch}", self.epoch_seconds, ranks.is_main)
+        state = self.state
+        pace = Pace(f"epoch {state.epoch}", self.epoch_seconds, self.engine.ranks)
         loader = iter(self.train_loader(state.epoch, state.batches_in_epoch))
-        audio_seconds = 0.0
-        for batch in islice(loader, state.batches_in_epoch):
-            audio_seconds += float(batch["seconds"]) * ranks.world_size
-        progress.advance(audio_seconds)
-        before = audio_seconds  # this process
+        pace.begin(islice(loader, state.batches_in_epoch))
         if self.bad and not state.batches_in_epoch:
             self.bad.start_epoch()
-        start = time.monotonic()
         self.engine.model.train()
         first = -(-state.batches_in_epoch // self.grad_accum)
         batch_idx, metrics = first - 1, None
         for batch_idx, batches in enumerate(groups(loader, self.grad_accum), start=first):
-            if batch_idx % self.valid_interval == 0:
-                if batch_idx > 0 or state.epoch == self.first_epoch:
-                    pause = time.monotonic()
+            if self._is_time_to_validate(batch_idx):
+                with pace.paused():
                     self._validate()
                     self.engine.model.train()
-                    start += time.monotonic() - pause
             tokens, stop, save = self._agree(batches)
-            self.schedule.step_batch(state.batch_idx_train)
-            seed_everything(self.seed, state.epoch, batch_idx, ranks.rank)
-            metrics = self.step(batches, tokens)
-            for batch in batches if self.bad else []:
-                self.bad.note(batch)
-            state.batch_idx_train += 1
-            state.batches_in_epoch += len(batches)
-            if metrics:
-                self.epoch_sums = self.epoch_sums + metrics
-                self.recent = self.recent.decayed(1 - 1 / RESET_INTERVAL) + metrics
-                adjust_grad_scale(self.engine.scaler, batch_idx)
-            elif state.recently_skipped > self.max_skipped_steps:
-                self._give_up()
-
-            seconds = sum(float(batch["seconds"]) for batch in batches) * ranks.world_size
-            audio_seconds += seconds
-            progress.advance(seconds)
-            speed = (audio_seconds - before) / (time.monotonic() - start)
+            metrics = self._train_step(batch_idx, batches, tokens)
+            pace.step(batches)
             if metrics and batch_idx % self.log_interval == 0:
-                self._log_batch(batch_idx, batches, metrics, speed)
-                progress.show(loss=self.recent.means()["loss"])
+                self._log_batch(batch_idx, batches, metrics, pace.speed)
+                pace.bar.show(loss=self.recent.means()["loss"])
             if stop:
                 self._stop()
             if save or (self.save_every_n and state.batch_idx_train % self.save_every_n == 0):
                 self._save_checkpoint()
-        progress.close()
-        if not state.batches_in_epoch:
+        pace.bar.close()
+        self._check_there_were_batches()
+        if metrics and batch_idx % self.log_interval:
+            self._log_batch(batch_idx, batches, metrics, pace.speed)
+        self._log_epoch(batch_idx + 1, pace.audio)
+
+    def _is_time_to_validate(self, batch_idx: int) -> bool:
+        """Not at the start of an epoch, after which the one before was validated."""
+        begins = batch_idx == 0 and self.state.epoch > self.first_epoch
+        return batch_idx % self.valid_interval == 0 and not begins
+
+    def _train_step(self, batch_idx: int, batches: list[dict], tokens: int) -> Metrics | None:
+        """A step as `step`, and what follows from it: sums, counts and the gradient scale."""
+        state = self.state
+        self.schedule.step_batch(state.batch_idx_train)
+        seed_everything(self.seed, state.epoch, batch_idx, self.engine.ranks.rank)
+        metrics = self.step(batches, tokens)
+        for batch in batches if self.bad else []:
+            self.bad.note(batch)
+        state.batch_idx_train += 1
+        state.batches_in_epoch += len(batches)
+        if metrics:
+            self.epoch_sums = self.epoch_sums + metrics
+            self.recent = self.recent.decayed(1 - 1 / RESET_INTERVAL) + metrics
+            adjust_grad_scale(self.engine.scaler, batch_idx)
+        elif state.recently_skipped > self.max_skipped_steps:
+            self._give_up()
+        return metrics
+
+    def _check_there_were_batches(self) -> None:
+        if not self.state.batches_in_epoch:
             raise InputError(
-                f"epoch {state.epoch} had no batch: "
+                f"epoch {self.state.epoch} had no batch: "
                 "--max-duration, --drop-last or the cuts leave none"
             )
-        if metrics and batch_idx % self.log_interval:
-            self._log_batch(batch_idx, batches, metrics, speed)
-        skipped = f", {state.skipped_steps} steps skipped so far" if state.skipped_steps else ""
-        logging.info(
-            f"Epoch {state.epoch}: {batch_idx + 1} batches with {audio_seconds:.0f} of "
-            f"{self.epoch_seconds:.0f} s of audio{skipped}"
-        )
 
     def _agree(self, batches: list[dict]) -> tuple[int, bool, bool]:
         """Of all ranks: the tokens of this step, and whether to stop or to save after it."""
@@ -348,6 +347,14 @@ class Trainer:
         if scaler.is_enabled():
             board.add("train/", {"grad_scale": scaler.get_scale()}, step)
 
+    def _log_epoch(self, batches: int, audio: float) -> None:
+        state = self.state
+        skipped = f", {state.skipped_steps} steps skipped so far" if state.skipped_steps else ""
+        logging.info(
+            f"Epoch {state.epoch}: {batches} batches with {audio:.0f} of "
+            f"{self.epoch_seconds:.0f} s of audio{skipped}"
+        )
+
 
 def groups(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
     """Lists of `size` batches; the last may have fewer."""
@@ -371,54 +378,3 @@ def adjust_grad_scale(scaler: torch.amp.GradScaler, batch_idx: int) -> None:
         logging.warning(f"Grad scale is small: {scale}")
     if scale < 1.0e-5:
         raise RuntimeError(f"grad_scale is too small, exiting: {scale}")
-
-
-@torch.no_grad()
-def validate(
-    engine: Engine,
-    batch_loss: BatchLoss,
-    count_tokens: Callable[[dict], int],
-    batches: Iterable[dict],
-    asked: Callable[[], bool] = lambda: False,
-) -> Metrics:
-    """The sums over the validation cuts of all ranks; leaves the model in evaluation mode.
-
-    Raises:
-      StopAsked: `asked` was true on some rank.
-    """
-    engine.module.eval()
-    totals = Metrics(dict.fromkeys(("loss", "tokens", "frames"), torch.zeros(())))
-    for batch, counts in _in_step(batches, engine, asked):
-        with engine.autocast():
-            sums = batch_loss(engine.module, batch)
-        if counts:
-            totals = totals + Metrics({**sums, "tokens": torch.tensor(count_tokens(batch))})
-    return totals.reduced(engine.ranks)
-
-
-def _in_step(
-    batches: Iterable[dict], engine: Engine, asked: Callable[[], bool]
-) -> Iterator[tuple[dict, bool]]:
-    """This rank's batches, and whether each counts; all ranks see whether one was asked to stop.
-
-    Where the model is divided every rank has as many: the last one is repeated.
-
-    Raises:
-      ValueError: the model is divided, and this rank has no batch.
-    """
-    ranks = engine.ranks
-    remaining, batch = iter(batches), None
-    while True:
-        following = next(remaining, None)
-        some, stop = ranks.sum(torch.tensor([following is not None, asked()]).int()).tolist()
-        if stop:
-            raise StopAsked
-        if not some:
-            return
-        batch = following or batch
-        if following is not None or engine.divided:
-            if batch is None:
-                raise InputError(
-                    f"rank {ranks.rank} of {ranks.world_size} has nothing to validate on"
-                )
-            yield batch, following is not None

@@ -12,12 +12,13 @@ from speechllm.training.distributed import Ranks
 from speechllm.training.engine import Engine, autocast_dtype
 from speechllm.training.finite_outputs import check_outputs_finite
 from speechllm.training.loaders import make_train_loader, scan_batches
-from speechllm.training.loop import BatchLoss, ModelState, Trainer
+from speechllm.training.loop import ModelState, Trainer
 from speechllm.training.memory_scan import scan_memory, worst_batches
 from speechllm.training.optimizers import make_optimizer, make_schedule
 from speechllm.training.resume import for_ranks, move_aside, order_of, say_what_differs
 from speechllm.training.schedule import FixedLR
 from speechllm.training.training_cuts import bad_utterances
+from speechllm.training.validation import BatchLoss
 from speechllm.training.zero import ZeroEngine
 
 
