@@ -1,11 +1,13 @@
 """Makes src/ and local/ importable, and says where the shared material is."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from decode_results import TOKENS
 from former_logging import former_logging
 
 # Before torch is imported: models this small gain nothing from threads.
@@ -46,6 +48,14 @@ def small_disk(tmp_path):
         pytest.skip(f"no small disk can be mounted here: {error}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """A path that files made to run code would make; it is not there, whatever the test does."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()
 
 
 @pytest.fixture(scope="session")
@@ -275,3 +285,49 @@ def tiny_mose_exp(tmp_path_factory, tiny_train_argv) -> Path:
     with former_logging():
         train_mose.main(tiny_train_argv(exp_dir, n=2))
     return exp_dir
+
+
+@pytest.fixture
+def copies(tiny_exp, tiny_mose_exp, tmp_path):
+    """A copy of the experiment with n encoders, to decode in."""
+
+    def copy(n=1):
+        exp_dir = tmp_path / f"exp{n}"
+        shutil.copytree({1: tiny_exp, 2: tiny_mose_exp}[n], exp_dir)
+        return exp_dir
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def test_cuts(tiny_corpus, tmp_path_factory) -> Path:
+    """A cut file of four utterances: one in capitals, one too short for a speech embedding."""
+    from lhotse import CutSet, load_manifest
+
+    cuts = list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
+    cuts[1].supervisions[0].text = cuts[1].supervisions[0].text.upper()
+    short = cuts[2].truncate(duration=0.2).with_id("short")
+    short.supervisions[0].duration = 0.2
+    path = tmp_path_factory.mktemp("test_cuts") / "tiny_cuts_test-all.jsonl.gz"
+    CutSet.from_cuts([*cuts, short]).to_file(path)
+    return path
+
+
+@pytest.fixture
+def run_decode(tiny_argv, test_cuts, monkeypatch):
+    """decode.py, or decode_mose.py with two encoders; by default the average of both epochs."""
+    import decode
+    import decode_mose
+    from speechllm.decoding import search_options
+
+    monkeypatch.setattr(search_options, "MAX_NEW_TOKENS", TOKENS)
+    monkeypatch.setattr(decode, "MAX_NEW_TOKENS", TOKENS)
+
+    def run(exp_dir, *flags, n=1):
+        program = decode if n == 1 else decode_mose
+        program.main([
+            *tiny_argv(n), "--exp-dir", str(exp_dir), "--test-cuts", str(test_cuts), "--epoch", "2",
+            "--avg", "2", *map(str, flags),
+        ])  # fmt: skip
+
+    return run

@@ -6,11 +6,11 @@ tests/soak.py does it at random moments, on real speech, for long.
 import multiprocessing
 import os
 import signal
-import socket
 import time
 
 import pytest
 import torch
+from free_port import free_port
 from same_checkpoints import differences
 
 import train
@@ -18,12 +18,6 @@ from speechllm import whole_file
 from speechllm.training import loop
 from speechllm.training.checkpoint import load_checkpoint, numbered_files
 from speechllm.training.preemption import EXIT_CODE
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
 
 
 def die() -> None:

@@ -7,12 +7,12 @@ utterance.
 import random
 import re
 import shutil
-import socket
 
 import prepare_corpus
 import pytest
 import torch
 from former_logging import former_logging
+from free_port import free_port
 from lhotse import CutSet, load_manifest
 from safetensors.torch import load_file, save_file
 
@@ -135,12 +135,6 @@ def test_tokens_are_the_same_in_any_batch(answers, way):
 
 
 # ---- the same batches, wherever they are decoded: the same files, byte for byte
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

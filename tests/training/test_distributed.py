@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from free_port import free_port
 from torch import nn
 
 from speechllm.errors import InputError
@@ -29,9 +30,7 @@ SRC = str(Path(distributed.__file__).parents[2])
 
 @pytest.fixture
 def port():
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture(autouse=True)
@@ -81,12 +80,6 @@ def test_who_speaks_before_launch(monkeypatch):
 
 
 # What two ranks compute together
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
 
 
 def toy_loss(model, batch):

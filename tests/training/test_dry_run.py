@@ -1,4 +1,4 @@
-"""The lines of --dry-run; whole programs are in test_train.py and test_pretrain_encoder.py."""
+"""The lines of --dry-run; whole programs: test_train_dry_run.py and test_pretrain_encoder.py."""
 
 from types import SimpleNamespace
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import free_port, speech_llm
+from free_port import free_port
+from test_distributed import speech_llm
 
 import decode
 import train

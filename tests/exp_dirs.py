@@ -1,0 +1,19 @@
+"""What a training leaves in its folder, read."""
+
+import re
+
+import torch
+
+LOSS = re.compile(r"validation: loss=([\d.]+)")
+
+
+def log(exp_dir):
+    return "".join(path.read_text() for path in sorted((exp_dir / "log").iterdir()))
+
+
+def validation_losses(exp_dir):
+    return [float(loss) for loss in LOSS.findall(log(exp_dir))]
+
+
+def equal(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)

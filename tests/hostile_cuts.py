@@ -1,0 +1,89 @@
+"""Lines of manifests made to run something or to read what is none of theirs."""
+
+import gzip
+import json
+from pathlib import Path
+
+
+def recording(kind: str, source: str) -> dict:
+    source = {"type": kind, "channels": [0], "source": source}
+    return {
+        "id": "r", "sources": [source], "sampling_rate": 16000, "num_samples": 16000,
+        "duration": 1.0, "channel_ids": [0],
+    }  # fmt: skip
+
+
+def stored(storage_type: str, path: str, key: str = "0,1") -> dict:
+    return {
+        "type": "fbank", "num_frames": 100, "num_features": 80, "frame_shift": 0.01, "start": 0,
+        "sampling_rate": 16000, "duration": 1.0, "storage_type": storage_type, "channels": 0,
+        "storage_path": path, "storage_key": key, "recording_id": "r",
+    }  # fmt: skip
+
+
+def cut_of(**fields) -> dict:
+    supervision = {
+        "id": "s", "recording_id": "r", "start": 0.0, "duration": 1.0, "channel": 0, "text": "one",
+    }  # fmt: skip
+    return {
+        "type": "MonoCut", "id": "cut-7", "start": 0.0, "duration": 1.0, "channel": 0,
+        "supervisions": [supervision], **fields,
+    }  # fmt: skip
+
+
+def hostile_cuts(canary) -> dict[str, tuple[dict, str]]:
+    """Of each attack a cut and what is said of it."""
+    run = f"mkdir {canary}"
+    good, bad = recording("file", "/x.wav"), recording("command", run)
+    wants_command = f"it wants audio from a command, '{run}'"
+    array = {"storage_type": "memory_raw", "storage_path": "", "storage_key": "x", "shape": [2]}
+    reverb = {"name": "ReverbWithImpulseResponse", "kwargs": {"rir": bad, "rir_channels": [0]}}
+    speech = cut_of()["supervisions"][0]
+    wants_pipe = f"it wants to run 'pipe:{run}'"
+    return {
+        "command": (cut_of(recording=bad), wants_command),
+        "pipe": (cut_of(recording=recording("url", f"pipe:{run}")), wants_pipe),
+        "shell in a name": (
+            cut_of(recording=recording("file", f"/x;{run};.SPH")),
+            f"a shell would be given the file name '/x;{run};.SPH'",
+        ),
+        "hdfs": (
+            cut_of(recording=recording("url", "hdfs:///x.wav")), "it wants to read from hdfs://, "
+        ),
+        "features of a pipe": (
+            cut_of(recording=good, features=stored("lilcom_files", f"pipe:{run} #")),
+            f"it wants to run 'pipe:{run} #'",
+        ),
+        "features' key": (
+            cut_of(recording=good, features=stored("lilcom_files", ".", f"pipe:{run}")), wants_pipe
+        ),
+        "pickled features": (
+            cut_of(recording=good, features=stored("memory_raw", "", "x")),
+            "it wants to read what is stored as 'memory_raw'",
+        ),
+        "kaldi": (
+            cut_of(recording=good, features=stored("kaldiio", "feats.scp", f"{run} |")),
+            "it wants to read what is stored as 'kaldiio'",
+        ),
+        "custom recording": (cut_of(recording=good, custom={"far": bad}), wants_command),
+        "custom array": (
+            cut_of(recording=good, custom={"x": array}),
+            "it wants to read what is stored as 'memory_raw'",
+        ),
+        "of a supervision": (
+            cut_of(recording=good, supervisions=[speech | {"custom": {"far": bad}}]), wants_command
+        ),
+        "transform": (cut_of(recording=good | {"transforms": [reverb]}), wants_command),
+        "track": (
+            {"type": "MixedCut", "id": "cut-7",
+             "tracks": [{"type": "MonoCut", "cut": cut_of(recording=good), "offset": 0.0},
+                        {"type": "MonoCut", "cut": cut_of(recording=bad), "offset": 1.0}]},
+            wants_command,
+        ),
+    }  # fmt: skip
+
+
+def write_lines(path: Path, lines: list[dict]) -> Path:
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    return path
