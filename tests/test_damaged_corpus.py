@@ -74,13 +74,15 @@ FEATURES = {
     "another channel": (put("features", "channels", value=3), "malformed"),
     "unknown storage": (put("features", "storage_key", value="gone.npy"), "unreadable-features"),
 }
-FEATURE_FILES = {
-    "missing": (None, "unreadable-features"),
-    "empty": (lambda data: b"", "unreadable-features"),
-    "truncated": (lambda data: data[: len(data) // 2], "unreadable-features"),
+FILES = {
+    "missing": None,
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "zeroed": lambda data: bytes(len(data)),
+    "random": lambda data: np.random.default_rng(0).bytes(len(data)),
+}
+FEATURE_FILES = {name: (damage, "unreadable-features") for name, damage in FILES.items()} | {
     "header alone": (lambda data: data[:64], "unreadable-features"),
-    "zeroed": (lambda data: bytes(len(data)), "unreadable-features"),
-    "random": (lambda data: np.random.default_rng(0).bytes(len(data)), "unreadable-features"),
     "json": (lambda data: b"{}", "unreadable-features"),
 }
 FEATURE_VALUES = {
@@ -100,13 +102,9 @@ AUDIO = {
         put("recording", "sources", 0, "source", value="gone.wav"), "unreadable-audio"),
     "too few samples": (put("recording", "num_samples", value=9), "malformed"),
 }  # fmt: skip
-AUDIO_FILES = {
-    "missing": (None, "unreadable-audio"),
-    "empty": (lambda data: b"", "unreadable-audio"),
-    "truncated": (lambda data: data[: len(data) // 2], "unreadable-audio|wrong-length"),
+AUDIO_FILES = {name: (damage, "unreadable-audio") for name, damage in FILES.items()} | {
+    "truncated": (FILES["truncated"], "unreadable-audio|wrong-length"),
     "header alone": (lambda data: data[:44], "unreadable-audio|wrong-length"),
-    "zeroed": (lambda data: bytes(len(data)), "unreadable-audio"),
-    "random": (lambda data: np.random.default_rng(0).bytes(len(data)), "unreadable-audio"),
     "text": (lambda data: b"no audio at all", "unreadable-audio"),
     "rate in the header": (lambda data: data[:24] + b"\x40\x1f" + data[26:], "sampling-rate"),
 }

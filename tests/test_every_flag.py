@@ -4,14 +4,12 @@ What the flags reach is compared: the objects given to the training loop, and wh
 What the values themselves do is tested where it is done.
 """
 
-import shutil
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+from flag_changes import Change, other_models
 from lhotse import load_manifest
 from lhotse.dataset import OnTheFlyFeatures
-from safetensors.torch import load_file, save_file
 
 import decode
 import train
@@ -25,15 +23,6 @@ from speechllm.training.distributed import Ranks
 from speechllm.training.schedule import Eden
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
-
-
-@dataclass
-class Change:
-    """A flag's other value, what is looked at, and flags without which it would change nothing."""
-
-    value: str
-    seen: callable
-    context: tuple[str, ...] = field(default=())
 
 
 def flags_of(parser) -> set[str]:
@@ -50,12 +39,7 @@ def other_files(tiny_corpus, tiny_encoder_dir, tiny_llm_dir, tiny_shards, tmp_pa
     cuts[3].supervisions[0].text = ""
     cuts.to_file(tmp_path / "broken.jsonl.gz")
     (tmp_path / "shards").symlink_to(tiny_shards)
-    (tmp_path / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
-    (tmp_path / "bpe.model").symlink_to(tiny_encoder_dir / "bpe.model")
-    llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
-    weights = load_file(llm / "model.safetensors")
-    weights["model.norm.weight"] *= -1
-    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    other_models(tmp_path, tiny_encoder_dir, tiny_llm_dir)
 
 
 # ---- train.py

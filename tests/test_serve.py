@@ -5,24 +5,17 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import httpx
 import pytest
 import uvicorn
+from flag_changes import Change
 
 import serve
 import transcribe
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
-
-
-@dataclass
-class Change:
-    value: str
-    seen: callable
-    context: tuple[str, ...] = ()
 
 
 @pytest.fixture

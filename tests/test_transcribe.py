@@ -2,15 +2,13 @@
 
 import io
 import json
-import shutil
 import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
-from safetensors.torch import load_file, save_file
+from flag_changes import Change, other_models
 
 import transcribe
 from speechllm.decoding.recognizer import Recognizer
@@ -128,15 +126,6 @@ def test_recordings_are_found_once_and_in_order(sounds):
 # ---- every flag
 
 
-@dataclass
-class Change:
-    """A flag's other value, what is looked at, and flags without which it would change nothing."""
-
-    value: str
-    seen: callable
-    context: tuple[str, ...] = ()
-
-
 @pytest.fixture
 def transcribed(run, monkeypatch, sounds, tiny_exp, tiny_encoder_dir, tiny_llm_dir, tmp_path):
     """A function from flags to what was used and printed; `{tmp}` has other models."""
@@ -145,12 +134,7 @@ def transcribed(run, monkeypatch, sounds, tiny_exp, tiny_encoder_dir, tiny_llm_d
     for name in ("epoch-1.pt", "epoch-2.pt"):
         (exp / name).symlink_to(tiny_exp / name)
     (exp / "checkpoint-9.pt").symlink_to(tiny_exp / "epoch-1.pt")
-    (tmp_path / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
-    (tmp_path / "bpe.model").symlink_to(tiny_encoder_dir / "bpe.model")
-    llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
-    weights = load_file(llm / "model.safetensors")
-    weights["model.norm.weight"] *= -1
-    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    other_models(tmp_path, tiny_encoder_dir, tiny_llm_dir)
 
     def transcribed(*flags):
         seen = SimpleNamespace(batches=[], model=None)
