@@ -1,107 +1,15 @@
-"""Merging as pictures, the loss against transformers' own, and who hears what."""
+"""The projector, the loss against transformers' own, and what is frozen and what is trained."""
 
-import math
-import random
 import re
-from collections import Counter
 
 import pytest
 import torch
 from small_model import LENS, TOKENS, TRANSCRIPTS, gradients, mean_loss, run
 
-from speechllm.model import (
-    KEEP_PROBABILITY,
-    Projector,
-    draw_encoders,
-    expand_speech,
-    positions,
-)
+from speechllm.model import Projector
 from speechllm.prompt import IGNORED, training_ids
 from speechllm.trained_state import trainable_state
 from speechllm.zipformer.swoosh import swoosh_r
-
-x = IGNORED
-
-
-# ---- pictures of merging; 9 is <speech>, 0 the padding
-
-
-def picture(ids, labels, counts, pad=0):
-    labels = None if labels is None else torch.tensor(labels)
-    ids, mask, labels = expand_speech(torch.tensor(ids), labels, counts, speech=9, pad=pad)
-    return ids.tolist(), mask.int().tolist(), None if labels is None else labels.tolist()
-
-
-def test_each_speech_token_becomes_as_many_as_it_has_embeddings():
-    ids, mask, labels = picture(
-        [[1, 9, 2, 7, 8],
-         [0, 1, 9, 2, 8]],
-        [[x, x, x, 7, 8],
-         [x, x, x, x, 8]],
-        [[2], [4]],
-    )  # fmt: skip
-    assert ids == [[1, 9, 9, 2, 7, 8, 0],
-                   [1, 9, 9, 9, 9, 2, 8]]  # fmt: skip
-    assert mask == [[1, 1, 1, 1, 1, 1, 0],
-                    [1, 1, 1, 1, 1, 1, 1]]  # fmt: skip
-    assert labels == [[x, x, x, x, 7, 8, x],
-                      [x, x, x, x, x, x, 8]]  # fmt: skip
-
-
-def test_several_groups_and_rows_with_different_numbers_of_them():
-    ids, mask, labels = picture(
-        [[1, 9, 2, 9, 3, 8],
-         [0, 0, 1, 9, 2, 8]],
-        [[x, x, x, x, x, 8],
-         [x, x, x, x, x, 8]],
-        [[1, 3], [2]],
-    )  # fmt: skip
-    assert ids == [[1, 9, 2, 9, 9, 9, 3, 8],
-                   [1, 9, 9, 2, 8, 0, 0, 0]]  # fmt: skip
-    assert mask == [[1, 1, 1, 1, 1, 1, 1, 1],
-                    [1, 1, 1, 1, 1, 0, 0, 0]]  # fmt: skip
-    assert labels == [[x, x, x, x, x, x, x, 8],
-                      [x, x, x, x, 8, x, x, x]]  # fmt: skip
-
-
-def test_nothing_heard_leaves_nothing_and_prompts_have_no_labels():
-    assert picture([[1, 9, 2], [1, 9, 2]], None, [[0], [1]]) == (
-        [[0, 1, 2], [1, 9, 2]], [[0, 1, 1], [1, 1, 1]], None
-    )  # fmt: skip
-
-
-def test_only_padding_in_front_is_padding():
-    """With some tokenizers <|im_end|> is both: 8 here."""
-    ids, mask, labels = picture([[8, 8, 1, 9, 8, 7, 8]], [[x, x, x, x, x, 7, 8]], [[2]], pad=8)
-    assert ids == [[1, 9, 9, 8, 7, 8]]
-    assert mask == [[1, 1, 1, 1, 1, 1]]
-    assert labels == [[x, x, x, x, 7, 8]]
-
-
-def test_positions_are_counted_from_the_first_token():
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
-    assert positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
-
-
-def test_speech_embeddings_take_their_places(make_model):
-    model = make_model(2)
-    chat, rows = model.chat, model.llm.get_input_embeddings().weight
-    first, second, other = torch.randn(2, 32), torch.randn(1, 32), torch.randn(1, 32)
-    ids, labels = training_ids(chat, [[10], [20]], [2, 1])
-    embeds, mask, labels = model.merge(ids, labels, [[first, second], [other]])
-    start, _, end = chat.group
-    pictures = [
-        [*chat.before, start, *first, end, start, *second, end, *chat.after, 10, chat.end],
-        [*chat.before, start, *other, end, *chat.after, 20, chat.end],
-    ]
-    for row, expected in enumerate(pictures):
-        expected = torch.stack([rows[e] if isinstance(e, int) else e for e in expected])
-        assert mask[row].sum() == len(expected)
-        torch.testing.assert_close(embeds[row][mask[row]], expected, rtol=0, atol=0)
-        prompt = [IGNORED] * (len(expected) - 2)
-        assert labels[row][mask[row]].tolist() == [*prompt, [10, 20][row], chat.end]
-        assert mask[row][: len(expected)].all()
-
 
 # ---- projector
 
@@ -207,90 +115,6 @@ def test_half_precision(make_model, features, dtype):
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=0.05)
     for gradient in gradients(model).values():
         assert gradient.dtype == torch.float32 and torch.isfinite(gradient).all()
-
-
-# ---- mixture of encoders
-
-
-def test_draw_encoders_with_published_probabilities():
-    random.seed(0)
-    n, size = 4, 20_000
-    drawn = draw_encoders(n, size)
-    assert all(1 <= len(used) == len(set(used)) <= n and max(used) < n for used in drawn)
-    # Binomial, where none at all counts as all four.
-    kept = Counter(map(len, drawn))
-    for k in range(1, n + 1):
-        share = math.comb(n, k) * KEEP_PROBABILITY**k * (1 - KEEP_PROBABILITY) ** (n - k)
-        share += (1 - KEEP_PROBABILITY) ** n if k == n else 0.0
-        assert kept[k] / size == pytest.approx(share, abs=0.015)
-    first, last = Counter(used[0] for used in drawn), Counter(used[-1] for used in drawn)
-    for k in range(n):
-        assert sum(k in used for used in drawn) / size == pytest.approx(0.75, abs=0.015)
-        assert first[k] / size == pytest.approx(1 / n, abs=0.015)
-        assert last[k] / size == pytest.approx(1 / n, abs=0.015)
-
-
-def test_all_encoders_are_kept_when_none_would_be(monkeypatch):
-    monkeypatch.setattr(random, "random", lambda: 0.99)
-    assert [sorted(used) for used in draw_encoders(3, 5)] == [[0, 1, 2]] * 5
-
-
-def test_drawing_follows_the_seed():
-    random.seed(3)
-    first = draw_encoders(4, 50)
-    assert draw_encoders(4, 50) != first
-    random.seed(3)
-    assert draw_encoders(4, 50) == first
-
-
-def test_evaluation_uses_all_in_order(make_model):
-    assert make_model(3).all_encoders(2) == [[0, 1, 2], [0, 1, 2]]
-
-
-def test_an_encoder_hears_only_who_uses_it(make_model, features, monkeypatch):
-    model = make_model(2)
-    heard = {}
-    for k, encoder in enumerate(model.encoder):
-
-        def forward(features, lens, feature_mask, k=k, forward=encoder.forward):
-            heard[k] = lens.tolist()
-            return forward(features, lens, feature_mask)
-
-        monkeypatch.setattr(encoder, "forward", forward)
-    run(model, features, [[1], [1, 0], [0]])
-    assert heard == {0: [61, 122], 1: [160, 61]}
-
-
-def test_speech_embeddings_come_in_the_order_of_use(make_model, features):
-    model = make_model(2)
-    both = model.speech_embeddings(features, LENS, model.all_encoders(3))
-    drawn = model.speech_embeddings(features, LENS, [[1], [1, 0], [0]])
-    expected = [[both[0][1]], [both[1][1], both[1][0]], [both[2][0]]]
-    for ours, theirs in zip(drawn, expected):
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs):
-            torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("unfreeze_encoder", [False, True])
-def test_an_unused_encoder_still_has_gradients(make_model, features, unfreeze_encoder):
-    """Otherwise data-parallel training would wait for them."""
-    model = make_model(2, unfreeze_encoder=unfreeze_encoder).train()
-    mean_loss(model, features, [[0], [0], [0]]).backward()
-    for name, gradient in gradients(model).items():
-        assert gradient is not None, name
-        if name.startswith(("encoder.1.", "encoder_projector.1.")):
-            assert not gradient.any(), name
-    assert model.encoder_projector[0].proj[1].weight.grad.any()
-
-
-def test_an_unused_encoder_does_not_change_the_loss(make_model, features):
-    """What speaks is the second encoder alone, which a model of that one alone has too."""
-    two, one = make_model(2), make_model(1)
-    one.encoder[0] = two.encoder[1]
-    one.encoder_projector[0] = two.encoder_projector[1]
-    one.llm = two.llm
-    torch.testing.assert_close(run(two, features, [[1]] * 3)["loss"], run(one, features)["loss"])
 
 
 # ---- frozen and trained

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_distributed import free_port
-from test_loop import listed, logged, values
+from free_port import free_port
 from torch import nn
+from toy_training import listed, logged, values
 
 from speechllm.errors import InputError
 from speechllm.loader_processes import NamingLoader

@@ -1,118 +1,20 @@
-"""The training loop with a toy model: what it learns, writes, logs, and how it continues."""
+"""The training loop with a toy model: what it learns, writes and logs."""
 
-import json
 import logging
-import os
 import random
 import re
-import signal
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from toy_training import Toy, batch_loss, count_tokens, logged, make_batches, run, values
 
 from speechllm.cut_faults import Fault
 from speechllm.seeds import seed_everything
 from speechllm.training.bad_utterances import BadUtterances
-from speechllm.training.checkpoint import (
-    TrainState,
-    load_checkpoint,
-    numbered_files,
-    restore_state,
-)
+from speechllm.training.checkpoint import load_checkpoint, restore_state
 from speechllm.training.distributed import Ranks
-from speechllm.training.engine import Engine
-from speechllm.training.loop import Trainer, adjust_grad_scale, groups
-from speechllm.training.preemption import EXIT_CODE
-from speechllm.training.scaled_adam import ScaledAdam
-from speechllm.training.schedule import Eden
-from speechllm.training.validation import validate
-
-CLASSES = 3
-
-
-class Toy(nn.Module):
-    """x (N, 8) -> logits (N, 3)."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(8, CLASSES)
-        self.dropout = nn.Dropout(0.3)
-
-    def forward(self, x):
-        return self.linear(self.dropout(x))
-
-
-def make_batches(seed: int, count: int) -> list[dict]:
-    """Learnable: the largest of the first three inputs is the class."""
-    generator = torch.Generator().manual_seed(seed)
-    xs = [torch.randn(6 + i % 3, 8, generator=generator) for i in range(count)]
-    return [
-        {"x": x, "texts": ["a"] * len(x), "ids": ["a"] * len(x), "seconds": 2.0, "bad": []}
-        for x in xs
-    ]
-
-
-def batch_loss(model, batch):
-    logits = model(batch["x"])
-    target = batch["x"][:, :CLASSES].argmax(dim=1)
-    return {
-        "loss": nn.functional.cross_entropy(logits.float(), target, reduction="sum"),
-        "frames": torch.tensor(10 * len(target)),
-        "correct": (logits.argmax(dim=1) == target).sum(),
-    }
-
-
-def count_tokens(batch):
-    return len(batch["x"])
-
-
-def after(skip, batches):
-    """Those before came with less, as from `data.training_loader`."""
-    for number, batch in enumerate(batches):
-        yield batch if number >= skip else {"ids": [], "seconds": batch["seconds"]}
-
-
-def run(exp_dir, start=None, num_epochs=3, batches=60, **options):
-    """Train a toy, from the checkpoint `start` where there is one."""
-    seed_everything(0)
-    model = Toy()
-    state, checkpoint = TrainState(), {}
-    if start:
-        checkpoint = load_checkpoint(exp_dir / start)
-        model.load_state_dict(checkpoint["model"])
-        state = restore_state(checkpoint)
-    optimizer = ScaledAdam(model.parameters(), lr=0.05)
-    schedule = Eden(optimizer, lr_batches=50, lr_epochs=2, warmup_batches=10)
-    engine = Engine(model, optimizer, dtype=options.pop("dtype", torch.float32))
-    if checkpoint:
-        engine.load_state_dict(checkpoint)
-        schedule.load_state_dict(checkpoint["scheduler"])
-    batches_of = options.pop("train_loader", lambda epoch: make_batches(epoch, batches))
-    options = {
-        "batch_loss": batch_loss,
-        "count_tokens": count_tokens,
-        "valid_loader": lambda: make_batches(99, 4),
-        "tensorboard": False,
-        **options,
-    }
-    exp_dir.mkdir(exist_ok=True)
-    state = Trainer(
-        engine=engine, schedule=schedule, state=state, sums=checkpoint.get("sums"),
-        train_loader=lambda epoch, skip: after(skip, batches_of(epoch)),
-        model_state=lambda _: model.state_dict(), exp_dir=exp_dir,
-        num_epochs=num_epochs, epoch_seconds=2.0 * batches, **options,
-    ).run()  # fmt: skip
-    return state, model
-
-
-def logged(caplog, word):
-    return [record.getMessage() for record in caplog.records if word in record.getMessage()]
-
-
-def values(line, name):
-    return [float(value) for value in re.findall(rf"{name}=([0-9.e+-]+)", line)]
+from speechllm.training.loop import adjust_grad_scale, groups
 
 
 @pytest.fixture(autouse=True)
@@ -240,148 +142,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path, caplog):
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
-# The best
-
-
-def scripted_losses(values):
-    """Validation losses in the order of `values`; training as usual."""
-    values = iter(values)
-
-    def loss(model, batch):
-        sums = batch_loss(model, batch)
-        if not model.training:
-            sums["loss"] = torch.tensor(next(values)) * count_tokens(batch)
-        return sums
-
-    return loss
-
-
-def test_best_valid_loss_is_the_checkpoint_with_that_loss(tmp_path):
-    # Before and in the middle of the first epoch the loss was lower than at its end.
-    state, _ = run(
-        tmp_path, num_epochs=3, batches=20, valid_interval=10,
-        batch_loss=scripted_losses([0.5, 0.4, 0.9, 1.0, 0.8, 1.0, 0.85]),
-        valid_loader=lambda: make_batches(99, 1),
-    )  # fmt: skip
-    assert state.best_valid_epoch == 2
-    assert state.best_valid_loss == pytest.approx(0.8)
-    best = load_checkpoint(tmp_path / "best-valid-loss.pt")
-    assert best["epoch"] == 2
-    weight = load_checkpoint(tmp_path / "epoch-2.pt")["model"]["linear.weight"]
-    assert torch.equal(best["model"]["linear.weight"], weight)
-
-
-def test_best_train_loss_is_that_of_the_epoch(tmp_path):
-    state, _ = run(tmp_path, num_epochs=3)
-    assert load_checkpoint(tmp_path / "best-train-loss.pt")["epoch"] == state.best_train_epoch == 3
-
-
-# Going on
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("start", ["epoch-2.pt", "checkpoint-28.pt", "checkpoint-40.pt"])
-def test_resuming_equals_an_undisturbed_run_bit_for_bit(tmp_path, dtype, start):
-    """From an epoch's end, its middle, and its last batch, before validation."""
-    options = {"dtype": dtype, "batches": 20, "save_every_n": 4, "keep_last_k": 99}
-    state, _ = run(tmp_path / "whole", num_epochs=4, **options)
-    run(tmp_path / "parts", num_epochs=2, **options)
-    resumed, _ = run(tmp_path / "parts", start=start, num_epochs=4, **options)
-    assert resumed == state
-    names = [path.name for path in (tmp_path / "whole").glob("*.pt")]
-    assert len(names) == 4 + 2 + 20
-    for name in names:
-        one, two = (load_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
-        assert json.dumps(listed(one)) == json.dumps(listed(two))
-
-
-def test_the_log_goes_on_as_well(tmp_path, caplog):
-    def lines():
-        logs = [line.partition(", lr")[0] for line in logged(caplog, "Epoch 2")]
-        caplog.clear()
-        return logs
-
-    run(tmp_path, num_epochs=2, log_interval=1, save_every_n=25)
-    whole = lines()
-    run(tmp_path, start="checkpoint-100.pt", num_epochs=2, log_interval=1)
-    assert lines() == whole[40:]
-    assert "Epoch 2: 60 batches with 120 of 120 s of audio" in whole
-
-
-# Checkpoints within an epoch
-
-
-@pytest.mark.parametrize(
-    ("options", "numbers"),
-    [
-        ({}, []),
-        ({"save_every_n": 7, "keep_last_k": 9}, [7, 14, 21, 28]),
-        ({"save_every_n": 7, "keep_last_k": 2}, [21, 28]),
-        ({"save_every_n": 7, "grad_accum": 2, "keep_last_k": 9}, [7, 14]),
-        ({"save_every_minutes": 1e-9, "keep_last_k": 3}, [28, 29, 30]),
-        ({"save_every_minutes": 60}, []),
-    ],
-)
-def test_when_checkpoints_are_written_and_how_many_are_kept(tmp_path, options, numbers):
-    run(tmp_path, num_epochs=1, batches=30, **options)
-    assert sorted(numbered_files(tmp_path, "checkpoint")) == numbers
-
-
-def test_a_full_disk_ends_the_training_and_leaves_what_was_saved(small_disk):
-    def fill(model, batch):
-        if len(list((small_disk / "exp").glob("checkpoint-*.pt"))) == 2:
-            free = os.statvfs(small_disk)
-            (small_disk / "filler").write_bytes(b"0" * (free.f_bavail * free.f_frsize))
-        return batch_loss(model, batch)
-
-    options = {"num_epochs": 1, "batches": 30, "save_every_n": 5}
-    with pytest.raises(ValueError, match="checkpoint-15.pt cannot be written: the disk is full"):
-        run(small_disk / "exp", batch_loss=fill, **options)
-    assert sorted(path.name for path in (small_disk / "exp").iterdir()) == [
-        "checkpoint-10.pt", "checkpoint-5.pt",
-    ]  # fmt: skip
-    (small_disk / "filler").unlink()
-    run(small_disk / "exp", start="checkpoint-10.pt", **options)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("moment", ["training", "first validation", "epoch's end"])
-def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, caplog, number, moment):
-    """The same command then ends where a training ends that was not disturbed."""
-    asked = []
-
-    def loss(model, batch):
-        now = "training" if model.training else "first validation"
-        if not model.training and len(asked) > 30:
-            now = "epoch's end"
-        asked.append(now)
-        if now == moment and asked.count(now) == 2:
-            os.kill(os.getpid(), number)
-        return batch_loss(model, batch)
-
-    options = {"num_epochs": 1, "batches": 30}
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path / "parts", batch_loss=loss, **options)
-    assert end.value.code == EXIT_CODE == 75
-    assert signal.getsignal(number) == before
-    done = {"training": 3, "first validation": 0, "epoch's end": 30}[moment]
-    assert logged(caplog, f"Asked to stop after {done} steps: all is saved")
-    files = [path.name for path in (tmp_path / "parts").iterdir()]
-    assert files == ([f"checkpoint-{done}.pt"] if done else [])
-    run(tmp_path / "parts", start=files[0] if files else None, **options)
-    run(tmp_path / "whole", **options)
-    one, two = (load_checkpoint(tmp_path / x / "epoch-1.pt") for x in ("parts", "whole"))
-    assert json.dumps(listed(one)) == json.dumps(listed(two))
-
-
-def listed(value):
-    """Tensors and dicts as lists, to be compared in one piece."""
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {str(key): listed(item) for key, item in value.items()}
-    return [listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+# Seeds
 
 
 def test_seeds_differ_by_epoch_and_run_and_agree_otherwise(tmp_path):
@@ -474,19 +235,7 @@ def test_a_small_grad_scale_is_warned_of_and_a_tiny_one_ends_the_training(caplog
     adjust_grad_scale(FakeScaler(9e-6, enabled=False), 25)  # bf16 and fp32 have none
 
 
-# Validation
-
-
-def test_validate_sums_over_all_batches_in_evaluation_mode():
-    model = Toy().train()
-    batches = make_batches(99, 4)
-    engine = Engine(model, torch.optim.SGD(model.parameters()))
-    totals = validate(engine, batch_loss, count_tokens, batches)
-    assert not model.training
-    assert totals.sums["tokens"] == sum(map(count_tokens, batches))
-    whole = batch_loss(model, {"x": torch.cat([batch["x"] for batch in batches])})
-    for name, value in whole.items():
-        assert totals.sums[name] == pytest.approx(value.item(), rel=1e-5)
+# Batches that were left out
 
 
 def test_a_batch_of_bad_utterances_weighs_nothing(tmp_path):

@@ -7,8 +7,8 @@ import torch
 from lhotse import CutSet, load_manifest
 from lhotse.cut import MonoCut
 from lhotse.supervision import SupervisionSegment
-from test_loop import listed
 from torch import nn
+from toy_training import listed
 from typed_flags import parse
 
 import train
