@@ -4,18 +4,19 @@
     python src/compare.py exp/x/decode/recogs-my_test-A.txt exp/y/decode/recogs-my_test-B.txt
     python src/compare.py A B --html a-b.html
 
-Prints both WERs and the difference, with its 95 % interval and p-value by a paired bootstrap over
+Prints both WERs (or CERs, as errs-*.txt beside them says) and the difference, with its 95 % interval and p-value by a paired bootstrap over
 utterances (Bisani & Ney, "Bootstrap estimates for confidence intervals in ASR performance
 evaluation", ICASSP 2004). The page has all utterances that differ, side by side.
 """
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from speechllm.errors import in_sentences
+from speechllm.errors import InputError, in_sentences
 from speechllm.flags import Parser
 from speechllm.pages import page, signed
 from speechllm.pages.marks import Mark, marks
@@ -77,6 +78,18 @@ class Two:
         return marks(self.b)
 
 
+def rate_of(recogs: Path) -> str:
+    """WER, CER or MER, as the first line of errs-*.txt beside it says; WER if there is none."""
+    errs = recogs.with_name(recogs.name.replace("recogs-", "errs-", 1))
+    if errs == recogs or not errs.is_file():
+        return "WER"
+    with errs.open(encoding="utf-8") as lines:
+        found = re.match(r"%([WCM]ER) ", lines.readline())
+    if not found:
+        raise InputError(f"{errs} does not begin with %WER, %CER or %MER")
+    return found[1]
+
+
 def differing(a: Sequence[Result], b: Sequence[Result]) -> list[Two]:
     """The utterances with different hypotheses, those that most became worse first."""
     found = [
@@ -87,12 +100,15 @@ def differing(a: Sequence[Result], b: Sequence[Result]) -> list[Two]:
     return sorted(found, key=lambda one: (one.a_errors - one.b_errors, one.id))
 
 
-def summary(a: Row, b: Row, difference: Difference, outcomes: Counter[str], same: int) -> str:
+def summary(
+    a: Row, b: Row, rate: str, difference: Difference, outcomes: Counter[str], same: int
+) -> str:
     """What the program prints."""
+    units = "characters" if rate == "CER" else "words"
     return "\n".join([
-        f"{a.utterances} utterances, {a.counts.ref_words} words",
+        f"{a.utterances} utterances, {a.counts.ref_words} {units}",
         *(
-            f"{one.name}  WER {one.counts.wer:5.2f}%, 95% interval {one.low:.2f}% to "
+            f"{one.name}  {rate} {one.counts.wer:5.2f}%, 95% interval {one.low:.2f}% to "
             f"{one.high:.2f}%, {one.counts.insertions} ins, {one.counts.deletions} del, "
             f"{one.counts.substitutions} sub"
             for one in (a, b)
@@ -100,7 +116,7 @@ def summary(a: Row, b: Row, difference: Difference, outcomes: Counter[str], same
         f"B − A: {signed(difference.wer)}, 95% interval {signed(difference.low)} to "
         f"{signed(difference.high)}, p = {difference.p:.4f} (paired bootstrap)",
         f"B is better in {outcomes['better']} utterances and worse in {outcomes['worse']}; "
-        f"other words and as many errors in {outcomes['other']}, the same words in {same}",
+        f"other {units} and as many errors in {outcomes['other']}, the same {units} in {same}",
     ])  # fmt: skip
 
 
@@ -124,11 +140,14 @@ def changed_errors(a: Counter[Pair], b: Counter[Pair]) -> list[tuple[str, int, i
 
 def run(a_path: Path, b_path: Path, html: Path | None) -> None:
     a, b = read_recogs(a_path), read_recogs(b_path)
+    rate = rate_of(a_path)
+    if rate_of(b_path) != rate:
+        raise InputError(f"{a_path} has a {rate}, {b_path} a {rate_of(b_path)}")
     difference = paired_bootstrap(a, b)
     a_row, b_row = row("A", a), row("B", b)
     utterances = differing(a, b)
     outcomes, same = Counter(one.outcome for one in utterances), len(a) - len(utterances)
-    print(f"A: {a_path}\nB: {b_path}\n{summary(a_row, b_row, difference, outcomes, same)}")
+    print(f"A: {a_path}\nB: {b_path}\n{summary(a_row, b_row, rate, difference, outcomes, same)}")
     if html is None:
         return
     changed = changed_errors(aligned_pairs(a), aligned_pairs(b))
@@ -138,6 +157,7 @@ def run(a_path: Path, b_path: Path, html: Path | None) -> None:
         names=(a_path, b_path),
         a=a_row,
         b=b_row,
+        rate=rate,
         difference=difference,
         outcomes=outcomes,
         same=same,

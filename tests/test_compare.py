@@ -38,6 +38,28 @@ def run(recogs, tmp_path, capsys):
     return run
 
 
+def write_errs(recogs, rate):
+    text, _ = scoring.errs_text(A, rate)
+    recogs.with_name(recogs.name.replace("recogs", "errs")).write_text(text)
+
+
+def test_characters_are_called_so(recogs, run):
+    for name in "ab":
+        write_errs(recogs(name, A), "CER")
+    lines, page = run()
+    assert lines[2:4] == ["12 utterances, 30 characters", lines[3]]
+    assert lines[3].startswith("A  CER 13.33%") and lines[4].startswith("B  CER 13.33%")
+    assert "WER" not in " ".join(lines) and "the same characters in 9" in lines[6]
+    assert "CER of A" in page.text and "WER" not in page.text
+
+
+def test_a_wer_and_a_cer_cannot_be_compared(recogs):
+    a, b = recogs("a", A), recogs("b", B)
+    write_errs(b, "CER")
+    with pytest.raises(SystemExit, match=r"recogs-a\.txt has a WER, .*recogs-b\.txt a CER$"):
+        compare.main([str(a), str(b)])
+
+
 def test_summary(recogs, capsys, tmp_path):
     a, b = recogs("a", A), recogs("b", B)
     compare.main([str(a), str(b)])

@@ -276,7 +276,7 @@ def _batch_of(pieces: list[_Piece]) -> dict:
 
 
 def _batch(stretches: list[Stretch]) -> dict:
-    """As in speechllm.data; all are heard."""
+    """As in speechllm.datasets; all are heard."""
     features = [stretch.features for stretch in stretches]
     return {
         "features": pad_sequence(features, batch_first=True),
