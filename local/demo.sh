@@ -183,6 +183,8 @@ wer() { sed -n '1s/.*= //p' "$exp/$1/decode/errs-${name//-/_}_test-$2.txt"; }
 [ "$stop_stage" -ge 6 ] || { log "Stopped after stage $stop_stage"; exit 0; }
 ctc=$(wer encoder1 ctc-greedy)
 of_llm=$(ctc_weight llm_asr) of_mose=$(ctc_weight mose)
+recordings=("$data"/corpus/wav/*/*-test-00000.flac)
+[ -f "${recordings[0]}" ] || recordings=(FILE)
 beam() { [ "$1" = 0 ] && echo beam4 || echo "beam4-ctc$1"; }
 llm_wer=$(wer llm_asr "decode-$(beam "$of_llm")-$suffix")
 mose_wer=$(wer mose "decode-$(beam "$of_mose")-$suffix")
@@ -197,8 +199,12 @@ cat <<TXT
 
   The CTC weights are those that were best on ${name}_dev.
 $(sed -n '2,5s/^/  /p' "$exp/log/word_times.log" 2>/dev/null || true)
-  report-*.html shows every error; of a training, python src/plot_training.py $exp/llm_asr \\
-  --out training.html shows the curves.
+  report-*.html shows every error. To see the curves of the training, to transcribe a recording, and
+  to serve the model at http://127.0.0.1:8000:
+
+    $python src/plot_training.py $exp/llm_asr --out training.html
+    $python src/transcribe.py --exp-dir $exp/llm_asr --epoch $llm_epochs --avg $avg ${recordings[0]}
+    $python src/serve.py --exp-dir $exp/llm_asr --epoch $llm_epochs --avg $avg
 
 TXT
 log "done"
