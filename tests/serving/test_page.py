@@ -1,5 +1,6 @@
 """The page in a browser, as somebody sees it who drops a file or speaks."""
 
+import asyncio
 import base64
 import re
 import shutil
@@ -283,10 +284,10 @@ def test_the_token_is_asked_for(visit, transcriber, clip):
 
 @pytest.fixture
 def heard(transcriber):
-    """A service that counts requests, keeps transcripts, and refuses while it is told to."""
+    """A service that counts requests, keeps transcripts, refuses or is slow as it is told to."""
     service = Service(transcriber, "tiny")
     transcript, accept = service.transcript, service.accept
-    service.told, service.at_once, service.refuses = [], [], False
+    service.told, service.at_once, service.refuses, service.rests = [], [], False, 0
 
     def told(*args):
         service.told.append(transcript(*args))
@@ -294,6 +295,7 @@ def heard(transcriber):
 
     async def accepted(*args):
         service.at_once.append(service.places.requests)
+        await asyncio.sleep(service.rests)
         if service.refuses:
             raise Refused(503, "busy")
         return await accept(*args)
@@ -310,6 +312,7 @@ def wait_for(page, condition) -> None:
 def test_who_speaks_sees_the_text_before_the_end(visit, heard):
     with running(heard) as url:
         page = visit(url)
+        page.set_viewport_size({"width": 360, "height": 320})
         page.click("#speak")
         provisional = page.locator(".provisional")
         expect(provisional).to_be_visible()
@@ -319,6 +322,8 @@ def test_who_speaks_sees_the_text_before_the_end(visit, heard):
         text, answers = settled.first.inner_text(), len(heard.told)
         wait_for(page, lambda: len(heard.told) >= answers + 2)
         assert settled.first.inner_text() == text
+        expect(provisional).to_be_in_viewport()
+        expect(page.locator("#speak")).to_be_in_viewport(ratio=1)
         expect(page.locator("#clock")).to_have_text(re.compile(r"^0:\d\d\.\d$"))
         page.click("#speak")
         says(page, r"^recording\.wav: done$")
@@ -332,12 +337,14 @@ def test_who_speaks_sees_the_text_before_the_end(visit, heard):
 
 
 def test_who_speaks_to_a_busy_server_waits(visit, heard, clip):
-    heard.refuses = True
+    heard.refuses, heard.rests = True, 2.0  # longer than the page rests between its questions
     with running(heard) as url:
         page = visit(url)
         page.click("#speak")
         says(page, "^recording: what is heard appears below$")
         wait_for(page, lambda: len(heard.at_once) == 2)
+        assert heard.at_once == [1, 1]
+        heard.rests = 0
         says(page, "^recording: what is heard appears below$")
         drop(page, clip)
         says(page, "^stop the recording first$")
