@@ -58,6 +58,10 @@ def visit(browser):
     """A function from a server's address to its page; no page may fail or ask elsewhere."""
     contexts, asked, failures = [], [], []
 
+    def on_console(message) -> None:
+        if "Content Security Policy" in message.text:  # what it forbids is no request
+            failures.append(message.text)
+
     def go(url: str):
         context = browser.new_context(accept_downloads=True, permissions=["microphone"])
         context.set_default_timeout(60_000)
@@ -65,6 +69,7 @@ def visit(browser):
         page = context.new_page()
         page.on("request", lambda request: asked.append(request.url.removeprefix("blob:")))
         page.on("pageerror", lambda error: failures.append(str(error)))
+        page.on("console", on_console)
         page.goto(url)
         go.origins.add(url)
         return page
@@ -207,6 +212,7 @@ def test_a_second_file_takes_the_place_of_the_first(visit, held, speech, clip):
         service.worker.go.set()
         says(page, rf"^{clip.name}: done$")
         assert words_of(page) == asked(url, clip).json()["text"].split()
+        expect(page.locator("#again")).to_be_hidden()  # the first has not failed
 
 
 def test_of_several_files_none_is_silently_left_out(page, clip):
