@@ -8,7 +8,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any
 
 import torch
@@ -227,6 +229,7 @@ def _start_spawned(
     def say(sentence: str, fault: str = "") -> None:
         last_words.put((rank, os.getpid(), sentence, fault[-LONGEST:]))
 
+    Thread(target=_end_with_program, daemon=True).start()
     try:
         _start(rank, run, args, world_size, master_port)
     except Preempted:
@@ -240,6 +243,12 @@ def _start_spawned(
     except Exception:
         say("", traceback.format_exc())
         sys.exit(1)
+
+
+def _end_with_program() -> None:
+    """Torch tells its death by SIGINT, which jobs in the background of a script ignore."""
+    wait([parent_process().sentinel])
+    os._exit(1)
 
 
 def _start(rank: int, run: Callable, args, world_size: int, master_port: int | None) -> None:
