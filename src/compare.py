@@ -4,9 +4,10 @@
     python src/compare.py exp/x/decode/recogs-my_test-A.txt exp/y/decode/recogs-my_test-B.txt
     python src/compare.py A B --html a-b.html
 
-Prints both WERs (or CERs, as errs-*.txt beside them says) and the difference, with its 95 % interval and p-value by a paired bootstrap over
-utterances (Bisani & Ney, "Bootstrap estimates for confidence intervals in ASR performance
-evaluation", ICASSP 2004). The page has all utterances that differ, side by side.
+Prints both WERs (or CERs, as errs-*.txt beside them says) and the difference, with its 95 %
+interval and p-value by a paired bootstrap over utterances (Bisani & Ney, "Bootstrap estimates for
+confidence intervals in ASR performance evaluation", ICASSP 2004). The page has all utterances that
+differ, side by side.
 """
 
 import argparse

@@ -53,6 +53,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("recordings", nargs="+", metavar="FILE", help="a sound file, a folder of them, or -")
     add("--format", default="text", help=f"{', '.join(FORMATS)}; several comma-separated")
     add("--out", type=Path, help="a folder for the files; standard output if unset")
+    add("--context", default="",
+        help="what the LLM is told beside the speech, such as names; for models trained with "
+             "--use-context")  # fmt: skip
     add_transcriber_arguments(parser)
     return parser
 
@@ -189,12 +192,13 @@ def transcribe(args) -> list[Transcript]:
         raise InputError(f"--format {args.format} of {len(names)} recordings needs --out")
     files = output_files(names, args.out, formats) if args.out else {}
     transcriber = load_transcriber(args)
+    transcriber.check_context(args.context)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     broken = []
     bar = ProgressBar("transcribing", sum(seconds_of(name) for name in names if name != STDIN))
     transcriber.recognizer.start_counting()
-    for transcript in with_progress(transcriber.stream(sounds(names)), bar):
+    for transcript in with_progress(transcriber.stream(sounds(names), args.context), bar):
         if transcript.error:
             broken.append(transcript)
         else:

@@ -175,6 +175,7 @@ WITH_CTC = ("--speech-encoder-bpe-path", "{tmp}/bpe.model")
 FLAGS = {
     "--format": Change("ctm", said, WITH_CTC),
     "--out": Change("{tmp}/o", lambda s: s.files),
+    "--context": Change("Ada Lovelace", said, ("--use-context", "true", *WITH_CTC)),
     "--max-segment": Change("4", said),
     "--pause": Change("0.4", lambda s: s.batches, ("--max-segment", "11")),
     "--max-duration": Change("5", lambda s: s.batches),
@@ -206,8 +207,7 @@ FLAGS = {
     "--speech-encoder-bpe-path": Change("{tmp}/bpe.model", said),
     "--encoder-projector-ds-rate": Change("2", said),
     "--prompt": Change("Write down what is said.", said),
-    # For decoding: recordings have no context. The flag is a model's own.
-    "--use-context": Change("true", lambda s: s.args.use_context),
+    "--use-context": Change("true", said, ("--context", "Ada Lovelace")),
     "--use-flash-attn": Change(
         "true", lambda s: s.said[0] or s.model.llm.config._attn_implementation
     ),

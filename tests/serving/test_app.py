@@ -1,11 +1,13 @@
 """The server as OpenAI's client and plain HTTP see it."""
 
 import json
+import math
 import re
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -147,6 +149,25 @@ def test_models(client):
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="no model 'big'"):
         client.models.retrieve("big")
+
+
+def test_a_prompt_is_the_context_where_the_model_takes_one(transcriber, clip, monkeypatch):
+    model = transcriber.recognizer.model
+    monkeypatch.setattr(model, "chat", replace(model.chat, use_context=True))
+    with running(Service(transcriber, "tiny")) as url:
+        client, heard = client_of(url), []
+        for prompt in ("", "Names: Ada."):
+            with clip.open("rb") as file:
+                raw = client.audio.transcriptions.with_raw_response.create(
+                    model="tiny", file=file, prompt=prompt, response_format="verbose_json"
+                )
+            assert "x-ignored" not in raw.headers
+            heard.append(raw.parse().segments[0].avg_logprob)
+        [*_, expected] = transcriber.stream([("a", audio_blocks(clip))], "Names: Ada.")
+        [segment] = expected[1].segments
+        assert heard[1] == pytest.approx(math.log(segment.confidence), abs=1e-4) != heard[0]
+        with clip.open("rb") as file, pytest.raises(openai.BadRequestError, match="tokens: besid"):
+            client.audio.transcriptions.create(model="tiny", file=file, prompt="Ada " * 9000)
 
 
 def test_a_prompt_is_said_to_be_ignored(client, clip):

@@ -2,6 +2,7 @@
 
 import logging
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_parts_make_up_the_recording(recognizer):
     transcriber = Transcriber(recognizer, max_segment=6.0)
     parts = list(transcriber.cut(samples.split(12345)))
     assert torch.cat([part.samples for part in parts]).equal(samples)
-    assert all(samples[start : start + len(part)].equal(part) for start, part, _ in parts)
+    assert all(samples[start : start + len(part)].equal(part) for start, part, *_ in parts)
     lengths = [len(part.samples) / RATE for part in parts]
     assert max(lengths) <= 6.0 and min(lengths) >= 1.0 and len(parts) > 9
 
@@ -123,6 +124,34 @@ def test_what_ctc_does_not_hear_is_not_said(recognizers, monkeypatch):
     assert (unheard.start, unheard.end, *unheard.reasons) == (1.0, 2.0, "disagrees with CTC")
 
 
+@pytest.fixture
+def takes_context(recognizers, monkeypatch):
+    model = recognizers[True].model
+    monkeypatch.setattr(model, "chat", replace(model.chat, use_context=True))
+    return Transcriber(recognizers[True], max_segment=5.0)
+
+
+def test_a_context_is_told_with_every_stretch(takes_context):
+    def told(context):
+        [*_, (_, transcript)] = takes_context.stream([("a", [bursts(12.0)])], context)
+        return [segment.confidence for segment in transcript.segments]
+
+    without, names = told(""), told("Ada Lovelace, Grace Hopper")
+    assert len(without) == len(names) > 2
+    assert all(one != other for one, other in zip(without, names))
+    assert told(" ") == without
+
+
+def test_a_context_must_fit(takes_context, recognizers, monkeypatch):
+    takes_context.check_context("Ada Lovelace")
+    with pytest.raises(InputError, match=r"^a context of \d{4,} tokens: beside speech and text "):
+        takes_context.check_context("Ada Lovelace " * 5000)
+    monkeypatch.undo()
+    Transcriber(recognizers[True]).check_context("")
+    with pytest.raises(InputError, match="^a context, 'Ada': the model was trained without --use-"):
+        Transcriber(recognizers[True]).check_context("Ada")
+
+
 def test_a_batch_in_one_go(recognizer):
     transcriber = Transcriber(recognizer)
     sounds = [bursts(3.0, 1), torch.zeros(5 * RATE), bursts(2.0, 2)]
@@ -162,7 +191,7 @@ def test_recordings_of_a_batch_are_told_apart(recognizer, caplog):
 def test_batches_are_within_their_seconds(recognizer):
     transcriber = Transcriber(recognizer, max_duration=10.0)
     named = [(str(i), [bursts(1.0 + i % 3)]) for i in range(20)]
-    batches = list(transcriber._batches(named, deque()))
+    batches = list(transcriber._batches(named, "", deque()))
     assert sum(len(batch["pieces"]) for batch in batches) == 20
     shapes = [batch["features"].shape for batch in batches]
     assert all(shape[0] * shape[1] <= 1000 for shape in shapes) and len(batches) < 10

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from speechllm.errors import InputError
 from speechllm.serving import formats
 from speechllm.serving.metrics import Metrics
 from speechllm.serving.places import Place, Places, Refused, error_body, error_response
@@ -68,14 +69,15 @@ class Service:
         self.max_upload, self.max_seconds = max_upload, max_seconds
         self.places = Places(max_requests, max_waiting)
         self.metrics = Metrics(self.places)
-        self.language = transcriber.language
+        self.language, self.takes_context = transcriber.language, transcriber.takes_context
+        self.check_context = transcriber.check_context
         self.tells_words = bool(transcriber.recognizer.reader) and (
             transcriber.recognizer.options.word_times
         )
         self.worker = Worker(transcriber, self.metrics.batch_parts.observe)
         self.decoders = ThreadPoolExecutor(os.cpu_count(), "decode")
 
-    async def accept(self, upload: UploadFile, place: Place) -> Job:
+    async def accept(self, upload: UploadFile, place: Place, context: str) -> Job:
         """Decodes the upload and hands it to the worker.
 
         Raises:
@@ -86,7 +88,7 @@ class Service:
         blocks = await loop.run_in_executor(
             self.decoders, decoded, upload.file, name, self.max_seconds, place
         )
-        place.job = Job(name, blocks)
+        place.job = Job(name, blocks, context)
         self.worker.submit(place.job)
         return place.job
 
@@ -184,13 +186,14 @@ def create_app(service: Service) -> FastAPI:
         temperature: Annotated[float, Form()] = 0.0,
         prompt: Annotated[str, Form()] = "",
     ) -> Response:
-        """A prompt is not used; the header X-Ignored says so."""
+        """The prompt is the LLM's context; without a place for it, X-Ignored says so."""
         _check_model(service, model)
         _check_possible(service, language, temperature)
         _check_forms(service, response_format, stream, timestamp_granularities)
-        ignored = {"X-Ignored": "prompt"} if prompt else {}
+        context = _check_prompt(service, prompt)
+        ignored = {"X-Ignored": "prompt"} if prompt and not context else {}
         place = request.scope["place"]
-        await _unless_gone(request, service.accept(file, place))
+        await _unless_gone(request, service.accept(file, place, context))
         if stream:
             events = _events(service, place, response_format == "verbose_json")
             return StreamingResponse(events, media_type="text/event-stream", headers=ignored)
@@ -241,6 +244,17 @@ def _check_possible(service: Service, language: str, temperature: float) -> None
         raise Refused(
             400, f"temperature {temperature:g}: the model draws nothing, only 0 fits", "temperature"
         )
+
+
+def _check_prompt(service: Service, prompt: str) -> str:
+    """The context: empty where the model takes none."""
+    if not service.takes_context:
+        return ""
+    try:
+        service.check_context(prompt)
+    except InputError as error:
+        raise Refused(400, str(error), "prompt") from None
+    return prompt
 
 
 def _check_forms(service: Service, form: str, stream: bool, granularities: list[str]) -> None:

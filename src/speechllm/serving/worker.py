@@ -23,12 +23,13 @@ class Part(NamedTuple):
 class Job:
     """A recording that waits for its segments; the event loop of who makes it reads them."""
 
-    def __init__(self, name: str, blocks: deque[Tensor]):
+    def __init__(self, name: str, blocks: deque[Tensor], context: str = ""):
         """
         Args:
           blocks: its samples, (N,) each; they are gone once they were used.
+          context: for the LLM, see `Stretch`.
         """
-        self.name, self.blocks = name, blocks
+        self.name, self.blocks, self.context = name, blocks, context
         self.cancelled = False  # it failed, or nobody reads the segments any more
         self.parts: Iterator[Part] = iter(())
         self.next: Part | None = None  # to be recognized
@@ -105,7 +106,7 @@ class Worker:
     def _parts(self, job: Job) -> Iterator[Part]:
         blocks = (job.blocks.popleft() for _ in range(len(job.blocks)))
         for stretch in self.transcriber.cut(blocks):
-            yield Part(job, stretch)
+            yield Part(job, stretch._replace(context=job.context))
 
     def _move_on(self, job: Job) -> None:
         """The job's next part, if it has one, waits for its turn."""

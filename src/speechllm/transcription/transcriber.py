@@ -19,6 +19,7 @@ from speechllm.decoding.recognizer import Recognition, Recognizer
 from speechllm.decoding.word_times import CTC_FRAME_SHIFT, FRAME_CENTRE
 from speechllm.errors import InputError
 from speechllm.features import FRAME_SHIFT, SAMPLING_RATE, fbank_extractor
+from speechllm.prompt import encode_contexts
 from speechllm.transcription.audio import windows
 from speechllm.transcription.cutting import (
     FRAMES_PER_SECOND,
@@ -53,11 +54,13 @@ class Stretch(NamedTuple):
     """Of a recording, to be recognized by itself.
 
     features: (T, 80); None where nothing is said, or too little to hear.
+    context: what the LLM is told beside the speech, such as names that may occur.
     """
 
     start: int  # sample
     samples: Tensor  # (N,)
     features: Tensor | None
+    context: str = ""
 
 
 class _Piece(NamedTuple):
@@ -110,7 +113,7 @@ class Transcriber:
         return [one for one in found if isinstance(one, Transcript)]
 
     def stream(
-        self, recordings: Iterable[tuple[str, Iterable[Tensor]]]
+        self, recordings: Iterable[tuple[str, Iterable[Tensor]]], context: str = ""
     ) -> Iterator[tuple[str, Segment | Transcript]]:
         """Each recording's segments as soon as they are known, then all of it; in order.
 
@@ -119,9 +122,10 @@ class Transcriber:
         Args:
           recordings: names, each with blocks of samples (N,), float32, 16 kHz, such as
             `audio.audio_blocks(path)` or `[samples]`.
+          context: of all of them; see `check_context`.
         """
         reading: deque[_Recording] = deque()
-        for batch, answers in self.recognizer(self._batches(recordings, reading)):
+        for batch, answers in self.recognizer(self._batches(recordings, context, reading)):
             for piece, answer in zip(batch["pieces"], answers, strict=True):
                 segment = _segment(piece.stretch, answer)
                 piece.recording.segments.append(segment)
@@ -154,10 +158,10 @@ class Transcriber:
 
     # ---- from recordings to batches
 
-    def _batches(self, recordings, reading: deque[_Recording]) -> Iterator[dict]:
+    def _batches(self, recordings, context: str, reading: deque[_Recording]) -> Iterator[dict]:
         """In order, so that what is read first is ready first."""
         pieces, longest = [], 0
-        for piece in self._pieces(recordings, reading):
+        for piece in self._pieces(recordings, context, reading):
             samples = len(piece.stretch.samples)
             longest = max(longest, samples)
             if pieces and (len(pieces) + 1) * longest > self.max_duration * SAMPLING_RATE:
@@ -167,7 +171,7 @@ class Transcriber:
         if pieces:
             yield _batch_of(pieces)
 
-    def _pieces(self, recordings, reading: deque[_Recording]) -> Iterator[_Piece]:
+    def _pieces(self, recordings, context: str, reading: deque[_Recording]) -> Iterator[_Piece]:
         """What is to be recognized, of all recordings."""
         for name, blocks in recordings:
             recording = _Recording(name)
@@ -178,7 +182,7 @@ class Transcriber:
                         recording.segments.append(_unheard(stretch))
                     else:
                         recording.awaited += 1
-                        yield _Piece(recording, stretch)
+                        yield _Piece(recording, stretch._replace(context=context))
             except (InputError, FileNotFoundError) as error:
                 recording.error = str(error)
             recording.ended = True
@@ -253,12 +257,40 @@ class Transcriber:
         readings = self.recognizer.read(pad_sequence(features, batch_first=True), lens)
         return [_peaks_of(reading, self.recognizer.options.ctc_lag) for reading in readings]
 
-    def _check_positions(self) -> None:
-        """Whether speech and answer fit into the LLM's positions."""
+    # ---- what fits
+
+    @property
+    def takes_context(self) -> bool:
+        """Whether the LLM was trained with contexts."""
+        return self.recognizer.model.chat.use_context
+
+    def check_context(self, context: str) -> None:
+        """
+        Raises:
+          ValueError: the LLM takes none, or none as long as this.
+        """
+        if not context:
+            return
+        if not self.takes_context:
+            raise InputError(f"a context, {context!r}: the model was trained without --use-context")
+        tokenizer, chat = self.recognizer.tokenizer, self.recognizer.model.chat
+        [ids] = encode_contexts(tokenizer, chat, [context])
+        limit, needed = self._positions()
+        if len(ids) > limit - needed:
+            raise InputError(
+                f"a context of {len(ids)} tokens: beside speech and text the LLM has positions "
+                f"for {limit - needed}"
+            )
+
+    def _positions(self) -> tuple[int, int]:
+        """How many the LLM has, and how many speech and answer may need."""
         model, options = self.recognizer.model, self.recognizer.options
         n, limit = len(model.encoder), model.llm.config.max_position_embeddings
         speech = n * speech_embeddings(round(self.max_segment / FRAME_SHIFT), model.ds_rate)
-        needed = len(model.chat.prompt(n)) + speech + options.max_new_tokens
+        return limit, len(model.chat.prompt(n)) + speech + options.max_new_tokens
+
+    def _check_positions(self) -> None:
+        limit, needed = self._positions()
         if needed > limit:
             raise InputError(
                 f"--max-segment {self.max_segment:g} needs {needed} positions, the LLM has {limit}"
@@ -282,6 +314,7 @@ def _batch(stretches: list[Stretch]) -> dict:
         "features": pad_sequence(features, batch_first=True),
         "feature_lens": torch.tensor([len(one) for one in features]),
         "seconds": sum(len(stretch.samples) for stretch in stretches) / SAMPLING_RATE,
+        "contexts": [stretch.context for stretch in stretches],
     }
 
 
