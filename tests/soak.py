@@ -33,6 +33,7 @@ from speechllm.zipformer.sizes import SIZES  # noqa: E402
 KILLS = ("a rank", "both ranks", "a loader process", "the program", "everything")
 REQUESTS = ("SIGTERM to the program", "SIGUSR1 to a rank")
 DEADLINE = 90  # s after which what is killed must be over
+UNMISSED = 30  # s after which what is not over has gone on without a process
 CORPUS = "soak"
 
 
@@ -249,7 +250,12 @@ def kill_and_go_on(args, flags, tally, rng, disk: Path, mounted: bool, size: int
         if training.process.poll() is None and disturb(training, how, rng):
             tally.tried[how] += 1
             kills += how in KILLS
-            tally.expect(training.wait_until_over(DEADLINE), f"{how}: run {runs} did not end")
+            before = newest_checkpoint(exp_dir)
+            # A loader process that has given its last batch is not missed.
+            missed = how != "a loader process"
+            if not training.wait_until_over(DEADLINE if missed else UNMISSED):
+                went_on = not missed and newest_checkpoint(exp_dir) > before
+                tally.expect(went_on, f"{how}: run {runs} did not end")
             code = training.process.returncode
             tally.expect(code != 0 or how in REQUESTS, f"{how}: run {runs} ended with code 0")
         elif training.process.poll() == 0:
@@ -260,10 +266,14 @@ def kill_and_go_on(args, flags, tally, rng, disk: Path, mounted: bool, size: int
         if damages and kills >= min(damages) and (name := damage(exp_dir, damages[min(damages)])):
             expected = name
             tally.tried[f"checkpoint {damages.pop(min(damages))}"] += 1
-        newest = next(iter(numbered_files(exp_dir, "checkpoint")), 0) if exp_dir.exists() else 0
+        newest = newest_checkpoint(exp_dir)
         print(f"run {runs}: {how}, {kills} kills, newest checkpoint-{newest}.pt", flush=True)
     code = training.process.wait()
     tally.expect(code == 0, f"the last run ended with code {code}")
+
+
+def newest_checkpoint(exp_dir: Path) -> int:
+    return next(iter(numbered_files(exp_dir, "checkpoint")), 0) if exp_dir.exists() else 0
 
 
 def main(argv: list[str] | None = None) -> None:
