@@ -5,7 +5,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+from sounds import noise
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
@@ -89,3 +92,18 @@ def test_int8_is_compared_with_float(lines):
     found = lines("int8", "--batch", 1, 2, "--positions", 5, "--tokens", 3, "--rounds", 1)
     assert [line["batch"] for line in found] == [1, 2]
     assert all(line["first"] > 0 and 0.2 < line["size"] < 0.3 for line in found)
+
+
+def test_stillness_grows_with_noise(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    time = np.arange(4 * 16000) / 16000
+    syllables = np.where(time % 0.3 < 0.15, 0.3, 0.001)
+    soundfile.write(tmp_path / "a.flac", syllables * noise(4.0)[:, 0], 16000)
+    importlib.import_module("stillness").main([str(tmp_path)])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == 11 and {one["seconds"] for one in found} == {4}
+    assert found[0]["steady"] == found[0]["unheard"] == 0
+    for kind in ("white", "pink"):
+        unheard = [one["unheard"] for one in found if one["noise"] == kind]
+        assert unheard == sorted(unheard) and unheard[0] == 0 and unheard[-1] == 1
+        assert all(one["steady"] <= one["unheard"] for one in found)

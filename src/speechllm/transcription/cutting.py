@@ -21,7 +21,7 @@ FRAMES_PER_SECOND = 25
 SHORTEST = FRAMES_PER_SECOND  # of what cutting leaves, and of what training saw
 SMOOTHED = 5  # frames: longer than the closure of a plosive within a word
 STEADY = 0.8  # variation of a second, see below; white and pink noise have 0.75 to 0.79
-NEARLY_STEADY = 1.5  # in 3,600 s of AN4 and LibriSpeech utterances 2 s are still by this alone
+NEARLY_STEADY = 1.5  # were CTC deaf, 0.2 % of clean speech were still: benchmarks/stillness.py
 LONGER_THAN_IN_WORDS = 20  # frames without a piece: CTC misheard what comes next
 
 
