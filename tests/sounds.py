@@ -19,9 +19,10 @@ def tone(
     return np.sin(2 * np.pi * pitch * numbers * time) * 0.1 * numbers
 
 
-def write_by_av(path, samples: np.ndarray, rate: int, codec: str) -> None:
+def write_by_av(path, samples: np.ndarray, rate: int, codec: str, **metadata: str) -> None:
     """Samples (N, C) to a format that soundfile does not write."""
     with av.open(str(path), "w") as container:
+        container.metadata.update(metadata)
         layout = "mono" if samples.shape[1] == 1 else "stereo"
         stream = container.add_stream(codec, rate, layout=layout)
         planar = np.ascontiguousarray(samples.T.astype(np.float32))

@@ -1,5 +1,7 @@
 """Sound files of any format: their samples, and what is said of those that are none."""
 
+import os
+
 import av
 import numpy as np
 import pytest
@@ -69,6 +71,63 @@ def test_a_film_without_sound(tmp_path):
         container.mux([*stream.encode(frame), *stream.encode(None)])
     with pytest.raises(InputError, match=r"a\.mp4 has no sound"):
         open_sound(tmp_path / "a.mp4")
+
+
+def write_film(path, codec, picture: float, sound: float):
+    """Seconds of each; the header first, as in the web."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        video = container.add_stream("mpeg4", 25, width=16, height=16)
+        audio = container.add_stream(codec, RATE, layout="mono")
+        image = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))
+        for _ in range(round(25 * picture)):
+            container.mux(video.encode(image))
+        samples = np.ascontiguousarray(tone(sound, RATE).T.astype(np.float32))
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        frame.sample_rate = RATE
+        container.mux([*video.encode(None), *audio.encode(frame), *audio.encode(None)])
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.avi"])
+def test_a_film_may_be_longer_than_its_sound(tmp_path, name):
+    write_film(tmp_path / name, "mp3" if name == "a.avi" else "aac", picture=5.0, sound=2.0)
+    assert len(samples_of(tmp_path / name)) == pytest.approx(2 * RATE, abs=0.1 * RATE)
+    assert seconds_of(tmp_path / name) == pytest.approx(0.0 if name == "a.mkv" else 2.0, abs=0.1)
+
+
+def test_a_film_whose_sound_is_cut_off(tmp_path):
+    write_film(tmp_path / "a.mp4", "aac", picture=20.0, sound=20.0)
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r" is (broken|cut off) after \d+\.\d s"):
+        samples_of(tmp_path / "a.mp4")
+
+
+def replaced(path, old: bytes, new: bytes):
+    content = path.read_bytes()
+    assert content.count(old) == 1 and len(old) == len(new)
+    path.write_bytes(content.replace(old, new))
+
+
+def test_sound_in_an_unknown_form_is_named(tmp_path):
+    write_by_av(tmp_path / "a.mka", tone(1.0, RATE), RATE, "aac")
+    replaced(tmp_path / "a.mka", b"A_AAC", b"A_NEW")
+    with pytest.raises(InputError, match=r"a\.mka has sound in a form that is not known"):
+        open_sound(tmp_path / "a.mka")
+    assert seconds_of(tmp_path / "a.mka") == 0
+
+
+def test_a_title_need_not_be_utf8(tmp_path):
+    write_by_av(tmp_path / "a.m4a", tone(1.0, RATE), RATE, "aac", title="Cafe")
+    replaced(tmp_path / "a.m4a", b"Cafe", "Café".encode("latin-1"))
+    assert len(samples_of(tmp_path / "a.m4a")) == pytest.approx(RATE, abs=0.1 * RATE)
+
+
+@pytest.mark.parametrize("ending", [b"wav", b"m4a"])
+def test_a_name_need_not_be_utf8(tmp_path, ending):
+    path = tmp_path / os.fsdecode(b"caf\xe9." + ending)
+    write(tmp_path / f"a{path.suffix}", tone(1.0, RATE))
+    (tmp_path / f"a{path.suffix}").rename(path)
+    assert len(samples_of(path)) == pytest.approx(RATE, abs=0.1 * RATE)
 
 
 @pytest.mark.parametrize("ending", ["flac", "webm"])

@@ -1,5 +1,6 @@
 """Sound files of any format, decoded block by block: by soundfile, else by PyAV (ffmpeg)."""
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,7 @@ def open_sound(path: str | Path) -> Sound:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(os.fsencode(path))  # names need not be UTF-8
     except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless formats
         return _open_by_av(path)
     blocks = _soundfile_blocks(path, file)
@@ -73,15 +74,26 @@ def _soundfile_blocks(path: str | Path, file: soundfile.SoundFile) -> Iterator[n
 def _open_by_av(path: str | Path) -> Sound:
     try:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        container = av.open(f"file:{path}", options=options)
+        container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
         raise InputError(f"{path} cannot be read as sound: {_reason(error)}") from None
     if not container.streams.audio:
         container.close()
         raise InputError(f"{path} has no sound")
-    stream, seconds = container.streams.audio[0], (container.duration or 0) / av.time_base
+    stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        container.close()
+        raise InputError(f"{path} has sound in a form that is not known")
+    seconds = _seconds(container, stream)
     blocks = _joined(_av_blocks(path, container, seconds), BLOCK_SECONDS * stream.rate)
     return Sound(stream.rate, stream.channels, seconds, blocks, False)
+
+
+def _seconds(container, stream) -> float:
+    """Of the sound: in a film the picture may be longer. 0 where that is not told."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
 
 
 def _av_blocks(path: str | Path, container, seconds: float) -> Iterator[np.ndarray]:
