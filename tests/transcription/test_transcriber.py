@@ -188,6 +188,14 @@ def test_recordings_of_a_batch_are_told_apart(recognizer, caplog):
     assert "3 of 0.10 s: nothing is said, or it is too short to hear" in caplog.text
 
 
+@pytest.mark.parametrize("samples", [1, 79, 80, 639, 640, 1600])
+def test_next_to_nothing_is_too_short_to_hear(recognizer, samples):
+    tiny, other = transcribed(recognizer, [torch.randn(samples)], [bursts(2.0)])
+    assert [one.source for one in tiny.segments] == ["nobody"] and tiny.error is None
+    assert tiny.segments[0].end == samples / RATE
+    assert other.segments[0].source != "nobody"
+
+
 def test_batches_are_within_their_seconds(recognizer):
     transcriber = Transcriber(recognizer, max_duration=10.0)
     named = [(str(i), [bursts(1.0 + i % 3)]) for i in range(20)]
@@ -233,7 +241,12 @@ def test_segments_are_given_while_the_recording_goes_on(recognizer):
     [
         ({"max_segment": 2.0}, "--max-segment 2.0 must be at least 3"),
         ({"max_segment": float("nan")}, "--max-segment nan must be"),
+        ({"max_segment": float("inf")}, "--max-segment inf must be at least 3 and finite"),
         ({"pause": 0.0}, "--pause 0.0 must be above 0"),
+        ({"pause": float("inf")}, "--pause inf must be above 0 and finite"),
+        ({"max_duration": 0.0}, "--max-duration 0.0 must be above 0"),
+        ({"max_duration": float("nan")}, "--max-duration nan must be above 0"),
+        ({"max_duration": float("inf")}, "--max-duration inf must be above 0 and finite"),
         ({"max_segment": 1e5}, r"--max-segment 100000 needs \d+ positions, the LLM has \d+"),
     ],
 )

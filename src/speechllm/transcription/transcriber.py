@@ -98,10 +98,13 @@ class Transcriber:
         Raises:
           ValueError: a value is out of range, or such segments do not fit the LLM.
         """
-        if not max_segment >= SHORTEST_LIMIT:
-            raise InputError(f"--max-segment {max_segment} must be at least {SHORTEST_LIMIT:g}")
-        if not pause > 0:
-            raise InputError(f"--pause {pause} must be above 0")
+        if not SHORTEST_LIMIT <= max_segment < math.inf:
+            raise InputError(
+                f"--max-segment {max_segment} must be at least {SHORTEST_LIMIT:g} and finite"
+            )
+        for flag, value in (("--pause", pause), ("--max-duration", max_duration)):
+            if not 0 < value < math.inf:
+                raise InputError(f"{flag} {value} must be above 0 and finite")
         self.recognizer, self.max_duration, self.language = recognizer, max_duration, language
         self.max_segment, self.pause = max_segment, pause
         self.fbank = fbank_extractor()
@@ -224,7 +227,7 @@ class Transcriber:
 
     def _stretch(self, start: int, samples: Tensor, still: bool = False) -> Stretch:
         features = None
-        if not still:
+        if not still and len(samples) >= FRAME:  # fbank fails where there is next to nothing
             features = self.fbank.extract(samples, SAMPLING_RATE)
             if len(features) < frames_needed(self.recognizer.model.ds_rate):
                 features = None
