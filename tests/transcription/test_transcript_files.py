@@ -1,6 +1,8 @@
 """Golden outputs of a small transcript."""
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +73,12 @@ def test_ctm():
         "my_talk.wav 1 2.500 0.400 c 0.250",
         "my_talk.wav 1 3662.000 1.000 end 1.000",
     ]
+
+
+def test_a_name_that_is_no_utf8():
+    named = replace(SMALL, name=os.fsdecode(b"caf\xe9.wav"))
+    assert json.loads(as_json(named).encode())["name"] == "caf?.wav"
+    assert as_ctm(named).encode().startswith(b"caf?.wav 1 0.500")
 
 
 @pytest.mark.parametrize("with_times", [True, False])

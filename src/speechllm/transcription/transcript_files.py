@@ -39,7 +39,7 @@ def as_text(transcript: Transcript) -> str:
 def as_json(transcript: Transcript) -> str:
     """As described at the top of this file."""
     content = {
-        "name": transcript.name,
+        "name": _name(transcript),
         "seconds": round(transcript.seconds, 3),
         "language": transcript.language,
         "text": transcript.text,
@@ -71,7 +71,7 @@ def as_ctm(transcript: Transcript) -> str:
         for segment in transcript.segments
         for word in segment.words
     ]
-    recording = "_".join(transcript.name.split())
+    recording = "_".join(_name(transcript).split())
     return "".join(f"{line}\n" for line in ctm_lines(recording, "1", 0.0, words))
 
 
@@ -120,6 +120,11 @@ def _lines(words: list[str]) -> list[str]:
         else:
             lines.append(word)
     return lines
+
+
+def _name(transcript: Transcript) -> str:
+    """With `?` for what in a file's name is no UTF-8."""
+    return transcript.name.encode(errors="replace").decode()
 
 
 def _segment(segment: Segment) -> dict:
