@@ -35,7 +35,7 @@ from speechllm.progress import ProgressBar
 from speechllm.sound_files import seconds_of
 from speechllm.transcription.audio import audio_blocks, stream_blocks
 from speechllm.transcription.transcriber import Transcriber
-from speechllm.transcription.transcript import NOBODY, Segment, Transcript
+from speechllm.transcription.transcript import Segment, Transcript
 from speechllm.transcription.transcript_files import ENDINGS, FORMATS
 from speechllm.whole_file import whole_file
 
@@ -155,11 +155,13 @@ def load_transcriber(args) -> Transcriber:
 def with_progress(
     found: Iterable[tuple[str, Segment | Transcript]], bar: ProgressBar
 ) -> Iterator[Transcript]:
-    """The transcripts; the bar sees the segments."""
-    for _, one in found:
+    """The transcripts; the bar sees the segments, and at last what had none of its own."""
+    done = Counter()
+    for name, one in found:
         is_whole = isinstance(one, Transcript)
-        new = [part for part in one.segments if part.source == NOBODY] if is_whole else [one]
-        bar.advance(sum(part.end - part.start for part in new))
+        seconds = one.seconds - done[name] if is_whole else one.end - one.start
+        done[name] += seconds
+        bar.advance(seconds)
         if is_whole:
             yield one
 
@@ -192,6 +194,8 @@ def transcribe(args) -> list[Transcript]:
         raise InputError(f"--format {args.format} of {len(names)} recordings needs --out")
     files = output_files(names, args.out, formats) if args.out else {}
     transcriber = load_transcriber(args)
+    if "ctm" in formats and not transcriber.tells_words:
+        raise InputError("--format ctm: this model does not tell the times of words")
     transcriber.check_context(args.context)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

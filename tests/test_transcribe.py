@@ -14,6 +14,7 @@ import transcribe
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.errors import InputError
 from speechllm.transcription.transcriber import Transcriber
+from speechllm.transcription.transcript import Segment, Transcript
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -99,6 +100,7 @@ def test_broken_standard_input_is_called_so(run, monkeypatch):
         (("--format", "", "{sounds}"), "--format : the formats are"),
         (("--format", "srt", "{sounds}"), "--format srt of 2 recordings needs --out"),
         (("--format", "srt,json", "{sounds}/a.wav"), "--format srt,json of 1 recordings needs"),
+        (("--format", "ctm", "{sounds}"), "--format ctm: this model does not tell the times"),
         (("--max-segment", "1", "{sounds}"), "--max-segment 1.0 must be at least 3"),
         (("--epoch", "7", "--checkpoint", "e.pt", "{sounds}"), "e.pt"),
     ],
@@ -106,6 +108,22 @@ def test_broken_standard_input_is_called_so(run, monkeypatch):
 def test_what_is_wrong_is_a_sentence(run, sounds, flags, sentence):
     (sounds / "none").mkdir()
     assert sentence in run(*(flag.format(sounds=sounds) for flag in flags)).code
+
+
+def test_progress_ends_at_the_seconds_of_all():
+    unheard = Segment(2.0, 5.0, "", source="nobody")
+    noise = Segment(5.0, 9.0, "", source="nobody")  # was recognized, and CTC heard nothing
+    found = [
+        ("a", Segment(0.0, 2.0, "said")),
+        ("b", Segment(0.0, 1.0, "said")),
+        ("a", noise),
+        ("a", Transcript("a", 9.0, (Segment(0.0, 2.0, "said"), unheard, noise))),
+        ("b", Transcript("b", 1.5, (Segment(0.0, 1.0, "said"),), error="cut off")),
+    ]
+    advanced = []
+    bar = SimpleNamespace(advance=advanced.append)
+    assert [one.name for one in transcribe.with_progress(found, bar)] == ["a", "b"]
+    assert advanced == [2.0, 1.0, 4.0, 3.0, 0.5]
 
 
 def test_files_that_would_be_one(tmp_path):

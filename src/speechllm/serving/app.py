@@ -71,9 +71,7 @@ class Service:
         self.metrics = Metrics(self.places)
         self.language, self.takes_context = transcriber.language, transcriber.takes_context
         self.check_context = transcriber.check_context
-        self.tells_words = bool(transcriber.recognizer.reader) and (
-            transcriber.recognizer.options.word_times
-        )
+        self.tells_words = transcriber.tells_words
         self.worker = Worker(transcriber, self.metrics.batch_parts.observe)
         self.decoders = ThreadPoolExecutor(os.cpu_count(), "decode")
 

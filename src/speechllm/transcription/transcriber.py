@@ -263,6 +263,11 @@ class Transcriber:
     # ---- what fits
 
     @property
+    def tells_words(self) -> bool:
+        """Whether segments have words with their times."""
+        return self.recognizer.reader is not None and self.recognizer.options.word_times
+
+    @property
     def takes_context(self) -> bool:
         """Whether the LLM was trained with contexts."""
         return self.recognizer.model.chat.use_context
