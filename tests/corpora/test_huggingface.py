@@ -5,6 +5,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from speechllm.corpora.huggingface import dataset_files
+
 
 @pytest.fixture
 def dataset(tmp_path):
@@ -41,6 +43,23 @@ def test_audio_without_a_name_is_numbered(dataset, prepare, tmp_path, write_audi
     assert sorted(cuts) == ["row-0", "row-1", "row-2"]
     copies = {cut.recording.sources[0].source for cut in cuts.values()}
     assert len(copies) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["data/train-00000-of-00001", "data/test-00000-of-00001"], ["train", "test"]),
+        (["default/train/0000", "default/test/0000"], ["train", "test"]),  # converted by the hub
+        (["0000", "0001"], ["", ""]),
+    ],
+)
+def test_splits_of_parquet_files(tmp_path, names, splits):
+    for name in names:
+        path = tmp_path / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = {path: split for split, path in dataset_files(tmp_path)}
+    assert [found[tmp_path / f"{name}.parquet"] for name in names] == splits
 
 
 def test_bad_rows_leave_no_copies(dataset, prepare, tmp_path, write_audio):

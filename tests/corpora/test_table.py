@@ -71,13 +71,15 @@ def test_texts_that_cannot_be_said_or_are_lost(table, prepare):
     assert report["left_out"]["counts"] == {"long-text": 1, "not-unicode": 1, "bad-id": 1}
 
 
-def test_json_has_numbers_and_null(table, prepare):
-    rows = [{"id": 7, "text": "x", "path": "a.wav", "channel": 2, "speaker": 3, "start": 0.5},
+def test_json_has_numbers_null_and_lists(table, prepare):
+    rows = [{"id": 7, "text": "x", "path": "a.wav", "channel": 2, "speaker": 3, "start": 0.5,
+             "context": ["Ann", "Ben"]},
             {"id": 8, "text": "y", "path": "a.wav", "channel": 1, "start": None, "end": None,
              "speaker": 4}]  # fmt: skip
     cuts, _ = prepare("--table", table(*map(json.dumps, rows), name="t.jsonl"))
     assert (cuts["7"].start, cuts["7"].supervisions[0].speaker) == (0.5, "3")
     assert (cuts["8"].start, cuts["8"].duration) == (0.0, 2.0)
+    assert cuts["7"].supervisions[0].custom == {"context": "Ann, Ben"}
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '"x"', "\x00"])

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from speechllm.corpora.utterance import Utterance, find_columns, from_fields
+from speechllm.corpora.utterance import Utterance, as_text, find_columns, from_fields
 from speechllm.errors import InputError, first_line
 
 ROWS = 16  # at a time: audio is large
@@ -24,10 +24,18 @@ def dataset_files(folder: Path) -> list[tuple[str, Path]]:
         return [(split, file) for split in splits for file in _arrow_files(folder / split)]
     if (folder / "state.json").is_file():
         return [("", file) for file in _arrow_files(folder)]
-    parquet = sorted(folder.rglob("*.parquet"))  # train-00000-of-00002.parquet
+    parquet = sorted(folder.rglob("*.parquet"))
     if not parquet:
         raise InputError(f"{folder} has no state.json, dataset_dict.json or *.parquet")
-    return [(path.name.removesuffix(".parquet").split("-")[0], path) for path in parquet]
+    return [(_split(path, folder), path) for path in parquet]
+
+
+def _split(parquet: Path, folder: Path) -> str:
+    """`train-00000-of-00002.parquet`, or `train/0000.parquet` as the hub converts datasets."""
+    name = parquet.stem.split("-")[0]
+    if not name.isdigit():
+        return name
+    return "" if parquet.parent == folder else parquet.parent.name
 
 
 def huggingface_files(folder: Path) -> list[Path]:
@@ -49,7 +57,7 @@ def read_huggingface(folder: Path, copies: Path) -> Iterator[Utterance]:
             columns = find_columns(list(row), path)
             # `path` beside `audio` is where the sound once was.
             audio = row["audio" if "audio" in row else columns["path"]]
-            fields = {k: _text(row[name]) for k, name in columns.items() if k != "path"}
+            fields = {k: as_text(row[name]) for k, name in columns.items() if k != "path"}
             named = _name_of(audio)
             fields.setdefault("id", Path(named).stem or f"{split or 'row'}-{number}")
             fields.setdefault("split", split)
@@ -63,13 +71,7 @@ def read_huggingface(folder: Path, copies: Path) -> Iterator[Utterance]:
 
 
 def _name_of(audio: object) -> str:
-    return _text(audio.get("path") if isinstance(audio, dict) else audio)
-
-
-def _text(value: object) -> str:
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return ", ".join(value)  # hotwords
-    return "" if value is None else str(value)
+    return as_text(audio.get("path") if isinstance(audio, dict) else audio)
 
 
 def _arrow_files(folder: Path) -> list[Path]:

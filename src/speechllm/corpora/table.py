@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from speechllm.corpora.utterance import Utterance, find_columns, from_fields
+from speechllm.corpora.utterance import Utterance, as_text, find_columns, from_fields
 from speechllm.errors import InputError, first_line
 
 Row = tuple[int, dict]  # number of its (last) line, cells by column
@@ -20,7 +20,7 @@ def read_table(table: Path) -> Iterator[Utterance]:
     header, rows = _json_lines(table) if _is_json(table) else _cells(table)
     columns = find_columns(header, table)
     for line, row in rows:
-        fields = {field: _text(row.get(name)) for field, name in columns.items()}
+        fields = {field: as_text(row.get(name)) for field, name in columns.items()}
         utterance = from_fields(fields, table.parent, f"line {line}")
         if None in row:
             utterance.problem = "malformed", "more cells than the header"
@@ -29,11 +29,6 @@ def read_table(table: Path) -> Iterator[Utterance]:
 
 def _is_json(table: Path) -> bool:
     return table.suffix in (".jsonl", ".json", ".ndjson")
-
-
-def _text(value: object) -> str:
-    """JSON has numbers and null, too."""
-    return "" if value is None else str(value)
 
 
 def _cells(table: Path) -> tuple[list[str], list[Row]]:

@@ -74,6 +74,13 @@ def find_columns(header: list[str], source: Path) -> dict[str, str]:
     return found
 
 
+def as_text(value: object) -> str:
+    """Of a cell: datasets and JSON have numbers, null, and lists of hotwords, too."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
+    return "" if value is None else str(value)
+
+
 def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
     """The utterance of a row; its path is relative to `base`.
 
