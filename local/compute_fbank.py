@@ -17,6 +17,7 @@ import torch
 from lhotse import CutSet, RecordingSet, SupervisionSet, combine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from speechllm.errors import in_sentences
 from speechllm.features import compute_fbank, cuts_path, with_perturbed_speed
 from speechllm.flags import Parser, comma_list, str2bool
 
@@ -126,6 +127,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from speechllm.errors import in_sentences
 from speechllm.flags import Parser
 from speechllm.whole_file import whole_file  # noqa: E402
 
@@ -88,6 +89,7 @@ def _legend(axes) -> None:
         axes.text(x + 0.42, 0.7, text, va="center", fontsize=7, color=INK)
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("out", type=Path, help="an .svg file")

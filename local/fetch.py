@@ -24,7 +24,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from speechllm.errors import without_secrets
+from speechllm.errors import in_sentences, without_secrets
 from speechllm.flags import Parser
 
 HUGGING_FACE = "https://huggingface.co"
@@ -255,6 +255,7 @@ def by_hand(mirror: str, downloads: list[Download], root: Path) -> str:
     )
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     parser = Parser(__doc__)

@@ -36,6 +36,7 @@ import soundfile
 from scipy.signal import resample_poly
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from speechllm.errors import in_sentences
 from speechllm.flags import Parser
 
 logger = logging.getLogger(__name__)
@@ -420,6 +421,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -38,6 +38,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from speechllm.errors import in_sentences
 from speechllm.flags import Parser
 from speechllm.prompt import IGNORED, IM_END, IM_START, PAD, SPEECH_TOKENS, chat_prompt
 
@@ -348,6 +349,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise SystemExit("--max-steps and --batch-size are at least 1")
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

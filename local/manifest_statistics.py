@@ -14,6 +14,7 @@ from lhotse.cut import Cut
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from speechllm.cut_files import read_cuts
+from speechllm.errors import in_sentences
 from speechllm.flags import Parser
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -63,6 +64,7 @@ def report(statistics: Statistics, min_duration: float, max_duration: float) -> 
     return "\n".join(f"  {line}" for line in lines)
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a .jsonl.gz of cuts")

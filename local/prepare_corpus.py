@@ -61,7 +61,7 @@ from speechllm.corpora.splits import assign_splits
 from speechllm.corpora.table import read_table
 from speechllm.corpora.utterance import Utterance, channel_number
 from speechllm.cut_faults import Fault, counted, first_reasons, shown_id
-from speechllm.errors import InputError
+from speechllm.errors import InputError, in_sentences
 from speechllm.features import SAMPLING_RATE, compute_fbank, cuts_path, with_perturbed_speed
 from speechllm.flags import Parser, str2bool
 from speechllm.whole_file import whole_file
@@ -293,6 +293,7 @@ def read_with_copies(args: argparse.Namespace, copies: Path) -> Corpus:
         raise
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from speechllm.errors import InputError
+from speechllm.errors import InputError, in_sentences
 from speechllm.flags import Parser
 from speechllm.scoring import align
 
@@ -143,6 +143,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path} is not a text file in UTF-8") from None
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("ctm", type=Path, metavar="CTM", help="word times to score")

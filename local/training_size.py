@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from speechllm.errors import InputError
+from speechllm.errors import InputError, in_sentences
 from speechllm.features import NUM_MEL_BINS
 from speechllm.flags import Parser, str2bool
 from speechllm.llm import check_llm_path, prepare_llm
@@ -244,6 +244,7 @@ def report(args) -> str:
     return json.dumps(everything, indent=1)
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     try:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from speechllm.cut_faults import cut_faults, duplicate, reading_faults
 from speechllm.cut_files import read_lines
+from speechllm.errors import in_sentences
 from speechllm.flags import Parser, str2bool
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     args = get_parser().parse_args(argv)

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from speechllm.cut_files import check_cuts, cuts_file, cuts_within
-from speechllm.errors import InputError
+from speechllm.errors import InputError, in_sentences
 from speechllm.flags import Parser, comma_list, str2bool
 from speechllm.shards import read_shards, write_shards
 
@@ -60,6 +60,7 @@ def write(args) -> None:
     print(f"{args.out}: {len(shards)} shards, {count} cuts; {shards.statistics()}")
 
 
+@in_sentences
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     torch.set_num_threads(1)
