@@ -51,8 +51,8 @@ SCORED = [
 ]
 
 
-def report(decoded=SET, out_dir=Path("out"), normalize="none"):
-    return parsed(report_html(decoded, out_dir, "a_set", "greedy", normalize))
+def report(decoded=SET, out_dir=Path("out"), normalize="none", score_by="auto"):
+    return parsed(report_html(decoded, out_dir, "a_set", "greedy", normalize, score_by))
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,18 @@ def test_groups(page):
         ["2–3", "2", "5", percent(20)],
         ["4–7", "1", "4", percent(50)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("score_by", "rate", "units", "count"),
+    [("words", "WER", "words", 4), ("characters", "CER", "characters", 17)],
+)
+def test_tables_name_what_was_scored(score_by, rate, units, count):
+    page = report([decoded("u3", "five six seven eight", "five nine eight")], score_by=score_by)
+    header, (name, _, scored, *_) = table(page, "By speaker")
+    assert (header[2], header[3], int(scored)) == (units, rate, count)
+    assert table(page, f"By length in {units}")
+    assert units in [option.text.strip() for option in page.all("option")]
 
 
 def test_intervals_of_groups_are_drawn_on_one_scale():

@@ -83,6 +83,8 @@ def report_html(
     ]
     utterances.sort(key=lambda one: (-one.errors, one.id))
     low, high = bootstrap_interval(scored)
+    rate_of_all = rate(decoded, score_by)
+    units = "characters" if rate_of_all == "CER" else "words"
     pairs = aligned_pairs(scored)
     return page(
         "report.html",
@@ -94,13 +96,14 @@ def report_html(
         counts=error_counts(pairs),
         low=low,
         high=high,
-        rate=rate(decoded, score_by),
+        rate=rate_of_all,
+        units=units,
         cer=character_error_counts(scored).wer,
         ctc_wer=error_counts(aligned_pairs(by_ctc)).wer if by_ctc else None,
         seconds=sum(one.seconds for one in utterances),
         reasons=_counted(reason for one in utterances for reason in one.reasons),
         too_short=sum(one.answer is None for one in decoded),
-        tables=tables(utterances),
+        tables=tables(utterances, units),
         frequent=frequent_errors(pairs),
         shaded=any(mark.doubt for one in utterances for mark in one.marks),
         sure=SURE,
@@ -155,8 +158,8 @@ def audio_link(cut: Cut, out_dir: Path) -> str | None:
 # ---- tables
 
 
-def tables(utterances: Sequence[Utterance]) -> list[Table]:
-    """WER by speaker, the most errors first, by duration and by sentence length."""
+def tables(utterances: Sequence[Utterance], units: str) -> list[Table]:
+    """Errors by speaker, the most first, by duration and by sentence length."""
     speakers = defaultdict(list)
     for one in utterances:
         if one.speaker:
@@ -168,7 +171,7 @@ def tables(utterances: Sequence[Utterance]) -> list[Table]:
     return [
         Table("By speaker", _rows(shown), len(worst) - len(shown), find=True),
         Table("By duration in s", _rows(durations)),
-        Table("By length in words", _rows(lengths)),
+        Table(f"By length in {units}", _rows(lengths)),
     ]
 
 
