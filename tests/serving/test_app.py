@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import httpx
@@ -340,6 +341,28 @@ def test_a_client_that_falls_silent_gives_up_its_place(transcriber, monkeypatch)
                 "Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode()
             )
             assert b" 408 " in silent.recv(100)
+        assert eventually(lambda: service.places.requests == 0)
+
+
+def test_a_client_that_sends_byte_after_byte_gives_up_its_place(transcriber, monkeypatch):
+    monkeypatch.setattr(upload, "SILENCE", 0.3)
+    service = Service(transcriber, "tiny")
+    with running(service) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(
+                f"POST {app.TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n"
+                "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+                'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'.encode()
+            )
+            slow.settimeout(0.01)
+            answer = b""
+            for _ in range(300):  # ten times as long as it may be silent
+                with suppress(ConnectionError):
+                    slow.send(b"-")
+                with suppress(TimeoutError, ConnectionError):
+                    answer = answer or slow.recv(100)
+            assert b" 408 " in answer
         assert eventually(lambda: service.places.requests == 0)
 
 

@@ -1,6 +1,7 @@
 """From the body of a request to samples, within limits."""
 
 import asyncio
+import time
 from collections import deque
 from typing import BinaryIO
 
@@ -12,7 +13,8 @@ from speechllm.features import SAMPLING_RATE
 from speechllm.serving.places import Place, Refused
 from speechllm.transcription.audio import stream_blocks
 
-SILENCE = 30.0  # s: a client that sends nothing for so long gives up its place
+SILENCE = 30.0  # s: a client that sends nothing for so long gives up its place,
+SLOWEST = 8000.0  # bytes/s: as does one that is so long behind this pace
 
 
 class Body:
@@ -20,7 +22,7 @@ class Body:
 
     def __init__(self, receive: Receive, max_bytes: int):
         self.receive, self.max_bytes = receive, max_bytes
-        self.bytes, self.ended = 0, False
+        self.bytes, self.ended, self.start = 0, False, time.monotonic()
 
     async def __call__(self) -> Message:
         """
@@ -42,14 +44,20 @@ class Body:
     async def _next(self) -> Message:
         if self.ended:
             return await self.receive()  # returns when the client is gone
+        behind = max(0.0, self._seconds() - self.bytes / SLOWEST)
         try:
-            message = await asyncio.wait_for(self.receive(), SILENCE)
+            message = await asyncio.wait_for(self.receive(), SILENCE - behind)
         except TimeoutError:
             self.ended = True
-            raise Refused(408, f"nothing came for {SILENCE:g} s") from None
+            raise Refused(
+                408, f"the upload is too slow: {self.bytes} bytes in {self._seconds():.0f} s"
+            ) from None
         self.bytes += len(message.get("body", b""))
         self.ended = not message.get("more_body", False)
         return message
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.start
 
 
 def decoded(upload: BinaryIO, name: str, max_seconds: float, place: Place) -> deque[Tensor]:
