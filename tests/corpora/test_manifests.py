@@ -47,6 +47,10 @@ def at_address(cut):
         (lambda cut: cut.pad(9.0), "no-audio.*a cut that is made of several"),
         (lambda cut: fastcopy(cut, recording=None), "no-audio.*no recording"),
         (at_address, "no-audio.*its audio is no file but a url"),
+        (
+            lambda cut: fastcopy(cut, channel=2),
+            r"channels.*its recording has channels \[0, 1\], not 2",
+        ),
         (lambda cut: cut.drop_supervisions(), "no-text.*no supervision"),
     ],
 )

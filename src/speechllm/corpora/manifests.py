@@ -86,7 +86,7 @@ def _utterance(
 ) -> Utterance:
     if supervision is None:
         return Utterance(cut.id, "", Path(), place=place, problem=("no-text", "no supervision"))
-    if problem := _problem(cut):
+    if problem := _problem(cut, supervision):
         return Utterance(supervision.id, "", Path(), place=place, problem=problem)
     path, channel = _file_and_channel(cut, supervision)
     start = cut.start + max(0.0, supervision.start)
@@ -108,7 +108,7 @@ def _utterance(
     )
 
 
-def _problem(cut: Cut) -> tuple[str, str] | None:
+def _problem(cut: Cut, supervision: SupervisionSegment) -> tuple[str, str] | None:
     """Why the audio of a cut cannot be used."""
     recording = getattr(cut, "recording", None)
     if recording is None:
@@ -118,14 +118,20 @@ def _problem(cut: Cut) -> tuple[str, str] | None:
         return "malformed", f"its audio is changed by {type(changes[0]).__name__}"
     if others := [source.type for source in recording.sources if source.type != "file"]:
         return "no-audio", f"its audio is no file but a {others[0]}"
+    channel = _channel(cut, supervision)
+    if isinstance(channel, int) and channel not in recording.channel_ids:
+        return "channels", f"its recording has channels {recording.channel_ids}, not {channel}"
     return None
+
+
+def _channel(cut: Cut, supervision: SupervisionSegment) -> int | list[int] | None:
+    return cut.channel if isinstance(cut, MonoCut) else supervision.channel
 
 
 def _file_and_channel(cut: Cut, supervision: SupervisionSegment) -> tuple[Path, int | None]:
     """The file that has the channel, and which of its own that is; None where it is not told."""
-    channel = cut.channel if isinstance(cut, MonoCut) else supervision.channel
-    sources = cut.recording.sources
+    channel, sources = _channel(cut, supervision), cut.recording.sources
     if not isinstance(channel, int):
         return Path(sources[0].source), None
-    source = next((one for one in sources if channel in one.channels), sources[0])
+    source = next(one for one in sources if channel in one.channels)
     return Path(source.source), source.channels.index(channel)
