@@ -344,6 +344,20 @@ def test_a_client_that_falls_silent_gives_up_its_place(transcriber, monkeypatch)
         assert eventually(lambda: service.places.requests == 0)
 
 
+def test_who_is_refused_and_falls_silent_hears_why(transcriber, monkeypatch):
+    monkeypatch.setattr(upload, "SILENCE", 0.05)
+    service = Service(transcriber, "tiny", token="secret")
+    with running(service) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as silent:
+            silent.sendall(
+                f"POST {app.TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+                "Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode()
+            )
+            assert b" 401 " in silent.recv(100)
+    assert b'asr_requests_total{status="401"} 1.0' in service.metrics.text()
+
+
 def test_a_client_that_sends_byte_after_byte_gives_up_its_place(transcriber, monkeypatch):
     monkeypatch.setattr(upload, "SILENCE", 0.3)
     service = Service(transcriber, "tiny")

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import deque
+from contextlib import suppress
 from typing import BinaryIO
 
 from starlette.types import Message, Receive
@@ -38,8 +39,9 @@ class Body:
     async def drain(self) -> None:
         """Takes what is still sent: many clients read no answer before. Not without end, though."""
         limit = 2 * max(self.bytes, self.max_bytes)
-        while not self.ended and self.bytes < limit:
-            await self._next()
+        with suppress(Refused):  # too slow: it is refused already
+            while not self.ended and self.bytes < limit:
+                await self._next()
 
     async def _next(self) -> Message:
         if self.ended:
