@@ -109,8 +109,8 @@ def push(folder: Path, name: str) -> None:
     """Raises ValueError: it could not be uploaded; the directory is as it was."""
     api = HfApi()
     try:
-        api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder)
+        repository = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder)  # with the user's name
     except Exception as error:  # the hub's, and those of the connection
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{folder} is whole, but not on the hub as {name}: {reason}") from None

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import RepoUrl
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_decode import hypotheses
@@ -270,6 +271,7 @@ def hub(monkeypatch):
             if hub.fails:
                 raise OSError(hub.fails)
             hub.asked.append((name, args, options))
+            return RepoUrl(f"https://huggingface.co/me/{args[0].split('/')[-1]}") if args else None
 
         return method
 
@@ -279,14 +281,15 @@ def hub(monkeypatch):
     return hub
 
 
-def test_pushing(exported, hub, capsys, caplog):
-    out = exported("--push-to-hub", "me/mine")
+@pytest.mark.parametrize("name", ["me/mine", "mine"])
+def test_pushing(exported, hub, capsys, caplog, name):
+    out = exported("--push-to-hub", name)
     assert hub.asked == [
-        ("create_repo", ("me/mine",), {"private": True, "exist_ok": True}),
+        ("create_repo", (name,), {"private": True, "exist_ok": True}),
         ("upload_folder", (), {"repo_id": "me/mine", "folder_path": out}),
     ]
     said = capsys.readouterr()
-    assert "on the hub as me/mine" in said.out
+    assert f"on the hub as {name}" in said.out
     everything = said.out + said.err + caplog.text + (out / "README.md").read_text()
     assert "hf_secretsecret" not in everything
 
