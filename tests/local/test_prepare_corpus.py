@@ -122,8 +122,8 @@ REPORT = """\
 12 bad utterances (5 malformed, 1 duplicate-id, 1 no-text, 2 no-audio, 1 channels, \
 2 unreadable-audio):
   line 5, gone: {wav}/gone.wav is missing
-  line 6, junk: Error opening '{wav}/junk.wav': Format not recognised.
-  line 7, half: {wav}/cut.flac is broken: Error : flac decoder lost sync.
+  line 6, junk: {wav}/junk.wav cannot be read as sound: Invalid data found when processing input
+  line 7, half: {wav}/cut.flac is broken after 0.0 s: Error : flac decoder lost sync.
   line 8, mute: empty text
   line 9, a: duplicate id
   line 10, empty: {wav}/empty.wav has a duration of 0 s
