@@ -111,13 +111,20 @@ decode_twice() {
   local test=(--test-cuts "${name}_cuts_test") weight
   quietly "$2.log" "${run[@]}" "${test[@]}" --method draft
   quietly "$2-dev.log" "${run[@]}" --test-cuts "${name}_cuts_dev" --beam-size 4 --nbest 4
-  quietly "$out-ctc-weight.log" $python src/find_ctc_weight.py \
-    "$exp/$out/decode/nbest-${name//-/_}_dev-decode-beam4-nbest4-$suffix.jsonl"
+  # What CTC cannot align, as of an encoder that learnt nothing, has no best weight: then it is 0.
+  $python src/find_ctc_weight.py >"$exp/log/$out-ctc-weight.log" 2>&1 \
+    "$exp/$out/decode/nbest-${name//-/_}_dev-decode-beam4-nbest4-$suffix.jsonl" ||
+    grep -q "no candidate has a CTC" "$exp/log/$out-ctc-weight.log" ||
+    { cat "$exp/log/$out-ctc-weight.log"; return 1; }
   weight=$(ctc_weight "$out")
   quietly "$2-ctc.log" "${run[@]}" "${test[@]}" --beam-size 4 --ctc-weight "$weight"
 }
 suffix=epoch-$llm_epochs-avg-$avg-max100
-ctc_weight() { sed -n '$s/^best --ctc-weight \([0-9.]*\):.*/\1/p' "$exp/log/$1-ctc-weight.log"; }
+ctc_weight() {
+  local best
+  best=$(sed -n '$s/^best --ctc-weight \([0-9.]*\):.*/\1/p' "$exp/log/$1-ctc-weight.log")
+  echo "${best:-0}"
+}
 
 if due 1 "corpus"; then
   if [ -z "$table" ]; then

@@ -14,7 +14,8 @@ others are ignored:
 
   text | sentence | transcript         as the corpus spells it
   path | audio | wav | audio_filepath
-  utt_id | id                          unique; without it the name of the audio file
+  utt_id | id                          unique; without it the name of the audio file, and the
+                                       start in it in milliseconds
   speaker | speaker_id | client_id     optional; without it every recording is its own speaker
   split                                optional; utterances without one are divided by speaker,
                                        about 80/10/10
@@ -280,6 +281,11 @@ def prepare(args: argparse.Namespace) -> None:
         stamp.save(stamp.splits, complete=True)
         remove_former_copies(copies, args.corpus)
     print(Path(f"{report}.txt").read_text("utf-8"), end="")
+    logging.info(
+        f"Train on it with --manifest-dir {args.manifest_dir} "
+        f"--train-cuts {args.corpus}_cuts_train --valid-cuts {args.corpus}_cuts_dev, "
+        f"decode with --test-cuts {args.corpus}_cuts_test"
+    )
 
 
 def read_with_copies(args: argparse.Namespace, copies: Path) -> Corpus:

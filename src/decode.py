@@ -73,10 +73,13 @@ def add_trained_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, which of its checkpoints, and how: what `prepare` and `Decoder` read."""
     add = parser.add_argument_group("trained model").add_argument
     add("--exp-dir", type=Path, help="where the checkpoints are; results go to its decode/")
-    add("--epoch", type=int, default=10, help="last of the averaged epochs")
+    add("--epoch", type=int, default=0,
+        help="last of the averaged epochs; 0: the last in --exp-dir")  # fmt: skip
     add("--iter", type=int, default=0,
         help="above 0: average checkpoint-<step>.pt up to this step instead of epochs")  # fmt: skip
-    add("--avg", type=int, default=5, help="how many epochs or checkpoints to average")
+    add("--avg", type=int, default=0,
+        help="how many epochs or checkpoints to average; 0: 5, or as many as there "
+             "are")  # fmt: skip
     add("--checkpoint", help="a file in --exp-dir instead of --epoch and --avg")
     add("--use-encoders", help="numbers of the model's encoders to use, such as 1,3; all if unset")
     add("--use-fp16", type=str2bool, default=torch.cuda.is_available(), help="decode in float16")
@@ -118,20 +121,25 @@ def used_encoders(text: str | None, num_encoders: int) -> list[int]:
 
 
 def read_parameters(args, ranks: Ranks = Ranks()) -> tuple[dict, str]:
-    """The state dict to decode with, and the name of what it came from."""
+    """The state dict to decode with, and the name of what it came from.
+
+    Raises:
+      FileNotFoundError, ValueError: naming what is missing in --exp-dir, and what is there.
+    """
     if args.checkpoint:
         path = args.exp_dir / args.checkpoint
         return load_checkpoint(path)["model"], path.stem
-    what, last, average = "epoch", args.epoch, average_epochs
-    if args.iter:
-        what, last, average = "iter", args.iter, average_checkpoints
     parameters, path = None, None
     if ranks.is_main:
+        average, last = (
+            (average_checkpoints, args.iter) if args.iter else (average_epochs, args.epoch)
+        )
         parameters, path = average(args.exp_dir, last, args.avg)
     path, *_ = ranks.gather_objects(path)
     if parameters is None:
         parameters = load_checkpoint(path)["model"]
-    return parameters, f"{what}-{last}-avg-{args.avg}"
+    name = path.stem.replace("checkpoint-", "iter-")
+    return parameters, name if "-avg-" in name else f"{name}-avg-1"
 
 
 def result_suffix(args, options: SearchOptions, parameters_name: str) -> str:

@@ -13,6 +13,7 @@ stops it when what it accepted is answered.
 
 import argparse
 import logging
+import math
 from pathlib import Path
 
 import uvicorn
@@ -65,8 +66,10 @@ def check_limits(args) -> None:
       ValueError: a limit lets nothing through.
     """
     for flag in ("max_upload", "max_seconds", "max_requests", "max_waiting"):
-        if not (value := getattr(args, flag)) > 0:
-            raise InputError(f"--{flag.replace('_', '-')} {value} must be above 0")
+        if not 0 < (value := getattr(args, flag)) < math.inf:
+            raise InputError(f"--{flag.replace('_', '-')} {value} must be a number above 0")
+    if not 0 <= args.port < 1 << 16:
+        raise InputError(f"--port {args.port} must be from 0 to 65535")
 
 
 def load_service(args) -> Service:

@@ -16,6 +16,7 @@ The JSON is described in speechllm/transcription/transcript_files.py.
 
 import argparse
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -32,7 +33,7 @@ from speechllm.errors import InputError, in_sentences, without_secrets
 from speechllm.flags import Parser, comma_list
 from speechllm.model_flags import check_model_files, take_model_file
 from speechllm.progress import ProgressBar
-from speechllm.sound_files import seconds_of
+from speechllm.sound_files import SUFFIXES, seconds_of
 from speechllm.transcription.audio import audio_blocks, stream_blocks
 from speechllm.transcription.transcriber import Transcriber
 from speechllm.transcription.transcript import Segment, Transcript
@@ -40,11 +41,6 @@ from speechllm.transcription.transcript_files import ENDINGS, FORMATS
 from speechllm.whole_file import whole_file
 
 STDIN = "-"
-SOUND = {
-    ".aac", ".aif", ".aiff", ".amr", ".au", ".avi", ".caf", ".flac", ".m4a", ".m4v", ".mkv", ".mov",
-    ".mp3", ".mp4", ".mpeg", ".mpg", ".oga", ".ogg", ".opus", ".sph", ".w64", ".wav", ".webm",
-    ".wma",
-}  # fmt: skip
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -70,7 +66,7 @@ def add_transcriber_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-duration", type=float, default=200.0, help="seconds of audio in a batch")
     add("--language", help="what the transcripts say of their language")
     decode.add_trained_model_arguments(parser)
-    add_search_arguments(parser)
+    add_search_arguments(parser, usual_guard="fallback")  # no score depends on it
     parser.set_defaults(**train.DEFAULTS)
 
 
@@ -88,10 +84,12 @@ def find_recordings(given: list[str]) -> list[str]:
         inside = [name]
         if path.is_dir():
             inside = sorted(
-                str(one) for one in path.rglob("*") if one.suffix.lower() in SOUND and one.is_file()
+                str(one)
+                for one in path.rglob("*")
+                if one.suffix.lower() in SUFFIXES and one.is_file()
             )
         if not inside:
-            raise InputError(f"{name} has no sound files ({' '.join(sorted(SOUND))})")
+            raise InputError(f"{name} has no sound files ({' '.join(SUFFIXES)})")
         found.update(dict.fromkeys(inside))
     return list(found)
 
@@ -100,7 +98,8 @@ def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[
     """Where each recording goes in each format; `talk.wav` and `talk.mp3` keep their endings.
 
     Raises:
-      ValueError: two recordings would have one file.
+      ValueError: two recordings would have one file, or a text beside a recording, which may be
+        what was really said, would be overwritten.
     """
     stems = {name: "stdin" if name == STDIN else Path(name).stem for name in names}
     shared = {stem for stem, count in Counter(stems.values()).items() if count > 1}
@@ -109,11 +108,19 @@ def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[
         if count > 1:
             same = [name for name in names if stems[name] == stem]
             raise InputError(f"--out {out}: {' and '.join(same)} would both become {stem}.*")
-    return {
+    files = {
         (name, kind): out / f"{stem}.{ENDINGS[kind]}"
         for name, stem in stems.items()
         for kind in formats
     }
+    for (name, kind), path in files.items():
+        if (
+            kind == "text"
+            and path.exists()
+            and path.resolve().parent == Path(name).resolve().parent
+        ):
+            raise InputError(f"--out {out}: {path} is beside {name} already, perhaps its true text")
+    return files
 
 
 def read_formats(text: str) -> list[str]:
@@ -135,8 +142,8 @@ def load_recognizer(args) -> Recognizer:
       FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
     """
     search_options(args, can_draft=True)  # what contradicts itself is said at once
-    if args.exp_dir is None:
-        raise InputError("--exp-dir is missing: where the checkpoints are")
+    if not Path(args.exp_dir).is_dir():
+        raise FileNotFoundError(f"--exp-dir {args.exp_dir} is missing: where the checkpoints are")
     check_model_files(args)
     parameters, name = decode.read_parameters(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,10 +178,22 @@ def write(transcript: Transcript, formats: list[str], files: dict[tuple[str, str
     for kind in formats:
         content = FORMATS[kind](transcript)
         if not files:
-            print(content, end="", flush=True)
+            say(content)
             continue
         with whole_file(files[transcript.name, kind]) as partial:
             partial.write_text(content, encoding="utf-8")
+
+
+def say(content: str) -> None:
+    """
+    Raises:
+      ValueError: nobody reads standard output any more.
+    """
+    try:
+        print(content, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it fails at the end
+        raise InputError("standard output was closed before the end") from None
 
 
 def sounds(names: list[str]) -> Iterator[tuple[str, Iterable[Tensor]]]:

@@ -247,7 +247,7 @@ def tiny_transcribe_argv(tiny_argv):
         model = tiny_argv()
         model = model[model.index("--llm-path") :]
         return [*model, "--exp-dir", str(exp_dir), "--checkpoint", "epoch-2.pt",
-                "--max-new-tokens", "6"]  # fmt: skip
+                "--max-new-tokens", "6", "--guard", "stop"]  # fmt: skip
 
     return flags
 

@@ -61,12 +61,12 @@ def test_methods_that_contradict_the_model_or_each_other(said, copies, tiny_enco
 def test_missing_epochs(said, copies):
     exp_dir = copies()
     assert said(exp_dir, "--epoch", 4, "--avg", 3) == (
-        f"epoch-3.pt is missing in {exp_dir}: --epoch 4 --avg 3 needs 2, 3, 4"
+        f"epoch-3.pt is missing in {exp_dir}: --epoch 4 --avg 3 needs 2, 3, 4, there are: 1, 2"
     )
     assert (
         said(exp_dir, "--epoch", 2, "--avg", 3) == "--epoch 2 --avg 3 reaches back before epoch 1"
     )
-    assert said(exp_dir, "--avg", 0).startswith("--epoch 2 --avg 0 ")
+    assert said(exp_dir, "--avg", -1).startswith("--epoch 2 --avg -1 ")
     assert said(exp_dir, "--checkpoint", "x.pt") == f"{exp_dir}/x.pt is missing"
     assert {path.name for path in exp_dir.glob("*avg*")} == set()
 

@@ -226,7 +226,8 @@ def test_nothing_is_begun_that_cannot_be_done(said, tmp_path, monkeypatch):
         (("--llm-path", tmp_path / "no"),
          f"LLM directory {tmp_path}/no is missing or has no config.json"),
         (("--epoch", 9, "--avg", 2),
-         f"epoch-8.pt is missing in {tmp_path}/exp1: --epoch 9 --avg 2 needs 8, 9"),
+         f"epoch-8.pt is missing in {tmp_path}/exp1: --epoch 9 --avg 2 needs 8, 9, "
+         "there are: 1, 2"),
     ):  # fmt: skip
         assert said(*flags) == sentence
     assert said("--push-to-hub", "a b").startswith("--push-to-hub a b: ")

@@ -12,7 +12,8 @@ import decode
 import sweep
 import train
 import train_mose
-from speechllm.model_flags import MODEL_FLAGS, read_model_file
+from speechllm import model_flags
+from speechllm.model_flags import MODEL_FLAGS, read_model_file, write_model_file
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -106,3 +107,16 @@ def test_going_on_with_another_model(exp, tiny_train_argv):
     assert read_model_file(exp) == json.loads(before) | {
         "language": "en", "speech_encoder_bpe_path": "other.model"
     }  # fmt: skip
+
+
+def test_paths_of_the_repository_are_found_from_anywhere(tmp_path, monkeypatch):
+    """A training notes them as they were given: relative to where it was begun."""
+    monkeypatch.setattr(model_flags, "REPOSITORY", tmp_path / "repository")
+    (tmp_path / "repository" / "exp" / "llm").mkdir(parents=True)
+    write_model_file(tmp_path, {"llm_path": "exp/llm", "speech_encoder_path": "none.pt"})
+    monkeypatch.chdir(tmp_path)
+    stored = read_model_file(tmp_path)
+    assert stored["llm_path"] == str(tmp_path / "repository/exp/llm")
+    assert stored["speech_encoder_path"] == "none.pt"
+    (tmp_path / "exp" / "llm").mkdir(parents=True)
+    assert read_model_file(tmp_path)["llm_path"] == "exp/llm"

@@ -79,7 +79,7 @@ def test_every_flag_has_an_entry():
     """What the model is loaded by is transcribe.py's, and tested there."""
     shared = flags_of(transcribe.get_parser()) - set(FLAGS)
     assert set(FLAGS) == flags_of(serve.get_parser()) - shared
-    assert shared - flags_of(serve.get_parser()) == {"--format", "--out"}
+    assert shared - flags_of(serve.get_parser()) == {"--context", "--format", "--out"}
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -120,8 +120,10 @@ def test_the_token_is_the_first_line(started):
     [
         (("--token-file", "{tmp}/none"), "none is missing"),
         (("--token-file", "{tmp}/empty"), "begins with an empty line"),
-        (("--max-requests", "0"), "--max-requests 0 must be above 0"),
-        (("--max-seconds", "nan"), "--max-seconds nan must be above 0"),
+        (("--max-requests", "0"), "--max-requests 0 must be a number above 0"),
+        (("--max-seconds", "nan"), "--max-seconds nan must be a number above 0"),
+        (("--max-upload", "inf"), "--max-upload inf must be a number above 0"),
+        (("--port", "99999"), "--port 99999 must be from 0 to 65535"),
         (("--checkpoint", "none.pt"), "none.pt"),
     ],
 )

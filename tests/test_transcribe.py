@@ -2,7 +2,9 @@
 
 import io
 import json
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +14,12 @@ from flag_changes import Change, other_models
 
 import transcribe
 from speechllm.decoding.recognizer import Recognizer
+from speechllm.decoding.search_options import search_options
 from speechllm.errors import InputError
 from speechllm.transcription.transcriber import Transcriber
 from speechllm.transcription.transcript import Segment, Transcript
 
+SRC = Path(__file__).resolve().parents[1] / "src"
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
@@ -124,6 +128,47 @@ def test_progress_ends_at_the_seconds_of_all():
     bar = SimpleNamespace(advance=advanced.append)
     assert [one.name for one in transcribe.with_progress(found, bar)] == ["a", "b"]
     assert advanced == [2.0, 1.0, 4.0, 3.0, 0.5]
+
+
+def test_a_text_beside_a_recording_is_kept(run, sounds):
+    (sounds / "a.txt").write_text("what was said")
+    code = run("--out", sounds, sounds / "a.wav").code
+    assert code.endswith(f"a.txt is beside {sounds}/a.wav already, perhaps its true text")
+    assert run("--format", "srt", "--out", sounds, sounds / "a.wav").code is None
+    assert (sounds / "a.txt").read_text() == "what was said"
+
+
+def test_a_missing_directory_is_named_first(run, sounds, tmp_path):
+    said = run("--exp-dir", tmp_path / "none", "--llm-path", tmp_path / "no", sounds / "a.wav").code
+    assert said == f"--exp-dir {tmp_path}/none is missing: where the checkpoints are"
+
+
+def test_the_guard_falls_back_to_ctc_where_there_is_one(tiny_encoder_dir):
+    def guard(*flags, can_draft):
+        args = transcribe.get_parser().parse_args([*flags, "x.wav"])
+        return search_options(args, can_draft).guard
+
+    assert (guard(can_draft=True), guard(can_draft=False)) == ("fallback", "stop")
+    assert guard("--guard", "off", can_draft=True) == "off"
+
+
+def test_who_reads_no_more_is_no_traceback(sounds, tmp_path):
+    """As `transcribe.py … | head -1`."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(SRC)!r})
+import transcribe
+from speechllm.errors import in_sentences
+transcribe_many = in_sentences(lambda: [transcribe.say("word " * 10000) for _ in range(100)])
+transcribe_many()
+"""
+    program = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    program.stdout.read(10)
+    program.stdout.close()
+    assert program.stderr.read() == "standard output was closed before the end\n"
+    assert program.wait() == 1
 
 
 def test_files_that_would_be_one(tmp_path):

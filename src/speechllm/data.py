@@ -138,9 +138,8 @@ def training_loader(
         sample = with_positions(sample, count_positions) if streamed else None
     full = min(max_duration, max_tokens / POSITIONS_A_SECOND if max_tokens else max_duration)
     parts = world_size * max(1, num_workers) if streamed else world_size
-    if drop_last:  # each bucket may lose a batch
-        batches = seconds / (full * parts)
-        num_buckets = int(min(num_buckets, batches / MIN_BATCHES_IN_BUCKET))
+    if drop_last:
+        num_buckets, drop_last = without_last(num_buckets, seconds / (full * parts))
     options = {"shuffle": shuffle, "drop_last": drop_last, "seed": seed}
     if streamed:  # the shards are divided already
         in_batch = full * num_cuts / seconds
@@ -176,6 +175,11 @@ def training_loader(
         **watched,
         init=make_worker_init_fn(rank, world_size, False),  # tells them their rank
     )
+
+
+def without_last(num_buckets: int, batches: float) -> tuple[int, bool]:
+    """How many buckets there may be where each loses its last batch, and whether they may."""
+    return int(min(num_buckets, batches / MIN_BATCHES_IN_BUCKET)), batches >= 1
 
 
 @dataclass(frozen=True)

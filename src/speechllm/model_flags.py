@@ -36,6 +36,7 @@ MODEL_FLAGS = {  # what model.json holds, and of which type
     "command": str,  # of the training
     "checkpoint": str,  # of an exported model, in the directory
 }
+REPOSITORY = Path(__file__).resolve().parents[2]
 PATHS = ("llm_path", "speech_encoder_path", "speech_encoder_bpe_path")
 FREE_FLAGS = ("speech_encoder_bpe_path", "language", "command")  # training makes no use of them
 
@@ -89,6 +90,12 @@ def read_model_file(exp_dir: Path) -> dict:
     if "checkpoint" in stored:
         for name in stored.keys() & PATHS:
             stored[name] = ",".join(str(exp_dir / part) for part in comma_list(stored[name]))
+        return stored
+    for name in stored.keys() & PATHS:  # of a training that was begun in the repository
+        parts = comma_list(stored[name])
+        there = [REPOSITORY / part for part in parts]
+        if not any(Path(part).exists() for part in parts) and all(map(Path.exists, there)):
+            stored[name] = ",".join(map(str, there))
     return stored
 
 

@@ -11,6 +11,11 @@ import soundfile
 
 from speechllm.errors import InputError, first_line
 
+SUFFIXES = (  # of files in folders that are taken for sound
+    ".3gp", ".aac", ".aif", ".aiff", ".amr", ".au", ".avi", ".caf", ".flac", ".m4a", ".m4v",
+    ".mka", ".mkv", ".mov", ".mp3", ".mp4", ".mpeg", ".mpg", ".oga", ".ogg", ".opus", ".sph",
+    ".w64", ".wav", ".webm", ".wma",
+)  # fmt: skip
 BLOCK_SECONDS = 10
 LATE = 0.25  # s that may be missing at the end: PyAV's headers are not exact
 FORMATS = (  # what PyAV may open. Playlists would name other files to read.

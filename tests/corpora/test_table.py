@@ -34,7 +34,7 @@ def test_all_columns(table, prepare):
 def test_an_offset_with_a_duration_and_a_file_name_as_id(table, prepare):
     name = table("text | audio_filepath | offset | duration | channel", "x | a.wav | 0.25 | 1 | 1")
     cuts, _ = prepare("--table", name)
-    assert (cuts["a"].start, cuts["a"].duration) == (0.25, 1.0)
+    assert (cuts["a-0000250"].start, cuts["a-0000250"].duration) == (0.25, 1.0)
     name = table("text | path | duration | channel", "x | a.wav | 1 | 1")
     assert prepare("--table", name)[0]["a"].duration == 2.0  # it is for information
 

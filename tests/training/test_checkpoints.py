@@ -15,6 +15,7 @@ from speechllm.training.checkpoint import (
     check_room,
     copy_best,
     epoch_path,
+    epochs_to_average,
     load_checkpoint,
     remove_partial_checkpoints,
     restore_state,
@@ -90,11 +91,35 @@ def test_a_missing_epoch_is_named_with_those_needed(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         average_epochs(tmp_path, 10, 4)
     assert str(error.value) == (
-        f"epoch-8.pt is missing in {tmp_path}: --epoch 10 --avg 4 needs 7, 8, 9, 10"
+        f"epoch-8.pt is missing in {tmp_path}: --epoch 10 --avg 4 needs 7, 8, 9, 10, "
+        "there are: 7, 9, 10"
     )
 
 
-@pytest.mark.parametrize(("epoch", "avg"), [(3, 4), (3, 0), (3, -1), (0, 1)])
+@pytest.mark.parametrize(
+    ("epochs", "asked", "averaged"),
+    [
+        (range(1, 11), (0, 0), [6, 7, 8, 9, 10]),  # the published ones
+        (range(1, 4), (0, 0), [1, 2, 3]),
+        ([1, 2, 5, 6, 7], (0, 0), [5, 6, 7]),
+        (range(1, 11), (3, 0), [1, 2, 3]),
+        (range(1, 11), (0, 2), [9, 10]),
+        ([4], (0, 0), [4]),
+    ],
+)
+def test_the_usual_average_is_of_the_last_five_there_are(tmp_path, epochs, asked, averaged):
+    save_epochs(tmp_path, epochs)
+    found = epochs_to_average(tmp_path, *asked)
+    assert [path.name for path in found] == [f"epoch-{number}.pt" for number in averaged]
+
+
+def test_without_epochs_another_file_is_suggested(tmp_path):
+    save_epochs(tmp_path, [])
+    with pytest.raises(FileNotFoundError, match="has no epoch-N.pt .--checkpoint takes another"):
+        epochs_to_average(tmp_path, 0, 0)
+
+
+@pytest.mark.parametrize(("epoch", "avg"), [(3, 4), (3, -1), (-1, 1)])
 def test_averages_that_cannot_be(tmp_path, epoch, avg):
     save_epochs(tmp_path, [1, 2, 3])
     with pytest.raises(ValueError, match=f"^--epoch {epoch} --avg {avg} "):

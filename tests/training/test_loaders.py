@@ -157,3 +157,9 @@ def test_validation_leaves_out_what_cannot_be_read(flags, tmp_path, caplog):
         f"Validation leaves out (unreadable-features): the features of cut {cuts[2].id} cannot"
         in caplog.text
     )
+
+
+def test_less_than_a_batch_is_not_dropped(flags):
+    """--drop-last is the default, and nothing would be left."""
+    [(texts, _)] = listing(batches({**flags, "--max-duration": 1000, "--drop-last": "true"}))
+    assert len(texts) > 50

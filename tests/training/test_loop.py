@@ -42,6 +42,15 @@ def test_the_loss_falls_and_the_files_are_there(tmp_path, caplog):
         assert torch.equal(checkpoint["model"][name], value)
 
 
+def test_a_training_that_is_done_is_left_as_it_is(tmp_path, caplog):
+    run(tmp_path, tensorboard=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    caplog.clear()
+    run(tmp_path, start="epoch-3.pt", tensorboard=True)
+    assert logged(caplog, "Nothing to do: --num-epochs 3 are trained already")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 LINE = re.compile(
     r"Epoch 1, batch 50, loss\[loss=[0-9.]+, acc=[0-9.]+, over [0-9.]+ frames\. \], "
     r"tot_loss\[loss=[0-9.]+, acc=[0-9.]+, over [0-9.]+ frames\. \], "

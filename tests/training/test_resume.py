@@ -166,7 +166,7 @@ def test_averages_of_checkpoints(exp_dir, iteration, avg, mean):
     [
         (19, 1, "checkpoint-19.pt is missing in .*, there are: 12, 18, 20, 24"),
         (18, 3, "has 2 of the 3 checkpoints that --iter 18 --avg 3 needs, there are: 12, 18"),
-        (18, 0, "--iter 18 --avg 0 averages nothing"),
+        (18, -1, "--iter 18 --avg -1 averages nothing"),
     ],
 )
 def test_averages_that_cannot_be(exp_dir, iteration, avg, sentence):

@@ -82,6 +82,20 @@ def test_a_name_that_is_no_utf8():
 
 
 @pytest.mark.parametrize("with_times", [True, False])
+def test_subtitles_of_a_language_without_spaces(with_times):
+    text = "今天天气很好我们去公园散步吧" * 5
+    words = (Word(1.0, 31.0, text, 1.0),) if with_times else ()
+    whole = Segment(0.0, 35.0, text, words)
+    shown = list(subtitles(Transcript("a", 35.0, (whole,), language="zh-CN")))
+    assert "".join(part for *_, part in shown).replace("\n", "") == text
+    assert (shown[0][0], shown[-1][1]) == pytest.approx((1, 31) if with_times else (0, 35))
+    for start, end, part in shown:
+        assert end - start <= 7.0 and all(len(line) <= 21 for line in part.split("\n"))
+    two = Transcript("a", 70.0, (whole, whole), language="zh")
+    assert two.text == text * 2 and replace(two, language="en").text == f"{text} {text}"
+
+
+@pytest.mark.parametrize("with_times", [True, False])
 def test_subtitles_are_of_sensible_size_and_say_every_word_once(with_times):
     texts = [f"word{i}" * (1 + i % 4) for i in range(60)] + ["x" * 50]
     words = tuple(Word(0.4 * i, 0.4 * i + 0.4, text, 1.0) for i, text in enumerate(texts))

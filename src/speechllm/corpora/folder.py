@@ -10,18 +10,15 @@ from pathlib import Path
 
 from speechllm.corpora.utterance import Utterance
 from speechllm.errors import InputError
+from speechllm.sound_files import SUFFIXES
 
 SPLITS = ("train", "training", "dev", "valid", "validation", "eval", "test")
-AUDIO = (
-    ".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".mp4", ".aac", ".webm", ".mka",
-    ".wma", ".amr", ".aif", ".aiff", ".au", ".caf", ".sph", ".w64", ".3gp",
-)  # fmt: skip
 TEXTS = (".txt", ".lab")
 
 
 def audio_and_texts(folder: Path) -> list[Path]:
     """In the order of their names; hidden ones are left."""
-    files = (path for path in _files(folder) if path.suffix.lower() in (*AUDIO, *TEXTS))
+    files = (path for path in _files(folder) if path.suffix.lower() in (*SUFFIXES, *TEXTS))
     return sorted(path for path in files if not path.name.startswith("."))
 
 
@@ -44,9 +41,9 @@ def read_folder(folder: Path) -> Iterator[Utterance]:
     """
     files = audio_and_texts(folder)
     texts = {path.with_suffix(""): path for path in files if path.suffix.lower() in TEXTS}
-    sounds = [path for path in files if path.suffix.lower() in AUDIO]
+    sounds = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not sounds:
-        raise InputError(f"{folder} has no audio ({', '.join(AUDIO)})")
+        raise InputError(f"{folder} has no audio ({', '.join(SUFFIXES)})")
     for path in sounds:
         yield _utterance(path, folder, texts.pop(path.with_suffix(""), None))
     for path in texts.values():

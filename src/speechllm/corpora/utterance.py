@@ -95,15 +95,16 @@ def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
         problem = "malformed", str(error)
     if not path:
         problem = "no-audio", "empty path"
+    stem, start = Path(path).stem, times.get("start")
     return Utterance(
-        id=fields.get("id", Path(path).stem),
+        id=fields.get("id", stem if start is None else f"{stem}-{round(1000 * start):07}"),
         text=fields["text"],
         path=base / path,
         speaker=fields.get("speaker"),
         split=fields.get("split", ""),
         language=fields.get("language") or None,
         context=fields.get("context") or None,
-        recording=Path(path).stem if times.get("start") or times.get("end") else None,
+        recording=stem if start or times.get("end") else None,
         place=place,
         problem=problem,
         **times,

@@ -43,8 +43,13 @@ class SearchOptions:
         return "-".join(parts)
 
 
-def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `search_options` reads."""
+def add_search_arguments(parser: argparse.ArgumentParser, usual_guard: str = "stop") -> None:
+    """What `search_options` reads.
+
+    Args:
+      usual_guard: without --guard, where there is a CTC head.
+    """
+    parser.set_defaults(usual_guard=usual_guard)
     add = parser.add_argument_group("search").add_argument
     add("--method", choices=["draft", "greedy", "beam"],
         help="draft (the default where an encoder has a CTC head and a BPE model): greedy, faster "
@@ -59,9 +64,11 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ctc-confident", type=float, default=0.0,
         help="take the CTC text, without the LLM, where the entropy of every frame is below this "
         "(nats)")  # fmt: skip
-    add("--guard", choices=["stop", "fallback", "off"], default="stop",
+    without = "" if usual_guard == "stop" else ", stop without a CTC head"
+    add("--guard", choices=["stop", "fallback", "off"],
         help="stop: end loops, list what to distrust; fallback: decode that anew by beam search "
-        "with CTC, and take the CTC text where this is no better")  # fmt: skip
+        "with CTC, and take the CTC text where this is no better "
+        f"(default: {usual_guard}{without})")  # fmt: skip
     add("--word-times", type=str2bool, default=True,
         help="where there is a CTC head, write when each word was said")  # fmt: skip
     add("--ctc-lag", type=float, default=LAG,
@@ -111,4 +118,5 @@ def search_options(args, can_draft: bool) -> SearchOptions:
         raise InputError(f"--method {method} has no draft: --accept relaxed:{args.accept:g}")
     beam_size = (args.beam_size or BEAM_SIZE) if method == "beam" else 1
     given = {field.name: getattr(args, field.name) for field in fields(SearchOptions)}
-    return SearchOptions(**given | {"method": method, "beam_size": beam_size})
+    guard = args.guard or (args.usual_guard if can_draft else "stop")
+    return SearchOptions(**given | {"method": method, "beam_size": beam_size, "guard": guard})

@@ -25,7 +25,7 @@ from speechllm.serving.places import Place, Places, Refused, error_body, error_r
 from speechllm.serving.upload import Body, decoded
 from speechllm.serving.worker import Job, Worker
 from speechllm.transcription.transcriber import Transcriber
-from speechllm.transcription.transcript import Transcript
+from speechllm.transcription.transcript import Transcript, separator
 from speechllm.transcription.transcript_files import FORMATS
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
@@ -299,7 +299,8 @@ async def _events(service: Service, place: Place, verbose: bool) -> AsyncIterato
             if verbose:
                 more["segment"] = formats.segment_json(len(segments), segment)
                 more["words"] = formats.words_json(segment)
-            delta = f" {segment.text}" if said and segment.text else segment.text
+            between = separator(service.language) if said and segment.text else ""
+            delta = between + segment.text
             said = said or bool(segment.text)
             segments.append(segment)
             yield formats.event(type="transcript.text.delta", delta=delta, **more)

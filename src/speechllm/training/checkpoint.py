@@ -18,6 +18,8 @@ from speechllm.checkpoint_file import load_checkpoint, write_checkpoint
 from speechllm.errors import InputError
 from speechllm.whole_file import check_space, whole_file
 
+USUAL_AVG = 5  # epochs or checkpoints that are averaged
+
 
 @dataclass
 class TrainState:
@@ -107,30 +109,43 @@ def restore_state(checkpoint: dict) -> TrainState:
 def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
     """epoch-(epoch-avg+1).pt … epoch-<epoch>.pt.
 
+    Args:
+      epoch: 0 for the last one there is.
+      avg: 0 for 5, or as many as there are.
+
     Raises:
-      FileNotFoundError, ValueError: naming the first missing epoch.
+      FileNotFoundError, ValueError: naming the first missing epoch, and what is there.
     """
-    if avg < 1:
+    there = numbered_files(exp_dir, "epoch")
+    if not there:
+        raise FileNotFoundError(f"{exp_dir} has no epoch-N.pt (--checkpoint takes another file)")
+    numbers = ", ".join(map(str, sorted(there)))
+    epoch = epoch or max(there)
+    avg = avg or next((k for k in range(1, USUAL_AVG) if epoch - k not in there), USUAL_AVG)
+    if epoch < 0 or avg < 1:
         raise InputError(f"--epoch {epoch} --avg {avg} averages nothing")
     if epoch - avg + 1 < 1:
         raise InputError(f"--epoch {epoch} --avg {avg} reaches back before epoch 1")
     needed = range(epoch - avg + 1, epoch + 1)
     for number in needed:
-        if not epoch_path(exp_dir, number).is_file():
+        if number not in there:
             raise FileNotFoundError(
                 f"epoch-{number}.pt is missing in {exp_dir}: --epoch {epoch} --avg {avg} "
-                f"needs {', '.join(map(str, needed))}"
+                f"needs {', '.join(map(str, needed))}, there are: {numbers}"
             )
-    return [epoch_path(exp_dir, number) for number in needed]
+    return [there[number] for number in needed]
 
 
 def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path]:
     """The last `avg` of `checkpoint-B.pt` up to `iteration`, which is the last of them.
 
+    Args:
+      avg: 0 for 5, or as many as there are.
+
     Raises:
       FileNotFoundError, ValueError: naming what is missing, and what is there.
     """
-    if avg < 1:
+    if avg < 0:
         raise InputError(f"--iter {iteration} --avg {avg} averages nothing")
     there = numbered_files(exp_dir, "checkpoint")
     numbers = ", ".join(map(str, sorted(there))) or "none"
@@ -138,7 +153,7 @@ def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path
         raise FileNotFoundError(
             f"checkpoint-{iteration}.pt is missing in {exp_dir}, there are: {numbers}"
         )
-    needed = [path for number, path in there.items() if number <= iteration][:avg]
+    needed = [path for number, path in there.items() if number <= iteration][: avg or USUAL_AVG]
     if len(needed) < avg:
         raise FileNotFoundError(
             f"{exp_dir} has {len(needed)} of the {avg} checkpoints that --iter {iteration} "
@@ -180,15 +195,15 @@ def average(paths: list[Path], out: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tensor], Path]:
-    """The mean of the last `avg` epochs up to `epoch`, also written as `epoch-N-avg-K.pt`."""
+    """The mean of `epochs_to_average`, also written as `epoch-N-avg-K.pt`."""
     paths = epochs_to_average(exp_dir, epoch, avg)
-    return average(paths, exp_dir / f"epoch-{epoch}-avg-{avg}.pt")
+    return average(paths, exp_dir / f"{paths[-1].stem}-avg-{len(paths)}.pt")
 
 
 def average_checkpoints(exp_dir: Path, iteration: int, avg: int) -> tuple[dict[str, Tensor], Path]:
-    """The mean of the last `avg` checkpoints up to `iteration`, also as `iter-N-avg-K.pt`."""
+    """The mean of `checkpoints_to_average`, also written as `iter-N-avg-K.pt`."""
     paths = checkpoints_to_average(exp_dir, iteration, avg)
-    return average(paths, exp_dir / f"iter-{iteration}-avg-{avg}.pt")
+    return average(paths, exp_dir / f"iter-{iteration}-avg-{len(paths)}.pt")
 
 
 def copy_best(exp_dir: Path, state: TrainState) -> None:

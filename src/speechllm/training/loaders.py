@@ -16,7 +16,13 @@ from speechllm.cut_files import (
     size_of_share,
     within,
 )
-from speechllm.data import evaluation_loader, joined, loader_options, training_loader
+from speechllm.data import (
+    evaluation_loader,
+    joined,
+    loader_options,
+    training_loader,
+    without_last,
+)
 from speechllm.datasets import with_speech
 from speechllm.errors import InputError
 from speechllm.sampling import BatchLimit, make_sampler, with_positions
@@ -135,13 +141,16 @@ def scan_batches(args, statistics: CutStatistics) -> Iterator[CutSet]:
     max_tokens = getattr(args, "max_tokens", 0)
     if max_tokens:
         cuts = with_positions(cuts, args.count_positions)
+    num_buckets, drop_last = args.num_buckets, args.drop_last
+    if drop_last:
+        num_buckets, drop_last = without_last(num_buckets, statistics.seconds / args.max_duration)
     sampler = make_sampler(
         cuts,
         BatchLimit(args.max_duration, max_tokens=max_tokens),
         num_cuts=statistics.kept,
-        num_buckets=args.num_buckets if args.bucketing_sampler else 0,
+        num_buckets=num_buckets if args.bucketing_sampler else 0,
         shuffle=False,
-        drop_last=False,
+        drop_last=drop_last,
         seed=0,
         rank=0,
         world_size=1,

@@ -108,6 +108,9 @@ class Trainer:
         elif state.epoch and ranks.is_main:
             copy_best(self.exp_dir, state)  # in case this was ended before it could
         self.first_epoch = state.next_epoch
+        if self.first_epoch > self.num_epochs:
+            logging.info(f"Nothing to do: --num-epochs {self.num_epochs} are trained already")
+            return state
         self.saved = time.monotonic()
         self.board = TensorBoard(
             self.exp_dir / "tensorboard",

@@ -89,7 +89,11 @@ def check_data(
     )
     checked = [train, valid]
     if args.enable_musan:
-        noise = cuts_file(args.manifest_dir, "musan_cuts")
+        try:
+            noise = cuts_file(args.manifest_dir, "musan_cuts")
+        except FileNotFoundError as error:
+            hint = "--enable-musan false trains without noise"
+            raise FileNotFoundError(f"{error}: {hint}") from None
         checked.append(check_cuts([noise], min_frames=0, need_text=None, **options))
     _check_bad(checked, args, is_first_process() if is_main is None else is_main)
     return train, valid

@@ -157,6 +157,12 @@ class Transcriber:
                 f"{recording.name} of {seconds:.2f} s: nothing is said, or it is too short to hear"
             )
         segments = tuple(sorted(recording.segments, key=lambda segment: segment.start))
+        for one in segments:
+            if one.source != NOBODY and not one.text:
+                logging.warning(
+                    f"{recording.name}: something is said from {one.start:.1f} to {one.end:.1f} s, "
+                    "but the LLM wrote nothing"
+                )
         return Transcript(recording.name, seconds, segments, self.language, recording.error)
 
     # ---- from recordings to batches

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from speechllm.scoring import by_characters
+
 NOBODY = "nobody"  # the source of a segment in which nothing is said, or that is too short to hear
+
 
 @dataclass(frozen=True)
 class Word:
@@ -39,4 +42,9 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        return " ".join(segment.text for segment in self.segments if segment.text)
+        return separator(self.language).join(one.text for one in self.segments if one.text)
+
+
+def separator(language: str | None) -> str:
+    """What stands between the words of a language."""
+    return "" if by_characters(language) else " "

@@ -24,9 +24,11 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from speechllm.decoding.word_times import WordTime, ctm_lines
-from speechllm.transcription.transcript import Segment, Transcript, Word
+from speechllm.scoring import by_characters, units
+from speechllm.transcription.transcript import Segment, Transcript, Word, separator
 
 LINE, LINES = 42, 2  # characters and lines of a subtitle, as broadcasters have them
+WIDE_LINE = LINE // 2  # of languages without spaces, whose characters are wide
 LONGEST_SUBTITLE = 7.0  # s
 NEW_SUBTITLE = 0.8  # s of pause before it
 
@@ -81,27 +83,32 @@ ENDINGS = {name: "txt" if name == "text" else name for name in FORMATS}
 
 def subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
     """Start, end and text of up to LINES lines; a word that is longer than a line has its own."""
+    space = separator(transcript.language)
     for segment in transcript.segments:
-        for words in _together(list(segment.words) or _without_times(segment)):
-            text = "\n".join(_lines([word.text for word in words]))
+        for words in _together(_placed(segment, by_characters(transcript.language)), space):
+            text = "\n".join(_lines([word.text for word in words], space))
             yield words[0].start, words[-1].end, text
 
 
-def _without_times(segment: Segment) -> list[Word]:
-    """Where CTC tells no times: by letters, evenly over the segment."""
-    words = segment.text.split()
-    letter = (segment.end - segment.start) / max(1, len("".join(words)))
-    start, placed = segment.start, []
-    for word in words:
-        placed.append(Word(start, start := start + letter * len(word), word, 0.0))
-    return placed
+def _placed(segment: Segment, characters: bool) -> list[Word]:
+    """Its words, or characters; without times of their own by letters, evenly."""
+    whole = segment.words or [Word(segment.start, segment.end, segment.text, 0.0)]
+    return [part for word in whole for part in _parts(word, characters)]
 
 
-def _together(words: list[Word]) -> Iterator[list[Word]]:
+def _parts(word: Word, characters: bool) -> Iterator[Word]:
+    texts = units(word.text, characters)
+    letter = (word.end - word.start) / max(1, len("".join(texts)))
+    start = word.start
+    for text in texts:
+        yield Word(start, start := start + letter * len(text), text, word.confidence)
+
+
+def _together(words: list[Word], space: str) -> Iterator[list[Word]]:
     """Words of a subtitle each: a pause, the time or the lines end one."""
     shown = words[:1]
     for before, word in pairwise(words):
-        fits = len(_lines([one.text for one in [*shown, word]])) <= LINES
+        fits = len(_lines([one.text for one in [*shown, word]], space)) <= LINES
         in_time = word.end - shown[0].start <= LONGEST_SUBTITLE
         if fits and in_time and word.start - before.end < NEW_SUBTITLE:
             shown.append(word)
@@ -112,11 +119,11 @@ def _together(words: list[Word]) -> Iterator[list[Word]]:
         yield shown
 
 
-def _lines(words: list[str]) -> list[str]:
-    lines = words[:1]
+def _lines(words: list[str], space: str) -> list[str]:
+    lines, longest = words[:1], LINE if space else WIDE_LINE
     for word in words[1:]:
-        if len(lines[-1]) + 1 + len(word) <= LINE:
-            lines[-1] += f" {word}"
+        if len(lines[-1]) + len(space) + len(word) <= longest:
+            lines[-1] += space + word
         else:
             lines.append(word)
     return lines
