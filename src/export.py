@@ -199,14 +199,15 @@ def flags_of_export(args, encoders: dict[str, str]) -> dict:
 
 
 def results_of(exp_dir: Path, name: str) -> list[str]:
-    """Rows of a table: the WER that decode.py found with the parameters of this name."""
+    """Rows of a table: the error rates that decode.py found with the parameters of this name."""
     rows = []
     for path in sorted((exp_dir / "decode").glob("wer-summary-*.txt")):
         text = path.read_text(encoding="utf-8")
-        found = re.search(r"^\[(.+?)\] %WER (\S+)% \[(.*?),", text, re.MULTILINE)
+        found = re.search(r"^\[(.+?)\] %([WCM]ER) (\S+)% \[(.*?),", text, re.MULTILINE)
         way = re.search(r"^decoded with: (.*)$", text, re.MULTILINE)
         if found and way and f"-{name}-" in f"{way[1]}-":
-            rows.append(f"| {found[1]} | {found[2]} | {found[3].strip()} | {way[1]} |")
+            rate, errors = f"{found[2]} {found[3]} %", found[4].strip()
+            rows.append(f"| {found[1]} | {rate} | {errors} | {way[1]} |")
     return rows
 
 
@@ -214,7 +215,9 @@ def model_card(args, name: str) -> str:
     """Markdown with the metadata that the Hugging Face hub reads."""
     language = f"language: {args.language}\n" if getattr(args, "language", "") else ""
     rows = results_of(args.exp_dir, name)
-    wer = ["| set | WER % | errors / words | decoded with |", "|---|---|---|---|", *rows]
+    wer = ["| set | error rate | errors | decoded with |", "|---|---|---|---|", *rows]
+    if args.int8:
+        wer = ["Measured before the LLM's weights became int8:", "", *wer]
     command = getattr(args, "command", None) or f"unknown: {name} came without a model.json"
     weights = f"{args.dtype}, the LLM's in int8" if args.int8 else args.dtype
     plain = "" if args.int8 else PLAIN
@@ -229,6 +232,10 @@ Parameters `{name}`, weights in {weights}.
 
 ## Use
 
+With the programs of the recipe (`src/export.py` is one of them):
+
+    python src/transcribe.py --exp-dir {args.out} talk.wav
+    python src/serve.py --exp-dir {args.out}
     python src/decode.py --exp-dir {args.out} --test-cuts my_cuts_test
 {plain}
 ## Made of
@@ -243,7 +250,7 @@ The flags name the data (`--train-cuts` or `--shar-dir`, `--manifest-dir`):
     {command}
     {without_secrets(shlex.join(sys.argv))}
 
-## Word error rates
+## Error rates
 
 {chr(10).join(wer) if rows else "None was measured before the export."}
 

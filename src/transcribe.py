@@ -173,11 +173,23 @@ def with_progress(
             yield one
 
 
-def write(transcript: Transcript, formats: list[str], files: dict[tuple[str, str], Path]) -> None:
-    """To the files, or to standard output where there are none."""
+def write(
+    transcript: Transcript,
+    formats: list[str],
+    files: dict[tuple[str, str], Path],
+    named: bool = False,
+) -> None:
+    """To the files, or to standard output where there are none.
+
+    Args:
+      named: whether lines of text there begin with the recording's name, as grep's do.
+    """
     for kind in formats:
         content = FORMATS[kind](transcript)
         if not files:
+            if named and kind == "text":
+                lines = content.splitlines() or [""]
+                content = "".join(f"{transcript.name}: {line}\n" for line in lines)
             say(content)
             continue
         with whole_file(files[transcript.name, kind]) as partial:
@@ -225,7 +237,7 @@ def transcribe(args) -> list[Transcript]:
         if transcript.error:
             broken.append(transcript)
         else:
-            write(transcript, formats, files)
+            write(transcript, formats, files, named=len(names) > 1)
     bar.close()
     counted = transcriber.recognizer.stop_counting()
     print(", ".join(f"{what}: {value:.2f}" for what, value in counted.items()), file=sys.stderr)

@@ -205,7 +205,11 @@ def test_the_card(exported, decoded, copy, tiny_llm_dir):
     wer, errors = re.search(r"%WER (\S+)% \[(\d+ / \d+),", summary).groups()
     card = (exported("--epoch", 2, "--avg", 2) / "README.md").read_text()
     rows = [line for line in card.splitlines() if line.startswith("| tiny")]
-    assert rows == [f"| tiny_test | {wer} | {errors} | decode-greedy-epoch-2-avg-2-max8 |"]
+    assert rows == [f"| tiny_test | WER {wer} % | {errors} | decode-greedy-epoch-2-avg-2-max8 |"]
+    assert "int8" not in card
+    flags = ("--epoch", 2, "--avg", 2, "--int8", "true")
+    of_int8 = (exported(*flags, out=copy() / "int8") / "README.md").read_text()
+    assert "Measured before the LLM's weights became int8:\n\n| set |" in of_int8
     assert "    src/train.py --train-cuts mine\n" in card and "\nlanguage: en\n" in card
     assert str(tiny_llm_dir) in card and "licence" in card
 

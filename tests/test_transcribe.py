@@ -130,6 +130,14 @@ def test_progress_ends_at_the_seconds_of_all():
     assert advanced == [2.0, 1.0, 4.0, 3.0, 0.5]
 
 
+def test_lines_of_several_recordings_begin_with_their_names(run, sounds):
+    lines = run("--max-segment", "4", sounds).out.splitlines()
+    names = [line.partition(": ")[0] for line in lines]
+    assert names[0] == f"{sounds}/a.wav" and names[-1] == f"{sounds}/sub/b.flac"
+    assert len(names) > len(set(names)) == 2
+    assert [line.partition(": ")[2] for line in lines[:1]] == run(sounds / "a.wav").out.splitlines()
+
+
 def test_a_text_beside_a_recording_is_kept(run, sounds):
     (sounds / "a.txt").write_text("what was said")
     code = run("--out", sounds, sounds / "a.wav").code

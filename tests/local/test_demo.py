@@ -25,3 +25,9 @@ def test_wrong_flags(tmp_path, flags, sentence):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence + "\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_help(tmp_path):
+    done = subprocess.run(["bash", DEMO, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("The whole recipe in minutes, offline")
+    assert "--stop-stage N" in done.stdout and "#" not in done.stdout
