@@ -172,7 +172,8 @@ def test_cuts_that_cannot_be_used(said, tiny_corpus, tmp_path):
 def test_no_noise(said, tiny_corpus, tmp_path):
     for name in ("train", "dev"):
         shutil.copy(tiny_corpus / f"tiny_cuts_{name}.jsonl.gz", tmp_path)
-    assert said("--manifest-dir", tmp_path) == f"cut file {tmp_path}/musan_cuts is missing"
+    hint = "--enable-musan false trains without noise"
+    assert said("--manifest-dir", tmp_path) == f"cut file {tmp_path}/musan_cuts is missing: {hint}"
 
 
 def test_impossible_numbers(said):

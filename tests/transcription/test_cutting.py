@@ -154,7 +154,7 @@ def test_what_is_steady_for_long_is_still(loudness, peaks):
     sound = np.concatenate([spoken(3.0), loudness * noise(6.0), spoken(3.0)])
     still = np.flatnonzero(still_frames(frames_of(sound), peaks))
     assert still.tolist() == list(range(still[0], still[-1] + 1))
-    assert 75 + 15 <= still[0] <= 75 + 30 and 225 - 30 <= still[-1] <= 225 - 15
+    assert 75 + 10 <= still[0] <= 75 + 25 and 225 - 25 <= still[-1] <= 225 - 10
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_what_is_nearly_steady_is_still_where_ctc_hears_nothing():
     assert not still_frames(frames, None).any()
     assert still_frames(frames, []).all()
     still = still_frames(frames, [Peak(100, 102, True)])
-    assert np.flatnonzero(~still).tolist() == list(range(76, 126))
+    assert np.flatnonzero(~still).tolist() == list(range(84, 118))
 
 
 def test_a_tone_that_stays_is_still_and_a_melody_is_not():

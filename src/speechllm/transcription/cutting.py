@@ -15,13 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from scipy.ndimage import binary_dilation
 from torch import Tensor
 
 FRAMES_PER_SECOND = 25
 SHORTEST = FRAMES_PER_SECOND  # of what cutting leaves, and of what training saw
 SMOOTHED = 5  # frames: longer than the closure of a plosive within a word
 STEADY = 0.8  # variation of a second, see below; white and pink noise have 0.75 to 0.79
-NEARLY_STEADY = 1.5  # were CTC deaf, 0.2 % of clean speech were still: benchmarks/stillness.py
+NEARLY_STEADY = 1.5  # were CTC deaf, 0.3 % of clean speech were still: benchmarks/stillness.py
+TRIMMED = 8  # frames, of the second of stillness that would stay beside what is said
 LONGER_THAN_IN_WORDS = 20  # frames without a piece: CTC misheard what comes next
 
 
@@ -132,7 +134,8 @@ def smoothed(energies: np.ndarray) -> np.ndarray:
 
 
 def still_frames(features: Tensor, peaks: list[Peak] | None) -> np.ndarray:
-    """Where nothing is said: frames of which all seconds around are steady, (T // 4,) bool.
+    """Where nothing is said: frames of which all seconds around are steady, and some more on both
+    sides of them, (T // 4,) bool.
 
     Args:
       features: log-mel energies in nats, (T, F).
@@ -153,4 +156,4 @@ def still_frames(features: Tensor, peaks: list[Peak] | None) -> np.ndarray:
     still = np.ones(frames, dtype=bool)
     for first in np.flatnonzero(~steady):
         still[first : first + FRAMES_PER_SECOND] = False
-    return still
+    return binary_dilation(still, iterations=TRIMMED) if still.any() else still
