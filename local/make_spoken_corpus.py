@@ -313,11 +313,13 @@ def noise(num_samples: int, pink: bool, rng: np.random.Generator) -> np.ndarray:
 
 
 def place_in_room(speech: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Speech at 16 kHz with silence around it, a level, and noise 20–40 dB below it.
+    """Speech at 16 kHz with silence around it (up to 0.2 s, every third time up to 0.9 s, as where
+    a recording is cut in a pause), a level, and noise 20–40 dB below it.
 
     Returns the audio, (num_samples,), at least MIN_DURATION long, and the seconds before speech.
     """
-    before, after = (int(SAMPLING_RATE * seconds) for seconds in rng.uniform(0.05, 0.2, size=2))
+    longest = rng.choice([0.2, 0.2, 0.9])
+    before, after = (int(SAMPLING_RATE * seconds) for seconds in rng.uniform(0.05, longest, size=2))
     after = max(after, int(SAMPLING_RATE * MIN_DURATION) - before - len(speech))
     peak = 10 ** (rng.uniform(-18, -3) / 20)
     audio = np.pad(speech * (peak / np.abs(speech).max()), (before, after))
