@@ -1,10 +1,14 @@
 """A tiny model to serve."""
 
+import numpy as np
 import pytest
+import soundfile
 from former_logging import former_logging
 from running import Held, client_of, running
 
+from speechllm.features import SAMPLING_RATE
 from speechllm.serving.app import Service
+from speechllm.transcription.audio import audio_blocks
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +66,18 @@ def held(transcriber):
 @pytest.fixture(scope="session")
 def clip(tiny_corpus):
     return tiny_corpus / "audio" / "train-2.wav"
+
+
+@pytest.fixture(scope="session")
+def alone(transcriber):
+    """What the transcriber says of a file by itself."""
+    return lambda path: transcriber([(path.name, audio_blocks(path))])[0]
+
+
+@pytest.fixture(scope="session")
+def long_clip(tiny_corpus, tmp_path_factory):
+    """Clips joined to 12 s or more."""
+    clips = [soundfile.read(tiny_corpus / "audio" / f"train-{i}.wav")[0] for i in range(12)]
+    path = tmp_path_factory.mktemp("long") / "long.wav"
+    soundfile.write(path, np.concatenate(clips), SAMPLING_RATE)
+    return path

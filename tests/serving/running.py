@@ -50,3 +50,17 @@ class Held(Worker):
         if len(self.batches) == self.only:
             self.go.clear()
         return batch
+
+
+def transcribed(client, path, **asked):
+    with open(path, "rb") as file:
+        return client.audio.transcriptions.create(model="tiny", file=file, **asked)
+
+
+def eventually(condition) -> bool:
+    """Whether it comes true; other threads need some moments."""
+    for _ in range(2000):
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False

@@ -3,11 +3,8 @@
 import json
 import math
 import re
-import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 
 import httpx
@@ -15,42 +12,12 @@ import numpy as np
 import openai
 import pytest
 import soundfile
-from running import client_of, running
+from running import client_of, eventually, running, transcribed
 
 from speechllm.features import SAMPLING_RATE
-from speechllm.serving import app, upload
+from speechllm.serving import app
 from speechllm.serving.app import Service
 from speechllm.transcription.audio import audio_blocks
-
-
-def transcribed(client, path, **asked):
-    with open(path, "rb") as file:
-        return client.audio.transcriptions.create(model="tiny", file=file, **asked)
-
-
-@pytest.fixture(scope="session")
-def alone(transcriber):
-    """What the transcriber says of a file by itself."""
-    return lambda path: transcriber([(path.name, audio_blocks(path))])[0]
-
-
-@pytest.fixture(scope="session")
-def long_clip(tiny_corpus, tmp_path_factory):
-    """Clips joined to 12 s or more."""
-    clips = [soundfile.read(tiny_corpus / "audio" / f"train-{i}.wav")[0] for i in range(12)]
-    path = tmp_path_factory.mktemp("long") / "long.wav"
-    soundfile.write(path, np.concatenate(clips), SAMPLING_RATE)
-    return path
-
-
-def eventually(condition) -> bool:
-    """Whether it comes true; other threads need some moments."""
-    for _ in range(2000):
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
-
 
 # ---- forms of answers
 
@@ -265,144 +232,6 @@ def test_what_a_recognizer_raises_is_500_and_the_next_request_is_fine(
                 list(transcribed(client, clip, stream=True))
         assert transcribed(client, clip).text
     assert service.metrics.registry.get_sample_value("asr_requests_total", {"status": "500"}) == 1
-
-
-# ---- limits
-
-
-def test_an_upload_above_the_limit_is_413(transcriber, clip):
-    with running(Service(transcriber, "tiny", max_upload=1000)) as url:
-        with pytest.raises(openai.APIStatusError, match="above 0.001 MB") as raised:
-            transcribed(client_of(url), clip)
-        assert raised.value.status_code == 413
-
-
-def test_an_upload_is_not_read_far_beyond_the_limit(transcriber):
-    """The body never ends; the answer comes nevertheless."""
-    sent = 0
-
-    def endless():
-        nonlocal sent
-        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
-        while True:
-            sent += 100_000
-            yield bytes(100_000)
-
-    with running(Service(transcriber, "tiny", max_upload=1_000_000)) as url:
-        kind = {"Content-Type": "multipart/form-data; boundary=x"}
-        answer = httpx.post(f"{url}/v1/audio/transcriptions", content=endless(), headers=kind)
-    assert answer.status_code == 413
-    assert 1_000_000 < sent < 100_000_000
-
-
-def test_sound_above_the_limit_is_413(transcriber, long_clip):
-    with running(Service(transcriber, "tiny", max_seconds=10)) as url:
-        with pytest.raises(openai.APIStatusError, match="long.wav is longer than 10 s") as raised:
-            transcribed(client_of(url), long_clip)
-        assert raised.value.status_code == 413
-
-
-def test_too_much_waiting_sound_is_503(held, long_clip, clip):
-    service = held(max_waiting=soundfile.info(long_clip).duration + 0.1)
-    with running(service) as url, ThreadPoolExecutor() as pool:
-        first = pool.submit(transcribed, client_of(url), long_clip)
-        assert eventually(lambda: service.places.seconds > 10)
-        with pytest.raises(openai.InternalServerError, match="s of sound wait") as raised:
-            transcribed(client_of(url), clip)
-        assert raised.value.status_code == 503
-        assert raised.value.response.headers["retry-after"]
-        service.worker.go.set()
-        assert first.result().text
-        assert transcribed(client_of(url), clip).text
-    assert service.places.seconds == 0
-
-
-def test_a_request_too_many_is_429(held, clip):
-    service = held(max_requests=2)
-    with running(service) as url, ThreadPoolExecutor() as pool:
-        waiting = [pool.submit(transcribed, client_of(url), clip) for _ in range(2)]
-        assert eventually(lambda: service.places.requests == 2)
-        with pytest.raises(openai.RateLimitError, match="2 requests are in progress"):
-            transcribed(client_of(url), clip)
-        service.worker.go.set()
-        assert len({one.result().text for one in waiting}) == 1
-        assert transcribed(client_of(url), clip).text
-    assert service.places.requests == 0
-
-
-def test_a_client_that_falls_silent_gives_up_its_place(transcriber, monkeypatch):
-    monkeypatch.setattr(upload, "SILENCE", 0.05)
-    service = Service(transcriber, "tiny")
-    with running(service) as url:
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as silent:
-            silent.sendall(
-                f"POST {app.TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
-                "Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode()
-            )
-            assert b" 408 " in silent.recv(100)
-        assert eventually(lambda: service.places.requests == 0)
-
-
-def test_who_is_refused_and_falls_silent_hears_why(transcriber, monkeypatch):
-    monkeypatch.setattr(upload, "SILENCE", 0.05)
-    service = Service(transcriber, "tiny", token="secret")
-    with running(service) as url:
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as silent:
-            silent.sendall(
-                f"POST {app.TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
-                "Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode()
-            )
-            assert b" 401 " in silent.recv(100)
-    assert b'asr_requests_total{status="401"} 1.0' in service.metrics.text()
-
-
-def test_a_client_that_sends_byte_after_byte_gives_up_its_place(transcriber, monkeypatch):
-    monkeypatch.setattr(upload, "SILENCE", 0.3)
-    service = Service(transcriber, "tiny")
-    with running(service) as url:
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as slow:
-            slow.sendall(
-                f"POST {app.TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n"
-                "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
-                'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'.encode()
-            )
-            slow.settimeout(0.01)
-            answer = b""
-            for _ in range(300):  # ten times as long as it may be silent
-                with suppress(ConnectionError):
-                    slow.send(b"-")
-                with suppress(TimeoutError, ConnectionError):
-                    answer = answer or slow.recv(100)
-            assert b" 408 " in answer
-        assert eventually(lambda: service.places.requests == 0)
-
-
-@pytest.mark.parametrize("stream", [b"false", b"true"])
-def test_a_client_that_goes_frees_its_place(held, clip, stream):
-    service = held()
-    with running(service) as url:
-        host, port = url.removeprefix("http://").split(":")
-        fields = {b"model": b"tiny", b"stream": stream}
-        body = b"".join(
-            b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % one
-            for one in fields.items()
-        )
-        body += b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-        body += clip.read_bytes() + b"\r\n--x--\r\n"
-        with socket.create_connection((host, int(port))) as gone:
-            gone.sendall(
-                f"POST {app.TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-                "Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode()
-            )
-            gone.sendall(body)
-            assert eventually(lambda: service.places.seconds > 0)
-        assert eventually(lambda: service.places.requests == 0)
-        assert service.places.seconds == 0
-        service.worker.go.set()
-        assert transcribed(client_of(url), clip).text
 
 
 # ---- batches

@@ -23,7 +23,7 @@ from speechllm.serving import formats
 from speechllm.serving.metrics import Metrics
 from speechllm.serving.places import Place, Places, Refused, error_body, error_response
 from speechllm.serving.upload import Body, decoded
-from speechllm.serving.worker import Job, Worker
+from speechllm.serving.worker import Failed, Job, Worker
 from speechllm.transcription.transcriber import Transcriber
 from speechllm.transcription.transcript import Transcript, separator
 from speechllm.transcription.transcript_files import FORMATS
@@ -275,9 +275,10 @@ def _check_forms(service: Service, form: str, stream: bool, granularities: list[
 
 async def _whole(service: Service, place: Place) -> Transcript:
     try:
-        return service.transcript(place, [segment async for segment in place.job.segments()])
-    except Exception:
-        raise Refused(500, FAILED) from None  # the worker has logged it
+        segments = [segment async for segment in place.job.segments()]
+    except Failed:
+        raise Refused(500, FAILED) from None
+    return service.transcript(place, segments)
 
 
 def _answer(transcript: Transcript, form: Format, granularities: list[str]) -> Response:
@@ -304,7 +305,7 @@ async def _events(service: Service, place: Place, verbose: bool) -> AsyncIterato
             said = said or bool(segment.text)
             segments.append(segment)
             yield formats.event(type="transcript.text.delta", delta=delta, **more)
-    except Exception:
+    except Failed:
         yield formats.event(**error_body(500, FAILED))
         return
     transcript = service.transcript(place, segments)

@@ -15,6 +15,10 @@ from speechllm.transcription.transcriber import Stretch, Transcriber
 from speechllm.transcription.transcript import Segment
 
 
+class Failed(RuntimeError):
+    """A job's, of which the log tells more."""
+
+
 class Part(NamedTuple):
     job: "Job"
     stretch: Stretch
@@ -47,11 +51,11 @@ class Job:
         """As soon as they are known.
 
         Raises:
-          Exception: what the recognizer raised.
+          Failed: with what the recognizer raised.
         """
         while (what := await self.said.get()) is not None:
             if isinstance(what, Exception):
-                raise what
+                raise Failed(what) from what
             yield what
 
 
