@@ -5,8 +5,17 @@ import pytest
 import torch
 from sounds import noise, tone
 
+from speechllm.decoding.guard import variation
 from speechllm.features import fbank_extractor
-from speechllm.transcription.cutting import Pause, Peak, Track, next_cut, smoothed, still_frames
+from speechllm.transcription.cutting import (
+    Pause,
+    Peak,
+    Track,
+    _variations,
+    next_cut,
+    smoothed,
+    still_frames,
+)
 
 
 def drawn(sound, peaks=None):
@@ -146,6 +155,13 @@ def spoken(seconds):
 
 
 QUIET = {"silence": 0.0, "noise": 0.02, "hiss": 1e-4}
+
+
+def test_variations_are_the_guards():
+    frames = frames_of(spoken(3.0))
+    seconds = [frames[first : first + 100] for first in range(0, 201, 4)]
+    expected = [variation(second) for second in seconds]
+    assert _variations(frames).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("peaks", [None, []])

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.ndimage import binary_dilation
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 FRAMES_PER_SECOND = 25
 SHORTEST = FRAMES_PER_SECOND  # of what cutting leaves, and of what training saw
@@ -144,8 +145,7 @@ def still_frames(features: Tensor, peaks: list[Peak] | None) -> np.ndarray:
     frames = len(features) // 4
     if frames < FRAMES_PER_SECOND:
         return np.zeros(frames, dtype=bool)
-    seconds = features[: 4 * frames].unfold(0, 4 * FRAMES_PER_SECOND, 4)  # (N, F, 100)
-    variations = seconds.std(dim=2, correction=0).mean(dim=1).numpy()  # as guard.variation
+    variations = _variations(features[: 4 * frames])
     steady = variations < STEADY
     if peaks is not None:
         heard = np.zeros(frames, dtype=bool)
@@ -157,3 +157,12 @@ def still_frames(features: Tensor, peaks: list[Peak] | None) -> np.ndarray:
     for first in np.flatnonzero(~steady):
         still[first : first + FRAMES_PER_SECOND] = False
     return binary_dilation(still, iterations=TRIMMED) if still.any() else still
+
+
+def _variations(features: Tensor) -> np.ndarray:
+    """guard.variation of each second, from every fourth feature frame on: (T, F) -> (N,)."""
+    by_bin = features.T.double()[None]
+    means, squares = (
+        avg_pool1d(x, 4 * FRAMES_PER_SECOND, stride=4) for x in (by_bin, by_bin.square())
+    )
+    return (squares - means.square()).clamp(min=0).sqrt().mean(dim=1)[0].numpy()
