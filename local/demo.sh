@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole recipe in minutes, offline, on a CPU: from audio files to a table of WERs.
+# Run the whole recipe offline on a CPU, in minutes: from audio files to a table of WERs.
 #
-#   bash local/demo.sh                        a corpus spoken by espeak-ng, made here
-#   bash local/demo.sh --corpus my/table.tsv  your own (columns: utt_id, text, path[, speaker, split])
+#   bash local/demo.sh                        with a corpus synthesized by espeak-ng
+#   bash local/demo.sh --corpus my/table.tsv  with yours: utt_id, text, path[, speaker, split]
 #
-# Finished stages are kept. --stage N repeats stage N and all after it, --stop-stage N ends with N:
+# Finished stages are skipped. --stage N repeats stage N and later ones, --stop-stage N stops after N:
 #   1 corpus  2 features  3 tiny LLM  4 two encoders  5 train and train_mose  6 decode both
-# --encoder-epochs N and --llm-epochs N: how long stages 4 and 5 train.
-# Everything is written to data/demo and exp/demo; with --corpus a/b.tsv to data/a-b and exp/a-b.
+# --encoder-epochs N and --llm-epochs N set the epochs of stages 4 and 5.
+# Writes to data/demo and exp/demo, or with --corpus a/b.tsv to data/a-b and exp/a-b.
 set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,14 +20,14 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --corpus)
       table=$(cd "$caller" && realpath -m -- "$2")
-      [ -f "$table" ] || refuse "--corpus $2: there is no such file"
+      [ -f "$table" ] || refuse "--corpus $2: no such file"
       name=$(basename "$(dirname "$table")")-$(basename "${table%.*}")
       name=${name//[^[:alnum:]-]/-} ;;
     --stage | --stop-stage | --encoder-epochs | --llm-epochs)
-      [[ $2 =~ ^[1-9][0-9]*$ ]] || refuse "$1 $2: a whole number, at least 1, is needed"
+      [[ $2 =~ ^[1-9][0-9]*$ ]] || refuse "$1 $2 must be a whole number of at least 1"
       flag=${1#--}
       declare "${flag//-/_}=$2" ;;
-    *) refuse "unknown option $1 (see the first lines of local/demo.sh)" ;;
+    *) refuse "unknown option $1 (see local/demo.sh --help)" ;;
   esac
   shift 2
 done
@@ -37,7 +37,7 @@ source local/venv.sh requirements.txt
 python=.venv/bin/python data=data/$name exp=exp/$name
 mkdir -p "$data/fbank" "$exp/log"
 
-# Another table of the same name, or a changed one, is another corpus: nothing is kept.
+# A changed table is another corpus: start from stage 1.
 if [ -n "$table" ] && ! cksum <"$table" | cmp -s - "$exp/.table"; then
   stage=1
   cksum <"$table" >"$exp/.table"
@@ -45,24 +45,24 @@ fi
 
 log() { echo "$(date '+%H:%M:%S') (${name}, $((SECONDS - start)) s) $*"; }
 
-# due N TITLE: whether stage N is still to be done; `finished N` marks it.
+# due N TITLE: check that stage N has to run; `finished N` marks it.
 due() {
   [ "$1" -lt "$stage" ] || rm -f "$exp/.stage$1.done"
   [ "$1" -le "$stop_stage" ] && [ ! -f "$exp/.stage$1.done" ] && log "Stage $1: $2"
 }
 finished() { touch "$exp/.stage$1.done"; }
 
-# begun N DIR…: a training of stage N that was interrupted goes on; a repeated stage begins anew.
-begun() { [ "$1" -lt "$stage" ] || rm -rf "${@:2}"; }
+# fresh N DIR…: remove the results of a repeated stage; an interrupted one resumes.
+fresh() { [ "$1" -lt "$stage" ] || rm -rf "${@:2}"; }
 
-# quietly LOG COMMAND…: its output goes to a file, shown when it fails.
+# quietly LOG COMMAND…: write the output to a file, and print its end on failure.
 quietly() {
   local file=$exp/log/$1
   shift
-  "$@" >"$file" 2>&1 || { tail -n 20 "$file" >&2; echo "failed; all of it is in $file" >&2; exit 1; }
+  "$@" >"$file" 2>&1 || { tail -n 20 "$file" >&2; echo "failed; see $file" >&2; exit 1; }
 }
 
-# in_halves LOG EPOCHS HARDER… -- PROGRAM…: the second half of the epochs with the flags HARDER.
+# in_halves LOG EPOCHS HARDER… -- PROGRAM…: add the flags HARDER in the second half of the epochs.
 in_halves() {
   local log=$1 epochs=$2 half=$((($2 + 1) / 2)) harder=()
   shift 2
@@ -74,13 +74,13 @@ in_halves() {
     --start-epoch $((half + 1)) "${harder[@]}"
 }
 
-# Models this small gain little from a second thread: trainings run two at a time, a core each.
-# Each has its own process group (set -m), which ends with this script.
+# Models this small gain little from a second thread: two trainings run in parallel, one core each.
+# Each has its own process group (set -m), which is killed with this script.
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
-# People vary more than espeak-ng's voices, and a corpus is small: what was heard before is masked,
-# and utterances are joined to texts that were never read.
+# Human speech varies more than espeak-ng's voices: small corpora need SpecAugment and concatenated
+# utterances.
 if [ -z "$table" ]; then
   speed_perturb=false dropout=0 llm_steps=600 masked=() joined=()
 else
@@ -88,7 +88,7 @@ else
   joined=(--bucketing-sampler false --concatenate-cuts true --duration-factor 2 --gap 0.1
     --max-duration 20)
 fi
-corpus=(--manifest-dir "$data/fbank" --min-utterance 0.3 --enable-musan false --num-workers 0)
+corpus=(--manifest-dir "$data/fbank" --min-duration 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
 model=(--llm-path "$exp/llm" --speech-encoder-type tiny)
 one=(--speech-encoder-path "$exp/encoder1/pretrained.pt"
@@ -106,16 +106,16 @@ avg=$(((llm_epochs + 1) / 2))
 decoding=(--epoch $llm_epochs --avg $avg --max-duration 120 --max-new-tokens 100
   --manifest-dir "$data/fbank" --num-workers 0)
 
-# decode_twice EXP PROGRAM FLAGS…: as by default, and the best of a beam by LLM and CTC together.
+# decode_twice EXP PROGRAM FLAGS…: decode greedily, and with beam search rescored by CTC.
 decode_twice() {
   local out=$1 run=("$python" "src/$2.py" "${decoding[@]}" "${@:3}" --exp-dir "$exp/$1")
   local test=(--test-cuts "${name}_cuts_test") weight
   quietly "$2.log" "${run[@]}" "${test[@]}" --method draft
   quietly "$2-dev.log" "${run[@]}" --test-cuts "${name}_cuts_dev" --beam-size 4 --nbest 4
-  # What CTC cannot align, as of an encoder that learnt nothing, has no best weight: then it is 0.
+  # An untrained encoder's CTC head aligns no hypothesis; the weight is 0 then.
   $python src/find_ctc_weight.py >"$exp/log/$out-ctc-weight.log" 2>&1 \
     "$exp/$out/decode/nbest-${name//-/_}_dev-decode-beam4-nbest4-$suffix.jsonl" ||
-    grep -q "no candidate has a CTC" "$exp/log/$out-ctc-weight.log" ||
+    grep -q "no hypothesis has a CTC" "$exp/log/$out-ctc-weight.log" ||
     { cat "$exp/log/$out-ctc-weight.log"; return 1; }
   weight=$(ctc_weight "$out")
   quietly "$2-ctc.log" "${run[@]}" "${test[@]}" --beam-size 4 --ctc-weight "$weight"
@@ -129,7 +129,9 @@ ctc_weight() {
 
 if due 1 "corpus"; then
   if [ -z "$table" ]; then
-    quietly corpus.log $python local/make_spoken_corpus.py --out "$data/corpus"
+    fresh 1 "$data/corpus"
+    [ -d "$data/corpus" ] ||
+      quietly corpus.log $python local/make_spoken_corpus.py --out "$data/corpus"
   fi
   finished 1
 fi
@@ -144,13 +146,13 @@ fi
 if due 3 "a tiny LLM of the transcripts"; then
   rm -rf "$exp/llm"
   OMP_NUM_THREADS=2 quietly llm.log $python local/make_tiny_llm.py --out "$exp/llm" \
-    --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps $llm_steps --minutes 10 \
+    --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps $llm_steps \
     --hidden-size 192 --num-layers 3 --num-heads 3 --num-kv-heads 1 --intermediate-size 512
   finished 3
 fi
 
 if due 4 "two tiny encoders with CTC, side by side"; then
-  begun 4 "$exp"/encoder[12]
+  fresh 4 "$exp"/encoder[12]
   for n in 1 2; do
     in_halves encoder$n $encoder_epochs "${masked[@]}" -- \
       $python src/pretrain_encoder.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" \
@@ -162,7 +164,7 @@ if due 4 "two tiny encoders with CTC, side by side"; then
   finished 4
 fi
 if due 5 "train.py on the first encoder and train_mose.py on both, side by side"; then
-  begun 5 "$exp/llm_asr" "$exp/mose"
+  fresh 5 "$exp/llm_asr" "$exp/mose"
   training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}")
   in_halves train $llm_epochs "${joined[@]}" -- \
     $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr" &
@@ -185,7 +187,7 @@ if due 6 "decode.py and decode_mose.py, side by side"; then
   finished 6
 fi
 
-# wer EXP SUFFIX: from the first line of the test set's error file, `%WER = 3.14`.
+# wer EXP SUFFIX: print the WER in the first line of the test set's error file, `%WER = 3.14`.
 wer() { sed -n '1s/.*= //p' "$exp/$1/decode/errs-${name//-/_}_test-$2.txt"; }
 
 [ "$stop_stage" -ge 6 ] || { log "Stopped after stage $stop_stage"; exit 0; }
@@ -205,10 +207,10 @@ cat <<TXT
   MoSE of 2 encoders, greedy       $(printf %8s "$(wer mose "decode-draft-$suffix")")      $exp/mose/decode
   MoSE, beam with CTC weight $(printf %-5s "$of_mose") $(printf %8s "$mose_wer")
 
-  The CTC weights are those that were best on ${name}_dev.
+  The CTC weights are the best ones on ${name}_dev.
 $(sed -n '2,5s/^/  /p' "$exp/log/word_times.log" 2>/dev/null || true)
-  report-*.html shows every error. To see the curves of the training, to transcribe a recording, and
-  to serve the model at http://127.0.0.1:8000:
+  report-*.html shows every error. To plot the training, transcribe a recording, and serve the model
+  at http://127.0.0.1:8000:
 
     $python src/plot_training.py $exp/llm_asr --out training.html
     $python src/transcribe.py --exp-dir $exp/llm_asr --epoch $llm_epochs --avg $avg ${recordings[0]}

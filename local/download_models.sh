@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The LLM, the encoders and the published checkpoints, from Hugging Face or a mirror of it.
+# Download the LLM, the encoders and the published checkpoints from Hugging Face or a mirror.
 #
 #   local/download_models.sh llm encoder                                 # to train the baseline
 #   local/download_models.sh --mirror https://hf-mirror.com llm encoders # to train MoSE
@@ -10,7 +10,7 @@
 #         encoders  all four                   -> the same
 #         baseline  published checkpoint       -> exp/asr_librispeech_zipformer_qwen2_1.5B/
 #         mose      published checkpoint       -> exp/asr_librispeech_zipformer_mose_qwen2_1.5B/
-# Run it again to go on with a download that was cut off. What it got is checked by hash.
+# The default mirror is HF_ENDPOINT. Interrupted downloads resume; files are checked by hash.
 
 set -eou pipefail
 

@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# LibriSpeech and MUSAN, from the download to validated features.
+# Prepare LibriSpeech and MUSAN, from the download to validated features.
 #
 #   local/prepare.sh                                # everything, into download/ and data/
 #   local/prepare.sh --stage 3 --stop-stage 3       # LibriSpeech's features only
-#   mkdir -p download && ln -s /corpora/LibriSpeech download/ # before: it is not downloaded then
+#   mkdir -p download && ln -s /corpora/LibriSpeech download/ # use an existing copy
 #
 # Stages: 0 download, 1 LibriSpeech manifests, 2 MUSAN manifests,
 #         3 LibriSpeech fbank, train-all-shuf and validation, 4 MUSAN fbank.
-# A stage that is done is not repeated: its stamp (.done) names the parts it was done for. Works
-# with any of LibriSpeech's seven parts. MUSAN is needed only for training with --enable-musan true.
-# The paths in data/ are relative to the repository, where training is started, unless --dl-dir or
-# --data-dir say otherwise.
+# Finished stages are not repeated: their stamps (.done) list the parts. Works with any of
+# LibriSpeech's seven parts. MUSAN is needed only for training with --enable-musan true. Paths in
+# data/ are relative to the repository unless --dl-dir or --data-dir are given.
 
 set -eou pipefail
 shopt -s extglob
@@ -31,7 +30,7 @@ usage="usage: local/prepare.sh [--stage N] [--stop-stage N] [--dl-dir DIR] [--da
 log() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
 die() { printf 'prepare.sh: %s\n' "$*" >&2; exit 1; }
 absolute() { if [[ $1 == /* ]]; then printf '%s' "$1"; else printf '%s' "$PWD/$1"; fi; }
-number() { [[ $2 =~ ^[0-9]+$ ]] || die "$1 takes a number, not '$2'"; printf '%s' "$2"; }
+number() { [[ $2 =~ ^[0-9]+$ ]] || die "$1 must be a number, not '$2'"; printf '%s' "$2"; }
 
 while (( $# )); do
   if [[ $1 == -h || $1 == --help ]]; then echo "$usage"; exit; fi
@@ -42,7 +41,7 @@ while (( $# )); do
     --dl-dir) dl_dir=$(absolute "$2") ;;
     --data-dir) data_dir=$(absolute "$2") ;;
     --num-jobs) num_jobs=$(number "$1" "$2") ;;
-    *) die "unknown flag $1; $usage" ;;
+    *) die "unrecognized argument $1; $usage" ;;
   esac
   shift 2
 done
@@ -50,7 +49,7 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=python3
 [[ -x .venv/bin/python ]] && python=.venv/bin/python
-# Archives are unpacked with Python's own filter: no member lies or points outside the folder.
+# Unpack archives with Python's data filter: members cannot lie or point outside the folder.
 lhotse() {
   "$python" -c 'import tarfile
 tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
@@ -66,10 +65,10 @@ fbank=$data_dir/fbank
 runs() { (( stage <= $1 && $1 <= stop_stage )); }
 cuts() { printf '%s' "$fbank/librispeech_cuts_$1.jsonl.gz"; }
 
-# is_done STAMP PARTS: the stamp is of these parts. One that is empty is icefall's, of all parts.
+# is_done STAMP PARTS: check that the stamp lists these parts; icefall's empty stamp means all.
 is_done() { [[ -f $1 && ( ! -s $1 || "$(cat "$1")" == "$2" ) ]]; }
 
-# LibriSpeech parts for which the path made by "$1 PART" exists, in one line; says what is missing.
+# Print the LibriSpeech parts for which the path "$1 PART" exists; log the missing ones.
 present_parts() {
   local part present=() missing=()
   for part in "${all_parts[@]}"; do
@@ -82,22 +81,22 @@ present_parts() {
 audio_of() { printf '%s' "$corpus/$1"; }
 manifest_of() { printf '%s' "$manifests/librispeech_recordings_$1.jsonl.gz"; }
 
-# download NAME DIR ARCHIVES COMMAND...: a link, or a folder put there by hand, is left as it is.
-# Where archives lie beside the folder, lhotse began the download; it goes on where it stopped.
+# download NAME DIR ARCHIVES COMMAND...: keep a linked or copied folder; if archives lie next to the
+# folder, lhotse resumes its download.
 download() {
   local name=$1 dir=$2 archives=$3
   shift 3
-  if [[ -L $dir && ! -d $dir ]]; then die "$dir is a link to a folder that does not exist"; fi
+  if [[ -L $dir && ! -d $dir ]]; then die "$dir is a dangling link"; fi
   if [[ -L $dir ]] || { [[ -d $dir ]] && ! compgen -G "$dl_dir/$archives" > /dev/null; }; then
-    log "$name: using $dir as it is"
+    log "$name: using the existing $dir"
     return
   fi
   log "$name: downloading to $dl_dir"
-  lhotse download "$@" "$dl_dir" || die "the download of $name stopped; run this \
-again to go on with it, or link an existing copy: ln -s /path/to/$name '$dir'"
+  lhotse download "$@" "$dl_dir" || die "the download of $name failed; run this \
+again to resume, or link an existing copy: ln -s /path/to/$name '$dir'"
 }
 
-# Every transcript must have got its recording: lhotse only warns of missing audio.
+# Check that every transcript has a recording: lhotse only warns.
 check_counts() {
   local part=$1 transcripts utterances
   transcripts=$(find -L "$corpus/$part" -name '*.trans.txt' -exec cat {} + | grep -c .) \
@@ -109,23 +108,23 @@ check_counts() {
 
 librispeech_manifests() {
   local parts part todo=() new=$manifests/.part
-  [[ -d $corpus ]] || die "$corpus does not exist; stage 0 downloads it, or link your copy there"
+  [[ -d $corpus ]] || die "$corpus is missing: run stage 0, or link your copy there"
   parts=$(present_parts audio_of)
   if is_done "$manifests/.librispeech.done" "$parts"; then
-    log "LibriSpeech manifests: done before"
+    log "LibriSpeech manifests: already done"
     return
   fi
   for part in $parts; do
     [[ -e $(manifest_of "$part") ]] || todo+=("$part")
   done
   if (( ${#todo[@]} )); then
-    rm -rf "$new" # a file that lhotse did not finish looks to it as one that is done
+    rm -rf "$new" # lhotse takes an unfinished file for a finished one
     lhotse prepare librispeech -j "$num_jobs" "${todo[@]/#/-p}" "$corpus" "$new"
     for part in "${todo[@]}"; do
       check_counts "$part" "$new/librispeech_supervisions_$part.jsonl.gz"
     done
     mv "$new"/librispeech_supervisions_* "$manifests/"
-    mv "$new"/librispeech_recordings_* "$manifests/" # last: these say that a part is there
+    mv "$new"/librispeech_recordings_* "$manifests/" # last: these mark a part as present
   fi
   echo "$parts" > "$manifests/.librispeech.done"
 }
@@ -133,12 +132,12 @@ librispeech_manifests() {
 musan_manifests() {
   local part new=$manifests/.part
   if [[ -f $manifests/.musan.done ]]; then
-    log "MUSAN manifests: done before"
+    log "MUSAN manifests: already done"
     return
   fi
   for part in music speech noise; do
-    [[ -d $musan/$part ]] || die "$musan/$part does not exist; stage 0 downloads it. Training with \
---enable-musan false needs no MUSAN: go on with --stage 3 --stop-stage 3"
+    [[ -d $musan/$part ]] || die "$musan/$part is missing: run stage 0. Training with \
+--enable-musan false needs no MUSAN: continue with --stage 3 --stop-stage 3"
   done
   rm -rf "$new"
   lhotse prepare musan "$musan" "$new"
@@ -146,7 +145,7 @@ musan_manifests() {
   touch "$manifests/.musan.done"
 }
 
-# shuffle_train PARTS: all training cuts in random order, the same order every time.
+# shuffle_train PARTS: join all training cuts in random but reproducible order.
 shuffle_train() {
   local part train=() files=() all new=$fbank/.part-train-all-shuf
   all=$(cuts train-all-shuf)
@@ -154,10 +153,10 @@ shuffle_train() {
     [[ $part != train-* ]] || { train+=("$part"); files+=("$(cuts "$part")"); }
   done
   if (( ${#files[@]} == 0 )); then
-    log "no train part, so no $all"
+    log "no training part: skipping $all"
     return
   fi
-  (( ${#train[@]} == 3 )) || log "$all: ${#train[@]} of 3 train parts, ${train[*]}"
+  (( ${#train[@]} == 3 )) || log "$all: ${#train[@]} of 3 training parts, ${train[*]}"
   gzip -cd "${files[@]}" | shuf --random-source=<(yes) | gzip > "$new"
   mv "$new" "$all"
 }
@@ -166,7 +165,7 @@ librispeech_fbank() {
   local parts part files=()
   parts=$(present_parts manifest_of)
   if is_done "$fbank/.librispeech.done" "$parts"; then
-    log "LibriSpeech fbank: done before"
+    log "LibriSpeech fbank: already done"
   else
     "$python" local/compute_fbank.py librispeech --manifest-dir "$manifests" \
       --output-dir "$fbank" --parts "${parts// /,}" --perturb-speed true --num-jobs "$num_jobs"
@@ -174,7 +173,7 @@ librispeech_fbank() {
     echo "$parts" > "$fbank/.librispeech.done"
   fi
   if is_done "$fbank/.librispeech-validated.done" "$parts"; then
-    log "LibriSpeech validation: done before"
+    log "LibriSpeech validation: already done"
     return
   fi
   for part in $parts train-all-shuf; do
@@ -186,7 +185,7 @@ librispeech_fbank() {
 
 musan_fbank() {
   if [[ -f $fbank/.musan.done ]]; then
-    log "MUSAN fbank: done before"
+    log "MUSAN fbank: already done"
     return
   fi
   "$python" local/compute_fbank.py musan --manifest-dir "$manifests" --output-dir "$fbank" \
@@ -195,7 +194,7 @@ musan_fbank() {
 }
 
 mkdir -p "$manifests" "$fbank"
-trap 'rm -rf "$manifests/.part" "$fbank/.part-train-all-shuf"' EXIT # nothing half-written stays
+trap 'rm -rf "$manifests/.part" "$fbank/.part-train-all-shuf"' EXIT # remove partial files
 
 if runs 0; then
   log "Stage 0: download"

@@ -1,10 +1,10 @@
-# Sourced by demo.sh and test.sh: makes and reuses .venv, installs the requirements files given.
+# Sourced by demo.sh and test.sh: creates .venv and installs requirements files into it.
 #   source local/venv.sh requirements.txt [more.txt]
-# A file is installed again only when it changes. PYTHON_BIN chooses the Python that makes .venv.
+# A file is installed again only when it has changed. PYTHON_BIN is the Python that creates .venv.
 
 if [ ! -x .venv/bin/python ]; then
   "${PYTHON_BIN:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "Python 3.11 or newer is needed, ${PYTHON_BIN:-python3} is older" >&2
+    echo "${PYTHON_BIN:-python3} is older than Python 3.11, which is required" >&2
     exit 1
   }
   "${PYTHON_BIN:-python3}" -m venv .venv
@@ -17,5 +17,5 @@ for requirements in "$@"; do
     cp "$requirements" "$stamp"
   fi
 done
-# Threads that wait asleep, not spinning: several trainings may share few cores.
+# Idle threads sleep instead of spinning: several trainings may share a few cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

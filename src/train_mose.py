@@ -4,24 +4,19 @@
     python src/train_mose.py --world-size 4 --max-duration 200 --num-epochs 10 \\
       --manifest-dir data/fbank --exp-dir exp/asr_librispeech_zipformer_mose_qwen2_1.5B
 
-In training each utterance hears a random choice of the encoders, in random order.
+In training each utterance uses a random selection of the encoders, in random order.
 """
 
-import train
+from pathlib import Path
 
-ENCODERS = ("transducer_large", "aed_crctc_large", "crctc_large", "transducer_crctc_large")
-DEFAULTS = {
-    "exp_dir": "exp/asr_librispeech_zipformer_mose_qwen2_1.5B",
-    "speech_encoder_type": ",".join(["large"] * len(ENCODERS)),
-    "speech_encoder_path": ",".join(
-        f"models/zipformer/librispeech/{name}/pretrained.pt" for name in ENCODERS
-    ),
-    "speech_encoder_bpe_path": "models/zipformer/librispeech/bpe.model",  # of all
-}
+import train
+from speechllm.models.config import MOSE
+
+EXP_DIR = Path("exp/asr_librispeech_zipformer_mose_qwen2_1.5B")
 
 
 def main(argv: list[str] | None = None) -> None:
-    train.main(argv, DEFAULTS, __doc__)
+    train.main(argv, MOSE, EXP_DIR, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,23 @@
-"""Makes src/ and local/ importable, and says where the shared material is."""
+"""Fixtures that several folders share: a tiny corpus, tiny models, and experiments trained on them.
 
+Session fixtures are built once per test run, also with several xdist workers: see `build_once`.
+"""
+
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from decode_results import TOKENS
+from filelock import FileLock
 from former_logging import former_logging
+from free_port import free_port
 
-# Before torch is imported: models this small gain nothing from threads.
+# Set before torch is imported: models this small gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -19,99 +26,134 @@ for folder in ("src", "local"):
     sys.path.insert(0, str(ROOT / folder))
 
 SHARED = ROOT.parent / "shared"
+OPTIONAL = ("deepspeed", "httpx", "openai", "playwright", "pyarrow")  # see requirements-full.txt
+
+
+class SkippableModule(pytest.Module):
+    """A test module that skips if an optional package is not installed."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            missing = getattr(error.__cause__, "name", None)
+            if missing not in OPTIONAL:
+                raise
+            pytest.skip(f"{missing} is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return SkippableModule.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(scope="session")
+def build_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Return a function (name, build) -> folder; `build` fills the folder, in one worker only."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a subfolder of the run's folder
+        base = base.parent
+
+    def folder_of(name: str, build: Callable[[Path], None]) -> Path:
+        folder, complete = base / name, base / f"{name}.complete"
+        with FileLock(base / f"{name}.lock"):
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # a build that failed
+                folder.mkdir()
+                build(folder)
+                complete.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with goldens, corpora and the Qwen2 tokenizer."""
+    """The developers' goldens, corpora and Qwen2 tokenizer."""
     if not SHARED.is_dir():
-        pytest.skip(f"{SHARED} is not there")
+        pytest.skip(f"{SHARED} is absent")
     return SHARED
 
 
 @pytest.fixture
 def restore_logging():
-    """For tests of programs that set up logging: afterwards the handlers are the former ones."""
+    """Restore the root logger's handlers after a test of a program that sets up logging."""
     with former_logging():
         yield
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a disk of its own with room for 2 MiB; only root may make one."""
+    """A folder on a file system of 2 MiB; mounting it needs root."""
     folder = tmp_path / "small_disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     try:
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no small disk can be mounted here: {error}")
+        pytest.skip(f"cannot mount a small file system: {error}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture
 def canary(tmp_path):
-    """A path that files made to run code would make; it is not there, whatever the test does."""
+    """A path that malicious files would create; checks that none did."""
     path = tmp_path / "canary"
     yield path
     assert not path.exists()
 
 
 @pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory) -> Path:
-    """A manifest directory with features, made once a session; do not write into it.
+def tiny_corpus(build_once) -> Path:
+    """Cut files with features, read-only: tiny_cuts_train, _dev and _test, _many, and musan_cuts.
 
-    tiny_cuts_train    12 utterances `train-0` … `train-11` of 0.4 to 3 s
-    tiny_cuts_dev       5 utterances `dev-0` … `dev-4` of 0.4 to 3 s
-    tiny_cuts_test      3 utterances `test-0` … `test-2`
-    tiny_cuts_many     96 utterances `train-0-copy0` …: each of tiny_cuts_train eight times
-    musan_cuts          3 pieces of noise of 2 s, without text
-
-    A word is a tone burst of 0.2 s with a pitch of its own, so the text can be learnt. Texts are
-    in lower case; the lengths are no multiples of a frame. Utterances of odd number have their
-    first word as a context.
+    Utterances `train-0` … `train-11`, `dev-0` … `dev-4` and `test-0` … `test-2` last 0.4 to 3 s; a
+    word is a tone burst with its own pitch; every second one has its first word as context.
+    tiny_cuts_many has each training utterance eight times, `train-0-copy0` …; musan_cuts has three
+    noises of 2 s without text.
     """
+    return build_once("tiny_corpus", _write_corpus)
+
+
+def _write_corpus(folder: Path) -> None:
     from lhotse import CutSet
 
-    from speechllm.features import compute_fbank, cuts_path
+    from speechllm.data.features import compute_fbank, cuts_path
 
-    folder = tmp_path_factory.mktemp("tiny_corpus")
     for part, count in (("train", 12), ("dev", 5), ("test", 3)):
-        cuts = [_tone_cut(folder, part, i) for i in range(count)]
-        done = compute_fbank(CutSet.from_cuts(cuts), cuts_path(folder, "tiny", part))
+        cuts = CutSet.from_cuts(_tone_cut(folder, part, i) for i in range(count))
+        with_features = compute_fbank(cuts, cuts_path(folder, "tiny", part))
         if part == "train":
-            copies = [cut.with_id(f"{cut.id}-copy{k}") for k in range(8) for cut in done]
+            copies = [cut.with_id(f"{cut.id}-copy{k}") for k in range(8) for cut in with_features]
             CutSet.from_cuts(copies).to_file(cuts_path(folder, "tiny", "many"))
-    noises = [_noise_cut(folder, i) for i in range(3)]
-    compute_fbank(CutSet.from_cuts(noises), folder / "musan_cuts.jsonl.gz")
-    return folder
+    noises = CutSet.from_cuts(_noise_cut(folder, i) for i in range(3))
+    compute_fbank(noises, folder / "musan_cuts.jsonl.gz")
 
 
 @pytest.fixture
 def many(tiny_corpus) -> Path:
-    """The cut file tiny_cuts_many."""
     return tiny_corpus / "tiny_cuts_many.jsonl.gz"
 
 
 @pytest.fixture(scope="session")
-def tiny_shards(tiny_corpus, tmp_path_factory) -> Path:
-    """The cuts of tiny_cuts_many in 12 shards of 8; do not write into it."""
+def tiny_shards(build_once, tiny_corpus) -> Path:
+    """The cuts of tiny_cuts_many in 12 shards of 8, read-only."""
     import write_shar
 
-    out = tmp_path_factory.mktemp("tiny_shards") / "many"
-    write_shar.main(
-        ["--manifest-dir", str(tiny_corpus), "--cuts", "tiny_cuts_many", "--out", str(out),
-         "--shard-size", "8"]
-    )  # fmt: skip
-    return out
+    def build(folder: Path) -> None:
+        write_shar.main(
+            ["--manifest-dir", str(tiny_corpus), "--cuts", "tiny_cuts_many",
+             "--out", str(folder / "many"), "--shard-size", "8"]
+        )  # fmt: skip
+
+    return build_once("tiny_shards", build) / "many"
 
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 
 
 def _tone_cut(folder: Path, part: str, i: int):
-    """An utterance of 1 to 11 words, as a cut with audio and text."""
+    """Return an utterance of 1 to 11 words as a cut with audio and text."""
     import numpy as np
     from lhotse import SupervisionSegment
 
@@ -156,33 +198,37 @@ TEXTS = (*WORDS, "assistant", "user", "the quick brown fox jumps over the lazy d
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """A byte-level BPE tokenizer as Qwen2's, of about 300 entries, without the speech tokens."""
+    """A byte-level BPE tokenizer like Qwen2's, of about 300 tokens, without the speech tokens."""
     import make_tiny_llm
 
     return make_tiny_llm.train_tokenizer([" ".join(TEXTS)] * 2, 300)
 
 
 @pytest.fixture(scope="session")
-def tiny_llm_dir(tmp_path_factory, tiny_tokenizer) -> Path:
-    """An untrained Qwen2 of two layers and its tokenizer, as a directory; do not write into it."""
-    import make_tiny_llm
-    import torch
+def tiny_llm_dir(build_once, tiny_tokenizer) -> Path:
+    """An untrained Qwen2 of two layers with its tokenizer, as a read-only directory."""
 
-    torch.manual_seed(0)
-    llm = make_tiny_llm.build_model(tiny_tokenizer, 32, 2, 4, 2, 48)
-    # Untrained weights are near zero: larger ones tell hypotheses and encoders apart.
-    with torch.no_grad():
-        for parameter in llm.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp("tiny_llm") / "llm"
-    make_tiny_llm.save_directory(llm, tiny_tokenizer, folder)
-    return folder
+    def build(folder: Path) -> None:
+        import make_tiny_llm
+        import torch
+
+        torch.manual_seed(0)
+        sizes = dict(zip(make_tiny_llm.SIZES, (32, 2, 4, 2, 48), strict=True))
+        llm = make_tiny_llm.build_model(tiny_tokenizer, sizes)
+        # Initial weights are near zero; with larger ones hypotheses and encoders differ.
+        with torch.no_grad():
+            for parameter in llm.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        llm.eval().save_pretrained(folder / "llm")
+        tiny_tokenizer.save_pretrained(folder / "llm")
+
+    return build_once("tiny_llm", build) / "llm"
 
 
 @pytest.fixture(scope="session")
 def encoder_size():
-    """The name of an encoder size small enough for tests; other processes do not know it."""
-    from speechllm.zipformer import SIZES, ZipformerConfig
+    """An encoder size small enough for tests; it exists in this process only."""
+    from speechllm.models.zipformer.config import SIZES, ZipformerConfig
 
     SIZES["test"] = ZipformerConfig(
         num_encoder_layers=(1, 1, 1),
@@ -202,31 +248,32 @@ def encoder_size():
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder_dir(tmp_path_factory, encoder_size) -> Path:
-    """`a.pt` and `b.pt`: different encoders of `encoder_size` with CTC heads of 7 tokens.
+def tiny_encoder_dir(build_once, encoder_size) -> Path:
+    """Two encoders, `a.pt` and `b.pt`, with CTC heads of 7 tokens, and their `bpe.model`."""
 
-    Their `bpe.model` knows the letters A, B and C.
-    """
-    import torch
+    def build(folder: Path) -> None:
+        import torch
 
-    import pretrain_encoder
-    from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
+        from speechllm.models.zipformer.checkpoint import save_encoder
+        from speechllm.models.zipformer.config import SIZES
+        from speechllm.models.zipformer.encoder import ZipformerEncoder
+        from speechllm.training.ctc_training import train_bpe
 
-    folder = tmp_path_factory.mktemp("tiny_encoders")
-    for seed, name in enumerate(("a", "b")):
-        torch.manual_seed(seed)
-        encoder = ZipformerEncoder(SIZES[encoder_size], vocab_size=7)
-        with torch.no_grad():
-            for parameter in encoder.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        save_encoder(encoder, folder / f"{name}.pt")
-    pretrain_encoder.train_bpe(["A B C", "C A B", "B C A"], 7, folder / "bpe.model")
-    return folder
+        for seed, name in enumerate(("a", "b")):
+            torch.manual_seed(seed)
+            encoder = ZipformerEncoder(SIZES[encoder_size], vocab_size=7)
+            with torch.no_grad():
+                for parameter in encoder.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            save_encoder(encoder, folder / f"{name}.pt")
+        (folder / "bpe.model").write_bytes(train_bpe(["A B C", "C A B", "B C A"], 7))
+
+    return build_once("tiny_encoders", build)
 
 
 @pytest.fixture(scope="session")
 def tiny_argv(tiny_corpus, tiny_llm_dir, tiny_encoder_dir, encoder_size):
-    """Flags of the four programs for the tiny models and corpus, with n encoders."""
+    """A function n -> flags for the tiny corpus and models, with n encoders."""
 
     def flags(n: int = 1) -> list[str]:
         encoders = ",".join(str(tiny_encoder_dir / f"{name}.pt") for name in "ab"[:n])
@@ -241,11 +288,10 @@ def tiny_argv(tiny_corpus, tiny_llm_dir, tiny_encoder_dir, encoder_size):
 
 @pytest.fixture(scope="session")
 def tiny_transcribe_argv(tiny_argv):
-    """Flags of transcribe.py for the model of an experiment of two epochs."""
+    """A function exp_dir -> flags of transcribe.py for a model trained for two epochs."""
 
     def flags(exp_dir: Path) -> list[str]:
-        model = tiny_argv()
-        model = model[model.index("--llm-path") :]
+        model = tiny_argv()[6:]  # without data flags
         return [*model, "--exp-dir", str(exp_dir), "--checkpoint", "epoch-2.pt",
                 "--max-new-tokens", "6", "--guard", "stop"]  # fmt: skip
 
@@ -254,7 +300,7 @@ def tiny_transcribe_argv(tiny_argv):
 
 @pytest.fixture(scope="session")
 def tiny_train_argv(tiny_argv):
-    """Flags of train.py and train_mose.py for these, with n encoders and two epochs."""
+    """A function (exp_dir, n) -> flags of train.py or train_mose.py for two epochs."""
 
     def flags(exp_dir: Path, n: int = 1) -> list[str]:
         return [
@@ -266,68 +312,83 @@ def tiny_train_argv(tiny_argv):
 
 
 @pytest.fixture(scope="session")
-def tiny_exp(tmp_path_factory, tiny_train_argv) -> Path:
-    """The experiment that train.py leaves behind after two epochs; do not write into it."""
-    import train
+def tiny_exp(build_once, tiny_train_argv) -> Path:
+    """Result of train.py after two epochs, read-only."""
 
-    exp_dir = tmp_path_factory.mktemp("tiny_exp") / "exp"
-    with former_logging():
-        train.main(tiny_train_argv(exp_dir))
-    return exp_dir
+    def build(folder: Path) -> None:
+        _train("train", tiny_train_argv(folder / "exp"))
+
+    return build_once("tiny_exp", build) / "exp"
 
 
 @pytest.fixture(scope="session")
-def tiny_mose_exp(tmp_path_factory, tiny_train_argv) -> Path:
-    """The same of train_mose.py with two encoders."""
-    import train_mose
+def tiny_mose_exp(build_once, tiny_train_argv) -> Path:
+    """Result of train_mose.py with two encoders after two epochs, read-only."""
 
-    exp_dir = tmp_path_factory.mktemp("tiny_mose_exp") / "exp"
+    def build(folder: Path) -> None:
+        _train("train_mose", tiny_train_argv(folder / "exp", n=2))
+
+    return build_once("tiny_mose_exp", build) / "exp"
+
+
+def _train(program: str, argv: list[str]) -> None:
     with former_logging():
-        train_mose.main(tiny_train_argv(exp_dir, n=2))
-    return exp_dir
+        importlib.import_module(program).main(argv)
 
 
 @pytest.fixture
-def copies(tiny_exp, tiny_mose_exp, tmp_path):
-    """A copy of the experiment with n encoders, to decode in."""
+def copies(request, tmp_path):
+    """A function n -> a copy of the experiment with n encoders, to decode in."""
 
     def copy(n=1):
-        exp_dir = tmp_path / f"exp{n}"
-        shutil.copytree({1: tiny_exp, 2: tiny_mose_exp}[n], exp_dir)
-        return exp_dir
+        trained = request.getfixturevalue({1: "tiny_exp", 2: "tiny_mose_exp"}[n])
+        return shutil.copytree(trained, tmp_path / f"exp{n}")
 
     return copy
 
 
 @pytest.fixture(scope="session")
-def test_cuts(tiny_corpus, tmp_path_factory) -> Path:
+def test_cuts(build_once, tiny_corpus) -> Path:
     """A cut file of four utterances: one in capitals, one too short for a speech embedding."""
-    from lhotse import CutSet, load_manifest
 
-    cuts = list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
-    cuts[1].supervisions[0].text = cuts[1].supervisions[0].text.upper()
-    short = cuts[2].truncate(duration=0.2).with_id("short")
-    short.supervisions[0].duration = 0.2
-    path = tmp_path_factory.mktemp("test_cuts") / "tiny_cuts_test-all.jsonl.gz"
-    CutSet.from_cuts([*cuts, short]).to_file(path)
-    return path
+    def build(folder: Path) -> None:
+        from lhotse import CutSet, load_manifest
+
+        cuts = list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
+        cuts[1].supervisions[0].text = cuts[1].supervisions[0].text.upper()
+        short = cuts[2].truncate(duration=0.2).with_id("short")
+        short.supervisions[0].duration = 0.2
+        CutSet.from_cuts([*cuts, short]).to_file(folder / "tiny_cuts_test-all.jsonl.gz")
+
+    return build_once("test_cuts", build) / "tiny_cuts_test-all.jsonl.gz"
 
 
 @pytest.fixture
 def run_decode(tiny_argv, test_cuts, monkeypatch):
-    """decode.py, or decode_mose.py with two encoders; by default the average of both epochs."""
-    import decode
-    import decode_mose
-    from speechllm.decoding import search_options
+    """Run decode.py, or decode_mose.py with two encoders, by default on both epochs' average."""
+    from speechllm.decoding import config
 
-    monkeypatch.setattr(search_options, "MAX_NEW_TOKENS", TOKENS)
-    monkeypatch.setattr(decode, "MAX_NEW_TOKENS", TOKENS)
+    # An untrained LLM generates up to the limit; as the default, it is not part of file names.
+    init = config.SearchConfig.__init__
+    defaults = [TOKENS if value == config.MAX_NEW_TOKENS else value for value in init.__defaults__]
+    monkeypatch.setattr(init, "__defaults__", tuple(defaults))
+    monkeypatch.setattr(config, "MAX_NEW_TOKENS", TOKENS)
 
     def run(exp_dir, *flags, n=1):
-        program = decode if n == 1 else decode_mose
-        program.main([
+        importlib.import_module("decode" if n == 1 else "decode_mose").main([
             *tiny_argv(n), "--exp-dir", str(exp_dir), "--test-cuts", str(test_cuts), "--epoch", "2",
             "--avg", "2", *map(str, flags),
         ])  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def port():
+    return free_port()
+
+
+@pytest.fixture
+def no_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)

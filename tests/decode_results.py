@@ -1,39 +1,36 @@
-"""What decode.py wrote of the tiny corpus, read."""
+"""Readers of the files that decode.py writes for the tiny corpus."""
 
 import ast
 import re
 
-TOKENS = 12  # an untrained LLM knows no end
+TOKENS = 12  # an untrained LLM generates up to the limit
+
+
+def result_text(exp_dir, kind, suffix=""):
+    """Return the text of the only result file of a kind."""
+    (path,) = (exp_dir / "decode").glob(f"{kind}-*{suffix}.*")
+    return path.read_text()
 
 
 def recogs(exp_dir, suffix, name="tiny_test_all"):
-    """(id, reference, hypothesis) of each utterance in a recogs- file."""
-    text = (exp_dir / "decode" / f"recogs-{name}-{suffix}.txt").read_text()
-    lines = re.findall(r"^(\S+):\tref=(\[.*\])\n\1:\thyp=(\[.*\])$", text, flags=re.MULTILINE)
-    assert 2 * len(lines) == text.count("\n")
-    return [(i, *map(ast.literal_eval, words)) for i, *words in lines]
+    """Return (id, reference, hypothesis) of each utterance."""
+    pairs = zip(references(exp_dir, suffix, name), hypotheses(exp_dir, suffix, name), strict=True)
+    return [(i, ast.literal_eval(ref), ast.literal_eval(hyp)) for (i, ref), (_, hyp) in pairs]
 
 
 def hypotheses(exp_dir, suffix, name="tiny_test_all"):
-    """Without looking into them: an untrained LLM writes anything."""
-    text = (exp_dir / "decode" / f"recogs-{name}-{suffix}.txt").read_text()
-    return re.findall(r"^(\S+):\thyp=(.*)$", text, flags=re.MULTILINE)
+    """Return (id, text of the list): an untrained LLM generates anything."""
+    return _lines(exp_dir, suffix, name, "hyp")
 
 
 def references(exp_dir, suffix, name="tiny_test_all"):
-    text = (exp_dir / "decode" / f"recogs-{name}-{suffix}.txt").read_text()
-    return re.findall(r"^(\S+):\tref=(.*)$", text, flags=re.MULTILINE)
+    return _lines(exp_dir, suffix, name, "ref")
 
 
-def recog_lines(exp_dir):
-    (path,) = (exp_dir / "decode").glob("recogs-*")
-    return path.read_text().splitlines()
+def _lines(exp_dir, suffix, name, side):
+    text = result_text(exp_dir, f"recogs-{name}", suffix)
+    return re.findall(rf"^(\S+):\t{side}=(.*)$", text, flags=re.MULTILINE)
 
 
 def log_of(exp_dir):
     return "".join(path.read_text() for path in (exp_dir / "decode").glob("log-*"))
-
-
-def summary(exp_dir):
-    (path,) = (exp_dir / "decode").glob("wer-summary-*")
-    return path.read_text()

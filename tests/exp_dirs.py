@@ -1,4 +1,4 @@
-"""What a training leaves in its folder, read."""
+"""Read the results of a training."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What is changed to see that every flag changes something."""
+"""Values with which every flag has a visible effect."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 @dataclass
 class Change:
-    """A flag's other value, what is looked at, and flags without which it would change nothing."""
+    """Another value of a flag, the effect to look at, and flags that the effect needs."""
 
     value: str
     seen: callable
@@ -16,7 +16,7 @@ class Change:
 
 
 def other_models(folder, tiny_encoder_dir, tiny_llm_dir) -> None:
-    """In `folder`: `other.pt`, another encoder, its `bpe.model`, and `llm`, another LLM."""
+    """Write another encoder `other.pt`, its `bpe.model`, and another LLM `llm` to `folder`."""
     (folder / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
     (folder / "bpe.model").symlink_to(tiny_encoder_dir / "bpe.model")
     llm = shutil.copytree(tiny_llm_dir, folder / "llm")

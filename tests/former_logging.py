@@ -1,4 +1,4 @@
-"""For what sets up logging, as the programs do."""
+"""Restores logging after code that sets it up as the programs do."""
 
 import logging
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def former_logging():
-    """Afterwards the root logger's handlers are those of before."""
+    """Restore the root logger's handlers and level on exit, and close the new handlers."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

@@ -1,4 +1,4 @@
-"""For ranks of one machine."""
+"""A free TCP port for ranks on this machine."""
 
 import socket
 

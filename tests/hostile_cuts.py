@@ -1,4 +1,4 @@
-"""Lines of manifests made to run something or to read what is none of theirs."""
+"""Manifest lines that execute a command, or read by other means, when their data is loaded."""
 
 import gzip
 import json
@@ -32,53 +32,48 @@ def cut_of(**fields) -> dict:
 
 
 def hostile_cuts(canary) -> dict[str, tuple[dict, str]]:
-    """Of each attack a cut and what is said of it."""
+    """Map each attack to a cut and the error message."""
     run = f"mkdir {canary}"
     good, bad = recording("file", "/x.wav"), recording("command", run)
-    wants_command = f"it wants audio from a command, '{run}'"
+    from_command = f"its audio comes from a command, '{run}'"
     array = {"storage_type": "memory_raw", "storage_path": "", "storage_key": "x", "shape": [2]}
     reverb = {"name": "ReverbWithImpulseResponse", "kwargs": {"rir": bad, "rir_channels": [0]}}
     speech = cut_of()["supervisions"][0]
-    wants_pipe = f"it wants to run 'pipe:{run}'"
+    runs_pipe = f"it would run 'pipe:{run}'"
     return {
-        "command": (cut_of(recording=bad), wants_command),
-        "pipe": (cut_of(recording=recording("url", f"pipe:{run}")), wants_pipe),
+        "command": (cut_of(recording=bad), from_command),
+        "pipe": (cut_of(recording=recording("url", f"pipe:{run}")), runs_pipe),
         "shell in a name": (
             cut_of(recording=recording("file", f"/x;{run};.SPH")),
-            f"a shell would be given the file name '/x;{run};.SPH'",
+            f"its file name '/x;{run};.SPH' would reach a shell",
         ),
         "hdfs": (
-            cut_of(recording=recording("url", "hdfs:///x.wav")), "it wants to read from hdfs://, "
+            cut_of(recording=recording("url", "hdfs:///x.wav")), "it would read from hdfs://, "
         ),
         "features of a pipe": (
             cut_of(recording=good, features=stored("lilcom_files", f"pipe:{run} #")),
-            f"it wants to run 'pipe:{run} #'",
+            f"it would run 'pipe:{run} #'",
         ),
         "features' key": (
-            cut_of(recording=good, features=stored("lilcom_files", ".", f"pipe:{run}")), wants_pipe
-        ),
-        "pickled features": (
-            cut_of(recording=good, features=stored("memory_raw", "", "x")),
-            "it wants to read what is stored as 'memory_raw'",
+            cut_of(recording=good, features=stored("lilcom_files", ".", f"pipe:{run}")), runs_pipe
         ),
         "kaldi": (
             cut_of(recording=good, features=stored("kaldiio", "feats.scp", f"{run} |")),
-            "it wants to read what is stored as 'kaldiio'",
+            "its data is stored as 'kaldiio'",
         ),
-        "custom recording": (cut_of(recording=good, custom={"far": bad}), wants_command),
         "custom array": (
             cut_of(recording=good, custom={"x": array}),
-            "it wants to read what is stored as 'memory_raw'",
+            "its data is stored as 'memory_raw'",
         ),
         "of a supervision": (
-            cut_of(recording=good, supervisions=[speech | {"custom": {"far": bad}}]), wants_command
+            cut_of(recording=good, supervisions=[speech | {"custom": {"far": bad}}]), from_command
         ),
-        "transform": (cut_of(recording=good | {"transforms": [reverb]}), wants_command),
+        "transform": (cut_of(recording=good | {"transforms": [reverb]}), from_command),
         "track": (
             {"type": "MixedCut", "id": "cut-7",
              "tracks": [{"type": "MonoCut", "cut": cut_of(recording=good), "offset": 0.0},
                         {"type": "MonoCut", "cut": cut_of(recording=bad), "offset": 1.0}]},
-            wants_command,
+            from_command,
         ),
     }  # fmt: skip
 

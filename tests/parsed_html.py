@@ -1,11 +1,11 @@
-"""HTML as elements with their attributes and texts, for tests of pages."""
+"""HTML parsed to elements with attributes and texts, for tests of pages."""
 
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
 VOID = {"meta", "input"}
 CELLS, TERMS = {"td", "th"}, {"dt", "dd"}
-# What a start tag ends, where end tags may be left out.
+# Optional end tags: a start tag ends these elements.
 ENDS = {"tr": CELLS | {"tr"}, "td": CELLS, "th": CELLS, "dt": TERMS, "dd": TERMS, "p": {"p"},
         "option": {"option"}}  # fmt: skip
 
@@ -26,11 +26,11 @@ class Element:
         return (self.attrs.get("class") or "").split()
 
     def all(self, tag: str, name: str | None = None) -> list["Element"]:
-        """Elements inside, of a class if `name` is given."""
+        """Return the elements inside, with class `name` if it is given."""
         return [e for e in self.inner if e.tag == tag and (name is None or name in e.classes)]
 
     def rows(self) -> list[list[str]]:
-        """The texts of a table's cells."""
+        """Return the texts of a table's cells."""
         return [[c.text for c in row.inner if c.tag in CELLS] for row in self.all("tr")]
 
 
@@ -62,12 +62,12 @@ class _Parser(HTMLParser):
 
 
 def parsed(text: str) -> Element:
-    """What is around all of a page."""
+    """Return the root element of a page."""
     return _Parser(text).root
 
 
 def outside(page: Element) -> list[str]:
-    """Addresses that a page loads by itself, or could send something to."""
+    """Return the addresses that a page loads or could send to."""
     loads = [e.attrs.get("src") for e in page.inner] + [
         e.attrs.get("href") or "" for e in page.inner if e.tag == "link"
     ]

@@ -1,388 +1,198 @@
 #!/usr/bin/env python3
-"""Tempt a trained model to loop and to invent, and show what the guard makes of it.
+"""Provoke repetitions and hallucinations in a trained model, and show the effect of --guard.
 
-  python tests/provoke.py --table data/demo/corpus/transcripts.tsv --out exp/demo/provoked -- \
-    --exp-dir exp/demo/llm_asr --epoch 12 --avg 6 --llm-path exp/demo/llm …
+    python tests/provoke.py --cuts data/fbank/demo_cuts_test.jsonl.gz --out exp/provoked \\
+      --exp-dir exp/demo/llm_asr
 
-After `--` come decode.py's flags for the model and the search. Provocations are made out of nothing
-and of clips of a corpus table (see local/prepare_corpus.py), --each of a kind: noise, tones and
-silence; clips that are cut, joined, repeated, too fast, clipped, narrow or followed by silence;
-other languages. They are decoded with each --guard. Writes to <out>
+Takes decode.py's flags for the model and the search. Inputs, --each of every kind, are generated
+(noise, tones, silence) or made from the utterances of a cut file: cut off, joined, repeated or
+followed by silence. All are decoded with every --guard. Writes to <out>
 
-  wav/, provocations.tsv, fbank/     the provocations
-  provocations.jsonl                 of each: what was said, and with each guard the text, the
-                                     reasons to doubt it and the number of tokens
+    wav/                   the inputs
+    provocations.jsonl     for each input its text, and for each guard the hypothesis, its flags and
+                           the number of tokens
 
-and prints a table and an example of each kind. Fails if what is no speech gets a text without a
-flag, or if a hypothesis loops up to the token limit, guarded.
+and prints a table. The exit code is 1 if an input without speech gets a
+text without a flag, or if a guarded hypothesis repeats itself up to the token limit.
 """
 
-import argparse
 import json
-import shutil
-import sys
-import textwrap
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from itertools import cycle, islice
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle, groupby, islice, repeat
+from operator import itemgetter
 from pathlib import Path
 
-import kaldialign
 import numpy as np
-import soundfile
-from lhotse import Recording
-from scipy.signal import resample_poly
+from benchmarks import measure  # noqa: F401, makes src/ and local/ importable
+from make_spoken_corpus import SAMPLING_RATE, noise
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "local"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-import prepare_corpus
-from make_spoken_corpus import SAMPLING_RATE, Espeak, Speaker, noise, place_in_room
-
-import decode
-from speechllm.cut_files import frames_needed
-from speechllm.data import loader_options
-from speechllm.decoding.draft import Hypothesis
-from speechllm.decoding.recognizer import Recognition
-from speechllm.decoding.test_set import decode_cuts
-from speechllm.errors import InputError
+from speechllm.cli import Parser, add_options, from_args
+from speechllm.decoding.config import CheckpointConfig, SearchConfig
+from speechllm.errors import exit_on_user_error
+from speechllm.models.config import ModelConfig, model_config
 
 GUARDS = ("off", "stop", "fallback")
-LONGEST = 30  # seconds
-NOTHING = "-"  # the text of what is no speech: a table has no empty ones
-FOREIGN_KIND = "another language"
-FOREIGN = {
-    "de": (
-        "die katze schläft auf dem sofa",
-        "morgen fahren wir mit dem zug nach hamburg",
-        "guten tag ich möchte gerne ein zimmer reservieren",
-        "der zug hat heute leider zwanzig minuten verspätung",
-    ),
-    "fr": (
-        "bonjour je voudrais un café s'il vous plaît",
-        "la bibliothèque ferme à dix-huit heures",
-        "nous partons demain matin pour la montagne",
-        "il pleut beaucoup dans cette région",
-    ),
-    "es": (
-        "mañana vamos a la playa con los niños",
-        "el perro negro corre por el parque",
-        "quisiera una mesa para cuatro personas",
-        "el mercado abre a las ocho de la mañana",
-    ),
-}
+NO_TEXT = "-"  # reference of an input without speech
 Clip = tuple[np.ndarray, str]  # samples (n,) at 16 kHz, text
 
 
-# ---- what is no speech: a generator of random numbers to samples
-
-
-def some_seconds(rng: np.random.Generator) -> int:
-    """A number of samples."""
-    return int(SAMPLING_RATE * rng.choice([1, 2, 4, 8, 15]))
-
-
-def white(rng: np.random.Generator) -> np.ndarray:
-    return 10 ** rng.uniform(-2, -0.7) * noise(some_seconds(rng), pink=False, rng=rng)
-
-
-def pink(rng: np.random.Generator) -> np.ndarray:
-    return 10 ** rng.uniform(-2, -0.7) * noise(some_seconds(rng), pink=True, rng=rng)
-
-
-def silence(rng: np.random.Generator) -> np.ndarray:
-    return np.zeros(some_seconds(rng))
-
-
-def almost_silence(rng: np.random.Generator) -> np.ndarray:
-    return 1e-4 * noise(some_seconds(rng), pink=False, rng=rng)
-
-
-def note(midi: int, num_samples: int, decay: float) -> np.ndarray:
-    """A tone with five overtones that fades by `decay` nats a second."""
-    time = np.arange(num_samples) / SAMPLING_RATE
-    pitch = 440 * 2 ** ((midi - 69) / 12)
-    wave = sum(np.sin(2 * np.pi * k * pitch * time) / k**1.5 for k in range(1, 7))
-    return wave * np.exp(-decay * time)
-
-
-def chords(rng: np.random.Generator) -> np.ndarray:
-    """Major and minor triads of a second, struck or held."""
-    decay, triads = rng.choice([0.0, 2.0]), ((0, 4, 7), (0, 3, 7))
-    bars = [
-        sum(note(root + step, SAMPLING_RATE, decay) for step in triads[rng.integers(2)])
-        for root in rng.integers(48, 72, some_seconds(rng) // SAMPLING_RATE)
-    ]
-    return 0.05 * np.concatenate(bars)
-
-
-def melody(rng: np.random.Generator) -> np.ndarray:
-    """Four notes a second of a major scale, up and down by a step or two."""
-    scale = [12 * octave + step for octave in (5, 6) for step in (0, 2, 4, 5, 7, 9, 11)]
-    degrees = np.abs(np.cumsum(rng.integers(-2, 3, some_seconds(rng) // (SAMPLING_RATE // 4))))
-    return 0.1 * np.concatenate(
-        [note(scale[degree % 14], SAMPLING_RATE // 4, 3.0) for degree in degrees]
-    )
+# ---- inputs without speech: number of samples, random generator -> samples
 
 
 NO_SPEECH = {
-    "white noise": white,
-    "pink noise": pink,
-    "digital silence": silence,
-    "almost silence": almost_silence,
-    "chords": chords,
-    "melody": melody,
+    "white noise": lambda count, rng: 0.1 * noise(count, False, rng),
+    "pink noise": lambda count, rng: 0.1 * noise(count, True, rng),
+    "digital silence": lambda count, rng: np.zeros(count),
+    "tone": lambda count, rng: 0.1 * np.sin(np.arange(count) * rng.uniform(0.05, 0.5)),
 }
 
-# ---- what is made of the next clips
+# ---- inputs made from the next utterances
 
 
-def joined(clips: Iterable[Clip]) -> Clip:
-    audios, texts = zip(*clips)
+def join(clips: Iterator[Clip], count: int) -> Clip:
+    audios, texts = zip(*islice(clips, count))
     return np.concatenate(audios), " ".join(texts)
 
 
-def cut_in_the_middle(clips: Iterator[Clip]) -> Clip:
-    audio, _ = next(clips)
-    return audio[: len(audio) // 2], NOTHING
+def cut_off(audio: np.ndarray, _) -> Clip:
+    return audio[: len(audio) // 2], NO_TEXT
 
 
-def two_joined(clips: Iterator[Clip]) -> Clip:
-    return joined(islice(clips, 2))
-
-
-def ten_times_as_fast(clips: Iterator[Clip]) -> Clip:
-    """Of six clips, so that enough of it is left to hear."""
-    audio, text = joined(islice(clips, 6))
-    return resample_poly(audio, 1, 10), text
-
-
-def hard_clipped(clips: Iterator[Clip]) -> Clip:
-    """At a tenth of the peak."""
-    audio, text = next(clips)
-    peak = np.abs(audio).max()
-    return np.clip(10 * audio, -peak, peak), text
-
-
-def from_8_khz(clips: Iterator[Clip]) -> Clip:
-    audio, text = next(clips)
-    return resample_poly(resample_poly(audio, 1, 2), 2, 1), text
-
-
-def before_silence(clips: Iterator[Clip]) -> Clip:
-    audio, text = next(clips)
+def before_silence(audio: np.ndarray, text: str) -> Clip:
     return np.pad(audio, (0, 10 * SAMPLING_RATE)), text
 
 
-def repeated(clips: Iterator[Clip]) -> Clip:
-    """Six times, or as often as the longest duration allows."""
-    clip = next(clips)
-    return joined([clip] * max(1, min(6, LONGEST * SAMPLING_RATE // len(clip[0]))))
-
-
-OF_CLIPS = {
-    "cut in the middle": cut_in_the_middle,
-    "two joined": two_joined,
-    "10 times as fast": ten_times_as_fast,
-    "hard clipped": hard_clipped,
-    "from 8 kHz": from_8_khz,
-    "before 10 s of silence": before_silence,
-    "repeated 6 times": repeated,
+FROM_CLIPS = {
+    "cut in the middle": lambda clips: cut_off(*next(clips)),
+    "two joined": lambda clips: join(clips, 2),
+    "before 10 s of silence": lambda clips: before_silence(*next(clips)),
+    "repeated 4 times": lambda clips: join(repeat(next(clips)), 4),
 }
 
 
-def foreign(number: int, espeak: Espeak, rng: np.random.Generator) -> Clip:
-    language = list(FOREIGN)[number % len(FOREIGN)]
-    text = FOREIGN[language][number // len(FOREIGN) % len(FOREIGN[language])]
-    speaker = Speaker(language, rng.choice(["f2", "m3", "f4"]), 180, 50, 50)
-    samples, _ = espeak.synthesize(speaker, text)
-    speech = resample_poly(samples, SAMPLING_RATE, espeak.sampling_rate)
-    return place_in_room(speech, rng)[0], text
-
-
-def read_clip(row: prepare_corpus.Utterance) -> Clip:
-    return Recording.from_file(row.path).resample(SAMPLING_RATE).load_audio()[0], row.text
-
-
-def clips_of(table: Path, split: str) -> list[prepare_corpus.Utterance]:
-    """Those of a split, or of the whole table where it has no such split.
-
-    Raises:
-      ValueError: there is none.
-    """
-    rows = [row for row in prepare_corpus.read_table(table) if not row.problem]
-    rows = [row for row in rows if row.split == split] or rows
-    if not rows:
-        raise InputError(f"{table} has no clips")
-    return rows
-
-
-def provocations(
-    rows: list[prepare_corpus.Utterance], each: int, seed: int
-) -> Iterator[tuple[str, str, Clip]]:
-    """Kind and id of every provocation, and what is heard."""
-    espeak, rng = Espeak(), np.random.default_rng(seed)
-    clips = map(read_clip, cycle(rng.permutation(rows)))
-    makers = {kind: lambda i, make=make: (make(rng), NOTHING) for kind, make in NO_SPEECH.items()}
-    makers |= {kind: lambda i, make=make: make(clips) for kind, make in OF_CLIPS.items()}
-    makers[FOREIGN_KIND] = lambda i: foreign(i, espeak, rng)
-    for kind, make in makers.items():
+def provocations(cuts: list, each: int, seed: int) -> Iterator[tuple[str, str, Clip]]:
+    """Yield kind, id and clip of every input."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(np.array(cuts, dtype=object))
+    clips = (
+        (cut.resample(SAMPLING_RATE).load_audio()[0], cut.supervisions[0].text)
+        for cut in cycle(order)
+    )
+    for kind in [*NO_SPEECH, *FROM_CLIPS]:
         for i in range(each):
-            yield kind, f"{kind.replace(' ', '-')}-{i:02d}", make(i)
+            if kind in NO_SPEECH:
+                count = int(SAMPLING_RATE * rng.choice([1, 2, 4, 8, 15]))
+                clip = NO_SPEECH[kind](count, rng), NO_TEXT
+            else:
+                clip = FROM_CLIPS[kind](clips)
+            yield kind, f"{kind.replace(' ', '-')}-{i:02d}", clip
 
 
-def write_corpus(found: Iterable[tuple[str, str, Clip]], out: Path) -> dict[str, dict]:
-    """Audio, table, cuts and features; id -> kind and text.
-
-    Raises:
-      ValueError: in the way is what is no earlier result.
-    """
-    table_path = out / "provocations.tsv"
-    if out.exists() and not table_path.is_file():
-        raise InputError(f"{out} exists and was not made by this program: choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
-    (out / "wav").mkdir(parents=True)
-    said = {}
-    with table_path.open("w", encoding="utf-8") as table:
-        print("utt_id", "text", "path", "split", sep="\t", file=table)
-        for kind, name, (audio, text) in found:
-            soundfile.write(out / f"wav/{name}.wav", audio, SAMPLING_RATE, subtype="PCM_16")
-            print(name, text, f"wav/{name}.wav", "test", sep="\t", file=table)
-            said[name] = {"kind": kind, "said": text}
-    prepare_corpus.main([
-        "--table", str(table_path), "--corpus", "provocations",
-        "--manifest-dir", str(out / "fbank"), "--speed-perturb", "false", "--num-jobs", "1",
-    ])  # fmt: skip
-    return said
+# ---- decoding and the report
 
 
-# ---- what is made of them
+def write_clips(clips: Iterator[tuple[str, str, Clip]], folder: Path) -> list[dict]:
+    """Write the audio; return kind, id, text, seconds and features of each input."""
+    import soundfile
+    import torch
+
+    from speechllm.audio.fbank import fbank_extractor
+
+    folder.mkdir(parents=True, exist_ok=True)
+    fbank, found = fbank_extractor(), []
+    for kind, name, (audio, text) in clips:
+        path = folder / f"{name}.wav"
+        soundfile.write(path, audio, SAMPLING_RATE, subtype="PCM_16")
+        samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+        features = fbank.extract(samples, SAMPLING_RATE)
+        about = {"id": name, "kind": kind, "text": text, "seconds": len(audio) / SAMPLING_RATE}
+        found.append({**about, "features": torch.as_tensor(features)})
+    return found
 
 
-def decode_all(argv: list[str], manifest_dir: Path) -> tuple[dict[str, dict], int]:
-    """id -> seconds, CTC text and, of each guard, the answer; the limit of tokens."""
-    argv = [*argv, "--test-cuts", "provocations_cuts_test", "--manifest-dir", str(manifest_dir)]
-    args = decode.read_flags(argv)
-    (path,), decoder = decode.prepare(args)
-    answers: dict[str, dict] = defaultdict(dict)
-    for args.guard in GUARDS if decoder.recognizer(args).reader else GUARDS[:2]:
-        for one in decode_cuts(
-            path,
-            decoder.recognizer(args),
-            frames_needed(args.encoder_projector_ds_rate),
-            **loader_options(args),
-        ):
-            answer = one.answer or Recognition("", Hypothesis())  # too short to hear
-            ids = answer.hypothesis.ids
-            answers[one.cut.id] |= {
-                "seconds": one.cut.duration,
-                "ctc_text": answer.ctc_text,
-                args.guard: {
-                    "text": answer.text,
-                    "reasons": answer.reasons,
-                    "source": answer.source,
-                    "tokens": len(ids),
-                    "repetitive": is_repetitive(ids),
-                },
-            }
-    return answers, args.max_new_tokens
+def decode_all(found: list[dict], model, search: SearchConfig) -> None:
+    """Add the CTC text and the result with each guard to each input; drop the features."""
+    import torch
+
+    has_ctc = model.recognizer(search).search.method != "greedy"
+    recognizers = {
+        guard: model.recognizer(replace(search, guard=guard))
+        for guard in (GUARDS if has_ctc else GUARDS[:2])
+    }
+    for one in found:
+        features = one.pop("features")
+        batch = {"features": features[None], "feature_lens": torch.tensor([len(features)]),
+                 "seconds": one["seconds"]}  # fmt: skip
+        for guard, recognizer in recognizers.items():
+            [(_, [recognition])] = recognizer([batch])
+            ids = recognition.hypothesis.ids
+            one["ctc_text"] = recognition.ctc_text
+            one[guard] = {
+                "text": recognition.text, "flags": recognition.flags,
+                "source": recognition.source, "tokens": len(ids),
+                "repetitive": is_repetitive(ids),
+            }  # fmt: skip
 
 
 def is_repetitive(ids: list[int]) -> bool:
-    """Whether fewer than half of the quadruples of tokens are different ones."""
-    quadruples = list(zip(*(ids[i:] for i in range(4))))
-    return len(set(quadruples)) < len(quadruples) / 2
+    """Return whether fewer than half of the 4-grams are distinct."""
+    ngrams = list(zip(*(ids[i:] for i in range(4))))
+    return len(set(ngrams)) < len(ngrams) / 2
 
 
 def print_table(found: list[dict], limit: int) -> None:
-    """How many texts are so with each guard, and the WER where a model could be right."""
-    guards = [guard for guard in GUARDS if guard in found[0]]
-    columns = {
-        "empty": lambda one, answer: not answer["text"],
-        "flagged": lambda one, answer: answer["reasons"],
-        "changed": lambda one, answer: answer["text"] != one["off"]["text"],
-        f"{limit} tokens": lambda one, answer: answer["tokens"] >= limit,
-    }
-    print(" " * 26 + "".join(f"{title:>{6 * len(guards)}}" for title in [*columns, "WER (%)"]))
-    header = "".join(f"{guard[:5]:>6}" for guard in guards)
-    print(f"{'kind':<22}{'n':>4}" + header * (len(columns) + 1))
-    for kind, own in by_kind(found).items():
-        cells = [
-            str(sum(bool(is_so(one, one[guard])) for one in own))
-            for is_so in columns.values()
-            for guard in guards
-        ]
-        if own[0]["said"] != NOTHING and kind != FOREIGN_KIND:
-            cells += [f"{word_error_rate(own, guard):.0f}" for guard in guards]
-        print(f"{kind:<22}{len(own):>4}" + "".join(f"{cell:>6}" for cell in cells))
-
-
-def word_error_rate(found: list[dict], guard: str) -> float:
-    """Per cent."""
-    pairs = [(one["said"].lower().split(), one[guard]["text"].lower().split()) for one in found]
-    errors = sum(kaldialign.edit_distance(*pair)["total"] for pair in pairs)
-    return 100 * errors / sum(len(said) for said, _ in pairs)
-
-
-def print_examples(found: list[dict]) -> None:
-    """Of each kind one that is flagged, if any, and says much."""
-    for own in by_kind(found).values():
-        one = max(own, key=lambda one: (bool(one["stop"]["reasons"]), len(one["off"]["text"])))
-        print(
-            f"\n{one['id']}, {one['seconds']:.1f} s, {', '.join(one['stop']['reasons']) or 'fine'}"
-        )
-        texts = {"said": one["said"], "CTC": one["ctc_text"]}
-        texts |= {guard: one[guard]["text"] for guard in GUARDS if guard in one}
-        for what, text in texts.items():
-            print(f"  {what:<9}{text if text is None else textwrap.shorten(text, 90)}")
-
-
-def by_kind(found: list[dict]) -> dict[str, list[dict]]:
-    kinds = defaultdict(list)
-    for one in found:
-        kinds[one["kind"]].append(one)
-    return kinds
+    """Print counts for each kind and guard."""
+    print(f"{'kind':<26}{'guard':<10}{'n':>4}{'empty':>7}{'flagged':>9}{'at limit':>10}")
+    for kind, group in groupby(found, key=itemgetter("kind")):
+        own = list(group)
+        for guard in GUARDS:
+            results = [one[guard] for one in own if guard in one]
+            empty = sum(not one["text"] for one in results)
+            flagged = sum(bool(one["flags"]) for one in results)
+            full = sum(one["tokens"] >= limit for one in results)
+            print(f"{kind:<26}{guard:<10}{len(results):>4}{empty:>7}{flagged:>9}{full:>10}")
 
 
 def failures(found: list[dict], limit: int) -> list[str]:
-    """What a guard let through, a line each."""
+    """Return a line for each hallucination or repetition that a guard missed."""
     lines = []
     for one in found:
         for guard in GUARDS[1:]:
-            answer = one.get(guard)
-            if not answer:
+            if not (result := one.get(guard)):
                 continue
-            if one["kind"] in NO_SPEECH and answer["text"] and not answer["reasons"]:
-                lines.append(f"{one['id']}, --guard {guard}, invented: {answer['text']}")
-            if answer["tokens"] >= limit and answer["repetitive"]:
-                lines.append(f"{one['id']}, --guard {guard}, loops: {answer['text']}")
+            if one["kind"] in NO_SPEECH and result["text"] and not result["flags"]:
+                lines.append(f"{one['id']}, --guard {guard}, hallucinated: {result['text']}")
+            if result["tokens"] >= limit and result["repetitive"]:
+                lines.append(f"{one['id']}, --guard {guard}, repeats: {result['text']}")
     return lines
 
 
+@exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--table", type=Path, required=True, help="of a corpus")
-    parser.add_argument("--split", default="test", help="of which clips are taken")
-    parser.add_argument("--each", type=int, default=6, help="provocations of a kind")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True, help="a folder, made anew")
-    parser.add_argument("decode_flags", nargs="+", help="of decode.py, after --")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--cuts", type=Path, required=True, help="a cut file with audio and text")
+    add("--each", type=int, default=6, help="inputs of each kind")
+    add("--out", type=Path, required=True, help="folder for the inputs and the results")
+    add("--seed", type=int, default=1)
+    for config in (CheckpointConfig, SearchConfig, ModelConfig):
+        add_options(parser, config, skip=("guard",))
     args = parser.parse_args(argv)
-    try:
-        rows = clips_of(args.table, args.split)
-        said = write_corpus(provocations(rows, args.each, args.seed), args.out)
-        answers, limit = decode_all(args.decode_flags, args.out / "fbank")
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from None
-    found = [{"id": name, **about, **answers[name]} for name, about in said.items()]
+    from speechllm.data.manifests import read_cuts  # heavy imports come after the flags are read
+    from speechllm.decoding.load import TrainedModel
+
+    checkpoint, search = from_args(CheckpointConfig, args), from_args(SearchConfig, args)
+    model = TrainedModel(model_config(args, checkpoint.exp_dir), checkpoint)
+    clips = provocations(list(read_cuts(args.cuts)), args.each, args.seed)
+    found = write_clips(clips, args.out / "wav")
+    decode_all(found, model, search)
     with (args.out / "provocations.jsonl").open("w", encoding="utf-8") as file:
         for one in found:
             print(json.dumps(one, ensure_ascii=False), file=file)
-    print_table(found, limit)
-    print_examples(found)
-    if lines := failures(found, limit):
-        raise SystemExit("\n".join(["", "The guard let through:", *lines]))
+    print_table(found, search.max_new_tokens)
+    if lines := failures(found, search.max_new_tokens):
+        raise SystemExit("\n".join(["", "The guard missed:", *lines]))
 
 
 if __name__ == "__main__":

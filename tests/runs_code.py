@@ -1,4 +1,4 @@
-"""Files that run code when they are unpickled: it makes the folder `canary` of conftest.py."""
+"""Pickles that run code when they are loaded: they create the path `canary` of conftest.py."""
 
 import io
 import os
@@ -6,15 +6,15 @@ import pickle
 import zipfile
 
 
-def has_sung(canary) -> bool:
-    """Whether it is there; not any more then."""
-    if there := canary.exists():
+def was_executed(canary) -> bool:
+    """Return whether the canary was created, and remove it."""
+    if created := canary.exists():
         canary.rmdir()
-    return there
+    return created
 
 
 class RunsCode:
-    """Unpickling it makes the canary."""
+    """An object whose unpickling creates the canary."""
 
     def __init__(self, canary):
         self.canary = canary
@@ -24,17 +24,17 @@ class RunsCode:
 
 
 class Unpickler(pickle.Unpickler):
-    """Calls what RunsCode wants to call, and nothing else that a file asks for."""
+    """Calls `os.system` for RunsCode, and replaces every other global by a stub."""
 
     def find_class(self, module, name):
         return os.system if (module, name) == ("posix", "system") else lambda *_: {}
 
     def persistent_load(self, _):
-        """The numbers of tensors are not in the pickle."""
+        """Return None: tensors' data is not part of the pickle."""
 
 
 def unpickle(path) -> None:
-    """As torch.load would without `weights_only`."""
+    """Unpickle a checkpoint as torch.load does without `weights_only`."""
     with zipfile.ZipFile(path) as archive:
         [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         Unpickler(io.BytesIO(archive.read(name))).load()

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""A training that is killed at random, over and over, and must end where an undisturbed one ends.
+"""Kill a training at random, many times, and compare it with an uninterrupted one.
 
     python tests/soak.py --table ../shared/corpora/an4/transcripts.tsv --work /tmp/soak
 
-Trains a small recognizer on real speech with two ranks, loader processes, noise and masks: once in
-peace, once with --kills kills (of a rank, both ranks, a loader process, the program, all of them at
-once), requests to stop, two damaged checkpoints and, where a small disk can be mounted, a full one.
-Prints what was tried, how often, and what was lost; the exit status is 1 if anything was.
+Trains a small recognizer on real speech with two ranks, dataloader workers and masks: once without
+interruption, and once with --kills kills (of a rank, both ranks, a worker, the program, all of them
+together) and a damaged checkpoint. The exit status is 1 after an error.
 """
 
 import argparse
@@ -18,40 +17,23 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
-from same_checkpoints import differences  # noqa: E402
 
-from speechllm.training.checkpoint import numbered_files  # noqa: E402
-from speechllm.zipformer import ZipformerEncoder  # noqa: E402
-from speechllm.zipformer.checkpoint import save_encoder  # noqa: E402
-from speechllm.zipformer.sizes import SIZES  # noqa: E402
-
-KILLS = ("a rank", "both ranks", "a loader process", "the program", "everything")
-REQUESTS = ("SIGTERM to the program", "SIGUSR1 to a rank")
-DEADLINE = 90  # s after which what is killed must be over
-UNMISSED = 30  # s after which what is not over has gone on without a process
+KILLS = ("a rank", "both ranks", "a worker", "the program", "everything")
+DEADLINE = 90  # s for a killed training to exit
 CORPUS = "soak"
 
 
-@dataclass
-class Tally:
-    """What was tried, and what went wrong."""
-
-    tried: Counter = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-
-    def expect(self, right: bool, sentence: str) -> None:
-        if not right:
-            print(f"WRONG: {sentence}", flush=True)
-            self.wrong.append(sentence)
-
-
 def prepare(table: Path, work: Path) -> list[str]:
-    """Features, a tiny LLM and an encoder; returns the flags of the training."""
+    """Make features, a tiny LLM and an encoder; return the flags of the training."""
+    from speechllm.models.zipformer.checkpoint import save_encoder
+    from speechllm.models.zipformer.config import SIZES
+    from speechllm.models.zipformer.encoder import ZipformerEncoder
+
     fbank, llm, encoder = work / "fbank", work / "llm", work / "encoder.pt"
     train_cuts = fbank / f"{CORPUS}_cuts_train.jsonl.gz"
     python = sys.executable
@@ -71,13 +53,13 @@ def prepare(table: Path, work: Path) -> list[str]:
         "--manifest-dir", fbank, "--train-cuts", f"{CORPUS}_cuts_train",
         "--valid-cuts", f"{CORPUS}_cuts_dev", "--llm-path", llm, "--speech-encoder-type", "tiny",
         "--speech-encoder-path", encoder, "--world-size", 2, "--num-workers", 1,
-        "--max-duration", 20, "--min-utterance", 0.5, "--enable-musan", "false",
+        "--max-duration", 20, "--min-duration", 0.5, "--enable-musan", "false",
         "--use-fp16", "false", "--save-every-n", 3, "--keep-last-k", 3, "--log-interval", 10,
     ]  # fmt: skip
 
 
 class Training:
-    """The program as a user starts it, in a session of its own."""
+    """train.py in a session of its own."""
 
     def __init__(self, flags: list, exp_dir: Path, log: Path):
         self.exp_dir, self.log = exp_dir, log
@@ -96,8 +78,8 @@ class Training:
     def workers(self) -> list[int]:
         return [pid for rank in self.ranks() for pid in children(rank)]
 
-    def wait_until_over(self, seconds: float) -> bool:
-        """Whether all of its processes are; whatever is left then is killed."""
+    def wait_for_exit(self, seconds: float) -> bool:
+        """Return True if all of its processes exit in time; the others are killed."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.process.poll()
@@ -130,150 +112,74 @@ def in_session(session: int) -> bool:
     return False
 
 
-def send(pids: list[int], number: int) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass
-
-
 def disturb(training: Training, how: str, rng: random.Random) -> bool:
-    """Whether there was what is to be killed."""
+    """Kill; return False if the process does not exist."""
     program = training.process.pid
-    pids = {
-        "a rank": lambda: rng.sample(training.ranks(), 1),
-        "both ranks": training.ranks,
-        "a loader process": lambda: rng.sample(training.workers(), 1),
-        "the program": lambda: [program],
-        "SIGTERM to the program": lambda: [program],
-        "SIGUSR1 to a rank": lambda: rng.sample(training.ranks(), 1),
-    }
     try:
         if how == "everything":
             os.killpg(program, signal.SIGKILL)
-        else:
-            number = {"SIGT": signal.SIGTERM, "SIGU": signal.SIGUSR1}.get(how[:4], signal.SIGKILL)
-            send(found := pids[how](), number)
-            return bool(found)
-    except (ValueError, OSError):  # not there yet, or no more
+            return True
+        pids = {
+            "a rank": lambda: rng.sample(training.ranks(), 1),
+            "both ranks": training.ranks,
+            "a worker": lambda: rng.sample(training.workers(), 1),
+            "the program": lambda: [program],
+        }[how]()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        return bool(pids)
+    except (ValueError, OSError):  # not started yet, or exited
         return False
-    return True
-
-
-def damage(exp_dir: Path, kind: str) -> str | None:
-    """The name of the newest checkpoint, of which a half is now gone, or some bytes are others."""
-    newest = next(iter(numbered_files(exp_dir, "checkpoint").values()), None)
-    if newest is None:
-        return None
-    content = bytearray(newest.read_bytes())
-    if kind == "truncated":
-        del content[len(content) // 2 :]
-    else:
-        middle = len(content) // 2  # a single byte might be padding
-        content[middle : middle + 256] = bytes(byte ^ 1 for byte in content[middle : middle + 256])
-    newest.write_bytes(content)
-    return newest.name
-
-
-def damage_was_said(training: Training, name: str | None, tally: Tally) -> str | None:
-    """The name of the damaged checkpoint, as long as no run came so far as to read it."""
-    if not name or "Going on from" not in training.output():
-        return name
-    sentence = f"Left out: {training.exp_dir / name}"
-    tally.expect(sentence in training.output(), f"damage of {name} was not said")
-    return None
-
-
-def small_disk(folder: Path, num_bytes: int) -> bool:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
-    return subprocess.run(mount, capture_output=True).returncode == 0
-
-
-def wait_for_a_step(training: Training) -> None:
-    """Until it has trained for a while, or ends."""
-    while training.process.poll() is None and "tot_loss[" not in training.output():
-        time.sleep(0.2)
-
-
-def fill_disk(training: Training, disk: Path, tally: Tally, reserve: int) -> None:
-    """While it trains; it must end with a sentence, its last checkpoint whole."""
-    filler, free = disk / "filler", os.statvfs(disk)
-    filler.write_bytes(b"\0" * max(0, free.f_bavail * free.f_frsize - reserve))
-    tally.tried["full disk"] += 1
-    tally.expect(training.wait_until_over(DEADLINE), "a full disk did not end the training")
-    tally.expect("the disk is full" in training.output(), "a full disk was not said")
-    filler.unlink()
-
-
-def soak(args, flags: list, tally: Tally) -> None:
-    rng, work = random.Random(args.seed), args.work
-    peace = work / "undisturbed"
-    start = time.monotonic()
-    training = Training(flags, peace, work / "undisturbed.log")
-    code = training.process.wait()
-    if code:
-        raise SystemExit(f"the undisturbed training ended with code {code}: {training.log}")
-    lasted = time.monotonic() - start
-    print(f"undisturbed: {lasted:.0f} s", flush=True)
-    size = (peace / "epoch-1.pt").stat().st_size
-
-    disk = work / "disk"
-    mounted = small_disk(disk, size * (args.num_epochs + 16))
-    try:
-        kill_and_go_on(args, flags, tally, rng, disk, mounted, size)
-        found = differences(disk / "exp", peace)
-        tally.expect(not found, f"not as undisturbed: {found[:5]}")
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(disk)], check=True)
-
-
-def kill_and_go_on(args, flags, tally, rng, disk: Path, mounted: bool, size: int) -> None:
-    exp_dir, kills, runs, expected = disk / "exp", 0, 0, None
-    damages = {args.kills // 3: "truncated", 2 * args.kills // 3: "with flipped bits"}
-    full = args.kills // 2 if mounted else -1
-    while True:
-        runs += 1
-        training = Training(flags, exp_dir, args.work / f"run-{runs}.log")
-        if kills >= args.kills and full < 0 and not damages:
-            break
-        if rng.random() < 0.8 or kills >= full >= 0:
-            wait_for_a_step(training)
-        if kills >= full >= 0:
-            fill_disk(training, disk, tally, size // 2)
-            full, expected = -1, damage_was_said(training, expected, tally)
-            continue
-        time.sleep(rng.uniform(0, args.patience))
-        how = rng.choice(KILLS if rng.random() < 0.8 else REQUESTS)
-        if training.process.poll() is None and disturb(training, how, rng):
-            tally.tried[how] += 1
-            kills += how in KILLS
-            before = newest_checkpoint(exp_dir)
-            # A loader process that has given its last batch is not missed.
-            missed = how != "a loader process"
-            if not training.wait_until_over(DEADLINE if missed else UNMISSED):
-                went_on = not missed and newest_checkpoint(exp_dir) > before
-                tally.expect(went_on, f"{how}: run {runs} did not end")
-            code = training.process.returncode
-            tally.expect(code != 0 or how in REQUESTS, f"{how}: run {runs} ended with code 0")
-        elif training.process.poll() == 0:
-            raise SystemExit(f"over after {kills} kills: give it more --num-epochs")
-        else:
-            training.wait_until_over(0)
-        expected = damage_was_said(training, expected, tally)
-        if damages and kills >= min(damages) and (name := damage(exp_dir, damages[min(damages)])):
-            expected = name
-            tally.tried[f"checkpoint {damages.pop(min(damages))}"] += 1
-        newest = newest_checkpoint(exp_dir)
-        print(f"run {runs}: {how}, {kills} kills, newest checkpoint-{newest}.pt", flush=True)
-    code = training.process.wait()
-    tally.expect(code == 0, f"the last run ended with code {code}")
 
 
 def newest_checkpoint(exp_dir: Path) -> int:
+    from speechllm.checkpoints import numbered_files
+
     return next(iter(numbered_files(exp_dir, "checkpoint")), 0) if exp_dir.exists() else 0
+
+
+def truncate_newest(exp_dir: Path) -> str | None:
+    """Damage the newest checkpoint, if there is one; return its name."""
+    if not (number := newest_checkpoint(exp_dir)):
+        return None
+    path = exp_dir / f"checkpoint-{number}.pt"
+    os.truncate(path, path.stat().st_size // 2)
+    return path.name
+
+
+def kill_and_resume(args, flags: list, exp_dir: Path) -> tuple[Counter, list[str]]:
+    """Return counts of kills, and errors."""
+    rng, tried, errors, damaged = random.Random(args.seed), Counter(), [], None
+    for number in count(1):
+        training = Training(flags, exp_dir, args.work / f"run-{number}.log")
+        if tried.total() >= args.kills:
+            break
+        while training.process.poll() is None and "tot_loss[" not in training.output():
+            time.sleep(0.2)
+        if damaged:
+            if f"Skipped checkpoint: {exp_dir / damaged}" not in training.output():
+                errors.append(f"damage of {damaged} was not logged")
+            damaged = None
+        time.sleep(rng.uniform(0, args.patience))
+        how, before = rng.choice(KILLS), newest_checkpoint(exp_dir)
+        if training.process.poll() is None and disturb(training, how, rng):
+            tried[how] += 1
+            ended = training.wait_for_exit(DEADLINE)
+            # A worker that has loaded its last batch is not needed any more.
+            if not ended and (how != "a worker" or newest_checkpoint(exp_dir) == before):
+                errors.append(f"{how}: run {number} did not end")
+            if training.process.returncode == 0:
+                errors.append(f"{how}: run {number} ended with code 0")
+            if tried.total() == args.kills // 2:
+                damaged = truncate_newest(exp_dir)
+        elif training.process.poll() == 0:
+            raise SystemExit(f"finished after {tried.total()} kills: use more --num-epochs")
+        else:
+            training.wait_for_exit(0)
+        print(f"run {number}: {how}, {tried.total()} kills", flush=True)
+    if code := training.process.wait():
+        errors.append(f"the last run ended with code {code}")
+    return tried, errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -281,23 +187,27 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--table", type=Path, required=True, help="of local/prepare_corpus.py")
-    add("--work", type=Path, required=True, help="a folder for all that is written")
-    add("--kills", type=int, default=30, help="how many")
+    add("--table", type=Path, required=True, help="table for local/prepare_corpus.py")
+    add("--work", type=Path, required=True, help="folder for all files")
+    add("--kills", type=int, default=30, help="number of kills")
     add("--num-epochs", type=int, default=6, help="length of the training")
-    add("--patience", type=float, default=12.0, help="seconds before a kill, at most")
-    add("--seed", type=int, default=1, help="of what is killed and when")
+    add("--patience", type=float, default=12.0, help="maximum number of seconds before a kill")
+    add("--seed", type=int, default=1, help="seed of the random kills")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     flags = [*prepare(args.table, args.work), "--num-epochs", args.num_epochs]
-    tally = Tally()
-    soak(args, flags, tally)
-    for what, count in tally.tried.items():
-        print(f"{count:4d} x {what}")
-    print(json.dumps({"tried": tally.tried, "wrong": tally.wrong}))
-    if tally.wrong:
-        raise SystemExit(f"{len(tally.wrong)} things went wrong")
-    print("lost: nothing; every checkpoint is, bit for bit, that of the undisturbed training")
+    from same_checkpoints import differences
+
+    whole, parts = args.work / "uninterrupted", args.work / "killed"
+    training = Training(flags, whole, args.work / "uninterrupted.log")
+    if code := training.process.wait():
+        raise SystemExit(f"the uninterrupted training ended with code {code}: {training.log}")
+    tried, errors = kill_and_resume(args, flags, parts)
+    errors += [f"differs when not interrupted: {one}" for one in differences(parts, whole)]
+    print(json.dumps({"tried": tried, "errors": errors}))
+    if errors:
+        raise SystemExit(f"{len(errors)} errors")
+    print("every checkpoint equals that of the uninterrupted training bit for bit")
 
 
 if __name__ == "__main__":

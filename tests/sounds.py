@@ -1,11 +1,11 @@
-"""Sound files for tests."""
+"""Signals and audio files for tests."""
 
 import av
 import numpy as np
 
 
 def noise(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
-    """(N, C) float32."""
+    """Return white noise (N, C), float32."""
     shape = (round(seconds * rate), channels)
     return np.random.default_rng(0).uniform(-0.5, 0.5, shape).astype(np.float32)
 
@@ -13,14 +13,14 @@ def noise(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
 def tone(
     seconds: float = 1.0, rate: int = 16000, channels: int = 1, pitch: float = 300.0
 ) -> np.ndarray:
-    """(N, C), each channel of its own pitch and loudness."""
+    """Return sines (N, C), each channel with its own pitch and loudness."""
     time = np.arange(int(seconds * rate))[:, None] / rate
     numbers = np.arange(channels) + 1
     return np.sin(2 * np.pi * pitch * numbers * time) * 0.1 * numbers
 
 
 def write_by_av(path, samples: np.ndarray, rate: int, codec: str, **metadata: str) -> None:
-    """Samples (N, C) to a format that soundfile does not write."""
+    """Write samples (N, C) in a format that soundfile does not support."""
     with av.open(str(path), "w") as container:
         container.metadata.update(metadata)
         layout = "mono" if samples.shape[1] == 1 else "stereo"

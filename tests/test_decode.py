@@ -1,24 +1,24 @@
-"""The rest of a user's day: average, decode and score, with decode.py and decode_mose.py."""
+"""decode.py and decode_mose.py: average, decode and score; user errors are one sentence."""
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
-from decode_results import TOKENS, hypotheses, recogs, references
+from decode_results import TOKENS, hypotheses, log_of, recogs, references, result_text
 from lhotse import CutSet, load_manifest
 
-import decode
 import decode_mose
-from speechllm.decoding import recognizer
-from speechllm.decoding.recognizer import Recognizer
-from speechllm.training.checkpoint import load_checkpoint
+from speechllm import distributed
+from speechllm.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
+GREEDY = "decode-greedy-epoch-2-avg-2"
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_users_day(copies, run_decode, test_cuts, n):
+def test_average_decode_and_score(copies, run_decode, test_cuts, n):
     exp_dir = copies(n)
     run_decode(exp_dir, n=n)
 
@@ -28,68 +28,40 @@ def test_a_users_day(copies, run_decode, test_cuts, n):
     for key, value in average["model"].items():
         torch.testing.assert_close(value, (epochs[0][key] + epochs[1][key]) / 2)
 
-    suffix = "decode-greedy-epoch-2-avg-2"
     names = {path.name for path in (exp_dir / "decode").iterdir() if "log-" not in path.name}
-    assert names == {
-        f"{kind}-tiny_test_all-{suffix}.{ending}"
-        for kind, ending in {
-            "recogs": "txt", "errs": "txt", "wer-summary": "txt", "report": "html", "guard": "jsonl"
-        }.items()
-    }  # fmt: skip
-    guarded = (exp_dir / "decode" / f"guard-tiny_test_all-{suffix}.jsonl").read_text()
-    doubtful = [json.loads(line) for line in guarded.splitlines()]
-    assert doubtful and all("improbable" in line["reasons"] for line in doubtful)
-    summary = (exp_dir / "decode" / f"wer-summary-tiny_test_all-{suffix}.txt").read_text()
-    assert f"utterances flagged by the guard: {len(doubtful)}\n" in summary
-    cuts = load_manifest(test_cuts)
-    assert references(exp_dir, suffix) == sorted(
-        (cut.id, str(cut.supervisions[0].text.lower().split())) for cut in cuts
+    kinds = {"recogs": "txt", "errs": "txt", "wer-summary": "txt", "report": "html",
+             "guard": "jsonl"}  # fmt: skip
+    assert names == {f"{kind}-tiny_test_all-{GREEDY}.{end}" for kind, end in kinds.items()}
+    flagged = [json.loads(line) for line in result_text(exp_dir, "guard").splitlines()]
+    assert flagged and all("low probability" in line["flags"] for line in flagged)
+    summary = result_text(exp_dir, "wer-summary")
+    assert f"utterances flagged by the guard: {len(flagged)}\n" in summary
+    assert references(exp_dir, GREEDY) == sorted(
+        (cut.id, str(cut.supervisions[0].text.lower().split())) for cut in load_manifest(test_cuts)
     )
-    heard = dict(hypotheses(exp_dir, suffix))
-    assert len(heard) == 4 and heard.pop("short") == "[]"
-    assert "[]" not in heard.values() and len(set(heard.values())) == 3
+    found = dict(hypotheses(exp_dir, GREEDY))
+    assert len(found) == 4 and found.pop("short") == "[]"
+    assert "[]" not in found.values() and len(set(found.values())) == 3
+    line = re.search(r"\[tiny_test_all\] %WER ([\d.]+)% \[\d+ / \d+, \d+ ins", log_of(exp_dir))
+    assert result_text(exp_dir, "errs").startswith(f"%WER = {line[1]}\n")
+    assert "1 cuts are too short to decode" in log_of(exp_dir)
 
-    (log_file,) = (exp_dir / "decode").glob("log-decode-epoch-2-avg-2-*")
-    line = re.search(r"\[tiny_test_all\] %WER ([\d.]+)% \[\d+ / \d+, \d+ ins", log_file.read_text())
-    errs = (exp_dir / "decode" / f"errs-tiny_test_all-{suffix}.txt").read_text()
-    assert errs.startswith(f"%WER = {line[1]}\n")
-    assert "1 cuts are too short to hear" in log_file.read_text()
-
-
-def test_published_ways_are_the_defaults():
-    args = vars(decode.get_parser(decode.train.DEFAULTS).parse_args([]))
-    assert (args["epoch"], args["avg"], args["checkpoint"]) == (0, 0, None)  # of 10 epochs: 10, 5
-    assert (args["beam_size"], args["max_new_tokens"], args["normalize"]) == (None, 200, "none")
-    assert args["max_duration"] == 2000.0
-    assert args["test_cuts"] == "librispeech_cuts_test-clean,librispeech_cuts_test-other"
-    four = vars(decode.get_parser(decode_mose.train_mose.DEFAULTS).parse_args([]))
-    assert four["speech_encoder_path"].count(",") == 3
+    run_decode(exp_dir, "--max-duration", 0.5, n=n)  # other batches
+    assert dict(hypotheses(exp_dir, GREEDY)).items() > found.items()
 
 
-def test_several_sets(copies, run_decode, tiny_corpus):
-    exp_dir = copies()
-    run_decode(exp_dir, "--test-cuts", "tiny_cuts_test,tiny_cuts_dev", "--max-new-tokens", 2)
-    suffix = "decode-greedy-epoch-2-avg-2-max2"
-    assert [i for i, _ in hypotheses(exp_dir, suffix, "tiny_test")] == [
-        "test-0", "test-1", "test-2"
-    ]  # fmt: skip
-    assert len(hypotheses(exp_dir, suffix, "tiny_dev")) == 5
+def test_decode_mose_has_four_encoders_by_default(monkeypatch):
+    configs = []
+    monkeypatch.setattr(distributed, "launch", lambda run, config, *_: configs.append(config))
+    decode_mose.main([])
+    assert configs[0].model.num_encoders == 4
+    assert configs[0].checkpoint.exp_dir.name == "asr_librispeech_zipformer_mose_qwen2_1.5B"
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_size_of_the_batches_does_not_matter(copies, run_decode, n):
-    suffix, exp_dir = "decode-greedy-epoch-2-avg-2", copies(n)
-    run_decode(exp_dir, "--max-duration", 100, n=n)
-    together = hypotheses(exp_dir, suffix)
-    run_decode(exp_dir, "--max-duration", 0.5, n=n)
-    assert hypotheses(exp_dir, suffix) == together
-
-
-def test_a_checkpoint_by_name(copies, run_decode):
-    """Also with the useless keys of a published one."""
+def test_checkpoint_by_name(copies, run_decode):
+    """Also with the unused keys of a published one."""
     exp_dir = copies()
     run_decode(exp_dir)
-    averaged = hypotheses(exp_dir, "decode-greedy-epoch-2-avg-2")
     model = load_checkpoint(exp_dir / "epoch-2-avg-2.pt")["model"]
     useless = {
         "prompt_embedding.weight": torch.randn(4, 32),
@@ -97,154 +69,128 @@ def test_a_checkpoint_by_name(copies, run_decode):
     }
     torch.save({"model": model | useless}, exp_dir / "published.pt")
     run_decode(exp_dir, "--checkpoint", "published.pt")
-    assert hypotheses(exp_dir, "decode-greedy-published") == averaged
-    (log_file,) = (exp_dir / "decode").glob("log-decode-published-*")
-    assert "ignored: prompt_embedding.weight, llm.base_model.model.lm_head.weight" in (
-        log_file.read_text()
-    )
+    assert hypotheses(exp_dir, "decode-greedy-published") == hypotheses(exp_dir, GREEDY)
+    assert f"ignored: {', '.join(useless)}" in log_of(exp_dir)
     run_decode(exp_dir, "--checkpoint", "best-train-loss.pt")
-    assert hypotheses(exp_dir, "decode-greedy-best-train-loss") != averaged
-
-
-def test_one_epoch(copies, run_decode):
-    exp_dir = copies()
-    run_decode(exp_dir, "--avg", 1)
-    run_decode(exp_dir, "--checkpoint", "epoch-2.pt")
-    assert hypotheses(exp_dir, "decode-greedy-epoch-2-avg-1") == hypotheses(
-        exp_dir, "decode-greedy-epoch-2"
-    )
-    assert not (exp_dir / "epoch-2-avg-1.pt").exists()
-
-
-def test_beam_search(copies, run_decode):
-    exp_dir = copies()
-    run_decode(exp_dir, "--beam-size", 3)
-    run_decode(exp_dir)
-    beam, greedy = (hypotheses(exp_dir, f"decode-{k}-epoch-2-avg-2") for k in ("beam3", "greedy"))
-    assert beam != greedy and [i for i, _ in beam] == [i for i, _ in greedy]
+    assert hypotheses(exp_dir, "decode-greedy-best-train-loss") != hypotheses(exp_dir, GREEDY)
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_drafts_are_the_default_where_ctc_can_speak(copies, run_decode, tiny_encoder_dir, n):
+def test_drafts_and_word_times_are_the_default_with_a_ctc_head(
+    copies, run_decode, tiny_encoder_dir, n
+):
     exp_dir, bpe = copies(n), tiny_encoder_dir / "bpe.model"
     run_decode(exp_dir, "--speech-encoder-bpe-path", bpe, n=n)
     run_decode(exp_dir, "--speech-encoder-bpe-path", bpe, "--method", "greedy", n=n)
-    suffixes = [f"decode-{method}-epoch-2-avg-2" for method in ("draft", "greedy")]
-    draft, greedy = (hypotheses(exp_dir, suffix) for suffix in suffixes)
-    assert draft == greedy
-    draft, greedy = (
-        (exp_dir / "decode" / f"wer-summary-tiny_test_all-{suffix}.txt").read_text()
-        for suffix in suffixes
-    )
-    assert f"LLM passes per utterance: {TOKENS}\n" in greedy
-    assert "accepted draft tokens" in draft and "accepted draft tokens" not in greedy
-
-
-def test_every_word_has_a_time_where_ctc_can_speak(copies, run_decode, tiny_encoder_dir):
-    exp_dir = copies()
-    run_decode(exp_dir, "--speech-encoder-bpe-path", tiny_encoder_dir / "bpe.model")
-    suffix = "decode-draft-epoch-2-avg-2"
-    lines = (exp_dir / "decode" / f"ctm-tiny_test_all-{suffix}.ctm").read_text().splitlines()
+    draft = GREEDY.replace("greedy", "draft")
+    assert hypotheses(exp_dir, draft) == hypotheses(exp_dir, GREEDY)
+    summaries = [result_text(exp_dir, "wer-summary", suffix) for suffix in (GREEDY, draft)]
+    assert f"LLM forward passes per utterance: {TOKENS}\n" in summaries[0]
+    assert ["accepted draft tokens" in text for text in summaries] == [False, True]
+    lines = result_text(exp_dir, "ctm", draft).splitlines()
     words = [line.split()[4].lower() for line in lines if not line.startswith(";;")]
-    heard = [word for _, _, hypothesis in recogs(exp_dir, suffix) for word in hypothesis]
-    assert sorted(words) == sorted(heard) != []
+    found = [word for _, _, hypothesis in recogs(exp_dir, draft) for word in hypothesis]
+    assert sorted(words) == sorted(found) != []
 
 
-def test_n_best_chosen_with_ctc(copies, run_decode, tiny_encoder_dir):
-    exp_dir = copies()
-    flags = ("--beam-size", 3, "--nbest", 3, "--speech-encoder-bpe-path",
-             tiny_encoder_dir / "bpe.model")  # fmt: skip
-    run_decode(exp_dir, *flags)
-    run_decode(exp_dir, *flags, "--ctc-weight", 1)
-    found = []
-    for name in ("beam3-nbest3", "beam3-nbest3-ctc1"):
-        suffix = f"decode-{name}-epoch-2-avg-2"
-        path = exp_dir / "decode" / f"nbest-tiny_test_all-{suffix}.jsonl"
-        lines = list(map(json.loads, path.read_text().splitlines()))
-        best = {line["id"]: line["nbest"][0]["text"].lower().split() for line in lines}
-        assert best.items() <= {i: h for i, _, h in recogs(exp_dir, suffix)}.items()
-        found.append({line["id"]: line["nbest"] for line in lines})
-    by_llm, by_ctc = found
-    assert by_llm.keys() == by_ctc.keys() and len(by_llm) == 3
-    for utterance, nbest in by_llm.items():
-        assert len(nbest) == 3
-        assert sorted(map(str, nbest)) == sorted(map(str, by_ctc[utterance]))
-        ranks = [one["ctc"] / one["tokens"] for one in by_ctc[utterance] if one["ctc"]]
-        assert ranks == sorted(ranks, reverse=True)
+# ---- user errors, before decoding
 
 
-def test_some_of_the_encoders(copies, run_decode):
-    exp_dir = copies(2)
-    texts = {}
-    for used in ("1", "2", "1,2", None):
-        run_decode(exp_dir, *(("--use-encoders", used) if used else ()), n=2)
-        ending = f"-encoders{used.replace(',', '+')}" if used else ""
-        texts[used] = hypotheses(exp_dir, f"decode-greedy-epoch-2-avg-2{ending}")
-    assert texts["1,2"] == texts[None]
-    assert len(set(map(str, texts.values()))) == 3
+@pytest.fixture
+def message(run_decode):
+    """A function from flags to the error message of decode.py."""
 
+    def message(exp_dir, *flags, n=1):
+        with pytest.raises(SystemExit) as error:
+            run_decode(exp_dir, *flags, n=n)
+        sentence = error.value.code
+        assert isinstance(sentence, str) and sentence and "\n" not in sentence
+        assert not list((exp_dir / "decode").glob("*.txt"))
+        return sentence
 
-def test_longest_hypothesis(copies, run_decode, monkeypatch):
-    exp_dir, lengths = copies(), []
-
-    def write(*args):
-        found = original(*args)
-        lengths.extend(len(recognition.hypothesis.ids) for recognition in found)
-        return found
-
-    original = Recognizer.write
-    monkeypatch.setattr(Recognizer, "write", write)
-    run_decode(exp_dir, "--max-new-tokens", 3)
-    assert lengths == [3] * 3
-
-
-def test_normalization(copies, run_decode, tiny_corpus, tmp_path):
-    cuts = list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
-    cuts[0].supervisions[0].text = "Mr. Colour, it's"
-    CutSet.from_cuts(cuts).to_file(tmp_path / "odd_cuts_test.jsonl.gz")
-    exp_dir, flags = copies(), ("--test-cuts", tmp_path / "odd_cuts_test.jsonl.gz")
-    run_decode(exp_dir, *flags)
-    run_decode(exp_dir, *flags, "--normalize", "basic")
-    suffix = "decode-greedy-epoch-2-avg-2"
-    assert references(exp_dir, suffix, "odd_test")[0] == (
-        "test-0",
-        """['mr.', 'colour,', "it's"]""",
-    )
-    assert references(exp_dir, f"{suffix}-basic", "odd_test")[0] == (
-        "test-0", """['mr', 'colour', "it's"]"""
-    )  # fmt: skip
+    return message
 
 
 @pytest.mark.parametrize(
-    "flag, value, dtype",
+    "flags, sentence",
     [
-        ("--use-fp16", "true", torch.float16),
-        ("--use-bf16", "true", torch.bfloat16),
-        ("--use-fp16", "false", torch.float32),
+        (("--method", "greedy", "--beam-size", 2), "--method greedy has no beam: --beam-size 2"),
+        (("--ctc-weight", 0.5), "--ctc-weight: no encoder has both a CTC head and a BPE model "
+         "(--speech-encoder-bpe-path)"),
+        (("--use-encoders", "1,2"), "--use-encoders 1,2: the model has encoders 1"),
+        (("--nbest", 5), "--nbest 5 must be from 1 to 4"),
+        (("--epoch", 4, "--avg", 3), "epoch-3.pt is missing in {exp_dir}: --epoch 4 --avg 3 needs "
+         "epochs 2 to 4, found: 1, 2"),
+        (("--unfreeze-llm", "false"), "epoch-2-avg-2 does not match this model of 1 encoder: *"),
     ],
-)
-def test_precision(copies, run_decode, monkeypatch, flag, value, dtype):
-    seen = set()
-
-    def search(model, *args):
-        seen.add(model.llm.get_input_embeddings().weight.dtype)
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        seen.add(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
-        return original(model, *args)
-
-    original = recognizer.verify_drafts
-    monkeypatch.setattr(recognizer, "verify_drafts", search)
+)  # fmt: skip
+def test_contradicting_flags_and_missing_files(message, copies, flags, sentence):
     exp_dir = copies()
-    run_decode(exp_dir, flag, value)
-    assert seen == {dtype, None if dtype == torch.float32 else dtype}
-    assert len(hypotheses(exp_dir, "decode-greedy-epoch-2-avg-2")) == 4
+    shown, expected = message(exp_dir, *flags), sentence.format(exp_dir=exp_dir)
+    assert shown == expected or (expected[-1] == "*" and shown.startswith(expected[:-1]))
 
 
-def test_features_from_the_audio(copies, run_decode, tiny_corpus):
-    """They are those on disk, up to what their compression loses."""
+def test_damaged_or_other_checkpoint(message, copies, tiny_exp):
+    trained = message(tiny_exp, "--checkpoint", "epoch-1.pt", n=2)
+    assert trained.startswith("epoch-1 does not match this model of 2 encoders: ")
     exp_dir = copies()
-    flags = ("--test-cuts", "tiny_cuts_test")
-    run_decode(exp_dir, *flags)
-    stored = hypotheses(exp_dir, "decode-greedy-epoch-2-avg-2", "tiny_test")
-    run_decode(exp_dir, *flags, "--on-the-fly-feats", "true")
-    assert hypotheses(exp_dir, "decode-greedy-epoch-2-avg-2", "tiny_test") == stored
+    content = (exp_dir / "epoch-2.pt").read_bytes()
+    (exp_dir / "epoch-2.pt").unlink()  # a link to the best one
+    (exp_dir / "epoch-2.pt").write_bytes(content[: len(content) // 2])
+    assert message(exp_dir).startswith(f"{exp_dir}/epoch-2.pt cannot be read as a checkpoint")
+
+
+def test_unusable_cut_files(message, copies, tiny_corpus, tmp_path):
+    exp_dir, path = copies(), tmp_path / "cuts.jsonl.gz"
+    whole = tiny_corpus / "tiny_cuts_test.jsonl.gz"
+    flags = ("--test-cuts", path)
+    assert message(exp_dir, "--test-cuts", ",") == "--test-cuts ',' names no cut file"
+    assert message(exp_dir, *flags) == f"cut file {path} is missing"
+    path.write_bytes(whole.read_bytes()[:-30])
+    assert message(exp_dir, *flags).startswith(f"{path} cannot be read beyond cut ")
+    CutSet.from_cuts(cut.drop_features() for cut in load_manifest(whole)).to_file(path)
+    assert message(exp_dir, *flags) == (
+        f"{path}: nothing to decode, 3 invalid cuts (3 no-features), such as: "
+        "cut test-0 has no features (see --on-the-fly-feats)"
+    )
+    path.write_bytes(whole.read_bytes() * 2)
+    assert message(exp_dir, *flags) == f"{path}: cut test-0 occurs twice"
+
+
+# ---- cuts with empty hypotheses
+
+
+def empty(exp_dir):
+    """Return the ids of the cuts with empty hypotheses."""
+    lines = result_text(exp_dir, "recogs").splitlines()
+    return [line.split(":")[0] for line in lines if line.endswith("hyp=[]")]
+
+
+def test_cuts_beyond_the_llm_positions(run_decode, copies, tiny_llm_dir, tmp_path):
+    llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
+    config = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 33}))
+    # A prompt of 10, 6 embeddings per second, 12 new tokens.
+    exp_dir = copies()
+    run_decode(exp_dir, "--llm-path", llm)
+    assert empty(exp_dir) == ["short", "test-1"]
+    assert "could not be decoded: 1 (1 positions)" in result_text(exp_dir, "wer-summary")
+    assert "cut test-1 of 2.2 s needs 35 positions, the LLM has 33" in log_of(exp_dir)
+
+
+def test_invalid_cuts_are_deletions_and_reported(run_decode, copies, tiny_corpus, tmp_path):
+    exp_dir, path = copies(), tmp_path / "tiny_cuts_broken.jsonl.gz"
+    cuts = list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
+    more = load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz")
+    cuts += [cut.with_id(f"{cut.id}-more") for cut in more]
+    cuts[0].features.storage_path = "gone.lca"
+    cuts[1].features.num_features = 40
+    cuts[2].supervisions = []
+    CutSet.from_cuts(cuts).to_file(path)
+    run_decode(exp_dir, "--test-cuts", path)
+    assert empty(exp_dir) == ["test-0", "test-1", "test-2"]
+    assert len(references(exp_dir, GREEDY, "tiny_broken")) == 6
+    assert "could not be decoded: 3 (1 no-text, 1 feature-dim, 1 unreadable-features)" in (
+        result_text(exp_dir, "wer-summary")
+    )
+    assert "empty hypothesis (feature-dim): cut test-1 has features of 40 dimen" in log_of(exp_dir)

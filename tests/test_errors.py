@@ -1,12 +1,12 @@
-"""What programs end with."""
+"""Exit codes and messages of programs, without passwords and tokens."""
 
 import importlib
 from pathlib import Path
 
 import pytest
 
-from speechllm.errors import InputError, in_sentences
-from speechllm.flags import Parser
+from speechllm.cli import Parser
+from speechllm.errors import InputError, exit_on_user_error, redact_secrets
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(
@@ -20,13 +20,13 @@ PROGRAMS = sorted(
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (InputError("--avg 0 averages nothing"), "--avg 0 averages nothing"),
+        (InputError("--avg 0 must be at least 1"), "--avg 0 must be at least 1"),
         (FileNotFoundError("s3://key:secret@there/x is missing"), "s3://***@there/x is missing"),
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_a_sentence_or_the_code_of_ctrl_c(error, code):
-    @in_sentences
+def test_user_errors_and_ctrl_c_end_a_program_without_traceback(error, code):
+    @exit_on_user_error
     def main(words=()):
         raise error
 
@@ -35,14 +35,14 @@ def test_a_sentence_or_the_code_of_ctrl_c(error, code):
     assert end.value.code == code
 
 
-def test_other_errors_keep_their_traceback_and_results_come_back():
-    assert in_sentences(lambda x: x + 1)(2) == 3
+def test_other_errors_keep_their_traceback():
+    assert exit_on_user_error(lambda x: x + 1)(2) == 3
     with pytest.raises(ZeroDivisionError):
-        in_sentences(lambda: 1 / 0)()
+        exit_on_user_error(lambda: 1 / 0)()
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_ctrl_c_is_told_by_the_code_alone(program, monkeypatch):
+def test_every_program_ends_with_130_on_ctrl_c(program, monkeypatch):
     def interrupted(self, *_):
         raise KeyboardInterrupt
 
@@ -50,3 +50,20 @@ def test_ctrl_c_is_told_by_the_code_alone(program, monkeypatch):
     with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
         importlib.import_module(program).main([])
     assert end.type is SystemExit and end.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [
+        ("https://user:t0ken@host/a", "https://***@host/a"),
+        ("s3://KEY:t0/ken+@bucket/x", "s3://***@bucket/x"),
+        ("https:/user:t0ken@host/index.json is missing", "https:/***@host/index.json is missing"),
+        ("https://u:t0ken@a/b,https://u:t0ken@c/d", "https://***@a/b,https://***@c/d"),
+        ("https://host/x?X-Amz-Signature=t0ken&a=b is", "https://host/x?*** is"),
+        ("token hf_AbCt0kenXyZ1", "token hf_***"),
+        ("exp/a:b/c@d?.pt and 3 / 4", "exp/a:b/c@d?.pt and 3 / 4"),
+    ],
+)
+def test_secrets_are_redacted(text, redacted):
+    assert redact_secrets(text) == redacted
+    assert "t0" not in redacted

@@ -1,40 +1,41 @@
-"""One directory that holds a model: for decode.py, for transformers and peft, and for the hub."""
+"""A directory that holds a model: for decode.py, for transformers and peft, and for the hub."""
 
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+from decode_results import hypotheses
 from huggingface_hub import RepoUrl
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_decode import hypotheses
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import decode
 import export
 import train
-from speechllm.model_flags import build_model, read_model_file
-from speechllm.prompt import SPEECH_TOKENS
-from speechllm.trained_state import load_trainable_state
-from speechllm.training.checkpoint import load_checkpoint
+from speechllm.checkpoints import load_checkpoint
+from speechllm.models.build import build_model
+from speechllm.models.config import load_model_config
+from speechllm.models.state_dict import load_trainable_state
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 @pytest.fixture
-def copy(tiny_exp, tiny_mose_exp, tmp_path):
-    """A function to a copy of the experiment with n encoders, `exp<n>`.
+def experiment(copies, tmp_path):
+    """A function n -> a copy of the experiment with n encoders, `exp<n>`.
 
-    Its `loud.pt` is far from where training began, unlike what two epochs make.
+    Its `loud.pt` is far from the initial weights, unlike the checkpoints after two epochs.
     """
 
     def copy(n=1):
         if not (exp_dir := tmp_path / f"exp{n}").exists():
-            shutil.copytree({1: tiny_exp, 2: tiny_mose_exp}[n], exp_dir)
-            model = load_checkpoint(exp_dir / "epoch-2.pt")["model"]
+            model = load_checkpoint(copies(n) / "epoch-2.pt")["model"]
             torch.manual_seed(0)
             loud = {key: value + 0.1 * torch.randn_like(value) for key, value in model.items()}
             torch.save({"model": loud}, exp_dir / "loud.pt")
@@ -44,15 +45,18 @@ def copy(tiny_exp, tiny_mose_exp, tmp_path):
 
 
 @pytest.fixture
-def exported(copy, tiny_encoder_dir, tmp_path):
-    """A function from flags of export.py to the directory it makes, of `loud.pt` by default."""
+def bpe(tiny_encoder_dir):
+    return "--speech-encoder-bpe-path", tiny_encoder_dir / "bpe.model"
+
+
+@pytest.fixture
+def exported(experiment, bpe, tmp_path):
+    """A function from flags of export.py to the directory written, of `loud.pt` by default."""
 
     def run(*flags, n=1, out=tmp_path / "out"):
-        which = () if "--avg" in flags else ("--checkpoint", "loud.pt")
-        bpe = tiny_encoder_dir / "bpe.model"
-        export.main(list(map(str, [
-            "--exp-dir", copy(n), "--speech-encoder-bpe-path", bpe, "--out", out, *which, *flags,
-        ])))  # fmt: skip
+        checkpoint = () if "--avg" in flags else ("--checkpoint", "loud.pt")
+        argv = ["--exp-dir", experiment(n), *bpe, "--out", out, *checkpoint, *flags]
+        export.main(list(map(str, argv)))
         return out
 
     return run
@@ -60,7 +64,7 @@ def exported(copy, tiny_encoder_dir, tmp_path):
 
 @pytest.fixture
 def decoded(tiny_corpus):
-    """A function from --exp-dir to what decode.py writes of the test set, by utterance."""
+    """A function from --exp-dir to the hypotheses of the test set."""
 
     def run(exp_dir, *flags, name="projector", method="draft"):
         decode.main(list(map(str, [
@@ -72,195 +76,117 @@ def decoded(tiny_corpus):
     return run
 
 
-@pytest.fixture
-def said(exported):
-    def said(*flags, **options):
-        with pytest.raises(SystemExit) as error:
-            exported(*flags, **options)
-        assert "\n" not in error.value.code
-        return error.value.code
-
-    return said
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2])
-def test_the_directory_decodes_alone(exported, decoded, tiny_encoder_dir, tmp_path, n):
-    """Moved elsewhere, and with nothing else said."""
+def test_the_directory_decodes_alone_and_can_be_moved(exported, decoded, bpe, tmp_path, n):
     out = exported(n=n)
-    bpe = ("--speech-encoder-bpe-path", tiny_encoder_dir / "bpe.model")
     expected = decoded(tmp_path / f"exp{n}", "--checkpoint", "loud.pt", *bpe, name="loud")
-    moved = shutil.move(out, tmp_path / "moved")
+    moved = Path(shutil.move(out, tmp_path / "moved"))
     shutil.rmtree(tmp_path / f"exp{n}")
     assert decoded(moved) == expected
-    assert not [path for path in moved.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
-    modes = {path.stat().st_mode for path in moved.rglob("*") if path.is_file()}
+    files = [path for path in moved.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in (".pt", ".bin", ".pkl")]
+    modes = {path.stat().st_mode for path in files if "decode" not in path.parts}
     assert len(modes) == 1, "some files can be read by their owner alone"
 
 
-def loaded_logits(llm, ids):
+def logits_of(llm):
+    ids = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return llm.eval()(input_ids=ids).logits
 
 
 @pytest.fixture
-def logits(copy):
-    """Some ids, and what the trained model says of them: (1, L) and (1, L, V)."""
-    args = decode.read_flags(["--exp-dir", str(copy())])
-    model, _ = build_model(args, torch.float32, torch.float32)
-    load_trainable_state(model, load_checkpoint(copy() / "loud.pt")["model"])
-    ids = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(0))
-    return ids, loaded_logits(model.llm, ids)
+def logits(experiment):
+    """The trained model's logits (1, L, V)."""
+    model, _ = build_model(load_model_config(experiment()))
+    load_trainable_state(model, load_checkpoint(experiment() / "loud.pt")["model"])
+    return logits_of(model.llm)
 
 
-def test_transformers_and_peft_load_it_and_give_the_same_logits(
-    exported, logits, tiny_llm_dir, tmp_path
-):
-    ids, expected = logits
-    out = exported("--adapter", tmp_path / "lora")
+def test_transformers_and_peft_give_the_same_logits(exported, logits, tiny_llm_dir, tmp_path):
+    out = exported("--lora-dir", tmp_path / "lora")
     plain = AutoModelForCausalLM.from_pretrained(out)
-    torch.testing.assert_close(loaded_logits(plain, ids), expected, rtol=0, atol=2e-5)
-    assert {p.name for p in (tmp_path / "lora").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors"
-    }  # fmt: skip
+    torch.testing.assert_close(logits_of(plain), logits, rtol=0, atol=2e-5)
     base = AutoModelForCausalLM.from_pretrained(tiny_llm_dir)
-    before = loaded_logits(base, ids)
-    adapted = PeftModel.from_pretrained(base, tmp_path / "lora")
-    torch.testing.assert_close(loaded_logits(adapted, ids), expected, rtol=0, atol=2e-5)
-    assert (before - expected).abs().max() > 1e-3, "the adapter does nothing"
+    assert (logits_of(base) - logits).abs().max() > 1e-3, "LoRA changes nothing"
+    with_lora = PeftModel.from_pretrained(base, tmp_path / "lora")
+    torch.testing.assert_close(logits_of(with_lora), logits, rtol=0, atol=2e-5)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_llm_dir)
 
 
-def test_the_tokenizer_knows_the_speech_tokens(exported, tiny_llm_dir):
-    out = exported()
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    rows = load_file(out / "model.safetensors")["model.embed_tokens.weight"].size(0)
-    assert all(i < rows for i in tokenizer.convert_tokens_to_ids(SPEECH_TOKENS))
-    assert tokenizer.decode(tokenizer.convert_tokens_to_ids("<speech>")) == "<speech>"
-    config = json.loads((out / "generation_config.json").read_text())
-    assert config["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_other_precisions(exported, decoded, logits, dtype):
-    out = exported("--dtype", dtype)
+@pytest.mark.slow
+def test_weights_are_stored_in_the_dtype(exported, decoded, logits):
+    out = exported("--dtype", "float16")
     weights = load_file(out / "model.safetensors")
-    assert {str(w.dtype) for w in weights.values()} == {f"torch.{dtype}"}
+    assert {str(w.dtype) for w in weights.values()} == {"torch.float16"}
     kinds = {w.dtype for w in load_file(out / "encoders" / "1" / "model.safetensors").values()}
-    assert kinds == {torch.float32, getattr(torch, dtype)}
-    ids, expected = logits
+    assert kinds == {torch.float32, torch.float16}
     plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    assert (loaded_logits(plain, ids) - expected).abs().max() < {"bfloat16": 0.2, "float16": 0.02}[
-        dtype
-    ]
+    assert (logits_of(plain) - logits).abs().max() < 0.02
     assert len(decoded(out)) == 3
 
 
-def test_a_checkpoint_by_name_and_averages(exported, copy, tmp_path, tiny_exp):
-    a = exported("--checkpoint", "epoch-1.pt", out=tmp_path / "a")
-    shutil.copy(tiny_exp / "epoch-1.pt", copy() / "checkpoint-7.pt")
-    b = exported("--iter", 7, "--avg", 1, out=tmp_path / "b")
-    c = exported("--epoch", 2, "--avg", 2, out=tmp_path / "c")
-    a, b, c = (load_file(folder / "projector.safetensors") for folder in (a, b, c))
-    first = load_checkpoint(tiny_exp / "epoch-1.pt")["model"]
-    for key in a:
-        assert torch.equal(a[key], first[key]) and torch.equal(b[key], first[key])
-        assert not torch.equal(c[key], first[key])
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--use-lora", "false"), ("--unfreeze-encoder", "true"),
                                    ("--unfreeze-llm", "false")])  # fmt: skip
-def test_whatever_was_trained(tiny_train_argv, decoded, tiny_encoder_dir, tmp_path, flags):
-    bpe = ("--speech-encoder-bpe-path", str(tiny_encoder_dir / "bpe.model"))
+def test_all_trained_parameters_are_exported(tiny_train_argv, decoded, bpe, tmp_path, flags):
     exp_dir, out = tmp_path / "exp", tmp_path / "out"
-    train.main([*tiny_train_argv(exp_dir), *flags, *bpe, "--num-epochs", "1", "--base-lr", "0.1"])
+    argv = [*tiny_train_argv(exp_dir), *flags, *map(str, bpe)]
+    train.main([*argv, "--num-epochs", "1", "--base-lr", "0.1"])
     export.main(["--exp-dir", str(exp_dir), "--checkpoint", "epoch-1.pt", "--out", str(out)])
     expected = decoded(exp_dir, "--checkpoint", "epoch-1.pt", name="epoch-1")
     assert decoded(out) == expected
 
 
-def test_prompt_context_and_language_are_kept(exported):
-    out = exported("--prompt", "write it", "--use-context", "true")
-    stored = read_model_file(out)
-    assert (stored["prompt"], stored["use_context"]) == ("write it", True)
-
-
-def test_an_encoder_without_a_bpe_model(exported, decoded, caplog):
-    out = exported("--speech-encoder-bpe-path", "no.model")
-    assert "no.model is missing: decoding will make no use of that encoder's CTC head" in (
-        caplog.text
-    )
-    assert read_model_file(out)["speech_encoder_bpe_path"] == ""
-
-
-def test_the_card(exported, decoded, copy, tiny_llm_dir):
-    stored = json.loads((copy() / "model.json").read_text())
+def test_the_card_has_command_data_and_error_rates(exported, decoded, experiment, tiny_llm_dir):
+    stored = json.loads((experiment() / "model.json").read_text())
     stored |= {"command": "src/train.py --train-cuts mine", "language": "en"}
-    (copy() / "model.json").write_text(json.dumps(stored))
-    bpe = ("--speech-encoder-bpe-path", "none")
+    (experiment() / "model.json").write_text(json.dumps(stored))
     for epoch in (1, 2):
-        flags = ("--epoch", epoch, "--avg", epoch, "--method", "greedy", *bpe)
-        decoded(copy(), *flags, name=f"epoch-{epoch}-avg-{epoch}", method="greedy")
-    summary = next((copy() / "decode").glob("wer-summary-*epoch-2-avg-2*")).read_text()
+        flags = ("--epoch", epoch, "--avg", epoch, "--method", "greedy")
+        name = f"epoch-{epoch}-avg-{epoch}"
+        no_bpe = ("--speech-encoder-bpe-path", "none")
+        decoded(experiment(), *flags, *no_bpe, name=name, method="greedy")
+    summary = next((experiment() / "decode").glob("wer-summary-*epoch-2-avg-2*")).read_text()
     wer, errors = re.search(r"%WER (\S+)% \[(\d+ / \d+),", summary).groups()
     card = (exported("--epoch", 2, "--avg", 2) / "README.md").read_text()
     rows = [line for line in card.splitlines() if line.startswith("| tiny")]
     assert rows == [f"| tiny_test | WER {wer} % | {errors} | decode-greedy-epoch-2-avg-2-max8 |"]
-    assert "int8" not in card
-    flags = ("--epoch", 2, "--avg", 2, "--int8", "true")
-    of_int8 = (exported(*flags, out=copy() / "int8") / "README.md").read_text()
-    assert "Measured before the LLM's weights became int8:\n\n| set |" in of_int8
     assert "    src/train.py --train-cuts mine\n" in card and "\nlanguage: en\n" in card
     assert str(tiny_llm_dir) in card and "licence" in card
 
 
-# ---- what goes wrong
+# ---- errors
 
 
-def test_nothing_is_begun_that_cannot_be_done(said, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "get_token", lambda: None)
-    (tmp_path / "there").mkdir()
-    for flags, sentence in (
-        (("--out", tmp_path / "there"), f"--out {tmp_path}/there is there already"),
-        (("--adapter", tmp_path / "there"), f"--adapter {tmp_path}/there is there already"),
-        (("--adapter", tmp_path / "x", "--use-lora", "false"),
-         f"--adapter {tmp_path}/x: the model was trained without LoRA"),
+@pytest.fixture
+def message(exported):
+    """A function from flags to the one sentence of an error."""
+
+    def message(*flags):
+        with pytest.raises(SystemExit) as error:
+            exported(*flags)
+        return error.value.code
+
+    return message
+
+
+def test_wrong_flags_are_found_before_anything_is_written(message, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    (tmp_path / "used").mkdir()
+    for flags, expected in (
+        (("--out", tmp_path / "used"), f"--out {tmp_path}/used already exists"),
+        (("--lora-dir", tmp_path / "x", "--use-lora", "false"),
+         f"--lora-dir {tmp_path}/x: the model was trained without LoRA"),
         (("--push-to-hub", "me/mine"),
-         "--push-to-hub me/mine needs a token: set HF_TOKEN, or `hf auth login`"),
-        (("--llm-path", tmp_path / "no"),
-         f"LLM directory {tmp_path}/no is missing or has no config.json"),
-        (("--epoch", 9, "--avg", 2),
-         f"epoch-8.pt is missing in {tmp_path}/exp1: --epoch 9 --avg 2 needs 8, 9, "
-         "there are: 1, 2"),
+         "--push-to-hub me/mine needs a token: set HF_TOKEN or run `hf auth login`"),
+        (("--push-to-hub", "a b"), "--push-to-hub a b: "),
+        (("--epoch", 9, "--avg", 2), f"epoch-8.pt is missing in {tmp_path}/exp1"),
     ):  # fmt: skip
-        assert said(*flags) == sentence
-    assert said("--push-to-hub", "a b").startswith("--push-to-hub a b: ")
+        assert message(*flags).startswith(expected)
     assert not (tmp_path / "out").exists() and not (tmp_path / "x").exists()
-
-
-def test_weights_that_are_no_numbers(said, copy, tmp_path):
-    checkpoint = load_checkpoint(copy() / "loud.pt")
-    key = "llm.base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight"
-    checkpoint["model"][key][0, 0] = 1e9
-    torch.save(checkpoint, copy() / "bad.pt")
-    assert said("--checkpoint", "bad.pt", "--dtype", "float16") == (
-        "model.layers.1.mlp.up_proj.weight has values that are no numbers in torch.float16"
-    )
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".part-*"))
-
-
-@pytest.mark.parametrize("damage", ["cut off", "nothing", "missing", "alien"])
-def test_damaged_parts(exported, decoded, damage):
-    out = exported()
-    path = out / "encoders" / "1" / "model.safetensors"
-    if damage == "missing":
-        path.unlink()
-    elif damage == "alien":
-        shutil.copy(out / "projector.safetensors", path)
-    else:
-        path.write_bytes(path.read_bytes()[:-40] if damage == "cut off" else b"")
-    with pytest.raises(SystemExit, match=re.escape(str(path))):
-        decoded(out)
 
 
 # ---- the hub
@@ -268,39 +194,35 @@ def test_damaged_parts(exported, decoded, damage):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub that notes what it is asked; `hub.fails` makes it fail."""
-    hub = SimpleNamespace(asked=[], fails=None)
+    """A hub that records its calls; with `hub.error` they fail."""
+    hub = SimpleNamespace(calls=[], error=None)
 
-    def note(name):
-        def method(self, *args, **options):
-            if hub.fails:
-                raise OSError(hub.fails)
-            hub.asked.append((name, args, options))
-            return RepoUrl(f"https://huggingface.co/me/{args[0].split('/')[-1]}") if args else None
+    def create_repo(name, **options):
+        if hub.error:
+            raise OSError(hub.error)
+        hub.calls.append((name, options))
+        return RepoUrl(f"https://huggingface.co/me/{name.split('/')[-1]}")
 
-        return method
-
-    api = type("Api", (), {name: note(name) for name in ("create_repo", "upload_folder")})
-    monkeypatch.setattr(export, "HfApi", api)
-    monkeypatch.setattr(export, "get_token", lambda: "hf_secretsecret")
+    hub.create_repo, hub.upload_folder = create_repo, lambda **options: hub.calls.append(options)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secretsecret")
     return hub
 
 
-@pytest.mark.parametrize("name", ["me/mine", "mine"])
-def test_pushing(exported, hub, capsys, caplog, name):
-    out = exported("--push-to-hub", name)
-    assert hub.asked == [
-        ("create_repo", (name,), {"private": True, "exist_ok": True}),
-        ("upload_folder", (), {"repo_id": "me/mine", "folder_path": out}),
+def test_the_directory_is_uploaded_without_secrets(exported, hub, capsys, caplog):
+    out = exported("--push-to-hub", "mine")
+    assert hub.calls == [
+        ("mine", {"private": True, "exist_ok": True}),
+        {"repo_id": "me/mine", "folder_path": out},
     ]
-    said = capsys.readouterr()
-    assert f"on the hub as {name}" in said.out
-    everything = said.out + said.err + caplog.text + (out / "README.md").read_text()
+    printed = capsys.readouterr()
+    assert "uploaded to mine" in printed.out
+    everything = printed.out + printed.err + caplog.text + (out / "README.md").read_text()
     assert "hf_secretsecret" not in everything
 
 
-def test_a_hub_that_fails(said, hub, tmp_path):
-    hub.fails = "401 for https://huggingface.co/api?token=x with hf_secretsecret\nmore"
-    sentence = said("--push-to-hub", "me/mine")
-    assert sentence.startswith(f"{tmp_path}/out is whole, but not on the hub as me/mine: 401 ")
-    assert "secretsecret" not in sentence and (tmp_path / "out" / "model.json").is_file()
+def test_a_failed_upload_keeps_the_directory(message, hub, tmp_path):
+    hub.error = "401 for https://huggingface.co/api?token=x with hf_secretsecret\nmore"
+    text = message("--push-to-hub", "me/mine")
+    assert text.startswith(f"exported to {tmp_path}/out, but the upload to me/mine failed: 401 ")
+    assert "secretsecret" not in text and (tmp_path / "out" / "model.json").is_file()

@@ -1,6 +1,6 @@
-"""Trainings killed at the worst moments and begun again end, bit for bit, as undisturbed ones.
+"""Trainings that are killed and started again end bit for bit like uninterrupted ones.
 
-tests/soak.py does it at random moments, on real speech, for long.
+tests/soak.py kills at random moments, on real speech, many times.
 """
 
 import multiprocessing
@@ -14,10 +14,12 @@ from free_port import free_port
 from same_checkpoints import differences
 
 import train
-from speechllm import whole_file
-from speechllm.training import loop
-from speechllm.training.checkpoint import load_checkpoint, numbered_files
-from speechllm.training.preemption import EXIT_CODE
+from speechllm import io
+from speechllm.checkpoints import load_checkpoint, numbered_files
+from speechllm.signals import EXIT_CODE
+from speechllm.training import trainer
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 def die() -> None:
@@ -25,7 +27,7 @@ def die() -> None:
 
 
 def before_call(number, module, name, also=lambda *args: None):
-    """The `number`-th call of a function is not made: something else is done, and then it dies."""
+    """Kill this process, after `also`, instead of the `number`-th call of a function."""
     function, calls = getattr(module, name), []
 
     def call(*args, **options):
@@ -43,30 +45,30 @@ def half_a_file(checkpoint, file):
     file.truncate(file.tell() // 2)
 
 
-MOMENTS = {  # which call is the last thing that is not done
-    "first step": (1, loop.Trainer, "step"),
-    "middle of the epoch": (4, loop.Trainer, "step"),
+MOMENTS = {  # the call before which the process dies
+    "first step": (1, trainer.Trainer, "step"),
+    "middle of the epoch": (4, trainer.Trainer, "step"),
     "half a save": (2, torch, "save", half_a_file),
-    "before a file has its name": (2, whole_file.os, "replace"),
-    "first validation": (1, loop, "validate"),
-    "validation at the epoch's end": (2, loop, "validate"),
-    "before the epoch's file": (1, loop, "epoch_path"),
-    "after the epoch's file": (2, loop, "copy_best"),
-    "a step later": (2, loop.Trainer, "step"),
+    "before a file has its name": (2, io.os, "replace"),
+    "first validation": (1, trainer, "validate"),
+    "validation at the epoch's end": (2, trainer, "validate"),
+    "before the epoch's file": (1, trainer, "epoch_path"),
+    "after the epoch's file": (2, trainer, "copy_best"),
+    "a step later": (2, trainer.Trainer, "step"),
 }
 
 
 def process(rank, world_size, port, argv, moment):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    os.setsid()  # its loader processes end with it
+    os.setsid()  # so that its workers can be killed with it
     if moment:
         before_call(*MOMENTS[moment])
     train.main(argv)
 
 
 def ended(one, seconds=120):
-    """The exit code, which `join` would wait for as long as loader processes live."""
+    """Return the exit code; `join` would wait for dataloader workers, too."""
     end = time.monotonic() + seconds
     while one.exitcode is None and time.monotonic() < end:
         time.sleep(0.05)
@@ -74,18 +76,18 @@ def ended(one, seconds=120):
 
 
 def run(argv, world_size, moment=None, mortal=0):
-    """Processes as torchrun starts them; one dies at the moment, the others are killed then."""
+    """Start processes as torchrun does; rank `mortal` dies at the moment, the others are killed."""
     fork, port = multiprocessing.get_context("fork"), free_port()
-    ranks = [
+    processes = [
         fork.Process(
             target=process, args=(rank, world_size, port, argv, moment if rank == mortal else None)
         )
         for rank in range(world_size)
     ]
-    for one in ranks:
+    for one in processes:
         one.start()
-    code = ended(ranks[mortal])
-    for one in ranks:
+    code = ended(processes[mortal])
+    for one in processes:
         if moment or code is None:
             one.kill()
         ended(one)
@@ -93,12 +95,12 @@ def run(argv, world_size, moment=None, mortal=0):
             os.killpg(one.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-    return [code] if moment else [one.exitcode for one in ranks]
+    return [code] if moment else [one.exitcode for one in processes]
 
 
 @pytest.fixture
 def argv(tiny_train_argv, tmp_path):
-    """Flags of a training with loader processes and all that is drawn at random."""
+    """A function from a folder name to flags of a training with workers and all augmentation."""
 
     def flags(name, *more):
         return [
@@ -110,8 +112,9 @@ def argv(tiny_train_argv, tmp_path):
     return flags
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_killed_again_and_again(argv, tmp_path, world_size, restore_logging):
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.ranks)])
+def test_a_training_killed_many_times_equals_an_uninterrupted_one(argv, tmp_path, world_size):
     assert run(argv("whole"), world_size) == [0] * world_size
     for i, moment in enumerate(MOMENTS):
         mortal = i % world_size if MOMENTS[moment][2] in ("step", "validate") else 0
@@ -121,38 +124,40 @@ def test_killed_again_and_again(argv, tmp_path, world_size, restore_logging):
     assert len(list(whole.glob("*.pt"))) == 5 + 2 + 2  # epochs, the best, the last checkpoints
     assert load_checkpoint(whole / "epoch-1.pt")["batch_idx_train"] > 4 // world_size
     assert differences(parts, whole) == []
-    assert differences(parts, parts / "log") != []
     assert {path.name for path in parts.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_going_on_with_another_number_of_ranks(argv, tmp_path, restore_logging):
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_resuming_with_another_number_of_ranks(argv, tmp_path):
     assert run(argv("x"), 2, "middle of the epoch") == [-signal.SIGKILL]
     assert run(argv("x", "--num-epochs", "1"), 1) == [0]
     logs = "".join(path.read_text() for path in (tmp_path / "x" / "log").iterdir())
-    assert "This training had 2 ranks and has 1" in logs
-    assert "epoch 1 goes on after 4 batches of each rank instead of 2" in logs
+    assert "Resuming with 1 ranks instead of 2" in logs
+    assert "epoch 1 continues after 4 batches per rank instead of 2" in logs
     assert (tmp_path / "x" / "epoch-1.pt").is_file()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_all_processes_of_a_job_are_told_to_stop(argv, tmp_path, restore_logging, number):
-    """Loader processes as well, as Slurm does it; nothing is lost and the code says so."""
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_signal_to_all_processes_of_a_job_saves_a_checkpoint(argv, tmp_path):
+    """Also to dataloader workers, as Slurm sends it."""
     fork, port = multiprocessing.get_context("fork"), free_port()
     flags = argv("x", "--num-epochs", "500", "--log-interval", "1")
-    ranks = [fork.Process(target=process, args=(r, 2, port, flags, None)) for r in range(2)]
-    for one in ranks:
+    processes = [fork.Process(target=process, args=(r, 2, port, flags, None)) for r in range(2)]
+    for one in processes:
         one.start()
     log = tmp_path / "x" / "log"
     for _ in range(600):
         if "batch 2, loss" in "".join(path.read_text() for path in log.glob("*")):
             break
         time.sleep(0.1)
-    for one in ranks:
-        os.killpg(one.pid, number)
-    codes = [ended(one, 60) for one in ranks]
-    for one in ranks:
+    for one in processes:
+        os.killpg(one.pid, signal.SIGUSR1)
+    codes = [ended(one, 60) for one in processes]
+    for one in processes:
         one.kill()
     assert codes == [EXIT_CODE] * 2
-    said = "".join(path.read_text() for path in log.glob("*"))
+    text = "".join(path.read_text() for path in log.glob("*"))
     steps = max(numbered_files(tmp_path / "x", "checkpoint"))
-    assert f"Asked to stop after {steps} steps: all is saved" in said
+    assert f"Stopped after {steps} steps and saved a checkpoint" in text

@@ -1,7 +1,6 @@
-"""Same input, same output: on real speech, whatever the batches, their order and the processes.
+"""Same input, same output on real speech, for any batches, order of cuts and processes.
 
-The models have random weights, large enough that what they write differs from utterance to
-utterance.
+The models have random weights, large enough that the hypotheses of utterances differ.
 """
 
 import random
@@ -17,16 +16,24 @@ from lhotse import CutSet, load_manifest
 from safetensors.torch import load_file, save_file
 
 import decode
-import pretrain_encoder
-from speechllm.decoding.test_set import decode_cuts
-from speechllm.model_flags import build_model
-from speechllm.prompt import IM_END
-from speechllm.trained_state import trainable_state
-from speechllm.zipformer import SIZES, ZipformerEncoder, save_encoder
+from speechllm.decoding.load import default_device
+from speechllm.distributed import DistEnv
+from speechllm.evaluation.config import decode_config
+from speechllm.evaluation.decode_set import prepare
+from speechllm.evaluation.eval_sets import decode_shard, merge_results
+from speechllm.models.build import build_model
+from speechllm.models.prompt import IM_END
+from speechllm.models.state_dict import trainable_state
+from speechllm.models.zipformer.checkpoint import save_encoder
+from speechllm.models.zipformer.config import SIZES
+from speechllm.models.zipformer.encoder import ZipformerEncoder
+from speechllm.training.ctc_training import train_bpe
 
-pytestmark = pytest.mark.usefixtures("restore_logging")
+pytestmark = [
+    pytest.mark.usefixtures("restore_logging"), pytest.mark.shared, pytest.mark.slow
+]  # fmt: skip
 TOKENS, LOUD = 12, 3.0
-DRAFT = ("--method", "draft", "--accept", "relaxed:0.0005")  # takes some of what CTC says
+DRAFT = ("--method", "draft", "--draft-accept-prob", "0.0005")  # accepts some draft tokens
 BEAM = ("--beam-size", "4", "--nbest", "4")
 TIMES = re.compile(r"^(seconds of decoding|RTFx).*\n", flags=re.MULTILINE)
 
@@ -43,13 +50,13 @@ def real(shared, tmp_path_factory):
     prepare_corpus.main(["--table", str(folder / "table.tsv"), "--corpus", "real",
                          "--manifest-dir", str(folder), "--num-jobs", "1"])  # fmt: skip
     texts = [row.split("\t")[3] for row in chosen]
-    pretrain_encoder.train_bpe(texts, 40, folder / "bpe.model")
+    (folder / "bpe.model").write_bytes(train_bpe(texts, 40))
     return folder
 
 
 @pytest.fixture(scope="module")
 def ending_llm_dir(real, tiny_llm_dir, tiny_tokenizer):
-    """The tiny LLM with a louder closing token, so that it ends some answers."""
+    """The tiny LLM with a larger closing token, so it ends some hypotheses."""
     llm = shutil.copytree(tiny_llm_dir, real / "llm")
     weights = load_file(llm / "model.safetensors")
     weights["model.embed_tokens.weight"][tiny_tokenizer.convert_tokens_to_ids(IM_END)] *= LOUD
@@ -59,7 +66,7 @@ def ending_llm_dir(real, tiny_llm_dir, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def argv(real, ending_llm_dir):
-    """Flags of decode.py for a random model, `real/exp/random.pt`, without the way to search."""
+    """Flags of decode.py for a random model, `real/exp/random.pt`, without the search."""
     torch.manual_seed(1)
     encoder = ZipformerEncoder(SIZES["tiny"], vocab_size=40)
     with torch.no_grad():
@@ -74,7 +81,7 @@ def argv(real, ending_llm_dir):
         "--use-fp16", "false", "--max-new-tokens", str(TOKENS), "--max-duration", "30",
         "--num-buckets", "2",
     ]  # fmt: skip
-    model, _ = build_model(parsed(flags), torch.float32, torch.float32)
+    model, _ = build_model(parsed(flags).model)
     state = trainable_state(model)
     (real / "exp").mkdir()
     random_state = {name: p + 0.1 * torch.randn_like(p) for name, p in state.items()}
@@ -83,49 +90,47 @@ def argv(real, ending_llm_dir):
 
 
 def parsed(flags):
-    return decode.read_flags(flags)
+    return decode_config(decode.get_parser().parse_args(flags))
 
 
-# ---- other batches: the same tokens
+# ---- the same tokens in other batches
 
 
 @pytest.fixture(scope="module")
-def answers(argv):
+def recognize(argv):
     """A function from flags to the recognitions by cut id; the model is loaded once."""
     with former_logging():
-        (path,), decoder = decode.prepare(parsed(argv))
+        (cuts,), model = prepare(parsed(argv), "decode", DistEnv(device=default_device()))
 
-    def decoded(*flags):
-        args = parsed([*argv, *flags])
-        recognizer = decoder.recognizer(args)
-        return {
-            one.cut.id: one.answer
-            for one in decode_cuts(path, recognizer, **decode.loader_options(args))
-        }
+    def recognitions(*flags):
+        config = parsed([*argv, *flags])
+        recognizer = model.recognizer(config.search)
+        results = decode_shard(cuts, recognizer, config.data)
+        return {one.cut.id: one.result for one in merge_results(cuts, results)}
 
-    return decoded
+    return recognitions
 
 
-def scores(answer):
-    """Of the tokens, and by LLM and CTC of the n best."""
-    both = [value for one in answer.nbest for value in (one.llm, one.ctc or 0.0)]
-    return torch.tensor([*answer.hypothesis.log_probs, *both])
+def scores(result):
+    """Log-probabilities of the tokens, and of LLM and CTC for the n-best list."""
+    both = [value for one in result.nbest for value in (one.llm_log_prob, one.ctc_log_prob or 0.0)]
+    return torch.tensor([*result.hypothesis.log_probs, *both])
 
 
 @pytest.mark.parametrize("way", [DRAFT, BEAM], ids=["draft", "beam"])
-def test_tokens_are_the_same_in_any_batch(answers, way):
-    alone = answers(*way, "--max-duration", "0.1")
+def test_tokens_are_the_same_in_any_batch(recognize, way):
+    alone = recognize(*way, "--max-duration", "0.1")
     texts = {tuple(one.hypothesis.ids) for one in alone.values()}
     tokens = {token for ids in texts for token in ids}
     assert len(texts) > 20 and len(tokens) > 20 and len(set(map(len, texts))) > 5
-    if way is DRAFT:  # some of each draft is right, of none all
+    if way is DRAFT:  # every draft is partly right
         hypotheses = [one.hypothesis for one in alone.values()]
         assert 0 < sum(h.accepted for h in hypotheses) < sum(h.drafted for h in hypotheses)
     for batches in (
         ("--max-duration", "10"),
         ("--max-duration", "1000", "--bucketing-sampler", "false"),
     ):
-        together = answers(*way, *batches)
+        together = recognize(*way, *batches)
         assert together.keys() == alone.keys()
         for cut_id, one in together.items():
             other = alone[cut_id]
@@ -134,12 +139,12 @@ def test_tokens_are_the_same_in_any_batch(answers, way):
             torch.testing.assert_close(scores(one), scores(other), rtol=1e-5, atol=1e-4)
 
 
-# ---- the same batches, wherever they are decoded: the same files, byte for byte
+# ---- the same files, byte for byte, for the same batches
 
 
 @pytest.fixture(scope="module")
 def written(argv, real):
-    """A function from flags to the files that decode.py writes, by name, without its times."""
+    """A function from flags to the files of decode.py by name, without measured times."""
 
     def written(*flags):
         exp_dir = real / f"exp-{len(list(real.glob('exp-*')))}"
@@ -158,40 +163,37 @@ def one_process(written):
     return written()
 
 
-def test_all_files_are_compared(one_process):
+def test_all_kinds_of_files_are_compared(one_process):
     kinds = {name.partition("-")[0]: text for name, text in one_process.items()}
     assert kinds.keys() == {"recogs", "errs", "wer", "report", "guard", "nbest", "ctm"}
     assert all(text.count("\n") >= 5 for text in kinds.values())
-    assert "LLM passes per utterance" in kinds["wer"] and "RTFx" not in kinds["wer"]
+    assert "LLM forward passes per utterance" in kinds["wer"] and "RTFx" not in kinds["wer"]
 
 
-def test_order_of_the_cuts(one_process, written, real, tmp_path):
+def test_the_order_of_the_cuts_has_no_effect(one_process, written, real, tmp_path):
     cuts = list(load_manifest(real / "real_cuts_test.jsonl.gz"))
     random.Random(0).shuffle(cuts)
     CutSet.from_cuts(cuts).to_file(tmp_path / "real_cuts_test.jsonl.gz")
     assert written("--test-cuts", tmp_path / "real_cuts_test.jsonl.gz") == one_process
 
 
-def test_loader_processes(one_process, written):
+def test_loader_processes_have_no_effect(one_process, written):
     assert written("--num-workers", 2) == one_process
 
 
-def test_several_ranks(one_process, written, real):
-    """With loader processes of their own."""
+@pytest.mark.ranks
+def test_several_ranks_have_no_effect(one_process, written, real):
+    """Each with a loader process of its own."""
     two = ("--world-size", 2, "--master-port", free_port(), "--num-workers", 1)
     assert written(*two) == one_process
     last = max(real.glob("exp-*"), key=lambda path: int(path.name.split("-")[1]))
     assert len(list((last / "decode").glob("log-decode-random-*-[01]"))) == 2
 
 
-def test_what_is_wrong_with_several_ranks_is_said_in_a_sentence(argv, real):
+@pytest.mark.ranks
+def test_user_errors_with_several_ranks(argv, real):
     flags = ("--world-size", 2, "--master-port", free_port(), "--use-encoders", "3")
     before = set((real / "exp").rglob("*.txt"))
     with pytest.raises(SystemExit, match=r"^--use-encoders 3: the model has encoders 1$"):
         decode.main([*argv, *map(str, flags)])
     assert set((real / "exp").rglob("*.txt")) == before
-
-
-def test_world_size_must_be_positive(argv):
-    with pytest.raises(SystemExit, match="--world-size 0 must be at least 1"):
-        decode.main([*argv, "--world-size", "0"])

@@ -1,10 +1,10 @@
 """serve.py as a user starts it; every flag changes something."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -14,160 +14,135 @@ from flag_changes import Change
 
 import serve
 import transcribe
+from speechllm.models.zipformer.config import SIZES
+from speechllm.serving import app
 
+SRC = Path(__file__).resolve().parents[1] / "src"
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 @pytest.fixture
 def started(monkeypatch, tiny_transcribe_argv, tiny_exp, tmp_path):
-    """A function from flags to the service and where it would listen, or the sentence instead."""
+    """A function from flags to the service and its address, or to the message of an error."""
     (tmp_path / "token").write_text("sesame\nmore\n")
     (tmp_path / "empty").write_text("\n")
 
     def started(*flags):
-        seen = SimpleNamespace(sentence="")
+        seen = SimpleNamespace(message="")
 
         def run(app, host, port, timeout_keep_alive, **_):
             seen.host, seen.port, seen.keep_alive = host, port, timeout_keep_alive
 
         def create_app(service):
-            seen.service = service
+            seen.service, seen.transcriber = service, service.transcriber
             service.stop()
 
-        with monkeypatch.context() as patch:
-            patch.setattr(uvicorn, "run", run)
-            patch.setattr(serve, "create_app", create_app)
-            try:
-                argv = [flag.format(tmp=tmp_path) for flag in flags]
-                serve.main([*tiny_transcribe_argv(tiny_exp), *argv])
-            except SystemExit as error:
-                seen.sentence = error.code
+        monkeypatch.setattr(uvicorn, "run", run)
+        monkeypatch.setattr(app, "create_app", create_app)
+        try:
+            argv = [flag.format(tmp=tmp_path) for flag in flags]
+            serve.main([*tiny_transcribe_argv(tiny_exp), *argv])
+        except SystemExit as error:
+            seen.message = error.code
         return seen
 
     return started
 
 
-def of_service(name):
-    return lambda seen: getattr(seen.service, name)
+def server(seen):
+    return seen.service.config
 
 
-def of_transcriber(name):
-    return lambda seen: getattr(seen.service.worker.transcriber, name)
+def longform(seen):
+    return seen.transcriber.config
 
 
 FLAGS = {
     "--host": Change("0.0.0.0", lambda s: s.host),
     "--port": Change("8001", lambda s: s.port),
-    "--model-name": Change("whisper-1", of_service("model_name")),
-    "--token-file": Change("{tmp}/token", of_service("token")),
-    "--max-upload": Change("1.5", of_service("max_upload")),
-    "--max-seconds": Change("60", of_service("max_seconds")),
-    "--max-requests": Change("3", lambda s: s.service.places.max_requests),
-    "--max-waiting": Change("90", lambda s: s.service.places.max_waiting),
-    "--max-segment": Change("4", of_transcriber("max_segment")),
-    "--pause": Change("0.3", of_transcriber("pause")),
-    "--max-duration": Change("50", of_transcriber("max_duration")),
-    "--language": Change("de", of_service("language")),
+    "--model-name": Change("whisper-1", server),
+    "--token-file": Change("{tmp}/token", lambda s: s.service.token),
+    "--max-upload-mb": Change("1.5", server),
+    "--max-audio-seconds": Change("60", server),
+    "--max-concurrent-requests": Change(
+        "3", lambda s: s.service.admission.max_concurrent_requests
+    ),
+    "--max-queued-seconds": Change("90", lambda s: s.service.admission.max_queued_seconds),
+    "--max-segment-duration": Change("4", longform),
+    "--min-silence": Change("0.3", longform),
+    "--max-duration": Change("50", longform),
+    "--language": Change("de", lambda s: s.transcriber.language),
+    "--max-new-tokens": Change("7", lambda s: s.transcriber.recognizer.search),
 }
 
 
-def flags_of(parser):
-    return {flag for action in parser._actions for flag in action.option_strings}
-
-
 def test_every_flag_has_an_entry():
-    """What the model is loaded by is transcribe.py's, and tested there."""
-    shared = flags_of(transcribe.get_parser()) - set(FLAGS)
-    assert set(FLAGS) == flags_of(serve.get_parser()) - shared
-    assert shared - flags_of(serve.get_parser()) == {"--context", "--format", "--out"}
+    """Flags of the model are those of transcribe.py and tested there."""
+    flags = set(serve.get_parser()._option_string_actions)
+    of_transcribe = set(transcribe.get_parser()._option_string_actions)
+    assert flags == of_transcribe - {"--context", "--format", "--out"} | set(FLAGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", FLAGS)
-def test_flag(started, flag):
+def test_every_flag_changes_something(started, flag):
     change = FLAGS[flag]
-    before = change.seen(started(*change.context))
-    assert before != change.seen(started(*change.context, flag, change.value))
+    assert change.seen(started()) != change.seen(started(flag, change.value))
 
 
-def test_a_flag_of_the_model_reaches_it(started):
-    assert started("--max-new-tokens", "7").service.worker.transcriber.recognizer.options != (
-        started().service.worker.transcriber.recognizer.options
-    )
-
-
-def test_nothing_outside_this_machine_is_listened_to_by_default(started):
-    assert started().host == "127.0.0.1"
-
-
-def test_connections_are_kept_longer_than_clients_use_them_again(started):
-    """Else the server may close one that a client just wrote to, and the request is lost."""
-    assert started().keep_alive > 2 * httpx.Limits().keepalive_expiry
-
-
-def test_an_open_server_without_a_token_is_warned_of(started, caplog):
+def test_a_public_server_without_a_token_is_warned_about(started, caplog):
     started("--host", "0.0.0.0", "--token-file", "{tmp}/token")
-    assert "whoever reaches it" not in caplog.text
+    assert "anyone can use" not in caplog.text
     started("--host", "0.0.0.0")
-    assert "--host 0.0.0.0 without --token-file: whoever reaches it" in caplog.text
-
-
-def test_the_token_is_the_first_line(started):
-    assert started("--token-file", "{tmp}/token").service.token == "sesame"
+    assert "--host 0.0.0.0 without --token-file: anyone can use the server" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
         (("--token-file", "{tmp}/none"), "none is missing"),
-        (("--token-file", "{tmp}/empty"), "begins with an empty line"),
-        (("--max-requests", "0"), "--max-requests 0 must be a number above 0"),
-        (("--max-seconds", "nan"), "--max-seconds nan must be a number above 0"),
-        (("--max-upload", "inf"), "--max-upload inf must be a number above 0"),
+        (("--token-file", "{tmp}/empty"), "empty: the first line is empty, expected a token"),
+        (("--max-audio-seconds", "nan"), "--max-audio-seconds nan must be above 0"),
         (("--port", "99999"), "--port 99999 must be from 0 to 65535"),
-        (("--checkpoint", "none.pt"), "none.pt"),
     ],
 )
-def test_what_is_wrong_is_a_sentence(started, flags, sentence):
-    assert sentence in started(*flags).sentence
-
-
-def test_sigterm_stops_the_server(serving_process):
-    process, url = serving_process
-    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert "Application shutdown complete" in said
-    assert process.returncode == -signal.SIGTERM  # as whoever sent it expects, after all is done
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/health")
+def test_wrong_input_is_one_sentence(started, flags, message):
+    assert message in started(*flags).message
 
 
 @pytest.fixture
-def serving_process(tiny_exp, tiny_transcribe_argv, tmp_path):
-    """A server in a process of its own; its encoder size is one that only tests know."""
+def serving_process(tiny_exp, tiny_transcribe_argv):
+    """A server in its own process, and its URL."""
     code = (
         "import sys\n"
-        "sys.path[:0] = sys.argv[1].split(':')\n"
-        "from speechllm.zipformer import SIZES, ZipformerConfig\n"
-        "SIZES['test'] = ZipformerConfig(num_encoder_layers=(1, 1, 1),"
-        " downsampling_factor=(1, 2, 1), feedforward_dim=(16, 24, 16), num_heads=(2,),"
-        " encoder_dim=(16, 24, 16), encoder_unmasked_dim=(12, 16, 12),"
-        " cnn_module_kernel=(7, 5, 7), query_head_dim=(8,), value_head_dim=(4,),"
-        " frontend_channels=16, pos_dim=12)\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from speechllm.models.zipformer.config import SIZES, ZipformerConfig\n"
+        f"SIZES['test'] = {SIZES['test']!r}\n"
         "import serve\n"
         "serve.main(sys.argv[2:])\n"
     )
     argv = [*tiny_transcribe_argv(tiny_exp), "--port", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, os.path.dirname(serve.__file__), *argv],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    seen = []
+        [sys.executable, "-c", code, str(SRC), *argv], stderr=subprocess.PIPE, text=True
+    )
+    log = []
     for line in process.stderr:
-        seen.append(line)
+        log.append(line)
         if found := re.search(r"running on (http://127\.0\.0\.1:\d+)", line):
             break
-    assert found, "".join(seen)
+    assert found, "".join(log)
     yield process, found[1]
     process.kill()
     process.wait()
+
+
+@pytest.mark.slow
+def test_sigterm_stops_the_server(serving_process):
+    process, url = serving_process
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert "Application shutdown complete" in log
+    assert process.returncode == -signal.SIGTERM  # uvicorn raises the signal again
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")

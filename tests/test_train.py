@@ -1,27 +1,33 @@
-"""A user's day with train.py and train_mose.py: two epochs, going on, and what a model is given."""
+"""train.py and train_mose.py: two epochs, resuming, --dry-run, ranks, and errors."""
 
+import os
 import re
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
 
 import pytest
 import torch
 from exp_dirs import equal, log, validation_losses
-from torch import nn
+from free_port import free_port
+from lhotse import CutSet, load_manifest
+from same_checkpoints import differences
 
 import train
 import train_mose
-from speechllm.prompt import IGNORED, ChatIds
-from speechllm.training.checkpoint import load_checkpoint
+from speechllm.checkpoints import average_epochs, load_checkpoint
+from speechllm.models.zipformer.checkpoint import save_encoder
+from speechllm.models.zipformer.config import SIZES
+from speechllm.models.zipformer.encoder import ZipformerEncoder
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
+one_and_two_encoders = pytest.mark.parametrize(
+    "exp, n", [("tiny_exp", 1), pytest.param("tiny_mose_exp", 2, marks=pytest.mark.slow)]
+)
 
 
-# ---- two epochs
-
-
-@pytest.mark.parametrize("exp, n", [("tiny_exp", 1), ("tiny_mose_exp", 2)])
-def test_what_a_training_leaves_behind(request, exp, n):
+@one_and_two_encoders
+def test_files_of_a_training(request, exp, n):
     exp_dir = request.getfixturevalue(exp)
     names = {path.name for path in exp_dir.iterdir()} - {"decode"}  # other tests decode with it
     assert names == {
@@ -45,191 +51,265 @@ def test_what_a_training_leaves_behind(request, exp, n):
         r"tot_loss\[loss=.* frames\. \], batch size: \d, lr: 1\.00e-02",
         lines,
     )
-    assert "Number of trained parameters: " in lines and lines.endswith("Done!\n")
+    assert "Number of trainable parameters: " in lines and lines.endswith("Done!\n")
+    losses = validation_losses(exp_dir)
+    assert losses[0] > losses[1] > losses[2]
 
 
-@pytest.mark.parametrize("exp", ["tiny_exp", "tiny_mose_exp"])
-def test_validation_loss_falls_from_epoch_to_epoch(request, exp):
-    first, second, third = validation_losses(request.getfixturevalue(exp))
-    assert first > second > third
+# ---- the same training again, resumed, and with other options
 
 
-def test_what_is_trained_on_is_said(tiny_train_argv, tmp_path, capsys):
-    argv = [*tiny_train_argv(tmp_path), "--num-epochs", "1"]
-    train.main([*argv, "--min-utterance", "1.6", "--max-utterance", "2.5"])
-    said = capsys.readouterr().out
-    assert re.search(r"Training cuts: 4 utterances, .* 6 too short, 2 too long", said)
-    assert re.search(r"Validation cuts: 5 utterances, .* 0 too short, 0 too long", said)
-
-
-def test_four_encoders_are_the_default_of_train_mose():
-    args = train.get_parser(train_mose.DEFAULTS).parse_args([])
-    paths = args.speech_encoder_path.split(",")
-    assert [path.split("/")[-2] for path in paths] == [
-        "transducer_large", "aed_crctc_large", "crctc_large", "transducer_crctc_large"
-    ]  # fmt: skip
-    assert args.speech_encoder_type == "large,large,large,large"
-    one = train.get_parser(train.DEFAULTS).parse_args([])
-    assert one.speech_encoder_path == paths[-1] and one.speech_encoder_type == "large"
-    assert one.exp_dir != args.exp_dir
-    assert {name for name, value in vars(one).items() if getattr(args, name) != value} == {
-        "exp_dir",
-        "speech_encoder_path",
-        "speech_encoder_type",
-    }
-
-
-def test_published_values_are_the_defaults():
-    args = vars(train.get_parser(train.DEFAULTS).parse_args([]))
-    published = {
-        "num_epochs": 10, "base_lr": 0.01, "optimizer": "scaled_adam", "lr_schedule": "fixed",
-        "seed": 42, "log_interval": 50, "valid_interval": 5000, "use_lora": True,
-        "unfreeze_llm": True, "unfreeze_encoder": False, "encoder_feature_mask": True,
-        "encoder_projector_ds_rate": 4, "max_duration": 200.0, "num_buckets": 30,
-        "min_utterance": 1.0, "max_utterance": 20.0, "enable_musan": True,
-        "enable_spec_aug": True, "spec_aug_time_warp_factor": 80,
-    }  # fmt: skip
-    assert {name: args[name] for name in published} == published
-
-
-# ---- going on, and starting from another model
-
-
-@pytest.mark.parametrize("exp, n", [("tiny_exp", 1), ("tiny_mose_exp", 2)])
-def test_going_on_is_as_if_never_stopped(request, exp, n, tiny_train_argv, tmp_path):
-    uninterrupted = request.getfixturevalue(exp)
-    exp_dir = tmp_path / "exp"
-    exp_dir.mkdir()
-    shutil.copy(uninterrupted / "epoch-1.pt", exp_dir)
-    train.main([*tiny_train_argv(exp_dir, n), "--start-epoch", "2"])
-    ours, theirs = (load_checkpoint(d / "epoch-2.pt") for d in (exp_dir, uninterrupted))
-    assert equal(ours["model"], theirs["model"])
-    assert ours["batch_idx_train"] == theirs["batch_idx_train"]
-    assert validation_losses(exp_dir) == validation_losses(uninterrupted)[1:]
-
-
-def as_killed_after(exp_dir, copy, steps):
-    """What is left of a training that was killed after so many steps."""
-    shutil.copytree(exp_dir, copy)
-    for path in copy.glob("*.pt"):
-        if path.name[:4] == "best" or load_checkpoint(path)["batch_idx_train"] > steps:
-            path.unlink()
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_the_same_command_goes_on_in_the_middle_of_an_epoch(tiny_train_argv, tmp_path, n):
-    """With loader processes, noise and masks; what is left of both is the same."""
-    argv = [
-        *tiny_train_argv(tmp_path / "whole", n), "--num-workers", "2", "--max-duration", "3",
-        "--enable-musan", "true", "--enable-spec-aug", "true", "--save-every-n", "1",
-        "--keep-last-k", "99",
-    ]  # fmt: skip
-    train.main(argv)
-    whole = sorted(path.name for path in (tmp_path / "whole").glob("*.pt"))
-    steps = load_checkpoint(tmp_path / "whole" / "epoch-1.pt")["batch_idx_train"]
-    assert steps > 2
-    as_killed_after(tmp_path / "whole", tmp_path / "parts", steps - 1)
-    argv[argv.index("--exp-dir") + 1] = str(tmp_path / "parts")
-    train.main([*argv, "--resume", "must"])
-    assert sorted(path.name for path in (tmp_path / "parts").glob("*.pt")) == whole
-    for name in whole:
-        ours, theirs = (load_checkpoint(tmp_path / d / name) for d in ("parts", "whole"))
-        assert equal(ours.pop("model"), theirs.pop("model"))
-        assert repr(ours) == repr(theirs)
-    log_lines = [line for line in log(tmp_path / "parts").splitlines() if "validation: " in line]
-    assert len(log_lines) > len(validation_losses(tmp_path / "whole"))  # the first once more
-
-
-@pytest.mark.parametrize("exp, n", [("tiny_exp", 1), ("tiny_mose_exp", 2)])
-def test_training_again_gives_the_same(request, exp, n, tiny_train_argv, tmp_path):
-    """The weights and the state of the optimizer, bit for bit, with all augmentation."""
-    before = load_checkpoint(request.getfixturevalue(exp) / "epoch-1.pt")
+@pytest.mark.slow
+@one_and_two_encoders
+def test_the_same_command_gives_the_same_checkpoint(request, exp, n, tiny_train_argv, tmp_path):
+    """Compare weights and optimizer state bit for bit, with all augmentation."""
     program = train if n == 1 else train_mose
     program.main([*tiny_train_argv(tmp_path, n), "--num-epochs", "1"])
-    again = load_checkpoint(tmp_path / "epoch-1.pt")
-    assert equal(again["model"], before["model"])
-    torch.testing.assert_close(again["optimizer"], before["optimizer"], rtol=0, atol=0)
+    (tmp_path / "expected").mkdir()
+    for name in ("epoch-1.pt", "best-train-loss.pt", "best-valid-loss.pt"):
+        shutil.copy(request.getfixturevalue(exp) / "epoch-1.pt", tmp_path / "expected" / name)
+    assert differences(tmp_path, tmp_path / "expected") == []
 
 
-def test_another_seed_is_another_training(tiny_exp, tiny_train_argv, tmp_path):
-    train.main([*tiny_train_argv(tmp_path), "--num-epochs", "1", "--seed", "7"])
-    ours, theirs = (load_checkpoint(d / "epoch-1.pt")["model"] for d in (tmp_path, tiny_exp))
-    assert not any(torch.equal(ours[key], theirs[key]) for key in ours)
+@pytest.mark.slow
+@one_and_two_encoders
+def test_resuming_at_an_epochs_end_equals_an_uninterrupted_training(
+    request, exp, n, tiny_train_argv, tmp_path
+):
+    whole = request.getfixturevalue(exp)
+    shutil.copy(whole / "epoch-1.pt", tmp_path)
+    train.main([*tiny_train_argv(tmp_path, n), "--start-epoch", "2"])
+    assert differences(tmp_path, whole) == []
+    assert validation_losses(tmp_path) == validation_losses(whole)[1:]
 
 
-@pytest.mark.parametrize("exp, n", [("tiny_exp", 1), ("tiny_mose_exp", 2)])
-def test_starting_from_another_model(request, exp, n, tiny_train_argv, tmp_path):
-    """An average with the useless keys of a published one; the first validation is its last."""
+@pytest.mark.slow
+@one_and_two_encoders
+def test_initial_parameters_come_from_another_model(request, exp, n, tiny_train_argv, tmp_path):
+    """From an average with the unused keys of a published one."""
     start = request.getfixturevalue(exp)
     model = load_checkpoint(start / "epoch-2.pt")["model"]
-    useless = {
+    unused = {
         "prompt_embedding.weight": torch.zeros(4, 32),
         "llm.base_model.model.lm_head.weight": torch.zeros(320, 32),
     }
-    torch.save({"model": model | useless}, tmp_path / "epoch-2-avg-1.pt")
+    torch.save({"model": model | unused}, tmp_path / "epoch-2-avg-1.pt")
     argv = [*tiny_train_argv(tmp_path / "exp", n), "--num-epochs", "1"]
     train.main([*argv, "--pretrained-model-path", str(tmp_path / "epoch-2-avg-1.pt")])
     assert validation_losses(tmp_path / "exp")[0] == validation_losses(start)[-1]
     assert re.search(
-        r"Started from .*avg-1.pt; ignored: prompt_embedding.weight, llm.base_model.model.lm_head",
+        r"Initialized from .*avg-1.pt; ignored: prompt_embedding.weight, llm.base_model.model.lm_h",
         log(tmp_path / "exp"),
     )
 
 
-def test_going_on_in_another_precision(tiny_exp, tiny_train_argv, tmp_path):
-    """The gradient scaler then has no state to go on with."""
-    shutil.copy(tiny_exp / "epoch-1.pt", tmp_path)
-    train.main([*tiny_train_argv(tmp_path), "--start-epoch", "2", "--use-fp16", "true"])
-    assert load_checkpoint(tmp_path / "epoch-2.pt")["grad_scaler"]["scale"] > 0
+def test_a_checkpoint_written_before_entries_were_renamed_resumes(
+    tiny_exp, tiny_train_argv, tmp_path, caplog
+):
+    """Such files have `bad` instead of `invalid`, and `order` with former names of flags."""
+    checkpoint = load_checkpoint(tiny_exp / "epoch-1.pt")
+    former = {"max_batch_tokens": "max_tokens", "min_duration": "min_utterance",
+              "max_utterance_duration": "max_utterance"}  # fmt: skip
+    order = checkpoint.pop("order")
+    checkpoint["order"] = {former.get(name, name): value for name, value in order.items()}
+    checkpoint["order"]["shar_dir"] = ""
+    checkpoint["bad"] = checkpoint.pop("invalid")
+    torch.save(checkpoint, tmp_path / "epoch-1.pt")
+    train.main([*tiny_train_argv(tmp_path), "--resume", "must"])
+    ours, theirs = (load_checkpoint(d / "epoch-2.pt")["model"] for d in (tmp_path, tiny_exp))
+    assert equal(ours, theirs)
+    assert "another order of batches" not in log(tmp_path)
 
 
-def test_going_on_with_another_learning_rate(tiny_exp, tiny_train_argv, tmp_path):
-    shutil.copy(tiny_exp / "epoch-1.pt", tmp_path)
-    train.main([*tiny_train_argv(tmp_path), "--start-epoch", "2", "--base-lr", "0.0025"])
-    assert set(re.findall(r"lr: (\S+),", log(tmp_path))) == {"2.50e-03"}
+# ---- --dry-run
 
 
-# ---- what the model is given
+def files_under(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-class Listener(nn.Module):
-    """Keeps what it is called with."""
-
-    chat = ChatIds(before=(1,), group=(2, 3, 4), after=(5,), end=6, pad=0)
-
-    def forward(self, features, feature_lens, ids, labels, used):
-        self.ids, self.labels, self.used = ids, labels, used
-        return {"loss": torch.zeros(())}
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_texts_are_lower_cased_and_encoders_dropped_in_training_only(tiny_tokenizer, n):
-    batch = {
-        "features": torch.zeros(20, 50, 80), "feature_lens": torch.full((20,), 45),
-        "texts": ["ONE two"] * 20,
-    }  # fmt: skip
-    batch_loss = train.LlmBatchLoss(tiny_tokenizer, Listener.chat, n, torch.device("cpu"))
-    model = Listener()
-    assert batch_loss(model.eval(), batch)["frames"] == 20 * 22
-    assert model.used == [list(range(n))] * 20
-    answer = [*tiny_tokenizer.encode("one two"), 6]
-    assert model.labels[0].tolist() == [IGNORED] * (3 * n + 2) + answer
-    batch_loss(model.train(), batch)
-    assert (model.used == [[0]] * 20) == (n == 1)
-    assert (model.ids == 3).sum(dim=1).tolist() == [len(used) for used in model.used]
+@one_and_two_encoders
+def test_a_dry_run_prints_what_the_training_then_has(
+    request, exp, n, tiny_train_argv, tmp_path, capsys
+):
+    argv = [*tiny_train_argv(tmp_path / "new", n), "--dry-run", "true"]
+    argv += ["--encoder-cache-dir", str(tmp_path / "cache"), "--encoder-feature-mask", "false",
+             "--enable-musan", "false", "--enable-spec-aug", "false"]  # fmt: skip
+    (train if n == 1 else train_mose).main(argv)
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    real = log(request.getfixturevalue(exp))
+    total, trainable = (
+        int(re.search(f"Number of {kind} parameters: (\\d+)", real)[1])
+        for kind in ("model", "trainable")
+    )
+    assert f"Parameters: {total:,}, trainable: {trainable:,} (" in printed
+    assert "Memory: about " in printed and "Disk: 7 checkpoints of about " in printed
+    assert printed.endswith("Nothing was written.\n")
 
 
-def test_contexts_are_before_the_answer(tiny_tokenizer):
-    batch = {
-        "features": torch.zeros(2, 50, 80), "feature_lens": torch.full((2,), 45),
-        "texts": ["one", "two"], "contexts": ["three", ""],
-    }  # fmt: skip
-    chat = replace(Listener.chat, instruction=(7,), use_context=True)
-    batch_loss = train.LlmBatchLoss(tiny_tokenizer, chat, 1, torch.device("cpu"))
-    model = Listener()
-    batch_loss(model, batch)
-    context, one, two = (tiny_tokenizer.encode(text) for text in (" three", "one", "two"))
-    row = [1, 2, 3, 4, 7, *context, 5, *one, 6]
-    other = [1, 2, 3, 4, 7, 5, *two, 6]
-    assert model.ids.tolist() == [row, [0] * (len(row) - len(other)) + other]
-    assert (model.labels[0] != IGNORED).sum() == len(one) + 1
+def test_a_dry_run_finds_the_checkpoint_and_changes_nothing(
+    tiny_train_argv, tiny_exp, tmp_path, capsys
+):
+    exp_dir = shutil.copytree(tiny_exp, tmp_path / "exp")
+    (exp_dir / "invalid-cuts.jsonl").write_text("")
+    before = files_under(tmp_path)
+    argv = [*tiny_train_argv(exp_dir), "--num-epochs", "5", "--dry-run", "true"]
+    train.main([*argv, "--start-epoch", "2"])
+    printed = capsys.readouterr().out
+    assert f"Epochs: 3 to train; resumes from {exp_dir}/epoch-2.pt in epoch 3" in printed
+    train.main([*argv, "--resume", "never"])
+    assert "Epochs: 5 to train; starts from scratch in epoch 1" in capsys.readouterr().out
+    assert files_under(tmp_path) == before
+
+
+# ---- half precision and several ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag, dtype", [("--use-fp16", "float16"), ("--use-bf16", "bfloat16")])
+def test_half_precision(tiny_exp, tiny_train_argv, tmp_path, flag, dtype):
+    train.main([*tiny_train_argv(tmp_path), flag, "true"])
+    assert validation_losses(tmp_path) == pytest.approx(validation_losses(tiny_exp), rel=0.02)
+    ours, exact = (load_checkpoint(d / "epoch-2.pt")["model"] for d in (tmp_path, tiny_exp))
+    assert {value.dtype for value in ours.values()} == {torch.float32}
+    assert not any(torch.equal(ours[key], exact[key]) for key in ours)
+    assert ("grad_scale: " in log(tmp_path)) == (dtype == "float16")
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank would need a GPU")
+def test_two_torchrun_agents_equal_two_processes(tiny_train_argv, tmp_path):
+    """The encoders are of a size that other processes have, too."""
+    for k in range(2):
+        save_encoder(ZipformerEncoder(SIZES["tiny"], vocab_size=7), tmp_path / f"{k}.pt")
+
+    def flags(exp_dir):
+        return [
+            *tiny_train_argv(exp_dir, 2), "--num-epochs", "1", "--max-duration", "3",
+            "--drop-last", "false", "--speech-encoder-type", "tiny", "--unfreeze-encoder", "true",
+            "--optimizer", "adamw", "--base-lr", "0.001",
+            "--speech-encoder-path", f"{tmp_path}/0.pt,{tmp_path}/1.pt",
+        ]  # fmt: skip
+
+    two = ["--world-size", "2", "--master-port", str(free_port())]
+    train_mose.main([*flags(tmp_path / "exp"), *two])
+    exp_dir = tmp_path / "torchrun"
+    agent = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
+        train.__file__, *flags(exp_dir),
+    ]  # fmt: skip
+    agents = [
+        subprocess.Popen(
+            agent, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(k)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for k in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in agents]
+    finally:
+        for process in agents:
+            process.terminate()
+    assert [process.returncode for process in agents] == [0, 0], outputs
+    assert sum("Training cuts: " in text for text in outputs) == 1
+    ours, theirs = (load_checkpoint(d / "epoch-1.pt") for d in (exp_dir, tmp_path / "exp"))
+    assert ours["batch_idx_train"] == theirs["batch_idx_train"] > 0
+    assert ours["model"].keys() == theirs["model"].keys()
+    for name, value in ours["model"].items():
+        torch.testing.assert_close(value, theirs["model"][name])
+
+
+# ---- errors: one line each, before training begins
+
+
+@pytest.fixture
+def error_of(tiny_train_argv, tmp_path):
+    """A function from flags to the error message of train.py."""
+
+    def run(*flags, n=1, exp_dir=tmp_path / "exp"):
+        before = {path.name for path in exp_dir.glob("*.pt")}
+        with pytest.raises(SystemExit) as error:
+            train.main([*tiny_train_argv(exp_dir, n), *map(str, flags)])
+        message = error.value.code
+        assert isinstance(message, str) and message and "\n" not in message
+        assert {path.name for path in exp_dir.glob("*.pt")} == before
+        assert not (exp_dir / "tensorboard").exists(), "training began"
+        return message
+
+    return run
+
+
+def test_missing_and_damaged_models(error_of, tiny_llm_dir, tmp_path):
+    assert error_of("--llm-path", tmp_path / "llm") == (
+        f"LLM directory {tmp_path}/llm is missing or has no config.json"
+    )
+    llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
+    (llm / "model.safetensors").write_bytes(b"")
+    assert error_of("--llm-path", llm).startswith(f"the LLM cannot be loaded from {llm}: ")
+    assert error_of("--speech-encoder-path", tmp_path / "x.pt") == (
+        f"encoder {tmp_path}/x.pt is missing (see local/download_models.sh)"
+    )
+
+
+def test_encoder_sizes_and_files(error_of, encoder_size, tiny_encoder_dir, tmp_path):
+    assert error_of("--speech-encoder-type", f"{encoder_size},{encoder_size}") == (
+        "--speech-encoder-type names 2 encoders, --speech-encoder-path 1"
+    )
+    assert error_of("--speech-encoder-type", "huge").startswith("unknown encoder size 'huge'")
+    message = f"{tiny_encoder_dir}/a.pt is not a Zipformer of size 'medium': "
+    assert error_of("--speech-encoder-type", "medium").startswith(message)
+    (tmp_path / "x.pt").write_bytes(b"")
+    assert error_of("--speech-encoder-path", tmp_path / "x.pt").startswith(f"{tmp_path}/x.pt ")
+
+
+def test_checkpoints_that_cannot_be_resumed_from(error_of, tiny_exp, tmp_path):
+    path = tmp_path / "exp" / "epoch-1.pt"
+    assert error_of("--start-epoch", 2) == f"{path} is missing: --start-epoch 2 needs it"
+    copy = shutil.copytree(tiny_exp, tmp_path / "x", ignore=shutil.ignore_patterns("tensorboard"))
+    _, path = average_epochs(copy, 2, 2)
+    shutil.move(path, copy / "epoch-2.pt")
+    message = error_of("--resume", "never", "--start-epoch", 3, exp_dir=copy)
+    assert message.startswith(f"{copy}/epoch-2.pt has no optimizer to resume with ")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--optimizer", "adamw"], "was written with another optimizer than --optimizer adamw"),
+    (["--unfreeze-llm", "false"], r"unexpected key.* epoch-1.pt|epoch-1.pt.*unexpected key"),
+    (["--unfreeze-encoder", "true"], r"missing key.*epoch-1.pt|epoch-1.pt.*missing key"),
+    (["--encoder-projector-ds-rate", "2"], r"proj.1.weight has shape \(32, 96\) in .*epoch-1.pt"),
+])  # fmt: skip
+def test_resuming_with_another_model(error_of, tiny_exp, tmp_path, flags, message):
+    """The checkpoint itself is checked, here without model.json."""
+    left_out = shutil.ignore_patterns("tensorboard", "model.json")
+    shutil.copytree(tiny_exp, tmp_path / "copy", ignore=left_out)
+    flags = "--resume", "never", "--start-epoch", 2, *flags
+    assert re.search(message, error_of(*flags, exp_dir=tmp_path / "copy"))
+
+
+def test_initial_parameters_of_another_model(error_of, tiny_exp, tmp_path):
+    assert error_of("--pretrained-model-path", tmp_path / "x.pt") == f"{tmp_path}/x.pt is missing"
+    start = tiny_exp / "epoch-1.pt"
+    message = error_of("--pretrained-model-path", start, n=2)
+    assert str(start) in message and "missing key" in message and "encoder_projector.0" in message
+
+
+def test_cuts_that_are_unusable(error_of, tiny_corpus, tmp_path):
+    whole = tiny_corpus / "tiny_cuts_train.jsonl.gz"
+    path = tmp_path / "cuts.jsonl.gz"
+    flags = ("--train-cuts", path)
+
+    assert error_of(*flags) == f"cut file {path} is missing"
+    path.write_bytes(whole.read_bytes()[:-40])
+    assert re.match(rf"{path} cannot be read beyond cut \d+: .", error_of(*flags))
+
+    cuts = list(load_manifest(whole))
+    cuts[4].supervisions[0].text = None
+    CutSet.from_cuts(cuts).to_file(path)
+    assert error_of(*flags).startswith("1 of 12 utterances are invalid (1 no-text), more than --ma")
+    flags += ("--max-invalid-fraction", 0)
+    assert error_of(*flags) == f"{path}: cut train-4 has no text"
+    message = error_of("--max-utterance-duration", 1.0)
+    assert message.startswith(f"{whole}: no usable cuts: 0 utterances")

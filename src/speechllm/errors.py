@@ -1,39 +1,39 @@
-"""The error that programs show as a sentence; any other keeps its traceback."""
+"""Errors that programs report as one sentence; any other error keeps its traceback."""
 
 import re
 from collections.abc import Callable
 from functools import wraps
 
-INTERRUPTED = 130  # as of programs that the shell ends by Ctrl-C
+INTERRUPTED = 130  # exit status of a program that Ctrl-C ended, as in a shell
 SECRETS = (
     (r"(:/+)[^/\s'\",@]+@", r"\1***@"),  # https://token@host
     (r"(:/+)[^/\s'\",@:]*:[^\s'\",]*@", r"\1***@"),  # s3://key:secret/with/slashes@bucket
-    (r"(:/+[^\s'\",?]+\?)[^\s'\",]+", r"\1***"),  # what signed addresses end with
-    (r"\bhf_\w{8,}", "hf_***"),  # of the Hugging Face hub
+    (r"(:/+[^\s'\",?]+\?)[^\s'\",]+", r"\1***"),  # query of a signed URL
+    (r"\bhf_\w{8,}", "hf_***"),  # Hugging Face token
 )
 
 
 class InputError(ValueError):
-    """What the user gave is wrong; the message is one sentence with the value and whose it is."""
+    """Invalid input from the user; the message is one sentence with the value and its source."""
 
 
-def without_secrets(text: object) -> str:
-    """What may be shown or logged of a text: passwords and tokens in its addresses are `***`."""
+def redact_secrets(text: object) -> str:
+    """Return the text with passwords and tokens in its URLs replaced by `***`."""
     text = str(text)
-    for secret, shown in SECRETS:
-        text = re.sub(secret, shown, text)
+    for secret, replacement in SECRETS:
+        text = re.sub(secret, replacement, text)
     return text
 
 
-def in_sentences(main: Callable) -> Callable:
-    """A program that ends with one sentence on what is wrong (exit code 1), or by Ctrl-C (130)."""
+def exit_on_user_error(main: Callable) -> Callable:
+    """Wrap a program: it ends with one sentence on invalid input (status 1), or by Ctrl-C (130)."""
 
     @wraps(main)
     def program(*args, **options):
         try:
             return main(*args, **options)
         except (FileNotFoundError, InputError) as error:
-            raise SystemExit(without_secrets(error)) from None
+            raise SystemExit(redact_secrets(error)) from None
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED) from None
 
@@ -41,5 +41,5 @@ def in_sentences(main: Callable) -> Callable:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """Return the first line of an error's message, or the name of its class without one."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

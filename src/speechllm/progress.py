@@ -1,37 +1,38 @@
-"""What a long-running program tells: a log file, the terminal, a progress bar."""
+"""Output of long-running programs: log file, terminal and progress bar."""
 
 import datetime
 import logging
 import sys
 from pathlib import Path
 
-from speechllm.errors import without_secrets
+from speechllm.errors import redact_secrets
 
 
-def setup_logging(prefix: Path, ranks) -> None:
-    """Log to `<prefix>-<date>[-<rank>]`, and to the terminal on rank 0."""
+def setup_logging(prefix: Path, dist_env) -> None:
+    """Log to `<prefix>-<date>[-<rank>]`, and on rank 0 also to the terminal."""
     date = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    suffix = f"-{ranks.rank}" if ranks.world_size > 1 else ""
+    suffix, rank = "", ""
+    if dist_env.world_size > 1:
+        suffix, rank = f"-{dist_env.rank}", f"({dist_env.rank}/{dist_env.world_size}) "
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    where = f"({ranks.rank}/{ranks.world_size}) " if ranks.world_size > 1 else ""
     handlers: list[logging.Handler] = [logging.FileHandler(f"{prefix}-{date}{suffix}")]
-    if ranks.is_main:
+    if dist_env.is_main:
         handlers.append(_TerminalHandler())
-    form = f"%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] {where}%(message)s"
+    line_format = f"%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] {rank}%(message)s"
     for handler in handlers:
-        handler.setFormatter(_WithoutSecrets(form))
+        handler.setFormatter(_RedactingFormatter(line_format))
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
 
 
-class _WithoutSecrets(logging.Formatter):
-    """Flags are logged, and may be addresses with a password."""
+class _RedactingFormatter(logging.Formatter):
+    """Redact secrets: flags are logged and may contain URLs with passwords."""
 
     def format(self, record):
-        return without_secrets(super().format(record))
+        return redact_secrets(super().format(record))
 
 
 class _TerminalHandler(logging.StreamHandler):
-    """Writes lines above a progress bar instead of through it."""
+    """Write lines above a progress bar instead of through it."""
 
     def emit(self, record):
         from tqdm import tqdm
@@ -40,7 +41,7 @@ class _TerminalHandler(logging.StreamHandler):
 
 
 class ProgressBar:
-    """Audio seconds done of `name`, speed, time left and values; silent without a terminal."""
+    """Progress bar over seconds of audio, with speed, time left and values; needs a terminal."""
 
     def __init__(self, name: str, seconds: float, enabled: bool = True):
         from tqdm import tqdm

@@ -1,89 +1,68 @@
 #!/usr/bin/env python3
-"""How many times faster an LLM in int8 writes on a CPU than the same in float32, and its size.
+"""Speed and size of an LLM in int8 on a CPU, compared with float32.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/int8.py --shape 0.5B --batch 1 4 --json
 
-Random weights; both write word by word after the same prompts, in turns, in one process. The ratio
-is the median over rounds; `first` of the pass over the prompts, `words` of those after it.
+Random weights; both generate token by token after the same prompts, in turns, in one process.
+Ratios are of times, float over int8: of the forward pass over the prompts, and of those over the
+tokens after it.
 """
 
-import argparse
-import json
-import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
-from measure import DTYPES, SHAPES, make_llm, random_chat  # noqa: E402
-
-from speechllm.decoding.draft import verify_drafts  # noqa: E402
-from speechllm.int8 import INT8_FILE, int8_state, load_int8  # noqa: E402
-from speechllm.model import SpeechLLM  # noqa: E402
+import measure
 
 
-def make_both(shape: str, dtype: torch.dtype, folder: Path) -> dict[str, SpeechLLM]:
-    """The same LLM in `dtype` and in int8; writes the latter to `folder`."""
+def make_both(shape: str, dtype, folder: Path) -> tuple[dict, float]:
+    """Return the same LLM in float and in int8, and the ratio of their sizes on disk."""
+    from random_models import make_llm, random_chat
+    from safetensors.torch import save_file
+
+    from speechllm.models.int8 import INT8_FILE, int8_state, load_int8
+    from speechllm.models.speech_llm import SpeechLLM
+
     llm = make_llm(shape, dtype, "cpu")
     llm.config.save_pretrained(folder)
     save_file(int8_state(llm), folder / INT8_FILE)
-    int8 = load_int8(str(folder), dtype, "sdpa")
-    return {
-        name: SpeechLLM([], one, random_chat(shape)).eval()
-        for name, one in (("float", llm), ("int8", int8))
-    }
-
-
-def seconds(model: SpeechLLM, embeds: torch.Tensor, tokens: int) -> float:
-    start = time.perf_counter()
-    verify_drafts(
-        model, embeds, torch.ones(embeds.shape[:2], dtype=torch.bool), [None] * len(embeds), tokens
-    )
-    return time.perf_counter() - start
-
-
-def ratios(models: dict[str, SpeechLLM], batch: int, args) -> dict:
-    """Medians of the ratios of seconds, float over int8."""
-    width = models["float"].llm.config.hidden_size
-    embeds = 0.02 * torch.randn(batch, args.positions, width).to(DTYPES[args.dtype])
-    first, words = [], []
-    for _ in range(args.rounds):
-        ones = {name: seconds(model, embeds, 1) for name, model in models.items()}
-        alls = {name: seconds(model, embeds, args.tokens) for name, model in models.items()}
-        after = {name: alls[name] - ones[name] for name in models}
-        first.append(ones["float"] / ones["int8"])
-        words.append(after["float"] / after["int8"])
-    return {
-        "batch": batch, "first": round(statistics.median(first), 2),
-        "words": round(statistics.median(words), 2),
-    }  # fmt: skip
+    llms = {"float": llm, "int8": load_int8(str(folder), dtype, "sdpa")}
+    size = sum(parameter.numel() * parameter.element_size() for parameter in llm.parameters())
+    models = {name: SpeechLLM([], one, random_chat(shape)).eval() for name, one in llms.items()}
+    return models, (folder / INT8_FILE).stat().st_size / size
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.make_parser(__doc__)
+    measure.add_shape(parser, encoders=False)
     add = parser.add_argument
-    add("--shape", choices=list(SHAPES), default="tiny", help="of the LLM")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of what int8 is compared with")
     add("--batch", type=int, nargs="+", default=[1, 4], help="utterances at a time")
-    add("--positions", type=int, default=100, help="of a prompt: 100 are 14 s of speech")
-    add("--tokens", type=int, default=20, help="that are written")
-    add("--rounds", type=int, default=3, help="of which the median is taken")
-    add("--json", action="store_true", help="one JSON object a line")
+    add("--positions", type=int, default=100, help="length of a prompt: 100 for 14 s of speech")
+    add("--tokens", type=int, default=20, help="to generate")
     args = parser.parse_args(argv)
+    import torch  # heavy imports come after the flags are read
+
+    from speechllm.decoding.speculative import speculative_decode
+
+    dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        models = make_both(args.shape, DTYPES[args.dtype], Path(folder))
-        size = (Path(folder) / INT8_FILE).stat().st_size
-    parameters = list(models["float"].llm.parameters())
-    floats = sum(p.numel() * p.element_size() for p in parameters)
+        models, size_ratio = make_both(args.shape, dtype, Path(folder))
     for batch in args.batch:
-        line = ratios(models, batch, args) | {"size": round(size / floats, 3)}
-        print(json.dumps(line) if args.json else ", ".join(f"{k} {v}" for k, v in line.items()))
+        width = measure.SHAPES[args.shape][0]
+        embeds = 0.02 * torch.randn(batch, args.positions, width).to(dtype)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
+        cases = {
+            (name, count): lambda model=model, count=count: speculative_decode(
+                model, embeds, mask, [None] * len(embeds), count
+            )
+            for name, model in models.items()
+            for count in (1, args.tokens)
+        }
+        seconds = measure.median_seconds(cases, args.rounds)
+        prompt = {name: seconds[name, 1] for name in models}
+        tokens = {name: seconds[name, args.tokens] - prompt[name] for name in models}
+        for name, times in (("prompt", prompt), ("tokens", tokens)):
+            ratio = times["float"] / times["int8"]
+            measure.report(args.json, f"{name}, batch {batch}", ratio, size_ratio=size_ratio)
 
 
 if __name__ == "__main__":

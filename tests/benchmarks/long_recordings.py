@@ -1,116 +1,122 @@
 #!/usr/bin/env python3
-"""What cutting costs: the WER of clips joined to a long recording against that of the clips.
+"""WER of short recordings joined to a long one, compared with that of the short ones.
 
-    python tests/benchmarks/long_recordings.py --cuts my_cuts_test --exp-dir exp/mine …
+    python tests/benchmarks/long_recordings.py --cuts data/fbank/my_cuts_test.jsonl.gz \\
+      --exp-dir exp/mine
 
-Takes transcribe.py's flags for the model and the cutting. The clips of a cut file come again and
-again, in a new order each time, until they are --hours; each has 0.2 to --longest-quiet s more of
-its own quietest sound at both ends. They are transcribed one by one and joined. `lost` and
+Takes transcribe.py's flags for model, search and segmentation. The recordings of a cut file are
+repeated, in a new order each time, up to --hours; each is padded at both ends with 0.2 to
+--longest-pause s of its own quietest sound. They are transcribed one by one and joined. `lost` and
 `doubled` are words at the ends of segments: deleted there, or inserted there and equal to the word
-beyond the cut; of the clips the same is counted, as a recognizer errs at ends by itself.
+on the other side. The same is counted for the single recordings, since a recognizer also makes
+errors at their ends. `ratio` is the number of errors over that of the single recordings.
 """
 
-import argparse
-import json
 import random
-import sys
 from itertools import accumulate, cycle
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import measure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
-import transcribe  # noqa: E402
-from speechllm.cut_files import read_cuts  # noqa: E402
-from speechllm.features import SAMPLING_RATE  # noqa: E402
-from speechllm.scoring import align  # noqa: E402
-from speechllm.transcription.transcriber import Transcriber  # noqa: E402
+from speechllm.cli import add_options, from_args
+from speechllm.decoding.config import CheckpointConfig, SearchConfig
+from speechllm.errors import exit_on_user_error
+from speechllm.longform.config import LongformConfig
+from speechllm.models.config import ModelConfig, model_config
+from speechllm.scoring.wer import align
 
+SAMPLING_RATE = 16000  # Hz
 QUIET = SAMPLING_RATE // 5  # samples
 HOP = SAMPLING_RATE // 100
 
 
-def silence(samples: Tensor, length: int) -> Tensor:
-    """The quietest 0.2 s, back and forth."""
+def pause(samples, length: int):
+    """Return the quietest 0.2 s of samples (N,), repeated forwards and backwards."""
+    import torch
+
     size = min(QUIET, len(samples) // 4)
     energies = samples.unfold(0, size, HOP).square().mean(dim=1)
     quiet = samples[HOP * int(energies.argmin()) :][:size]
-    there_and_back = torch.cat([quiet, quiet.flip(0)])
-    return there_and_back.repeat(-(-length // len(there_and_back)))[:length]
+    both_ways = torch.cat([quiet, quiet.flip(0)])
+    return both_ways.repeat(-(-length // len(both_ways)))[:length]
 
 
-def clips(
-    path: Path, seconds: float, longest_quiet: float, rng: random.Random
-) -> list[tuple[Tensor, str]]:
-    """Samples and text of each, until they last so long."""
-    cuts, taken, total = list(read_cuts(path)), [], 0
+def padded_clips(path: Path, seconds: float, longest_pause: float, rng: random.Random) -> list:
+    """Return samples (N,) and text of enough padded recordings to last `seconds`."""
+    import torch
+
+    from speechllm.data.manifests import read_cuts
+
+    cuts, clips, total = list(read_cuts(path)), [], 0
     for number, _ in enumerate(cycle(cuts)):
-        if not number % len(cuts):
+        if number % len(cuts) == 0:
             order = rng.sample(cuts, len(cuts))
         cut = order[number % len(cuts)]
         samples = torch.from_numpy(cut.load_audio()[0])
         before, after = (
-            silence(samples, round(rng.uniform(0.2, longest_quiet) * SAMPLING_RATE)) for _ in "ab"
+            pause(samples, round(rng.uniform(0.2, longest_pause) * SAMPLING_RATE)) for _ in range(2)
         )
-        samples = torch.cat([before, samples, after])
-        taken.append((samples, cut.supervisions[0].text.lower()))
-        total += len(samples)
+        clips.append((torch.cat([before, samples, after]), cut.supervisions[0].text.lower()))
+        total += len(clips[-1][0])
         if total >= seconds * SAMPLING_RATE:
-            return taken
+            return clips
 
 
-def errors(reference: list[str], parts: list[str]) -> dict[str, int]:
-    """Of the hypothesis' parts: all errors, words lost and doubled where two of them meet."""
-    hypothesis = " ".join(parts).split()
-    borders = set(accumulate(len(part.split()) for part in parts[:-1]))
-    found, place = {"errors": 0, "lost": 0, "doubled": 0}, 0
-    for expected, heard in align(reference, hypothesis):
-        found["errors"] += expected != heard
-        found["lost"] += not heard and place in borders
+def count_errors(reference: list[str], segments: list[str]) -> dict[str, int]:
+    """Count all errors, and words lost and doubled where two segments meet."""
+    hypothesis = " ".join(segments).split()
+    boundaries = set(accumulate(len(segment.split()) for segment in segments[:-1]))
+    counts, position = {"errors": 0, "lost": 0, "doubled": 0}, 0
+    for expected, recognized in align(reference, hypothesis):
+        counts["errors"] += expected != recognized
+        counts["lost"] += not recognized and position in boundaries
         if not expected:
-            beyond = [hypothesis[place - 1]] if place in borders else []
-            beyond += [hypothesis[place + 1]] if place + 1 in borders else []
-            found["doubled"] += heard[0] in beyond
-        place += bool(heard)
-    return found
+            neighbours = [hypothesis[position - 1]] if position in boundaries else []
+            neighbours += [hypothesis[position + 1]] if position + 1 in boundaries else []
+            counts["doubled"] += recognized[0] in neighbours
+        position += bool(recognized)
+    return counts
 
 
+@exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    parser = transcribe.get_parser()
-    parser.description = __doc__
-    parser._remove_action(next(a for a in parser._actions if a.dest == "recordings"))
-    parser.add_argument("--cuts", type=Path, required=True, help="a cut file with audio and text")
-    parser.add_argument("--hours", type=float, default=1.0)
-    parser.add_argument("--longest-quiet", type=float, default=0.6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    transcribe.take_model_file(parser, argv)
+    parser = measure.make_parser(__doc__)
+    add = parser.add_argument
+    add("--cuts", type=Path, required=True, help="a cut file with audio and text")
+    add("--hours", type=float, default=1.0)
+    add("--longest-pause", type=float, default=0.6, help="seconds")
+    add("--seed", type=int, default=0)
+    for config in (LongformConfig, CheckpointConfig, SearchConfig, ModelConfig):
+        add_options(parser, config)
     args = parser.parse_args(argv)
-    taken = clips(args.cuts, 3600 * args.hours, args.longest_quiet, random.Random(args.seed))
-    transcriber = Transcriber(
-        transcribe.load_recognizer(args), args.max_segment, args.pause, args.max_duration
-    )
-    reference = " ".join(text for _, text in taken).split()
-    whole = torch.cat([samples for samples, _ in taken])
-    for name, sounds in (
-        ("clips", [(str(i), [samples]) for i, (samples, _) in enumerate(taken)]),
-        ("joined", [("joined", whole.split(10 * SAMPLING_RATE))]),
-    ):
-        transcriber.recognizer.start_counting()
-        transcripts = transcriber(sounds)
-        transcriber.recognizer.stop_counting()
-        parts = [segment.text for one in transcripts for segment in one.segments]
-        counted = errors(reference, parts)
-        print(json.dumps({
-            "name": name,
-            "seconds": round(sum(one.seconds for one in transcripts), 1),
-            "parts": len(parts),
-            "words": len(reference),
-            "wer": round(100 * counted["errors"] / len(reference), 2),
-            **counted,
-            "rtfx": round(transcriber.recognizer.rtfx, 1),
-        }), flush=True)  # fmt: skip
+    import torch  # heavy imports come after the flags are read
+
+    from speechllm.longform.transcriber import load_transcriber
+
+    rng = random.Random(args.seed)
+    clips = padded_clips(args.cuts, 3600 * args.hours, args.longest_pause, rng)
+    checkpoint = from_args(CheckpointConfig, args)
+    transcriber = load_transcriber(
+        model_config(args, checkpoint.exp_dir), checkpoint,
+        from_args(SearchConfig, args), from_args(LongformConfig, args),
+    )  # fmt: skip
+    reference = " ".join(text for _, text in clips).split()
+    whole = torch.cat([samples for samples, _ in clips])
+    inputs = {
+        "single recordings": [(str(i), [samples]) for i, (samples, _) in enumerate(clips)],
+        "joined": [("joined", whole.split(10 * SAMPLING_RATE))],
+    }
+    first = None
+    for name, recordings in inputs.items():
+        transcripts = transcriber(recordings)
+        segments = [segment.text for one in transcripts for segment in one.segments]
+        counts = count_errors(reference, segments)
+        first = first or counts["errors"] or 1
+        measure.report(
+            args.json, name, counts["errors"] / first, wer=100 * counts["errors"] / len(reference),
+            seconds=len(whole) / SAMPLING_RATE, segments=len(segments), words=len(reference),
+            **counts,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

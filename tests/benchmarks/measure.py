@@ -1,69 +1,109 @@
-"""What the benchmarks share: LLMs of random weights in known shapes, and peak memory."""
+"""Shared by the benchmarks: import paths, flags, output, time and memory.
 
+Importing it makes src/ and local/ importable, and imports torch nowhere.
+"""
+
+import argparse
 import ctypes
 import gc
+import json
+import random
 import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+# ruff: noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("src", "local")]
+from speechllm.cli import Parser
+from speechllm.models.zipformer.config import SIZES
 
-from speechllm.prompt import ChatIds
-
-SHAPES = {  # hidden size, layers, heads, heads of keys and values, feed-forward, vocabulary
+SHAPES = {  # hidden size, layers, heads, key-value heads, feed-forward, vocabulary
     "tiny": (192, 3, 3, 1, 512, 512),
     "0.5B": (896, 24, 14, 2, 4864, 151936),
     "1.5B": (1536, 28, 12, 2, 8960, 151936),
 }
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def make_llm(shape: str, dtype: torch.dtype, device: str) -> Qwen2ForCausalLM:
-    """A Qwen2 of this shape; the same random weights each time."""
-    hidden, layers, heads, kv_heads, feed_forward, vocabulary = SHAPES[shape]
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=feed_forward,
-        max_position_embeddings=4096, tie_word_embeddings=True,
-    )  # fmt: skip
-    llm = Qwen2ForCausalLM(config).to(device, dtype)
-    llm.generation_config = GenerationConfig()
-    return llm
+def make_parser(description: str | None, rounds: int = 3) -> argparse.ArgumentParser:
+    parser = Parser(description)
+    parser.add_argument("--rounds", type=int, default=rounds, help="the median is reported")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per line")
+    return parser
 
 
-def random_chat(shape: str) -> ChatIds:
-    """As many ids around the speech as the real chat has."""
-    vocabulary = SHAPES[shape][-1]
-    before, after = (vocabulary - 3, 3, 4), (vocabulary - 1, 4, vocabulary - 3, 5, 4)
-    return ChatIds(before, (6, 7, 8), after, end=vocabulary - 1, pad=vocabulary - 2)
+def add_shape(parser: argparse.ArgumentParser, encoders: bool = True) -> None:
+    """Add the flags of a model with random weights."""
+    add, dtypes = parser.add_argument, ("float32", "bfloat16", "float16")
+    add("--shape", choices=list(SHAPES), default="tiny", help="shape of the LLM")
+    add("--dtype", choices=dtypes, default="float32", help="of the LLM and of autocast")
+    if encoders:
+        add("--encoder", choices=list(SIZES), default="tiny", help="size of the encoders")
+        add("--encoders", type=int, default=1, help="several: trained with a quarter dropped")
+
+
+def report(as_json: bool, name: str, ratio: float, **values: Any) -> None:
+    """Print a result: what was measured, the ratio that matters, and further values."""
+    line = {"name": name, "ratio": round(ratio, 3)}
+    line |= {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+    text = ", ".join(f"{key} {value}" for key, value in list(line.items())[1:])
+    print(json.dumps(line) if as_json else f"{name}: {text}", flush=True)
+
+
+def median_seconds(
+    cases: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu"
+) -> dict[str, float]:
+    """Run the cases in turns and return the median time of each; a first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(rounds + 1):
+        for name, run in cases.items():
+            random.seed(turn)  # the same random choices for all cases
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 def return_memory(device: str, at_once: bool) -> None:
-    """Whether what is freed goes back to the system at once (slower), or glibc keeps a lot of it.
+    """Set whether freed memory returns to the system at once (slower) or glibc keeps much of it.
 
-    To be called before anything is measured: what is kept stays.
+    Call it before measuring: memory that is kept stays so.
     """
     if device == "cpu":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16 if at_once else 2**25)
 
 
-def forget_peak(device: str) -> None:
-    """Begin to measure memory; what is free goes back to the system first."""
+def peak_gib(run: Callable[[], Any], device: str) -> float:
+    """Run something and return the peak memory, weights included, in GiB; on a CPU, Linux only."""
     gc.collect()
     if device == "cuda":
-        torch.cuda.synchronize()
+        import torch
+
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats()
-    else:  # Linux: the peak is what is used now
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: str) -> float:
-    """Most memory since `forget_peak`, weights included, GiB; what runs on a GPU has finished."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+        run()
+        synchronize(device)
         return torch.cuda.max_memory_allocated() / 2**30
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the current value
+    run()
+    return process_mib("VmHWM") / 2**10
+
+
+def process_mib(field: str = "VmRSS") -> float:
+    """Return memory of this process in MiB: VmRSS, current, or VmHWM, peak."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 2**10

@@ -1,10 +1,10 @@
-"""Models with one and with two encoders, and what they hear."""
+"""Models with one and with two encoders, features, and their greedy hypotheses."""
 
 import pytest
 import torch
 from naive import LENGTH, LENS, make_model, naive_beam
 
-from speechllm.prompt import prompt_ids
+from speechllm.models.prompt import prompt_ids
 
 
 @pytest.fixture(scope="module", params=[1, 2])

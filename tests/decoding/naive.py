@@ -1,11 +1,11 @@
-"""A small model, and searches that compute everything anew for each token."""
+"""A small model, and naive searches that recompute everything for each token."""
 
 import torch
 
-from speechllm.llm import load_llm, prepare_llm
-from speechllm.model import SpeechLLM
-from speechllm.prompt import chat_ids
-from speechllm.zipformer import load_encoder
+from speechllm.models.llm import load_llm, prepare_llm
+from speechllm.models.prompt import build_chat_template
+from speechllm.models.speech_llm import SpeechLLM
+from speechllm.models.zipformer.checkpoint import load_encoder
 
 LENS = torch.tensor([160, 61, 122])
 LENGTH = 8  # most tokens of a hypothesis here
@@ -16,7 +16,7 @@ def make_model(llm_dir, encoder_dir, encoder_size, n):
     llm, tokenizer = load_llm(str(llm_dir))
     torch.manual_seed(0)
     llm = prepare_llm(llm, unfreeze=True, use_lora=True)
-    model = SpeechLLM([e.freeze() for e in encoders], llm, chat_ids(tokenizer)).eval()
+    model = SpeechLLM([e.freeze() for e in encoders], llm, build_chat_template(tokenizer)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or "projector" in name:
@@ -26,7 +26,7 @@ def make_model(llm_dir, encoder_dir, encoder_size, n):
 
 @torch.no_grad()
 def log_probs(model, prompt, answers):
-    """Of the next token after each of N answers of one length: (N, V)."""
+    """Return the log-probabilities of the next token after N answers of one length: (N, V)."""
     answers = model.llm.get_input_embeddings()(torch.tensor(answers, dtype=torch.long))
     embeds = torch.cat([prompt.expand(len(answers), -1, -1), answers], dim=1)
     return model.llm(inputs_embeds=embeds, use_cache=False).logits[:, -1].log_softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""The job script with a Slurm of four lines: what it starts, passes on and asks for."""
+"""The Slurm job script, with stubs of Slurm's commands."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ for _ in range(600): time.sleep(0.1) if os.path.exists('training') else sys.exit
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """The script as a job of two nodes, whose ranks are one process."""
+    """The script as a job of two nodes; all ranks are one process."""
     commands = {
         "srun": SRUN,
         "scontrol": 'echo "scontrol $*" >>log; [ $1 = requeue ] || printf "a7\\na8\\n"',
@@ -52,7 +52,7 @@ def log(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_ranks_are_told_to_stop_and_the_job_is_queued_again(job, tmp_path, number):
+def test_signals_stop_the_ranks_and_requeue_the_job(job, tmp_path, number):
     job.send_signal(number)
     assert job.wait(30) == 0
     assert log(tmp_path) == [
@@ -64,7 +64,7 @@ def test_ranks_are_told_to_stop_and_the_job_is_queued_again(job, tmp_path, numbe
     ]
 
 
-def test_a_training_that_fails_is_not_queued_again(job, tmp_path):
+def test_a_failed_training_is_not_requeued(job, tmp_path):
     (tmp_path / "training").unlink()
     assert job.wait(30) == 3
     assert not any("requeue" in line for line in log(tmp_path))

@@ -1,42 +1,36 @@
 """A tiny model to serve."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import soundfile
-from former_logging import former_logging
-from running import Held, client_of, running
+from running import HeldWorker, client_of, running, service_of
 
-from speechllm.features import SAMPLING_RATE
-from speechllm.serving.app import Service
-from speechllm.transcription.audio import audio_blocks
-
-
-@pytest.fixture(scope="session")
-def serve_argv(tiny_transcribe_argv, tiny_exp, tiny_encoder_dir):
-    """Flags of serve.py for the tiny model, whose encoder has a CTC head."""
-    return [
-        *tiny_transcribe_argv(tiny_exp),
-        "--speech-encoder-bpe-path", str(tiny_encoder_dir / "bpe.model"),
-        "--max-segment", "3", "--max-duration", "20", "--language", "en", "--model-name", "tiny",
-    ]  # fmt: skip
+from speechllm.audio.fbank import SAMPLING_RATE
+from speechllm.audio.resample import audio_blocks
+from speechllm.decoding.config import CheckpointConfig, SearchConfig
+from speechllm.longform.config import LongformConfig
+from speechllm.longform.transcriber import load_transcriber
+from speechllm.models.config import load_model_config
+from speechllm.serving.service import Service
 
 
 @pytest.fixture(scope="session")
-def transcriber(serve_argv):
-    import serve
-
-    with former_logging():
-        return serve.load_transcriber(serve.get_parser().parse_args(serve_argv))
+def transcriber(tiny_exp, tiny_encoder_dir):
+    """A transcriber of the tiny model with its CTC head, for English."""
+    bpe_path = str(tiny_encoder_dir / "bpe.model")
+    return load_transcriber(
+        replace(load_model_config(tiny_exp), speech_encoder_bpe_path=bpe_path, language="en"),
+        CheckpointConfig(tiny_exp, checkpoint="epoch-2.pt", use_fp16=False),
+        SearchConfig(max_new_tokens=6, guard="stop"),
+        LongformConfig(max_segment_duration=3.0, max_duration=20.0),
+    )
 
 
 @pytest.fixture(scope="session")
-def service(transcriber):
-    return Service(transcriber, "tiny")
-
-
-@pytest.fixture(scope="session")
-def url(service):
-    with running(service) as url:
+def url(transcriber):
+    with running(service_of(transcriber)) as url:
         yield url
 
 
@@ -47,18 +41,18 @@ def client(url):
 
 @pytest.fixture
 def held(transcriber):
-    """A function from limits to a service whose worker is held."""
-    held = []
+    """A function from limits to a service whose worker waits for `go`."""
+    workers = []
 
     def make(**limits) -> Service:
-        service = Service(transcriber, "tiny", **limits)
+        service = service_of(transcriber, **limits)
         service.worker.close()
-        service.worker = Held(transcriber, service.metrics.batch_parts.observe)
-        held.append(service.worker)
+        service.worker = HeldWorker(transcriber, service.metrics.batch_parts.observe)
+        workers.append(service.worker)
         return service
 
     yield make
-    for worker in held:
+    for worker in workers:
         worker.go.set()
         worker.close()
 
@@ -70,7 +64,7 @@ def clip(tiny_corpus):
 
 @pytest.fixture(scope="session")
 def alone(transcriber):
-    """What the transcriber says of a file by itself."""
+    """A function from a file to its transcript without the server."""
     return lambda path: transcriber([(path.name, audio_blocks(path))])[0]
 
 
@@ -79,5 +73,5 @@ def long_clip(tiny_corpus, tmp_path_factory):
     """Clips joined to 12 s or more."""
     clips = [soundfile.read(tiny_corpus / "audio" / f"train-{i}.wav")[0] for i in range(12)]
     path = tmp_path_factory.mktemp("long") / "long.wav"
-    soundfile.write(path, np.concatenate(clips), SAMPLING_RATE)
+    soundfile.write(path, np.concatenate(clips), SAMPLING_RATE, subtype="PCM_16")
     return path

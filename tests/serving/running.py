@@ -4,16 +4,21 @@ import threading
 import time
 from contextlib import contextmanager
 
-import openai
 import uvicorn
 
-from speechllm.serving.app import Service, create_app
-from speechllm.serving.worker import Worker
+from speechllm.serving.app import create_app
+from speechllm.serving.batcher import Worker
+from speechllm.serving.config import ServerConfig
+from speechllm.serving.service import Service
+
+
+def service_of(transcriber, token: str | None = None, **limits) -> Service:
+    return Service(transcriber, ServerConfig(model_name="tiny", **limits), token)
 
 
 @contextmanager
 def running(service: Service):
-    """The base URL of a server; it is stopped as by SIGTERM."""
+    """Yield the URL of a running server; it is stopped as by SIGTERM."""
     config = uvicorn.Config(create_app(service), port=0, log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -28,14 +33,16 @@ def running(service: Service):
         thread.join()
 
 
-def client_of(url: str, token: str = "none") -> openai.OpenAI:
+def client_of(url: str, token: str = "none"):
+    import openai  # not installed for --fast
+
     return openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0)
 
 
-class Held(Worker):
-    """A worker that waits for `go` before each batch; after `only` batches it waits again."""
+class HeldWorker(Worker):
+    """A worker that waits for `go` before each batch, and again after `pause_after` batches."""
 
-    only: int | None = None
+    pause_after: int | None = None
 
     def __init__(self, *args):
         self.go, self.batches = threading.Event(), []
@@ -43,22 +50,22 @@ class Held(Worker):
 
     def _next_batch(self):
         self.go.wait()
-        while not self.waiting.empty():
-            self._take_waiting()
+        while not self.submitted.empty():
+            self._accept_jobs()
         batch = super()._next_batch()
-        self.batches.append([part.job.name for part in batch])
-        if len(self.batches) == self.only:
+        self.batches.append([job.name for job, _ in batch])
+        if len(self.batches) == self.pause_after:
             self.go.clear()
         return batch
 
 
-def transcribed(client, path, **asked):
+def transcribed(client, path, **options):
     with open(path, "rb") as file:
-        return client.audio.transcriptions.create(model="tiny", file=file, **asked)
+        return client.audio.transcriptions.create(model="tiny", file=file, **options)
 
 
 def eventually(condition) -> bool:
-    """Whether it comes true; other threads need some moments."""
+    """Wait up to 10 s for a condition that other threads make true."""
     for _ in range(2000):
         if condition():
             return True

@@ -1,34 +1,36 @@
-"""Which checkpoint is gone on from, and what is said of it."""
+"""Checkpoints of a training: which is resumed from, kept, archived, and room for them."""
 
-import argparse
+import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from speechllm.checkpoints import checkpoint_path, epoch_path, load_checkpoint, numbered_files
+from speechllm.data.config import TrainDataConfig
 from speechllm.errors import InputError
-from speechllm.training.checkpoint import (
-    TrainState,
-    average_checkpoints,
-    checkpoint_path,
-    epoch_path,
-    load_checkpoint,
-    numbered_files,
-    save_checkpoint,
-)
+from speechllm.training.config import TrainConfig
 from speechllm.training.resume import (
+    Start,
+    TrainState,
+    archive_later_checkpoints,
     check_optimizer,
-    for_ranks,
-    move_aside,
+    check_room,
+    copy_best,
+    find_start,
     order_of,
-    say_what_differs,
-    start_of_training,
+    remove_partial_checkpoints,
+    save_checkpoint,
+    sums_for_ranks,
+    warn_if_order_changed,
 )
 
 RESUME = {"optimizer": {}, "scheduler": {}, "grad_scaler": {}}
 
 
 def save(path, epoch, steps, batches=0):
-    """A model full of the number of steps."""
     model = {"weight": torch.full((2,), float(steps))}
     save_checkpoint(path, model, TrainState(epoch, steps, batches_in_epoch=batches), **RESUME)
 
@@ -44,131 +46,163 @@ def exp_dir(tmp_path):
 
 
 def start(exp_dir, resume="auto", start_epoch=1):
-    said = []
-    found = start_of_training(resume, exp_dir, start_epoch, said.append)
-    return found and found.name, said
+    """Return the name of the checkpoint that a training resumes from."""
+    found = find_start(TrainConfig(exp_dir, resume=resume, start_epoch=start_epoch)).path
+    return found and found.name
 
 
-def test_numbers(exp_dir):
+def test_the_newest_checkpoint_is_resumed_from(exp_dir):
     (exp_dir / "epoch-2-avg-1.pt").touch()
     (exp_dir / "checkpoint-x.pt").touch()
     assert list(numbered_files(exp_dir, "checkpoint")) == [24, 20, 18, 12]
-    assert list(numbered_files(exp_dir, "epoch")) == [2, 1]
-
-
-def test_the_newest_is_taken_and_of_equals_the_epoch(exp_dir):
-    assert start(exp_dir) == start(exp_dir, "must") == ("checkpoint-24.pt", [])
+    assert start(exp_dir) == start(exp_dir, "must") == "checkpoint-24.pt"
     checkpoint_path(exp_dir, 24).unlink()
-    assert start(exp_dir) == ("epoch-2.pt", [])
+    assert start(exp_dir) == "epoch-2.pt"
     epoch_path(exp_dir, 2).unlink()
-    assert start(exp_dir) == ("checkpoint-20.pt", [])
+    assert start(exp_dir) == "checkpoint-20.pt"
 
 
-def test_nothing_to_go_on_from(tmp_path):
-    assert start(tmp_path) == start(tmp_path / "none") == start(tmp_path, "never") == (None, [])
-    with pytest.raises(FileNotFoundError, match=f"--resume must: .* no checkpoint in {tmp_path}"):
+def test_without_checkpoints_a_training_starts_from_scratch(tmp_path):
+    assert start(tmp_path) is start(tmp_path / "none") is start(tmp_path, "never") is None
+    with pytest.raises(FileNotFoundError, match=f"--resume must: no checkpoint in {tmp_path}"):
         start(tmp_path, "must")
-    with pytest.raises(FileNotFoundError, match="epoch-2.pt is missing: --start-epoch 3 needs it"):
-        start(tmp_path, "never", 3)
 
 
 def test_start_epoch(exp_dir):
-    assert start(exp_dir, "never") == (None, [])
-    assert start(exp_dir, "never", 2) == ("epoch-1.pt", [])
-    assert start(exp_dir, "auto", 2) == ("checkpoint-24.pt", [])
-    with pytest.raises(FileNotFoundError, match="epoch-3.pt is missing: --start-epoch 4 needs it"):
-        start(exp_dir, "auto", 4)
+    assert start(exp_dir, "never") is None
+    assert start(exp_dir, "never", 2) == "epoch-1.pt"
+    assert start(exp_dir, "auto", 2) == "checkpoint-24.pt"
+    for resume in ("auto", "never"):
+        with pytest.raises(FileNotFoundError, match="epoch-3.pt is missing: --start-epoch 4 needs"):
+            start(exp_dir, resume, 4)
 
 
-def test_what_is_damaged_is_named_and_the_one_before_is_taken(exp_dir):
+def test_damaged_checkpoints_are_logged_and_skipped(exp_dir, caplog):
     path = checkpoint_path(exp_dir, 24)
     path.write_bytes(path.read_bytes()[:700])
-    found, [sentence] = start(exp_dir)
-    assert found == "epoch-2.pt"
-    assert sentence.startswith(f"Left out: {path} cannot be read as a checkpoint")
+    assert start(exp_dir) == "epoch-2.pt"
+    assert f"Skipped checkpoint: {path} cannot be read as a checkpoint" in caplog.text
     epoch_path(exp_dir, 2).write_bytes(b"")
-    found, said = start(exp_dir)
-    assert found == "checkpoint-20.pt"
-    assert [f"{name}.pt" in line for name, line in zip(("point-24", "epoch-2"), said)] == [True] * 2
+    assert start(exp_dir) == "checkpoint-20.pt"
+    assert "epoch-2.pt cannot be read" in caplog.text
 
 
-def test_a_model_alone_is_not_gone_on_from(tmp_path):
+def test_a_file_with_only_a_model_is_not_resumed_from(tmp_path):
     save_checkpoint(epoch_path(tmp_path, 2), {"weight": torch.zeros(1)}, TrainState())
-    with pytest.raises(InputError, match="epoch-2.pt has no optimizer .*; there is no other one"):
+    with pytest.raises(InputError, match="epoch-2.pt has no optimizer .* has no other checkpoint"):
         start(tmp_path)
     save(epoch_path(tmp_path, 1), 1, 10)
-    assert start(tmp_path)[0] == "epoch-1.pt"
+    assert start(tmp_path) == "epoch-1.pt"
 
 
-def test_what_is_left_of_a_former_training_is_moved_aside(exp_dir):
-    folder = move_aside(exp_dir, TrainState(epoch=1, batch_idx_train=12, batches_in_epoch=2))
+def test_later_checkpoints_are_archived(exp_dir):
+    state = TrainState(epoch=1, batch_idx_train=12, batches_in_epoch=2)
+    folder = archive_later_checkpoints(exp_dir, state)
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoint-18.pt", "checkpoint-20.pt", "checkpoint-24.pt", "epoch-2.pt",
     ]  # fmt: skip
-    assert start(exp_dir) == ("checkpoint-12.pt", [])
-    assert move_aside(exp_dir, TrainState(epoch=2, batch_idx_train=20)) is None
+    assert start(exp_dir) == "checkpoint-12.pt"
+    assert archive_later_checkpoints(exp_dir, TrainState(epoch=2, batch_idx_train=20)) is None
 
 
-def test_another_kind_of_optimizer(tmp_path):
-    group = torch.optim.SGD([torch.zeros(1)]).param_groups[0]
-    options = {name: value for name, value in group.items() if name != "params"}
-    same = {"optimizer": {"param_groups": [{**options, "params": [0], "initial_lr": 0.1}]}}
-    check_optimizer(same, tmp_path, "sgd", group)
-    other = {"optimizer": {"param_groups": [{**options, "betas": (0.9, 0.98)}]}}
-    with pytest.raises(InputError, match="x.pt is of another optimizer than --optimizer sgd"):
-        check_optimizer(other, tmp_path / "x.pt", "sgd", group)
+def test_another_optimizer_is_an_error(tmp_path):
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    [group] = optimizer.state_dict()["param_groups"]
+
+    def check(**more):
+        saved = {"optimizer": {"param_groups": [{**group, "initial_lr": 0.1, **more}]}}
+        check_optimizer(Start(tmp_path / "x.pt", saved), "sgd", optimizer)
+
+    check()
+    with pytest.raises(InputError, match="x.pt was written with another .*--optimizer sgd"):
+        check(betas=(0.9, 0.98))
 
 
-def test_other_batches_are_said(caplog):
-    def said(then, now, batches=3):
+def test_another_order_of_batches_is_warned_of(caplog):
+    def warning(saved, batches=3):
         caplog.clear()
-        order = order_of(argparse.Namespace(**now))
-        before = {"order": order_of(argparse.Namespace(**then))}
-        say_what_differs(order, before, TrainState(2, batches_in_epoch=batches))
+        state = TrainState(2, batches_in_epoch=batches)
+        warn_if_order_changed(order_of(TrainDataConfig(), 42), Start(None, {"order": saved}, state))
         return caplog.text
 
-    now = {"max_duration": 200.0, "seed": 42}
-    assert said(now, now) == ""
-    text = said({"max_duration": 100.0, "seed": 42}, now)
-    assert "Epoch 2 goes on in another order" in text
-    assert "--max-duration was 100.0, now 200.0" in text and "--seed" not in text
-    assert said({"max_duration": 100.0, "seed": 42}, now, batches=0) == ""
+    now = order_of(TrainDataConfig(), 42)
+    assert warning(now) == warning({}) == ""
+    changed = order_of(TrainDataConfig(max_duration=100.0), 42)
+    assert "Epoch 2 resumes with another order of batches" in warning(changed)
+    assert "--max-duration was 100.0, now 200.0" in caplog.text and "--seed" not in caplog.text
+    assert warning(changed, batches=0) == ""
 
 
-def test_another_number_of_ranks(caplog):
+def test_checkpoints_with_former_names_are_understood(caplog):
+    """As written before the flags were renamed; unset options were empty strings."""
+    order = order_of(TrainDataConfig(), 42)
+    former = {"max_batch_tokens": "max_tokens", "min_duration": "min_utterance",
+              "max_utterance_duration": "max_utterance"}  # fmt: skip
+    saved = {former.get(name, name): value for name, value in order.items()} | {"shar_dir": ""}
+    start = Start(None, {"order": saved, "bad": {"no-text": 2}}, TrainState(2, batches_in_epoch=3))
+    warn_if_order_changed(order, start)
+    assert caplog.text == ""
+    assert start.invalid == {"no-text": 2}
+    saved["max_tokens"] = "5"
+    warn_if_order_changed(order, start)
+    assert "--max-batch-tokens was 5, now 0" in caplog.text
+
+
+def test_metrics_move_to_another_number_of_ranks(caplog):
     sums = torch.tensor([[1.0, 2.0], [10.0, 20.0]])
     state = TrainState(3, batches_in_epoch=5)
-    assert for_ranks(state, sums, 2) is sums
+    assert sums_for_ranks(state, sums, 2) is sums
     assert (state.batches_in_epoch, caplog.text) == (5, "")
-    assert for_ranks(state, sums, 1).tolist() == [[11.0, 22.0]]
+    assert sums_for_ranks(state, sums, 1).tolist() == [[11.0, 22.0]]
     assert state.batches_in_epoch == 10
-    assert "This training had 2 ranks and has 1" in caplog.text
-    assert "epoch 3 goes on after 10 batches of each rank instead of 5" in caplog.text
-    four = for_ranks(state, sums[:1], 4)
+    assert "Resuming with 1 ranks instead of 2" in caplog.text
+    assert "epoch 3 continues after 10 batches per rank instead of 5" in caplog.text
+    four = sums_for_ranks(state, sums[:1], 4)
     assert four.tolist() == [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
     assert state.batches_in_epoch == 2
 
 
-# Averages of checkpoints
+# ---- files
 
 
-@pytest.mark.parametrize(("iteration", "avg", "mean"), [(24, 1, 24), (20, 2, 19), (24, 4, 18.5)])
-def test_averages_of_checkpoints(exp_dir, iteration, avg, mean):
-    model, path = average_checkpoints(exp_dir, iteration, avg)
-    assert model["weight"].tolist() == [mean, mean]
-    name = f"iter-{iteration}-avg-{avg}.pt" if avg > 1 else f"checkpoint-{iteration}.pt"
-    assert path == exp_dir / name
-    assert torch.equal(load_checkpoint(path)["model"]["weight"], model["weight"])
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_epochs_are_copied(tmp_path, monkeypatch, links):
+    def no_link(*args):
+        raise OSError("not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_link)
+    bests = [(1, 1), (2, 1), (2, 3)]  # best epochs in training and validation after each epoch
+    for epoch, (train, valid) in enumerate(bests, 1):
+        save(epoch_path(tmp_path, epoch), epoch, epoch)
+        copy_best(tmp_path, TrainState(epoch, best_train_epoch=train, best_valid_epoch=valid))
+        found = [load_checkpoint(tmp_path / f"best-{kind}-loss.pt") for kind in ("train", "valid")]
+        assert [one["epoch"] for one in found] == [train, valid]
+    save(epoch_path(tmp_path, 2), 2, 99)  # overwritten, as in a second training
+    assert load_checkpoint(tmp_path / "best-train-loss.pt")["batch_idx_train"] == 2
+    assert not list(tmp_path.glob(".part-*"))
 
 
-@pytest.mark.parametrize(
-    ("iteration", "avg", "sentence"),
-    [
-        (19, 1, "checkpoint-19.pt is missing in .*, there are: 12, 18, 20, 24"),
-        (18, 3, "has 2 of the 3 checkpoints that --iter 18 --avg 3 needs, there are: 12, 18"),
-        (18, -1, "--iter 18 --avg -1 averages nothing"),
-    ],
-)
-def test_averages_that_cannot_be(exp_dir, iteration, avg, sentence):
-    with pytest.raises((FileNotFoundError, InputError), match=sentence):
-        average_checkpoints(exp_dir, iteration, avg)
+def test_the_disk_needs_room_for_two_checkpoints(tmp_path, monkeypatch, caplog):
+    parameters = [nn.Parameter(torch.zeros(1_000_000)), nn.Parameter(torch.zeros(9), False)]
+    size = 3 * 4e6  # the first, and twice as much for the optimizer
+
+    def check(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        check_room(tmp_path, parameters, 10)
+
+    check(10 * size)
+    assert caplog.text == ""
+    check(9.9 * size)
+    assert "needs 0.12 GB more for 10 checkpoints, 0.12 GB are free" in caplog.text
+    with pytest.raises(InputError, match="needs 0.02 GB more for two checkpoints, 0.01 GB are"):
+        check(1.2 * size)
+
+
+def test_partial_checkpoints_are_removed(tmp_path):
+    kept = [".part-7-epoch-3-avg-2.pt", ".part-8-notes.txt", "epoch-1.pt"]
+    gone = [".part-7-epoch-3.pt", ".part-9-checkpoint-40.pt", ".part-9-best-valid-loss.pt"]
+    for name in kept + gone:
+        (tmp_path / name).touch()
+    remove_partial_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

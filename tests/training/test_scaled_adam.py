@@ -1,23 +1,22 @@
-"""ScaledAdam against the golden trajectory, a literal reading of the recipe, and in use."""
+"""ScaledAdam against the golden trajectory and a literal implementation of the recipe."""
 
 import copy
 import io
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from golden_files import golden_path
 from golden_scaled_adam import trajectory_error
 
 from speechllm.training.scaled_adam import ScaledAdam
 
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "goldens" / "scaled_adam.pt"
 SHAPES = dict.fromkeys(("a", "b", "zero", "big"), (6, 4)) | {"bias": (5,), "kernel": (2, 3, 3)}
 ONE_ELEMENT = {"scalar": (), "one": (1,)}
 
 
 def random_params(seed=0):
-    """Parameters by name; `zero` starts at zero, as LoRA's B, `big` above the largest size."""
+    """Return parameters by name; `zero` is zero, like LoRA's B, `big` above the largest size."""
     generator = torch.Generator().manual_seed(seed)
     params = {
         name: torch.nn.Parameter(0.3 * torch.randn(shape, generator=generator))
@@ -29,7 +28,7 @@ def random_params(seed=0):
 
 
 def random_grads(params, steps, seed=1):
-    """`steps` dicts of gradients by name; every fifth is thirty times as large."""
+    """Return `steps` dicts of gradients by name; every fifth is thirty times larger."""
     generator = torch.Generator().manual_seed(seed)
     return [
         {
@@ -53,7 +52,7 @@ def assert_same(params, others):
 
 
 def by_the_book(params, all_grads, lr, clipping_scale):
-    """The recipe's section "ScaledAdam", word by word, in float64: one group, no batching."""
+    """Follow the recipe's section "ScaledAdam" literally, in float64: one group, no batching."""
     beta1, beta2, eps = 0.9, 0.98, 1e-8
     params = {name: p.detach().double() for name, p in params.items()}
     rms = {name: p.square().mean().sqrt() for name, p in params.items()}
@@ -99,13 +98,13 @@ def by_the_book(params, all_grads, lr, clipping_scale):
     return params
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason=f"{GOLDEN} is absent")
 def test_golden_trajectory():
-    assert trajectory_error(torch.load(GOLDEN, weights_only=True)) <= 1e-6
+    golden = torch.load(golden_path("scaled_adam.pt"), weights_only=True)
+    assert trajectory_error(golden) <= 1e-6
 
 
 @pytest.mark.parametrize("clipping_scale", [2.0, 0.7, None])
-def test_as_the_recipe_says(clipping_scale):
+def test_steps_equal_the_recipe(clipping_scale):
     params = random_params()
     all_grads = random_grads(params, steps=330)  # beyond 1 - β2^t = 0.99, and three thresholds
     if clipping_scale is not None:
@@ -117,21 +116,12 @@ def test_as_the_recipe_says(clipping_scale):
         torch.testing.assert_close(params[name].double(), expected[name], atol=1e-5, rtol=1e-5)
 
 
-def test_clipping_scale_none_and_large_agree():
-    """Without outliers to clip, clipping changes nothing: it is a factor of exactly 1."""
-    clipped, free = random_params(), random_params()
-    all_grads = random_grads(clipped, steps=30)
-    run(ScaledAdam(clipped.values(), clipping_scale=1e6), clipped, all_grads)
-    run(ScaledAdam(free.values(), clipping_scale=None), free, all_grads)
-    assert_same(clipped, free)
-
-
 @pytest.mark.parametrize("pause", [7, 10, 57, 100])
-def test_round_trip_continues_bit_for_bit(pause):
-    """Through a file read with weights_only, stopped at any phase of size and clipping."""
-    undisturbed = random_params()
-    all_grads = random_grads(undisturbed, steps=150)
-    run(ScaledAdam(undisturbed.values()), undisturbed, all_grads)
+def test_resuming_continues_bit_for_bit(pause):
+    """Resume from a file read with weights_only, at any phase of size and clipping."""
+    uninterrupted = random_params()
+    all_grads = random_grads(uninterrupted, steps=150)
+    run(ScaledAdam(uninterrupted.values()), uninterrupted, all_grads)
 
     params = random_params()
     optimizer = ScaledAdam(params.values())
@@ -146,24 +136,10 @@ def test_round_trip_continues_bit_for_bit(pause):
     optimizer = ScaledAdam(resumed.values(), lr=1.0)
     optimizer.load_state_dict(saved["optimizer"])
     run(optimizer, resumed, all_grads[pause:])
-    assert_same(resumed, undisturbed)
+    assert_same(resumed, uninterrupted)
 
 
-def test_loading_copies():
-    """Two optimizers, one loaded from the other's live state, do not disturb each other."""
-    params = random_params()
-    all_grads = random_grads(params, steps=30)
-    optimizer = ScaledAdam(params.values())
-    run(optimizer, params, all_grads[:13])
-    twins = copy.deepcopy(params)
-    twin = ScaledAdam(twins.values())
-    twin.load_state_dict(optimizer.state_dict())
-    run(optimizer, params, all_grads[13:])
-    run(twin, twins, all_grads[13:])
-    assert_same(twins, params)
-
-
-def test_stacking_and_order_do_not_matter(monkeypatch):
+def test_stacking_and_order_change_nothing(monkeypatch):
     params = random_params()
     all_grads = random_grads(params, steps=60)
     run(ScaledAdam(params.values()), params, all_grads)
@@ -178,29 +154,7 @@ def test_stacking_and_order_do_not_matter(monkeypatch):
         torch.testing.assert_close(singly[name], params[name], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("when", [0, 5, 25])
-def test_bad_gradient_counts_as_zero(when, bad):
-    """Of its whole group, at any step; another group goes on."""
-    outcomes = []
-    for value in (bad, 0.0):
-        params = random_params()
-        all_grads = random_grads(params, steps=40)
-        group = [name for name in params if name != "kernel"]
-        if value == 0.0:
-            for name in group:
-                all_grads[when][name].zero_()
-        else:
-            all_grads[when]["b"][3, 1] = value
-        groups = [{"params": [params[name] for name in group]}, {"params": [params["kernel"]]}]
-        # Norms differ in one of many, so neither run may clip if they are to agree exactly.
-        run(ScaledAdam(groups, clipping_scale=1e6), params, all_grads)
-        assert all(p.isfinite().all() for p in params.values())
-        outcomes.append(params)
-    assert_same(*outcomes)
-
-
-def test_gradients_mostly_bad_are_an_error():
+def test_mostly_non_finite_gradients_are_an_error():
     params = random_params()
     del params["big"]  # would shrink even without a gradient
     before = copy.deepcopy(params)
@@ -217,115 +171,3 @@ def test_one_element_parameters_stay_within_ten():
     run(ScaledAdam(params.values(), lr=0.5), params, upwards)
     for p in params.values():
         assert 10.0 < p.item() <= 10.05 + 1e-4  # the step follows the clamp: lr * 0.1 beyond it
-
-
-def test_no_gradient_leaves_a_parameter_alone():
-    """Neither value nor state moves; the others go on as they would have."""
-    params, others = random_params(), random_params()
-    optimizer = ScaledAdam(params.values(), clipping_scale=None)
-    all_grads = random_grads(params, steps=20)
-    absent = [grads | ({"a": None} if 5 <= t < 11 else {}) for t, grads in enumerate(all_grads)]
-    run(optimizer, params, absent[:5])
-    frozen = params["a"].detach().clone()
-    run(optimizer, params, absent[5:11])
-    assert torch.equal(params["a"], frozen)
-    run(optimizer, params, absent[11:])
-    assert not torch.equal(params["a"], frozen)
-
-    run(ScaledAdam(others.values(), clipping_scale=None), others, all_grads)
-    for name in params:
-        close = torch.allclose(params[name], others[name], atol=1e-6)
-        assert close == (name != "a"), name
-    assert optimizer.state[params["a"]]["step"] == 14
-
-
-def test_never_a_gradient():
-    params = random_params()
-    before = copy.deepcopy(params)
-    optimizer = ScaledAdam(params.values())
-    optimizer.step()
-    assert_same(params, before)
-    assert not optimizer.state
-
-
-def test_groups_clip_by_themselves():
-    """A huge gradient in one group does not shrink another group's."""
-    outcomes = []
-    for outlier in (1.0, 1e4):
-        params = random_params()
-        all_grads = random_grads(params, steps=30)
-        all_grads[25]["a"].mul_(outlier)
-        rest = [p for name, p in params.items() if name != "a"]
-        optimizer = ScaledAdam([{"params": [params["a"]], "lr": 0.02}, {"params": rest}])
-        run(optimizer, params, all_grads)
-        outcomes.append(params)
-    assert not torch.equal(outcomes[0].pop("a"), outcomes[1].pop("a"))
-    assert_same(*outcomes)
-
-
-def test_clipping_stats():
-    """Constant norms, of which two late ones are large: 2 of 99 (norms are kept from step 1)."""
-    p = torch.nn.Parameter(torch.zeros(()))  # one element: its norm is 0.1 |g|
-    optimizer = ScaledAdam([p])
-    for step in range(100):
-        if step <= 10:
-            assert optimizer.clipping_stats() == []
-        p.grad = torch.tensor(50.0 if step in (90, 95) else 1.0)
-        optimizer.step()
-    (stats,) = optimizer.clipping_stats()
-    assert stats == pytest.approx({"threshold": 0.4, "median": 0.1, "clipped": 2 / 99})
-    optimizer.step()  # step 100: the threshold is no longer doubled
-    assert optimizer.clipping_stats()[0]["threshold"] == pytest.approx(0.2)
-
-
-def test_closure_and_learning():
-    """A line is learnt from noise-free points; `step` returns the closure's loss."""
-    torch.manual_seed(0)
-    x = torch.randn(64, 4)
-    y = x @ torch.tensor([[1.0], [-2.0], [0.5], [0.0]]) + 0.3
-    model = torch.nn.Linear(4, 1)
-    with torch.no_grad():
-        model.weight.mul_(5)
-    optimizer = ScaledAdam(model.named_parameters(), lr=0.02)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        return loss
-
-    losses = [optimizer.step(closure).item() for _ in range(1500)]
-    assert losses[0] > 1 and losses[-1] < 1e-3
-
-
-def test_under_a_gradient_scaler():
-    """fp16: an overflow is skipped and halves the scale; then training goes on."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(8, 8)
-    optimizer = ScaledAdam(model.parameters(), lr=0.02)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    x = torch.randn(16, 8)
-    losses, skipped = [], 0
-    for _ in range(80):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16):
-            output = model(x)
-        loss = (output.float() - x).square().mean()
-        scaler.scale(loss).backward()
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        skipped += scaler.get_scale() < scale
-        losses.append(loss.item())
-    assert 0 < skipped < 40
-    assert optimizer.state[model.weight]["step"] == 80 - skipped
-    assert losses[-1] < 0.9 * losses[0]
-
-
-@pytest.mark.parametrize(
-    "option",
-    [{"lr": -0.1}, {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"clipping_scale": 0.0}, {"lr": math.nan}],
-)
-def test_options_out_of_range(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} must"):
-        ScaledAdam(random_params().values(), **option)

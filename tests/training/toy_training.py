@@ -1,16 +1,18 @@
-"""A training of seconds: a toy model, its batches, and what is looked at after it."""
+"""A training of seconds: a toy model, its batches, and functions to compare its results."""
 
 import re
 
 import torch
 from torch import nn
 
-from speechllm.seeds import seed_everything
-from speechllm.training.checkpoint import TrainState, load_checkpoint, restore_state
+from speechllm.checkpoints import load_checkpoint
+from speechllm.seeding import seed_everything
+from speechllm.training.config import TrainConfig
 from speechllm.training.engine import Engine
-from speechllm.training.loop import Trainer
+from speechllm.training.optim import Eden
+from speechllm.training.resume import TrainState, restore_state
 from speechllm.training.scaled_adam import ScaledAdam
-from speechllm.training.schedule import Eden
+from speechllm.training.trainer import Loaders, Trainer
 
 CLASSES = 3
 
@@ -27,67 +29,72 @@ class Toy(nn.Module):
         return self.linear(self.dropout(x))
 
 
+class ToyLoss:
+    """Cross entropy; a token is a row."""
+
+    def num_tokens(self, batch):
+        return len(batch["x"])
+
+    def __call__(self, model, batch):
+        logits = model(batch["x"])
+        target = batch["x"][:, :CLASSES].argmax(dim=1)
+        return {
+            "loss": nn.functional.cross_entropy(logits.float(), target, reduction="sum"),
+            "frames": torch.tensor(10 * len(target)),
+            "correct": (logits.argmax(dim=1) == target).sum(),
+        }
+
+
 def make_batches(seed: int, count: int) -> list[dict]:
-    """Learnable: the largest of the first three inputs is the class."""
+    """Batches that can be learnt: the largest of the first three inputs is the class."""
     generator = torch.Generator().manual_seed(seed)
     xs = [torch.randn(6 + i % 3, 8, generator=generator) for i in range(count)]
+    names = [["a"] * len(x) for x in xs]
     return [
-        {"x": x, "texts": ["a"] * len(x), "ids": ["a"] * len(x), "seconds": 2.0, "bad": []}
-        for x in xs
+        {"x": x, "features": x, "texts": ids, "cut_ids": ids, "seconds": 2.0, "invalid": []}
+        for x, ids in zip(xs, names)
     ]
 
 
-def batch_loss(model, batch):
-    logits = model(batch["x"])
-    target = batch["x"][:, :CLASSES].argmax(dim=1)
-    return {
-        "loss": nn.functional.cross_entropy(logits.float(), target, reduction="sum"),
-        "frames": torch.tensor(10 * len(target)),
-        "correct": (logits.argmax(dim=1) == target).sum(),
-    }
-
-
-def count_tokens(batch):
-    return len(batch["x"])
-
-
-def after(skip, batches):
-    """Those before came with less, as from `data.training_loader`."""
+def skipping(skip, batches):
+    """Yield batches; the first `skip` have only what a training loader gives for them."""
     for number, batch in enumerate(batches):
-        yield batch if number >= skip else {"ids": [], "seconds": batch["seconds"]}
+        yield batch if number >= skip else {"cut_ids": [], "seconds": batch["seconds"]}
 
 
-def run(exp_dir, start=None, num_epochs=3, batches=60, **options):
-    """Train a toy, from the checkpoint `start` where there is one."""
+def run(
+    exp_dir, start=None, batches=60, loss=ToyLoss(), train=None, valid=None, dtype=torch.float32,
+    invalid=None, **options,
+):  # fmt: skip
+    """Train a toy, from the checkpoint `start` if given; returns state and model.
+
+    train: epoch -> batches; by default `batches` of them. options: of TrainConfig.
+    """
+    config = TrainConfig(exp_dir, **{"tensorboard": False, "num_epochs": 3, **options})
     seed_everything(0)
-    model = Toy()
-    state, checkpoint = TrainState(), {}
+    model, state, checkpoint = Toy(), TrainState(), {}
     if start:
         checkpoint = load_checkpoint(exp_dir / start)
         model.load_state_dict(checkpoint["model"])
         state = restore_state(checkpoint)
     optimizer = ScaledAdam(model.parameters(), lr=0.05)
     schedule = Eden(optimizer, lr_batches=50, lr_epochs=2, warmup_batches=10)
-    engine = Engine(model, optimizer, dtype=options.pop("dtype", torch.float32))
+    engine = Engine(model, optimizer, dtype=dtype)
     if checkpoint:
         engine.load_state_dict(checkpoint)
         schedule.load_state_dict(checkpoint["scheduler"])
-    batches_of = options.pop("train_loader", lambda epoch: make_batches(epoch, batches))
-    options = {
-        "batch_loss": batch_loss,
-        "count_tokens": count_tokens,
-        "valid_loader": lambda: make_batches(99, 4),
-        "tensorboard": False,
-        **options,
-    }
+    train = train or (lambda epoch: make_batches(epoch, batches))
+    loaders = Loaders(
+        lambda epoch, skip: skipping(skip, train(epoch)),
+        valid or (lambda: make_batches(99, 4)),
+        2.0 * batches,
+    )
     exp_dir.mkdir(exist_ok=True)
-    state = Trainer(
-        engine=engine, schedule=schedule, state=state, sums=checkpoint.get("sums"),
-        train_loader=lambda epoch, skip: after(skip, batches_of(epoch)),
-        model_state=lambda _: model.state_dict(), exp_dir=exp_dir,
-        num_epochs=num_epochs, epoch_seconds=2.0 * batches, **options,
-    ).run()  # fmt: skip
-    return state, model
+    trainer = Trainer(
+        config=config, engine=engine, schedule=schedule, loss=loss, loaders=loaders, state=state,
+        model_state=lambda _: model.state_dict(), sums=checkpoint.get("sums"), invalid=invalid,
+    )  # fmt: skip
+    return trainer.run(), model
 
 
 def logged(caplog, word):
@@ -96,12 +103,3 @@ def logged(caplog, word):
 
 def values(line, name):
     return [float(value) for value in re.findall(rf"{name}=([0-9.e+-]+)", line)]
-
-
-def listed(value):
-    """Tensors and dicts as lists, to be compared in one piece."""
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {str(key): listed(item) for key, item in value.items()}
-    return [listed(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,1 +1,1 @@
-"""From speech to transcripts: drafts, greedy and beam search, guard, times of words."""
+"""From speech to transcripts: search, CTC drafts, hallucination detection and word times."""

@@ -1,5 +1,6 @@
-"""Batches to transcripts: what the encoders hear, what the LLM writes of it, what to doubt."""
+"""Batches to transcripts: encoders, search, choice among hypotheses, flags and word times."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -11,298 +12,291 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from speechllm.decoding.beam import Candidate, beam_search
-from speechllm.decoding.ctc_reader import CtcReader, CtcReading
-from speechllm.decoding.draft import Hypothesis, verify_drafts
-from speechllm.decoding.guard import doubts, find_loop, variation
-from speechllm.decoding.search_options import SearchOptions
-from speechllm.decoding.word_times import WordTime, words_with_times
+from speechllm.audio.fbank import FRAME_SHIFT
+from speechllm.decoding.alignment import TimedWord, align_transcript
+from speechllm.decoding.beam import beam_search
+from speechllm.decoding.config import SearchConfig
+from speechllm.decoding.ctc_decoder import CtcDecoder, CtcOutput
+from speechllm.decoding.hallucination import (
+    find_repetition,
+    hallucination_flags,
+    spectral_variation,
+)
+from speechllm.decoding.hypothesis import Hypothesis, NBestHypothesis
+from speechllm.decoding.speculative import speculative_decode
 from speechllm.errors import InputError
-from speechllm.features import FRAME_SHIFT
-from speechllm.model import SpeechLLM
-from speechllm.prompt import (
+from speechllm.models.prompt import (
     decode_transcripts,
     encode_contexts,
     encode_transcripts,
     word_log_probs,
 )
+from speechllm.models.speech_llm import SpeechLLM
+from speechllm.precision import autocast
 
 FALLBACK_BEAM, FALLBACK_CTC_WEIGHT = 4, 0.3
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
 
 
 @dataclass
-class HeardBatch:
-    """A batch through the encoders."""
+class EncodedBatch:
+    """A batch after the encoders and projectors."""
 
     embeds: Tensor  # prompts, left-padded, (B, L, D)
     mask: Tensor  # (B, L)
     seconds: list[float]
-    variations: list[float]  # of the sound, see guard.variation
-    readings: list[CtcReading | None]
-    ctc_ids: list[list[int] | None]  # their texts, for the LLM
+    spectral_variations: list[float]
+    ctc: list[CtcOutput | None]
+    ctc_ids: list[list[int] | None]  # CTC texts as token ids of the LLM
 
 
 @dataclass
 class Recognition:
-    """Of one utterance."""
+    """The result for one utterance."""
 
     text: str
     hypothesis: Hypothesis
-    ctc_text: str | None = None  # where there is a CTC head
+    ctc_text: str | None = None  # None without a CTC head
     source: str = "LLM"  # or CTC
-    reasons: list[str] = field(default_factory=list)  # to distrust it, or what it replaced
-    replaced: str | None = None  # the text that the guard did not believe
-    nbest: list[Candidate] = field(default_factory=list)  # of beam search
-    words: list[WordTime] | None = None  # where there is a CTC head
+    flags: list[str] = field(default_factory=list)  # see hallucination_flags, or "repetition"
+    replaced_text: str | None = None  # flagged text that the fallback replaced
+    nbest: list[NBestHypothesis] = field(default_factory=list)
+    words: list[TimedWord] | None = None  # None without a CTC head
+
+    @property
+    def mean_log_prob(self) -> float | None:
+        """Mean log-probability of the LLM's tokens in nats; None for a CTC text and for NaN."""
+        log_probs = self.hypothesis.log_probs
+        mean = sum(log_probs) / len(log_probs) if log_probs else math.nan
+        return mean if math.isfinite(mean) else None
 
 
 class Recognizer:
-    """From batches to recognitions; counts the work."""
+    """Turns batches into recognitions with one search, and counts the work."""
 
     def __init__(
         self,
         model: SpeechLLM,
         tokenizer: PreTrainedTokenizerBase,
-        reader: CtcReader | None,
-        options: SearchOptions,
+        ctc_decoder: CtcDecoder | None,
+        search: SearchConfig,
         device: torch.device,
         dtype: torch.dtype,
     ):
-        if not reader:
-            for flag, asked in (
-                ("--method draft", options.method == "draft"),
-                ("--ctc-weight", options.ctc_weight),
-                ("--ctc-confident", options.ctc_confident),
-                ("--guard fallback", options.guard == "fallback"),
-            ):
-                if asked:
-                    raise InputError(
-                        f"{flag}: no encoder has both a CTC head and a BPE model "
-                        "(--speech-encoder-bpe-path)"
-                    )
-        self.model, self.tokenizer, self.reader, self.options = model, tokenizer, reader, options
-        self.device, self.dtype = device, dtype
+        """Take a resolved search; raise InputError if it needs a CTC head and there is none."""
+        if not ctc_decoder:
+            _check_needs_no_ctc(search)
+        self.model, self.tokenizer, self.ctc_decoder = model, tokenizer, ctc_decoder
+        self.search, self.device, self.dtype = search, device, dtype
         self.start_counting()
 
     def start_counting(self) -> None:
+        """Reset the counters and the clock."""
         self.counter, self.audio_seconds, self.start = Counter(), 0.0, time.monotonic()
-        self.rtfx = 0.0  # audio seconds per second, once counting has stopped
+        self.rtfx = 0.0  # audio seconds per second, set by stop_counting
 
     def stop_counting(
         self, gather: Callable[[tuple], list[tuple]] = lambda mine: [mine]
     ) -> dict[str, float]:
-        """For the summary: since `start_counting`, by all processes, the slowest one's time.
-
-        Args:
-          gather: from what this process counted to what each of them did.
-        """
+        """Return measurements since `start_counting`, of all processes that `gather` collects."""
         mine = time.monotonic() - self.start, self.counter, self.audio_seconds
         all_seconds, counters, audio_seconds = zip(*gather(mine))
-        seconds, n = max(all_seconds), sum(counters, Counter())
+        seconds, n = max(all_seconds), sum(counters, Counter())  # the slowest process counts
         self.counter, self.audio_seconds = n, sum(audio_seconds)
         self.rtfx = self.audio_seconds / seconds
         counts = {
             "seconds of decoding": seconds,
             "RTFx (audio seconds per second)": self.rtfx,
-            "LLM passes per utterance": n["passes"] / max(1, n["utterances"]),
+            "LLM forward passes per utterance": n["passes"] / max(1, n["utterances"]),
         }
         if n["drafted"]:
             counts["accepted draft tokens (%)"] = 100 * n["accepted"] / n["drafted"]
-        if self.options.ctc_confident or self.options.guard == "fallback":
+        if self.search.ctc_bypass_entropy or self.search.guard == "fallback":
             counts["utterances taken from CTC"] = n["from CTC"]
-        if self.options.guard != "off":
+        if self.search.guard != "off":
             counts["utterances flagged by the guard"] = n["flagged"]
         return counts
 
     def __call__(self, batches: Iterable[dict]) -> Iterator[tuple[dict, list[Recognition]]]:
-        """Each batch with its recognitions.
+        """Yield each batch with its recognitions.
 
-        On a GPU the encoders hear one batch ahead of the LLM; CPU cores are busy with either.
+        On a GPU the encoders run one batch ahead of the LLM; on a CPU both need all cores.
         """
-        ahead = one_ahead if self.device.type == "cuda" else _one_by_one
-        for batch, heard in ahead(self.hear, batches):
-            recognitions = self.write(heard)
-            for recognition in recognitions:
-                self.counter.update({
-                    "utterances": 1,
-                    "passes": recognition.hypothesis.passes,
-                    "drafted": recognition.hypothesis.drafted,
-                    "accepted": recognition.hypothesis.accepted,
-                    "from CTC": recognition.source == "CTC",
-                    "flagged": bool(recognition.reasons),
-                })  # fmt: skip
+        encoded_batches = ((batch, self.encode(batch)) for batch in batches)
+        if self.device.type == "cuda":
+            encoded_batches = one_ahead(encoded_batches)
+        for batch, encoded in encoded_batches:
+            recognitions = self.decode(encoded)
+            for one in recognitions:
+                self._count(one)
             self.audio_seconds += batch["seconds"]
             yield batch, recognitions
 
+    def _count(self, one: Recognition) -> None:
+        work = one.hypothesis
+        self.counter.update(
+            {"utterances": 1, "from CTC": one.source == "CTC", "flagged": bool(one.flags),
+             "passes": work.passes, "drafted": work.drafted, "accepted": work.accepted}
+        )  # fmt: skip
+
     @torch.no_grad()
-    def hear(self, batch: dict) -> HeardBatch:
-        """Through encoders and projectors to the LLM's prompt and the CTC head's opinion."""
-        with self._autocast():
-            features, lens = batch["features"], batch["feature_lens"]
+    def encode(self, batch: dict) -> EncodedBatch:
+        """Run the encoders, the projectors and the CTC head."""
+        features, lens = batch["features"], batch["feature_lens"]
+        ctc, ctc_ids = [None] * len(lens), [None] * len(lens)
+        with autocast(self.device, self.dtype):
             contexts = encode_contexts(self.tokenizer, self.model.chat, batch.get("contexts"))
             prompt = self.model.prompt(features.to(self.device), lens, contexts)
-            readings = self.reader(prompt.heard) if self.reader else [None] * len(lens)
-        ids = [None] * len(lens)
-        if self.reader:
-            ids = encode_transcripts(self.tokenizer, [reading.text for reading in readings])
-        return HeardBatch(
-            embeds=prompt.embeds,
-            mask=prompt.mask,
-            seconds=(lens * FRAME_SHIFT).tolist(),
-            variations=[variation(features[b, :n]) for b, n in enumerate(lens.tolist())],
-            readings=readings,
-            ctc_ids=ids,
-        )
+            if self.ctc_decoder:
+                _, *encoder_output = prompt.encoder_outputs[self.ctc_decoder.encoder]
+                ctc = self.ctc_decoder(*encoder_output)
+                ctc_ids = encode_transcripts(self.tokenizer, [output.text for output in ctc])
+        seconds = (lens * FRAME_SHIFT).tolist()
+        variations = [spectral_variation(features[b, :n]) for b, n in enumerate(lens.tolist())]
+        return EncodedBatch(prompt.embeds, prompt.mask, seconds, variations, ctc, ctc_ids)
 
     @torch.no_grad()
-    def read(self, features: Tensor, lens: Tensor) -> list[CtcReading]:
-        """What the CTC head alone says, of features (B, T, 80), lens (B,) on the CPU."""
-        k = self.reader.encoder
-        with self._autocast():
-            encoder_out, out_lens = self.model.encoder[k](features.to(self.device), lens)
-            return self.reader.read(encoder_out, out_lens)
+    def decode_ctc(self, features: Tensor, lens: Tensor) -> list[CtcOutput]:
+        """Return CTC outputs alone, for features (B, T, 80) with lens (B,) on the CPU."""
+        encoder = self.model.encoder[self.ctc_decoder.encoder]
+        with autocast(self.device, self.dtype):
+            return self.ctc_decoder(*encoder(features.to(self.device), lens))
 
     @torch.no_grad()
-    def write(self, heard: HeardBatch) -> list[Recognition]:
-        """The transcripts of a batch."""
-        below = self.options.ctc_confident
-        from_ctc = [
-            b for b, reading in enumerate(heard.readings) if below and reading.entropy < below
-        ]
-        asked = [b for b in range(len(heard.seconds)) if b not in from_ctc]
-        found = self._ask_llm(heard, asked, self.options)
-        found |= {b: self._take_ctc(heard, b) for b in from_ctc}
-        if self.options.guard == "fallback":
-            doubtful = [b for b in asked if found[b].reasons]
-            again = replace(
-                self.options,
-                method="beam",
-                beam_size=max(FALLBACK_BEAM, self.options.beam_size),
-                ctc_weight=self.options.ctc_weight or FALLBACK_CTC_WEIGHT,
-            )
-            for b, second in self._ask_llm(heard, doubtful, again).items():
-                first, passes = found[b], second.hypothesis.passes
-                found[b] = self._take_ctc(heard, b) if second.reasons else second
-                found[b].hypothesis = replace(
-                    found[b].hypothesis,
-                    passes=passes + first.hypothesis.passes,
-                    drafted=first.hypothesis.drafted,
-                    accepted=first.hypothesis.accepted,
-                )
-                found[b].reasons, found[b].replaced = first.reasons, first.text
-                found[b].nbest = first.nbest
-        for b, reading in enumerate(heard.readings):
-            if reading and self.options.word_times:
-                found[b].words = self._word_times(found[b], reading, heard.seconds[b])
-        return [found[b] for b in range(len(heard.seconds))]
+    def decode(self, encoded: EncodedBatch) -> list[Recognition]:
+        """Return the recognitions of an encoded batch."""
+        limit, rows = self.search.ctc_bypass_entropy, range(len(encoded.seconds))
+        bypassed = [b for b in rows if limit and encoded.ctc[b].entropy < limit]
+        searched = [b for b in rows if b not in bypassed]
+        found = self._search(encoded, searched, self.search)
+        found |= {b: self._use_ctc(encoded, b) for b in bypassed}
+        if self.search.guard == "fallback":
+            self._replace_flagged(encoded, found, [b for b in searched if found[b].flags])
+        if self.search.word_timestamps:
+            for b in rows:
+                found[b].words = self._word_times(encoded, b, found[b])
+        return [found[b] for b in rows]
 
     # ---- sources of a text
 
-    def _ask_llm(
-        self, heard: HeardBatch, rows: list[int], options: SearchOptions
+    def _search(
+        self, encoded: EncodedBatch, rows: list[int], search: SearchConfig
     ) -> dict[int, Recognition]:
-        """Recognitions of some utterances of the batch."""
+        """Return the recognitions of some utterances of the batch."""
         if not rows:
             return {}
-        prompts = heard.embeds[rows], heard.mask[rows]
-        guarded, limit = options.guard != "off", options.max_new_tokens
+        prompts = encoded.embeds[rows], encoded.mask[rows]
+        limit = search.max_new_tokens
 
-        def looping(i: int, ids: list[int]) -> bool:
-            return guarded and find_loop(ids, heard.ctc_ids[rows[i]]) is not None
+        def is_repetition(i: int, ids: list[int]) -> bool:
+            ctc_ids = encoded.ctc_ids[rows[i]]
+            return search.guard != "off" and find_repetition(ids, ctc_ids) is not None
 
-        with self._autocast():
-            if options.method == "beam":
-                found = beam_search(self.model, *prompts, options.beam_size, limit, looping)
+        with autocast(self.device, self.dtype):
+            if search.method == "beam":
+                found = beam_search(self.model, *prompts, search.beam_size, limit, is_repetition)
             else:
-                draft = options.method == "draft"
-                drafts = [heard.ctc_ids[b] if draft else None for b in rows]
-                found = [
-                    [hypothesis]
-                    for hypothesis in verify_drafts(
-                        self.model, *prompts, drafts, limit, options.accept, looping
-                    )
-                ]
-        return {
-            b: self._choose(heard, b, hypotheses, options) for b, hypotheses in zip(rows, found)
-        }
+                drafts = [encoded.ctc_ids[b] if search.method == "draft" else None for b in rows]
+                options = drafts, limit, search.draft_accept_prob, is_repetition
+                found = [[one] for one in speculative_decode(self.model, *prompts, *options)]
+        return {b: self._choose(encoded, b, some, search) for b, some in zip(rows, found)}
 
     def _choose(
-        self, heard: HeardBatch, b: int, hypotheses: list[Hypothesis], options: SearchOptions
+        self, encoded: EncodedBatch, b: int, hypotheses: list[Hypothesis], search: SearchConfig
     ) -> Recognition:
-        """The best of an utterance's hypotheses, without what it repeats, and what to say of it."""
-        reading = heard.readings[b]
-        loops = [None] * len(hypotheses)
-        if options.guard != "off":
-            loops = [find_loop(hypothesis.ids, heard.ctc_ids[b]) for hypothesis in hypotheses]
-            for hypothesis, keep in zip(hypotheses, loops):
-                if keep is not None:
-                    del hypothesis.ids[keep:], hypothesis.log_probs[keep:]
-        texts = decode_transcripts(self.tokenizer, [h.ids for h in hypotheses])
-        ctc = [None] * len(texts)
-        if reading and (options.ctc_weight or options.nbest > 1):
-            ctc = [reading.log_prob(text) for text in texts]
-        candidates = [
-            Candidate(text, sum(h.log_probs), len(h.log_probs), by_ctc)
-            for text, h, by_ctc in zip(texts, hypotheses, ctc)
+        """Return the best hypothesis of an utterance, cut before its repetition, with flags."""
+        ctc, guarded = encoded.ctc[b], search.guard != "off"
+        is_repetition = [guarded and _cut_repetition(one, encoded.ctc_ids[b]) for one in hypotheses]
+        texts = decode_transcripts(self.tokenizer, [one.ids for one in hypotheses])
+        ctc_log_probs = [None] * len(texts)
+        if ctc and (search.ctc_weight or search.nbest > 1):
+            ctc_log_probs = [ctc.log_prob(text) for text in texts]
+        nbest = [
+            NBestHypothesis(text, sum(one.log_probs), len(one.log_probs), ctc_log_prob)
+            for text, one, ctc_log_prob in zip(texts, hypotheses, ctc_log_probs)
         ]
-        scores = [one.score(options.ctc_weight) for one in candidates]
-        order = sorted(range(len(texts)), key=lambda i: (loops[i] is not None, -scores[i]))
-        best, text = hypotheses[order[0]], texts[order[0]]
-        ctc_text = reading.text if reading else None
-        reasons = []
-        if options.guard != "off":
-            reasons = self._doubts(heard, b, text, best.log_probs)
-            if loops[order[0]] is not None:
-                reasons.insert(0, "loop")
-        nbest = [candidates[i] for i in order[: options.nbest]] if options.nbest > 1 else []
-        return Recognition(text, best, ctc_text, reasons=reasons, nbest=nbest)
-
-    def _take_ctc(self, heard: HeardBatch, b: int) -> Recognition:
-        text = heard.readings[b].text
-        reasons = self._doubts(heard, b, text, []) if self.options.guard != "off" else []
-        hypothesis = Hypothesis(list(heard.ctc_ids[b]))
-        return Recognition(text, hypothesis, text, source="CTC", reasons=reasons)
-
-    def _doubts(self, heard: HeardBatch, b: int, text: str, log_probs: list[float]) -> list[str]:
-        ctc_text = heard.readings[b].text if heard.readings[b] else None
-        return doubts(text, heard.seconds[b], log_probs, ctc_text, heard.variations[b])
-
-    def _word_times(
-        self, recognition: Recognition, reading: CtcReading, seconds: float
-    ) -> list[WordTime]:
-        words = recognition.text.split()
-        pieces = [reading.pieces.encode(word) for word in words]
-        of_words = None
-        if recognition.source == "LLM":
-            hypothesis = recognition.hypothesis
-            of_words = word_log_probs(self.tokenizer, hypothesis.ids, hypothesis.log_probs)
-        lag = self.options.ctc_lag
-        return words_with_times(reading.log_probs, seconds, words, pieces, of_words, lag)
-
-    def _autocast(self):
-        return torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        scores = [one.score(search.ctc_weight) for one in nbest]
+        order = sorted(range(len(texts)), key=lambda i: (is_repetition[i], -scores[i]))
+        best = order[0]
+        flags = self._flags(encoded, b, texts[best], hypotheses[best].log_probs)
+        return Recognition(
+            texts[best],
+            hypotheses[best],
+            ctc.text if ctc else None,
+            flags=["repetition", *flags] if is_repetition[best] else flags,
+            nbest=[nbest[i] for i in order[: search.nbest]] if search.nbest > 1 else [],
         )
 
+    def _use_ctc(self, encoded: EncodedBatch, b: int) -> Recognition:
+        text, hypothesis = encoded.ctc[b].text, Hypothesis(list(encoded.ctc_ids[b]))
+        flags = self._flags(encoded, b, text, [])
+        return Recognition(text, hypothesis, text, source="CTC", flags=flags)
 
-def _one_by_one(function: Callable[[Item], Made], items: Iterable[Item]):
-    return ((item, function(item)) for item in items)
+    def _replace_flagged(
+        self, encoded: EncodedBatch, found: dict[int, Recognition], flagged: list[int]
+    ) -> None:
+        """Decode flagged utterances again by beam search with CTC, or take the CTC text."""
+        search = replace(
+            self.search,
+            method="beam",
+            beam_size=max(FALLBACK_BEAM, self.search.beam_size),
+            ctc_weight=self.search.ctc_weight or FALLBACK_CTC_WEIGHT,
+        )
+        for b, second in self._search(encoded, flagged, search).items():
+            first, used = found[b], self._use_ctc(encoded, b) if second.flags else second
+            used.flags, used.replaced_text, used.nbest = first.flags, first.text, first.nbest
+            work = used.hypothesis
+            work.passes = second.hypothesis.passes + first.hypothesis.passes
+            work.drafted, work.accepted = first.hypothesis.drafted, first.hypothesis.accepted
+            found[b] = used
+
+    def _flags(self, encoded: EncodedBatch, b: int, text: str, log_probs: list[float]) -> list[str]:
+        if self.search.guard == "off":
+            return []
+        ctc_text = encoded.ctc[b].text if encoded.ctc[b] else None
+        return hallucination_flags(
+            text, encoded.seconds[b], log_probs, ctc_text, encoded.spectral_variations[b]
+        )
+
+    def _word_times(
+        self, encoded: EncodedBatch, b: int, recognition: Recognition
+    ) -> list[TimedWord] | None:
+        if (ctc := encoded.ctc[b]) is None:
+            return None
+        words, hypothesis = recognition.text.split(), recognition.hypothesis
+        pieces = [ctc.tokenizer.encode(word) for word in words]
+        llm_log_probs = None
+        if recognition.source == "LLM":
+            llm_log_probs = word_log_probs(self.tokenizer, hypothesis.ids, hypothesis.log_probs)
+        posteriors = ctc.log_probs, encoded.seconds[b]
+        return align_transcript(*posteriors, words, pieces, llm_log_probs, self.search.ctc_lag)
 
 
-def one_ahead(
-    function: Callable[[Item], Made], items: Iterable[Item]
-) -> Iterator[tuple[Item, Made]]:
-    """Each item with what the function makes of it; the next is made while this one is used."""
+def _check_needs_no_ctc(search: SearchConfig) -> None:
+    without = "no encoder has both a CTC head and a BPE model (--speech-encoder-bpe-path)"
+    for flag, is_used in (
+        ("--method draft", search.method == "draft"),
+        ("--ctc-weight", search.ctc_weight),
+        ("--ctc-bypass-entropy", search.ctc_bypass_entropy),
+        ("--guard fallback", search.guard == "fallback"),
+    ):
+        if is_used:
+            raise InputError(f"{flag}: {without}")
+
+
+def _cut_repetition(hypothesis: Hypothesis, ctc_ids: list[int] | None) -> bool:
+    """Remove a repetition at the end of a hypothesis; return true if there was one."""
+    keep = find_repetition(hypothesis.ids, ctc_ids)
+    if keep is not None:
+        del hypothesis.ids[keep:], hypothesis.log_probs[keep:]
+    return keep is not None
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items; the next one is computed while this one is used."""
     remaining = iter(items)
-
-    def make() -> tuple[Item, Made] | None:
-        for item in remaining:
-            return item, function(item)
-        return None
-
     with ThreadPoolExecutor(max_workers=1) as thread:
-        waiting = thread.submit(make)
-        while (made := waiting.result()) is not None:
-            waiting = thread.submit(make)
-            yield made
+        future = thread.submit(next, remaining, None)
+        while (item := future.result()) is not None:
+            future = thread.submit(next, remaining, None)
+            yield item

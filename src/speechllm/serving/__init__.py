@@ -1,1 +1,1 @@
-"""Transcripts over HTTP, as OpenAI's API gives them."""
+"""HTTP server with OpenAI's transcription API."""

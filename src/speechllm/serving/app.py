@@ -1,38 +1,36 @@
-"""The server: OpenAI's transcriptions, its state, and a page to try it."""
+"""Routes of the server: OpenAI's transcriptions and models, health, metrics and a web page."""
 
 import asyncio
-import hmac
 import logging
-import os
-import time
 from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import FastAPI, Form, HTTPException, Request, UploadFile
+from fastapi import Depends, FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from speechllm.errors import InputError
-from speechllm.serving import formats
-from speechllm.serving.metrics import Metrics
-from speechllm.serving.places import Place, Places, Refused, error_body, error_response
-from speechllm.serving.upload import Body, decoded
-from speechllm.serving.worker import Failed, Job, Worker
-from speechllm.transcription.transcriber import Transcriber
-from speechllm.transcription.transcript import Transcript, separator
-from speechllm.transcription.transcript_files import FORMATS
+from speechllm.longform.transcript import word_separator
+from speechllm.longform.writers import FORMATS
+from speechllm.serving import openai_format
+from speechllm.serving.admission import (
+    CLIENT_CLOSED_REQUEST,
+    FAILED,
+    ApiError,
+    Slot,
+    error_body,
+    error_response,
+)
+from speechllm.serving.middleware import TRANSCRIPTIONS, AdmissionMiddleware
+from speechllm.serving.service import Service
 
-TRANSCRIPTIONS = "/v1/audio/transcriptions"
-OPEN = ("/", "/health")  # without the token: they tell nothing
-GONE = 499
-FAILED = "the recognizer failed, the server's log says why"
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("index.html")
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline' blob:; "
     "style-src 'unsafe-inline'; connect-src 'self'; media-src blob:; img-src data:; "
@@ -42,124 +40,29 @@ PAGE_HEADERS = {
 }
 
 Format = Literal["json", "text", "verbose_json", "srt", "vtt"]
-Granularities = Annotated[list[Literal["segment", "word"]], Form(alias="timestamp_granularities[]")]
+Granularity = Literal["segment", "word"]
 
 
-class Service:
-    """What requests share: the model's thread, threads that decode, places, counters."""
+@dataclass
+class TranscriptionForm:
+    """Fields of a transcription request besides the file.
 
-    def __init__(
-        self,
-        transcriber: Transcriber,
-        model_name: str,
-        max_upload: int = 100_000_000,
-        max_seconds: float = 7200.0,
-        max_requests: int = 256,
-        max_waiting: float = 14400.0,
-        token: str | None = None,
-    ):
-        """
-        Args:
-          max_upload: bytes of a request.
-          max_seconds: of sound in a request; max_waiting: of all requests together.
-          max_requests: in progress at once.
-          token: that clients must show; None: they need none.
-        """
-        self.model_name, self.token, self.started = model_name, token, int(time.time())
-        self.max_upload, self.max_seconds = max_upload, max_seconds
-        self.places = Places(max_requests, max_waiting)
-        self.metrics = Metrics(self.places)
-        self.language, self.takes_context = transcriber.language, transcriber.takes_context
-        self.check_context = transcriber.check_context
-        self.tells_words = transcriber.tells_words
-        self.worker = Worker(transcriber, self.metrics.batch_parts.observe)
-        self.decoders = ThreadPoolExecutor(os.cpu_count(), "decode")
+    `prompt` is the LLM's context; for a model without contexts the response has X-Ignored.
+    """
 
-    async def accept(self, upload: UploadFile, place: Place, context: str) -> Job:
-        """Decodes the upload and hands it to the worker.
-
-        Raises:
-          Refused: it is no sound, or too much.
-        """
-        name = upload.filename or "the file"
-        loop = asyncio.get_running_loop()
-        blocks = await loop.run_in_executor(
-            self.decoders, decoded, upload.file, name, self.max_seconds, place
-        )
-        place.job = Job(name, blocks, context)
-        self.worker.submit(place.job)
-        return place.job
-
-    def transcript(self, place: Place, segments: list) -> Transcript:
-        self.metrics.audio_seconds.inc(place.seconds)
-        return Transcript(place.job.name, place.seconds, tuple(segments), self.language)
-
-    def stop(self) -> None:
-        """Finishes what is accepted, and accepts nothing more."""
-        self.places.closed = True
-        self.worker.close()
-        self.decoders.shutdown()
-
-    def check_token(self, authorization: str) -> None:
-        """
-        Raises:
-          Refused: it is not the one asked for.
-        """
-        scheme, _, shown = authorization.partition(" ")
-        right = hmac.compare_digest(shown.strip().encode(), (self.token or "").encode())
-        if self.token is not None and not (scheme.lower() == "bearer" and right):
-            raise Refused(401, "this server needs its token: Authorization: Bearer TOKEN")
-
-
-class Gate:
-    """Around the app: who may pass, and a place for a transcription from its first byte on."""
-
-    def __init__(self, app: ASGIApp, service: Service):
-        self.app, self.service = app, service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
-            await self.app(scope, receive, send)
-        elif scope["path"] == TRANSCRIPTIONS and scope["method"] == "POST":
-            await self._transcribe(scope, receive, send)
-        else:
-            try:
-                self._check_token(scope)
-            except Refused as refused:
-                return await error_response(refused)(scope, receive, send)
-            await self.app(scope, receive, send)
-
-    async def _transcribe(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start, status = time.perf_counter(), GONE
-        body = Body(receive, self.service.max_upload)
-
-        async def watched_send(message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            if "status" in message and not body.ended:  # else all of it would still be read
-                message["headers"] = [*message["headers"], (b"connection", b"close")]
-            await send(message)
-
-        try:
-            self._check_token(scope)
-            with self.service.places.take() as scope["place"]:
-                await self.app(scope, body, watched_send)
-        except Refused as refused:
-            await body.drain()
-            await error_response(refused)(scope, body, watched_send)
-        except Exception:
-            status = 500  # another handler answers
-            raise
-        finally:
-            self.service.metrics.requests.labels(str(status)).inc()
-            self.service.metrics.request_seconds.observe(time.perf_counter() - start)
-
-    def _check_token(self, scope: Scope) -> None:
-        self.service.check_token(Request(scope).headers.get("authorization", ""))
+    model: Annotated[str, Form()]
+    response_format: Annotated[Format, Form()] = "json"
+    stream: Annotated[bool, Form()] = False
+    granularities: Annotated[list[Granularity], Form(alias="timestamp_granularities[]")] = (
+        "segment",
+    )
+    language: Annotated[str, Form()] = ""
+    temperature: Annotated[float, Form()] = 0.0
+    prompt: Annotated[str, Form()] = ""
 
 
 def create_app(service: Service) -> FastAPI:
-    """The server's routes; when it stops, so does the service."""
+    """Return the app with its routes; the service stops when the app shuts down."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI):
@@ -167,56 +70,46 @@ def create_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.stop)
 
     app = FastAPI(title="Transcription", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, service=service)
-    app.add_exception_handler(StarletteHTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(Exception, _on_failure)
+    app.add_middleware(AdmissionMiddleware, service=service)
+    app.add_exception_handler(StarletteHTTPException, lambda _, error: error_response(error))
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(Exception, _on_exception)
 
     @app.post(TRANSCRIPTIONS, response_model=None)
     async def transcriptions(
-        request: Request,
-        file: UploadFile,
-        model: Annotated[str, Form()],
-        response_format: Annotated[Format, Form()] = "json",
-        stream: Annotated[bool, Form()] = False,
-        timestamp_granularities: Granularities = ("segment",),
-        language: Annotated[str, Form()] = "",
-        temperature: Annotated[float, Form()] = 0.0,
-        prompt: Annotated[str, Form()] = "",
+        request: Request, file: UploadFile, form: Annotated[TranscriptionForm, Depends()]
     ) -> Response:
-        """The prompt is the LLM's context; without a place for it, X-Ignored says so."""
-        _check_model(service, model)
-        _check_possible(service, language, temperature)
-        _check_forms(service, response_format, stream, timestamp_granularities)
-        context = _check_prompt(service, prompt)
-        ignored = {"X-Ignored": "prompt"} if prompt and not context else {}
-        place = request.scope["place"]
-        await _unless_gone(request, service.accept(file, place, context))
-        if stream:
-            events = _events(service, place, response_format == "verbose_json")
+        _check_model(service, form.model)
+        _check_format(service, form)
+        context = _check_options(service, form)
+        ignored = {"X-Ignored": "prompt"} if form.prompt and not context else {}
+        slot = request.scope["slot"]
+        await _unless_disconnected(request, service.submit(file, slot, context))
+        if form.stream:
+            events = _events(service, slot, form.response_format == "verbose_json")
             return StreamingResponse(events, media_type="text/event-stream", headers=ignored)
-        transcript = await _unless_gone(request, _whole(service, place))
-        answer = _answer(transcript, response_format, timestamp_granularities)
-        answer.headers.update(ignored)
-        return answer
+        response = await _unless_disconnected(request, _response(service, slot, form))
+        response.headers.update(ignored)
+        return response
 
     @app.get("/v1/models")
     def models() -> dict:
-        return {"object": "list", "data": [_model_card(service)]}
+        return {"object": "list", "data": [model(service.config.model_name)]}
 
     @app.get("/v1/models/{name}")
     def model(name: str) -> dict:
         _check_model(service, name)
-        return _model_card(service)
+        created = service.started
+        return {"id": name, "object": "model", "created": created, "owned_by": "this server"}
 
     @app.get("/health")
     def health() -> JSONResponse:
-        works = service.worker.thread.is_alive() and not service.places.closed
+        works = service.worker.thread.is_alive() and not service.admission.closed
         return JSONResponse({"status": "ok" if works else "stopping"}, 200 if works else 503)
 
     @app.get("/metrics")
     def metrics() -> PlainTextResponse:
-        return PlainTextResponse(service.metrics.text())
+        return PlainTextResponse(generate_latest(service.metrics.registry))
 
     @app.get("/")
     def page() -> HTMLResponse:
@@ -225,141 +118,112 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-# ---- what is asked
+# ---- checks of a request; each raises ApiError
 
 
 def _check_model(service: Service, name: str) -> None:
-    if name != service.model_name:
-        raise Refused(404, f"there is no model {name!r}, only {service.model_name!r}", "model")
+    if name != (served := service.config.model_name):
+        raise ApiError(404, f"model {name!r} does not exist, this server has {served!r}", "model")
 
 
-def _check_possible(service: Service, language: str, temperature: float) -> None:
-    if language and service.language and language != service.language:
-        raise Refused(
-            400, f"language {language!r}: the model's is {service.language!r}", "language"
-        )
-    if temperature:
-        raise Refused(
-            400, f"temperature {temperature:g}: the model draws nothing, only 0 fits", "temperature"
-        )
-
-
-def _check_prompt(service: Service, prompt: str) -> str:
-    """The context: empty where the model takes none."""
-    if not service.takes_context:
+def _check_options(service: Service, form: TranscriptionForm) -> str:
+    """Check the other options; return the context, "" if the model takes none."""
+    of_model = service.transcriber.language
+    if form.language and of_model and form.language != of_model:
+        message = f"language {form.language!r}: this model is for {of_model!r}"
+        raise ApiError(400, message, "language")
+    if form.temperature:
+        raise ApiError(400, "temperature must be 0: decoding is deterministic", "temperature")
+    if not service.transcriber.takes_context:
         return ""
     try:
-        service.check_context(prompt)
+        service.transcriber.check_context(form.prompt)
     except InputError as error:
-        raise Refused(400, str(error), "prompt") from None
-    return prompt
+        raise ApiError(400, str(error), "prompt") from None
+    return form.prompt
 
 
-def _check_forms(service: Service, form: str, stream: bool, granularities: list[str]) -> None:
-    if stream and form not in ("json", "verbose_json"):
-        raise Refused(400, f"response_format {form!r} cannot be streamed", "response_format")
-    if "word" not in granularities:
-        return
-    if form != "verbose_json":
-        raise Refused(
-            400,
-            f"response_format {form!r} has no words with times, 'verbose_json' has",
-            "timestamp_granularities",
-        )
-    if not service.tells_words:
-        raise Refused(400, "this model does not tell the times of words", "timestamp_granularities")
+def _check_format(service: Service, form: TranscriptionForm) -> None:
+    name = form.response_format
+    if form.stream and name not in ("json", "verbose_json"):
+        raise ApiError(400, f"response_format {name!r} cannot be streamed", "response_format")
+    if "word" in form.granularities and name != "verbose_json":
+        message = f"word times need response_format 'verbose_json', not {name!r}"
+        raise ApiError(400, message, "timestamp_granularities")
+    if "word" in form.granularities and not service.transcriber.has_word_times:
+        raise ApiError(400, "this model has no word times", "timestamp_granularities")
 
 
-# ---- answers
+# ---- responses
 
 
-async def _whole(service: Service, place: Place) -> Transcript:
-    try:
-        segments = [segment async for segment in place.job.segments()]
-    except Failed:
-        raise Refused(500, FAILED) from None
-    return service.transcript(place, segments)
-
-
-def _answer(transcript: Transcript, form: Format, granularities: list[str]) -> Response:
-    if form == "json":
-        return JSONResponse(formats.plain_json(transcript))
-    if form == "verbose_json":
-        return JSONResponse(formats.verbose_json(transcript, granularities))
-    if form == "text":
+async def _response(service: Service, slot: Slot, form: TranscriptionForm) -> Response:
+    segments = [segment async for segment in slot.job.segments()]
+    transcript, name = service.transcript(slot, segments), form.response_format
+    if name == "json":
+        return JSONResponse(openai_format.plain_json(transcript))
+    if name == "verbose_json":
+        return JSONResponse(openai_format.verbose_json(transcript, form.granularities))
+    if name == "text":
         return PlainTextResponse(f"{transcript.text}\n")
-    return PlainTextResponse(FORMATS[form](transcript))
+    return PlainTextResponse(FORMATS[name](transcript))
 
 
-async def _events(service: Service, place: Place, verbose: bool) -> AsyncIterator[str]:
-    """Deltas, which joined are the text; verbose: with segments, their words, at last subtitles."""
-    segments, said = [], False
+async def _events(service: Service, slot: Slot, verbose: bool) -> AsyncIterator[str]:
+    """Yield a delta per segment, then the whole text; verbose: with words, and SRT at the end."""
+    segments, text, space = [], "", word_separator(service.transcriber.language)
     try:
-        async for segment in place.job.segments():
-            more = {}
+        async for segment in slot.job.segments():
+            extra = {}
             if verbose:
-                more["segment"] = formats.segment_json(len(segments), segment)
-                more["words"] = formats.words_json(segment)
-            between = separator(service.language) if said and segment.text else ""
-            delta = between + segment.text
-            said = said or bool(segment.text)
+                extra["segment"] = openai_format.segment_json(len(segments), segment)
+                extra["words"] = openai_format.words_json(segment)
+            delta = (space if text and segment.text else "") + segment.text
+            text += delta
             segments.append(segment)
-            yield formats.event(type="transcript.text.delta", delta=delta, **more)
-    except Failed:
-        yield formats.event(**error_body(500, FAILED))
+            yield openai_format.event(type="transcript.text.delta", delta=delta, **extra)
+    except ApiError as error:
+        yield openai_format.event(**error_body(error.status_code, error.detail))
         return
-    transcript = service.transcript(place, segments)
-    more = {"srt": FORMATS["srt"](transcript)} if verbose else {}
-    yield formats.event(type="transcript.text.done", text=transcript.text, **more)
+    transcript = service.transcript(slot, segments)
+    extra = {"srt": FORMATS["srt"](transcript)} if verbose else {}
+    yield openai_format.event(type="transcript.text.done", text=text, **extra)
 
 
-async def _unless_gone(request: Request, work: Coroutine):
-    """What the work returns.
+async def _unless_disconnected(request: Request, work: Coroutine):
+    """Return the result of `work`, which is cancelled when the client disconnects.
 
     Raises:
-      Refused: the client went away before; the work is cancelled.
+      ApiError: 499, the client disconnected.
     """
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+
+    async def disconnection() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(disconnection())
     try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, disconnected), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Refused(GONE, "the client is gone")
+            raise ApiError(CLIENT_CLOSED_REQUEST, "the client disconnected")
         return working.result()
     finally:
         working.cancel()
-        gone.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _model_card(service: Service) -> dict:
-    return {
-        "id": service.model_name,
-        "object": "model",
-        "created": service.started,
-        "owned_by": "this server",
-    }
+        disconnected.cancel()
 
 
 # ---- errors
 
 
-async def _on_http_error(_: Request, error: HTTPException) -> JSONResponse:
-    return error_response(error)
-
-
-async def _on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+async def _on_invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     param = str(first["loc"][-1])
-    said = f"{param}: {first['msg']}"
+    message = f"{param}: {first['msg']}"
     if isinstance(first.get("input"), str):
-        said += f", not {first['input'][:100]!r}"
-    return error_response(Refused(400, said, param))
+        message += f", not {first['input'][:100]!r}"
+    return error_response(ApiError(400, message, param))
 
 
-async def _on_failure(_: Request, error: Exception) -> JSONResponse:
+async def _on_exception(_: Request, error: Exception) -> JSONResponse:
     logging.error("A request failed", exc_info=error)
-    return error_response(Refused(500, FAILED))
+    return error_response(ApiError(500, FAILED))

@@ -1,1 +1,1 @@
-"""The training loop and what it needs; knows neither encoders nor LLMs."""
+"""Training: data, loop, optimizers, checkpoints and DeepSpeed, for any model with a batch loss."""

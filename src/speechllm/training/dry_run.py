@@ -1,202 +1,135 @@
-"""--dry-run: what would be trained, on what, how long, and in how much memory; nothing is written.
-
-All numbers follow from the flags, the checked data and a model on device "meta", which has shapes
-and no weights.
-"""
+"""--dry-run: report trainable parameters, data, steps, memory and disk space."""
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from lhotse import CutSet
+from torch import Tensor, nn
 
-from speechllm.model import SpeechLLM
-from speechllm.model_flags import encoder_files
-from speechllm.sampling import LLMPositions
-from speechllm.training.checkpoint import check_room, checkpoint_bytes
-from speechllm.training.distributed import num_ranks
-from speechllm.training.engine import autocast_dtype
-from speechllm.training.loaders import scan_batches
-from speechllm.training.memory_scan import worst_batches
-from speechllm.training.size import (
-    Batch,
-    Training,
-    count,
-    encoder_training_memory,
-    parameters,
-)
-from speechllm.whole_file import free_bytes
-from speechllm.zipformer import ZipformerEncoder
+from speechllm.distributed import num_processes
+from speechllm.io import free_bytes
+from speechllm.models.speech_llm import SpeechLLM
+from speechllm.training.engine import trained
+from speechllm.training.fit import Training
+from speechllm.training.memory_estimate import MemoryEstimate, estimate_memory
+from speechllm.training.oom_scan import largest_batches, silent_batch
+from speechllm.training.resume import Start, check_room, checkpoint_bytes
 
-NOT_COUNTED = "not counted: libraries' own memory and what the allocator holds unused"
+NOT_COUNTED = "not counted: library workspaces and unused blocks of the allocator"
 
 
-def of_llm(model: SpeechLLM, args) -> str:
-    """The lines for train.py."""
-    ranks = num_ranks(args.world_size)
-    zero = getattr(args, "deepspeed_config", None)
-    stage = zero["zero_optimization"]["stage"] if zero else 0
-    dtype = autocast_dtype(args.use_fp16, args.use_bf16)
-
-    def memory(batch: Batch) -> dict[str, int]:
-        training = Training(model, batch, dtype, args.activation_checkpointing)
-        return training.memory(stage, ranks, args.optimizer)
-
-    lines = [*model_lines(model, args), *common_lines(model, memory, args, ranks)]
-    if stage:
-        lines.insert(0, f"DeepSpeed: ZeRO stage {stage}")
-    return "\n".join(lines)
-
-
-def of_encoder(encoder: ZipformerEncoder, vocab_size: int, args) -> str:
-    """The lines for pretrain_encoder.py."""
-    ranks = num_ranks(args.world_size)
-
-    def memory(batch: Batch) -> dict[str, int]:
-        return encoder_training_memory(
-            encoder, batch, ranks, args.optimizer, args.activation_checkpointing
-        )
-
-    first = f"Encoder: {args.encoder_size}, trained, with a CTC head of {vocab_size} BPE pieces"
-    return "\n".join([first, *common_lines(encoder, memory, args, ranks)])
-
-
-def model_lines(model: SpeechLLM, args) -> Iterator[str]:
-    for number, (encoder, (path, size)) in enumerate(zip(model.encoder, encoder_files(args)), 1):
-        state = "frozen" if encoder.frozen else "trained"
-        elements = count(encoder.parameters())
-        yield f"Encoder {number}: {size}, {elements:,} parameters, {state}: {path}"
-    sizes = parameters(model)
-    yield (
-        f"Projectors: {len(model.encoder)}, {sizes['projectors']:,} parameters, trained, "
-        f"{args.encoder_projector_ds_rate} encoder frames in a speech embedding"
-    )
-    lora = model.llm.peft_config["default"] if sizes["lora"] else None
-    state = "trained" if model.llm.get_input_embeddings().weight.requires_grad else "frozen"
-    rank = f", with LoRA of rank {lora.r}, {sizes['lora']:,} parameters, trained" if lora else ""
-    yield f"LLM: {sizes['llm']:,} parameters, {state}{rank}: {args.llm_path}"
-
-
-def common_lines(
-    model: torch.nn.Module,
-    memory: Callable[[Batch], dict[str, int]],
-    args,
-    ranks: int,
+def describe_training(
+    training: Training, model: nn.Module, loss: Callable[[nn.Module, dict], Tensor], start: Start
 ) -> Iterator[str]:
-    """What is said of every training.
+    """Yield the lines that describe a training of any model.
 
     Args:
-      memory: of a step with such a batch, by part, the first three always, and its "peak".
+      model: on the device "meta".
+      loss: (model, batch) -> scalar, the forward pass of a step.
+
+    Raises:
+      InputError: the disk has no room for two checkpoints.
     """
-    total = count(model.parameters())
-    trained = count(p for p in model.parameters() if p.requires_grad)
-    yield f"Parameters: {total:,}, {trained:,} of them trained ({trained / total:.2%})"
-    yield f"Training cuts: {args.train_statistics}"
-    yield f"Validation cuts: {args.valid_statistics}"
-    batches, worst = epoch_batches(args)
-    yield from steps_lines(batches, args, ranks)
+    data, config, ranks = training.data, training.config, num_processes(training.config.world_size)
+    if training.zero:
+        yield f"DeepSpeed: ZeRO stage {training.zero['zero_optimization']['stage']}"
+    total, num_trained = count(model), sum(p.numel() for p in trained(model))
+    yield f"Parameters: {total:,}, trainable: {num_trained:,} ({num_trained / total:.2%})"
+    yield f"Training cuts: {data.train}"
+    yield f"Validation cuts: {data.valid}"
+    batches = list(data.sample_batches())  # a sample for shards
+    seconds = sum(cut.duration for cuts in batches for cut in cuts)
+    number = max(1, round(len(batches) * data.train.seconds / seconds))
+    steps = max(1, number // (ranks * config.grad_accum))
     yield (
-        f"Optimizer: {args.optimizer}, learning rate {args.base_lr:g}, {args.lr_schedule} schedule;"
-        f" precision: {precision(args)}"
+        f"Batches: about {number:,} per epoch, of at most {data.config.max_duration:g} s; "
+        f"{ranks} x {config.grad_accum} per step (ranks x --grad-accum): about {steps:,} steps"
     )
-    yield from memory_lines(memory, worst, ranks)
-    yield disk_line(model, args)
+    first = start.state.next_epoch
+    origin = f"resumes from {start.path}" if start.path else "starts from scratch"
+    yield f"Epochs: {config.num_epochs - first + 1} to train; {origin} in epoch {first}"
+    yield (
+        f"Optimizer: {config.optimizer}, learning rate {config.base_lr:g}, {config.lr_schedule} "
+        f"schedule; precision: {str(training.dtype).removeprefix('torch.')}"
+    )
+    yield from _memory_lines(training, model, loss, batches)
+    num_files = max(1, config.num_epochs - start.state.epoch) + config.keep_last_k
+    check_room(config.exp_dir, model.parameters(), num_files)
+    one = checkpoint_bytes(model.parameters())
+    yield (
+        f"Disk: {num_files} checkpoints of about {size(one)}, {size(num_files * one)} in "
+        f"{config.exp_dir}; {size(free_bytes(config.exp_dir))} are free"
+    )
     yield "Nothing was written."
 
 
-def steps_lines(batches: int, args, ranks: int) -> Iterator[str]:
-    steps = max(1, batches // (ranks * args.grad_accum))
+def _memory_lines(
+    training: Training,
+    model: nn.Module,
+    loss: Callable[[nn.Module, dict], Tensor],
+    batches: list[CutSet],
+) -> Iterator[str]:
+    ranks = num_processes(training.config.world_size)
+    stage = training.zero["zero_optimization"]["stage"] if training.zero else 0
+    largest = largest_batches(batches, training.data.count_positions)
+
+    def estimate(cuts: CutSet) -> MemoryEstimate:
+        batch = silent_batch(cuts, training.data)
+        batch["features"] = batch["features"].to(training.dtype)
+        return estimate_memory(model, lambda m: loss(m, batch), training.dtype, ranks, stage)
+
+    estimates = {name: estimate(cuts) for name, cuts in largest.items()}
+    name = max(estimates, key=lambda name: estimates[name].total)
+    memory, cuts = estimates[name], largest[name]
+    longest = max(cut.duration for cut in cuts)
     yield (
-        f"Batches: about {batches:,} an epoch, of at most {args.max_duration:g} s; "
-        f"{ranks} x {args.grad_accum} in a step (ranks x --grad-accum): about {steps:,} steps"
+        f"Memory: about {size(memory.total)} per rank, with {name}: {len(cuts)} utterances "
+        f"of up to {longest:.1f} s ({NOT_COUNTED})"
     )
-    left = args.num_epochs - args.start_epoch + 1
-    start = f"goes on from {args.start}" if args.start else "begins anew"
-    yield f"Epochs: {left} to go, up to {args.num_epochs}; {start} in epoch {args.start_epoch}"
-
-
-def precision(args) -> str:
-    dtype = autocast_dtype(args.use_fp16, args.use_bf16)
-    name = str(dtype).removeprefix("torch.")
-    return name if dtype == torch.float32 else f"{name} by autocast"
-
-
-@dataclass
-class _Counting:
-    """Batches that are counted, with their seconds, as they pass."""
-
-    batches: Iterator[CutSet]
-    number: int = 0
-    seconds: float = field(default=0.0)
-
-    def __iter__(self) -> Iterator[CutSet]:
-        for cuts in self.batches:
-            self.number += 1
-            self.seconds += sum(cut.duration for cut in cuts)
-            yield cuts
-
-
-def epoch_batches(args) -> tuple[int, dict[str, Batch]]:
-    """About how many an epoch has, and the worst of them.
-
-    Of shards a sample is known, and what it is of all cuts.
-    """
-    count_positions = getattr(args, "count_positions", None)
-    counting = _Counting(scan_batches(args, args.train_statistics))
-    worst = worst_batches(counting, count_positions)
-    number = round(counting.number * args.train_statistics.seconds / counting.seconds)
-    return max(1, number), {what: batch_of(cuts, count_positions) for what, cuts in worst.items()}
-
-
-def batch_of(cuts: CutSet, count_positions: LLMPositions | None) -> Batch:
-    """Padded to the longest audio and the longest text; a context counts as text."""
-    seconds = max(cut.duration for cut in cuts)
-    if not count_positions:
-        return Batch(len(cuts), seconds)
-    tokens = (count_positions(cut) - count_positions.before_text(cut.duration) for cut in cuts)
-    return Batch(len(cuts), seconds, max(tokens))
-
-
-def memory_lines(memory: Callable, worst: dict[str, Batch], ranks: int) -> Iterator[str]:
-    """The most that a step needs, its parts, and a warning if this machine has less."""
-    computed = {what: memory(batch) for what, batch in worst.items()}
-    what = max(computed, key=lambda what: computed[what]["peak"])
-    parts, batch = dict(computed[what]), worst[what]
-    peak = parts.pop("peak")
-    listed = [f"{name} {amount(size)}" for name, size in parts.items()]
     yield (
-        f"Memory: about {amount(peak)} for each rank, with {what}: {batch.utterances} utterances "
-        f"of up to {batch.seconds:.1f} s ({NOT_COUNTED})"
+        f"  weights {size(memory.weights)}, optimizer {size(memory.optimizer)}, buffers "
+        f"{size(memory.buffers)}, forward and backward {size(memory.step)}"
     )
-    yield f"  always: {', '.join(listed[:3])}"
-    yield f"  and the most of, one after the other: {', '.join(listed[3:])}"
-    name, has = device_memory(ranks)
-    if has < peak:
-        yield f"WARNING: {name} has {amount(has)} for each rank: lower --max-duration"
+    device, available = device_memory(ranks)
+    if available < memory.total:
+        yield f"WARNING: {device} has {size(available)} per rank: lower --max-duration"
 
 
-def amount(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+def model_lines(model: SpeechLLM, training: Training) -> Iterator[str]:
+    """Yield a line for each encoder, the projectors and the LLM."""
+    config = training.model
+    for number, (encoder, (path, name)) in enumerate(zip(model.encoder, config.encoder_files), 1):
+        state = "frozen" if encoder.frozen else "trainable"
+        yield f"Encoder {number}: {name}, {count(encoder):,} parameters, {state}: {path}"
+    yield (
+        f"Projectors: {len(model.encoder)}, {count(model.encoder_projector):,} parameters, "
+        f"trainable, {config.encoder_projector_ds_rate} encoder frames per speech embedding"
+    )
+    lora = sum(p.numel() for name, p in model.llm.named_parameters() if "lora_" in name)
+    state = "trainable" if model.llm.get_input_embeddings().weight.requires_grad else "frozen"
+    line = f"LLM: {count(model.llm) - lora:,} parameters, {state}"
+    if lora:
+        rank = model.llm.peft_config["default"].r
+        line += f", LoRA of rank {rank}, {lora:,} parameters, trainable"
+    yield f"{line}: {config.llm_path}"
+
+
+def count(module: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def size(num_bytes: float) -> str:
+    """Format bytes as GiB or MiB."""
+    gib = num_bytes >= 2**30
+    return f"{num_bytes / 2**30:.1f} GiB" if gib else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def device_memory(ranks: int) -> tuple[str, float]:
-    """What a rank on this machine can have, in bytes: its GPU, or its share of the machine."""
+    """Return a name and the bytes available per rank: a GPU, or a share of this machine."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if torch.cuda.is_available():
         gpus = range(min(here, torch.cuda.device_count()))
         return "a GPU", min(torch.cuda.get_device_properties(n).total_memory for n in gpus)
     return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here
-
-
-def disk_line(model: torch.nn.Module, args) -> str:
-    """Raises: ValueError: not even two checkpoints have room."""
-    exp_dir = Path(args.exp_dir)
-    num_files = max(1, args.num_epochs - args.start_epoch + 1) + args.keep_last_k
-    check_room(exp_dir, model.parameters(), num_files)
-    size = checkpoint_bytes(model.parameters())
-    return (
-        f"Disk: {num_files} checkpoints of about {amount(size)} make {amount(num_files * size)} in "
-        f"{exp_dir}, {amount(free_bytes(exp_dir))} are free"
-    )

@@ -1,4 +1,4 @@
-"""What holds model and optimizer of one rank: how gradients are added up and used."""
+"""Engine: model, optimizer and gradient scaler of one rank, under DDP with several ranks."""
 
 import gc
 import warnings
@@ -8,45 +8,44 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from speechllm.checkpoint_file import copy_to_cpu
-from speechllm.training.distributed import Ranks
+from speechllm.checkpoints import copy_to_cpu
+from speechllm.distributed import DistEnv
+from speechllm.precision import autocast
 
 
 class Engine:
-    """A whole copy of the model on each rank, DDP among them, autocast and a gradient scaler."""
+    """Data parallelism with DDP, autocast and a gradient scaler."""
 
-    # Whether all ranks must take part in validation, and in reading values and the optimizer.
-    divided = False
+    # True where validation and reading parameters or optimizer state involve all ranks.
+    is_sharded = False
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        ranks: Ranks = Ranks(),
+        dist_env: DistEnv = DistEnv(),
         dtype: torch.dtype = torch.float32,
     ):
-        """`dtype` is autocast's; float16 has a scaler of gradients."""
-        self.module, self.optimizer, self.ranks, self.dtype = model, optimizer, ranks, dtype
-        self.model = wrap_ddp(model, ranks)  # to be called in training
-        self.sent: set[Tensor] = set()  # parameters whose gradients DDP has in this step
-        if ranks.world_size > 1:
+        """
+        Args:
+          dtype: autocast dtype; float16 has a gradient scaler.
+        """
+        self.module, self.optimizer, self.dist_env, self.dtype = model, optimizer, dist_env, dtype
+        self.model = wrap_ddp(model, dist_env)  # called in training
+        self.sent: set[Tensor] = set()  # parameters whose gradients DDP received in this step
+        if dist_env.world_size > 1:
             for parameter in trained(model):
                 parameter.register_post_accumulate_grad_hook(self._note_sent)
-        device = ranks.device.type
+        device = dist_env.device.type
         self.scaler = torch.amp.GradScaler(device, init_scale=1.0, enabled=dtype == torch.float16)
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(
-            self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        )
+        return autocast(self.dist_env.device, self.dtype)
 
-    def gathering(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward: only the last of a step's backward passes sends gradients.
-
-        DDP averages them over the ranks.
-        """
+    def grad_sync(self, last: bool) -> AbstractContextManager:
+        """Return a context for forward and backward: only the last of a step averages gradients."""
         self.sent.clear()
-        return nullcontext() if last or self.ranks.world_size == 1 else self.model.no_sync()
+        return nullcontext() if last or self.dist_env.world_size == 1 else self.model.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -55,16 +54,16 @@ class Engine:
         if self.model.require_backward_grad_sync:
             self.sent.add(parameter)
 
-    def recover(self) -> None:
-        """After running out of memory: free it, and send the gradients that others wait for.
+    def recover_from_oom(self) -> None:
+        """Free memory, and send the gradients that other ranks wait for; the step is skipped.
 
-        In the forward pass none was sent; in the backward pass some were, and no other pass
-        may send them again. The step will be skipped: zeros will do.
+        In the forward pass none was sent; in the backward pass some were, and may not be sent
+        again. Zeros suffice.
         """
         gc.collect()
-        if self.ranks.device.type == "cuda":
+        if self.dist_env.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.ranks.world_size == 1:
+        if self.dist_env.world_size == 1:
             return
         if self.sent:
             zero_of(p for p in trained(self.module) if p not in self.sent).backward()
@@ -72,29 +71,33 @@ class Engine:
             self.model().backward()
 
     def gradients_finite(self) -> Tensor:
-        """(), on the device: whether all are, on all ranks; fp16's scaler looks at its own."""
+        """Return (), on the device: all gradients are finite; fp16's scaler checks its own."""
         gradients = [p.grad for p in trained(self.module) if p.grad is not None]
         if self.scaler.is_enabled():
             gradients = []
         return nn.utils.get_total_norm(gradients).isfinite()
 
     def step(self) -> bool:
-        """Update the parameters and forget the gradients; whether these were finite after all."""
+        """Update the parameters and clear the gradients; false if the update was skipped."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.skip_step()
+        self.zero_grad()
         return True
 
-    def skip_step(self) -> None:
-        """Forget the gradients."""
+    def zero_grad(self) -> None:
+        """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def value(self, parameter: Tensor) -> Tensor:
-        """A copy of a parameter, whole and on the CPU."""
+    def skip_step(self) -> None:
+        """Leave the parameters as they are, and clear the gradients."""
+        self.zero_grad()
+
+    def full_param(self, parameter: Tensor) -> Tensor:
+        """Return a copy of the whole parameter on the CPU."""
         return copy_to_cpu(parameter)
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps beside the model."""
+        """Return the state of optimizer and gradient scaler for a checkpoint."""
         return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -103,40 +106,35 @@ class Engine:
             self.scaler.load_state_dict(state["grad_scaler"])
 
 
-def autocast_dtype(use_fp16: bool, use_bf16: bool) -> torch.dtype:
-    """What the flags say, for autocast and for weights that are not trained."""
-    if use_bf16:
-        return torch.bfloat16
-    return torch.float16 if use_fp16 else torch.float32
-
-
-class WithStandIn(nn.Module):
-    """A module, and a pass through all that is trained in it for those who have no batch."""
+class DDPWrapper(nn.Module):
+    """A module with an additional forward pass without inputs, for ranks out of memory."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
 
     def forward(self, *inputs, **options):
-        """Without inputs: 0, whose gradients are zeros."""
+        """Without inputs return 0, whose gradients are zeros."""
         if inputs or options:
             return self.module(*inputs, **options)
         return zero_of(trained(self.module))
 
 
 def trained(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that require gradients."""
     return (p for p in module.parameters() if p.requires_grad)
 
 
 def zero_of(parameters: Iterable[Tensor]) -> Tensor:
-    """0, to which each parameter contributes."""
+    """Return 0, with every parameter in its graph."""
     return sum(p.sum() * 0 for p in parameters)
 
 
-def wrap_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
-    if ranks.world_size == 1:
+def wrap_ddp(model: nn.Module, dist_env: DistEnv) -> nn.Module:
+    """Wrap the model in DDP if there are several ranks."""
+    if dist_env.world_size == 1:
         return model
-    # Gradients of the frontend's convolutions have channels last: another layout, no other result.
+    # Gradients of the frontend's convolutions have channels last; the result is the same.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    # With `device_ids` DDP would move what the model wants on the CPU: lengths, ids and labels.
-    return nn.parallel.DistributedDataParallel(WithStandIn(model), broadcast_buffers=False)
+    # With `device_ids` DDP would move lengths, ids and labels, which the model needs on the CPU.
+    return nn.parallel.DistributedDataParallel(DDPWrapper(model), broadcast_buffers=False)

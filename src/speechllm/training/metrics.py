@@ -1,25 +1,32 @@
-"""What a training counts: running sums, as the log lines users grep and for tensorboard."""
+"""Training metrics: running sums in icefall's log format, throughput, tensorboard."""
 
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-RESET_INTERVAL = 200  # batches over which tot_loss forgets
+from speechllm.distributed import DistEnv
+from speechllm.progress import ProgressBar
+
+RESET_INTERVAL = 200  # batches after which tot_loss has decayed to 1/e
 SUMS = ("loss", "correct", "tokens", "errors", "words", "frames")
 
 
 class Metrics:
-    """Sums over batches: `loss` and `correct` over `tokens`, and the `frames` they came from.
+    """Sums over batches: `loss` and `correct` over `tokens`, `errors` over `words`, and `frames`.
 
-    `errors` are over `words`; only loss, tokens and frames are always there. The sums stay tensors
-    on their device; they are read only when a line is logged.
+    Only loss, tokens and frames are always present. The sums stay tensors on their device and are
+    read when a line is logged.
     """
 
     def __init__(self, sums: dict[str, Tensor] | None = None):
         self.sums = {name: value.double() for name, value in (sums or {}).items()}
 
     def decayed(self, factor: float) -> "Metrics":
+        """Return the sums multiplied by `factor`."""
         return Metrics({name: value * factor for name, value in self.sums.items()})
 
     def __add__(self, other: "Metrics") -> "Metrics":
@@ -30,20 +37,21 @@ class Metrics:
         )
 
     def table(self) -> Tensor:
-        """(6, 2) float64 on the CPU: the sums in the order of SUMS, and 1 for those that are."""
+        """Return (6, 2) float64 on the CPU: the sums in the order of SUMS, and 1 if present."""
         rows = [[float(self.sums.get(name, 0.0)), float(name in self.sums)] for name in SUMS]
         return torch.tensor(rows, dtype=torch.float64)
 
     @staticmethod
-    def of_table(table: Tensor) -> "Metrics":
+    def from_table(table: Tensor) -> "Metrics":
+        """Return the sums of a `table()`."""
         return Metrics({name: value for name, (value, seen) in zip(SUMS, table) if seen > 0})
 
-    def reduced(self, ranks) -> "Metrics":
-        """The sums of all ranks, of which some may have seen no batch, and so not every sum."""
-        return Metrics.of_table(ranks.sum(self.table()))
+    def reduced(self, dist_env: DistEnv) -> "Metrics":
+        """Return the sums over all ranks; a rank without a batch lacks some of them."""
+        return Metrics.from_table(dist_env.sum(self.table()))
 
     def means(self) -> dict[str, float]:
-        """`loss` and `acc` per token, `wer` in percent; only what was counted."""
+        """Return `loss` and `acc` per token and `wer` in percent, as far as they were counted."""
         sums = {name: float(value) for name, value in self.sums.items()}
         means = {"loss": sums["loss"] / max(sums["tokens"], 1.0)}
         if "correct" in sums:
@@ -57,11 +65,50 @@ class Metrics:
         return f"{values}over {float(self.sums['frames']):.2f} frames. "
 
 
+class ThroughputMeter:
+    """Audio of an epoch trained on so far, over all ranks, with a progress bar.
+
+    Attributes:
+      audio: seconds, including those before resuming.
+      speed: seconds of audio per second, without those.
+    """
+
+    def __init__(self, name: str, epoch_seconds: float, dist_env: DistEnv):
+        self.bar = ProgressBar(name, epoch_seconds, dist_env.is_main)
+        self.world_size = dist_env.world_size
+        self.audio = self.speed = 0.0
+
+    def start(self, batches: Iterable[dict]) -> None:
+        """Start the clock; `batches` of this rank were trained on before."""
+        self._add(batches)
+        self.before, self.start_time = self.audio, time.monotonic()
+
+    def step(self, batches: Iterable[dict]) -> None:
+        """Count this rank's batches of a step."""
+        self._add(batches)
+        self.speed = (self.audio - self.before) / (time.monotonic() - self.start_time)
+
+    def _add(self, batches: Iterable[dict]) -> None:
+        seconds = sum(float(batch["seconds"]) for batch in batches) * self.world_size
+        self.audio += seconds
+        self.bar.advance(seconds)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock, for validation."""
+        pause = time.monotonic()
+        yield
+        self.start_time += time.monotonic() - pause
+
+
 class TensorBoard:
-    """Scalars under the names icefall uses; does nothing when not enabled."""
+    """Scalars under icefall's names; does nothing when not enabled."""
 
     def __init__(self, log_dir: Path, enabled: bool, purge_step: int | None = None):
-        """What was written of `purge_step` and later is taken back."""
+        """
+        Args:
+          purge_step: entries of this step and later ones are hidden.
+        """
         self.writer = None
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
@@ -69,6 +116,7 @@ class TensorBoard:
             self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step or None)
 
     def add(self, prefix: str, values: dict[str, float], step: int) -> None:
+        """Write scalars, each as `<prefix><name>`."""
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f"{prefix}{name}", value, step)

@@ -1,90 +1,110 @@
-"""Which checkpoint a training goes on from, and what is different since it was written."""
+"""Checkpoints of a training: its progress, which files are kept, and where it resumes.
+
+`epoch-N.pt` is written at the end of epoch N, `checkpoint-B.pt` after B steps, within an epoch.
+"""
 
 import logging
-from collections.abc import Callable
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from speechllm.checkpoints import epoch_path, load_checkpoint, numbered_files, write_checkpoint
+from speechllm.data.config import TrainDataConfig
+from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
-from speechllm.training.checkpoint import (
-    TrainState,
-    epoch_path,
-    load_checkpoint,
-    numbered_files,
-    restore_state,
-)
+from speechllm.io import atomic_write, check_space
+from speechllm.training.config import TrainConfig
 
-PARTS = ("optimizer", "scheduler", "grad_scaler")  # without which nothing can go on
-ORDER_FLAGS = (  # what the batches of an epoch follow from
-    "train_cuts", "shar_dir", "max_duration", "max_tokens", "bucketing_sampler", "num_buckets",
-    "shuffle", "drop_last", "min_utterance", "max_utterance", "concatenate_cuts", "seed",
+REQUIRED = ("optimizer", "scheduler", "grad_scaler")  # entries without which resuming fails
+ORDER_OPTIONS = (  # options that determine the batches of an epoch
+    "train_cuts", "shar_dir", "max_duration", "max_batch_tokens", "bucketing_sampler",
+    "num_buckets", "shuffle", "drop_last", "min_duration", "max_utterance_duration",
+    "concatenate_cuts",
 )  # fmt: skip
+FORMER_NAMES = {  # former names of options, as in older checkpoints
+    "max_tokens": "max_batch_tokens",
+    "min_utterance": "min_duration",
+    "max_utterance": "max_utterance_duration",
+}
 
 
-def start_of_training(
-    resume: str, exp_dir: Path, start_epoch: int, complain: Callable[[str], None] = print
-) -> Path | None:
-    """The checkpoint to go on from, None to begin.
+@dataclass
+class TrainState:
+    """Progress of a training, and its best losses."""
 
-    Args:
-      resume: auto and must take the newest good one, never `epoch-(start_epoch - 1).pt`.
-      start_epoch: nothing before it is taken.
-      complain: is told of files that cannot be read.
+    epoch: int = 0
+    batch_idx_train: int = 0
+    best_train_loss: float = float("inf")
+    best_train_epoch: int = -1
+    best_valid_loss: float = float("inf")
+    best_valid_epoch: int = -1
+    batches_in_epoch: int = 0  # trained on by each rank; 0 at the end of an epoch
+    skipped_steps: int = 0  # in total (see skipped_steps.py)
+    recently_skipped: float = 0.0  # decays with successful steps
+    skipped_since: int = 0  # batch_idx_train when recently_skipped was last 0
 
-    Raises:
-      FileNotFoundError, ValueError: there is none, or none that can be read.
-    """
-    before = epoch_path(exp_dir, start_epoch - 1)
-    if resume == "never":
-        newest = before if start_epoch > 1 and before.is_file() else None
-    else:
-        newest = _newest_good(exp_dir, complain)
-    if start_epoch > 1:
-        if newest is None or _progress(newest).next_epoch < start_epoch:
-            if before.is_file():
-                _progress(before)  # what is wrong with it
-            raise FileNotFoundError(f"{before} is missing: --start-epoch {start_epoch} needs it")
-    elif newest is None and resume == "must":
-        raise FileNotFoundError(f"--resume must: there is no checkpoint in {exp_dir}")
-    return newest
+    @property
+    def next_epoch(self) -> int:
+        """The first epoch that is not complete."""
+        return self.epoch + (self.batches_in_epoch == 0)
 
-
-def _newest_good(exp_dir: Path, complain: Callable[[str], None]) -> Path | None:
-    """Of epochs and checkpoints the one that is furthest and can be gone on with."""
-    good, bad = [], []
-    for i, kind in enumerate(("checkpoint", "epoch")):
-        for path in numbered_files(exp_dir, kind).values():
-            try:
-                good.append((_progress(path).batch_idx_train, i, path))
-                break
-            except InputError as error:
-                bad.append(str(error))
-    if bad and not good:
-        raise InputError(f"{bad[0]}; there is no other one to go on from in {exp_dir}")
-    for sentence in bad:
-        complain(f"Left out: {sentence}")
-    return max(good)[-1] if good else None
+    def update_best(self, kind: str, loss: float) -> None:
+        """Update the best "train" or "valid" loss with that of this epoch."""
+        if loss < getattr(self, f"best_{kind}_loss"):
+            setattr(self, f"best_{kind}_loss", loss)
+            setattr(self, f"best_{kind}_epoch", self.epoch)
 
 
-def _progress(path: Path) -> TrainState:
-    """How far the training was that wrote a checkpoint.
-
-    Raises:
-      ValueError: one sentence naming the file: it is damaged, or holds nothing but a model.
-    """
-    checkpoint = load_checkpoint(path)
-    for part in PARTS:
-        if part not in checkpoint:
-            raise InputError(f"{path} has no {part} to continue with (see --pretrained-model-path)")
-    return restore_state(checkpoint)
+def restore_state(checkpoint: dict) -> TrainState:
+    """Return the progress saved in a checkpoint; averages and published files have none."""
+    defaults = asdict(TrainState())
+    return TrainState(**{name: checkpoint.get(name, value) for name, value in defaults.items()})
 
 
-def move_aside(exp_dir: Path, state: TrainState) -> Path | None:
-    """What an earlier training left beyond `state` goes to a folder of its own, which is returned.
+# ---- files
 
-    Otherwise --resume auto would later take it for the newest.
+
+def save_checkpoint(path: Path, model: dict[str, Tensor], state: TrainState, **resume) -> None:
+    """Write model, progress and the state dicts in `resume`, atomically."""
+    write_checkpoint({"model": model, **asdict(state), **resume}, path)
+
+
+def copy_best(exp_dir: Path, state: TrainState) -> None:
+    """Copy the epoch just saved to best-train-loss.pt and best-valid-loss.pt if it is the best."""
+    saved = epoch_path(exp_dir, state.epoch)
+    for kind, best in (("train", state.best_train_epoch), ("valid", state.best_valid_epoch)):
+        if best == state.epoch:
+            with atomic_write(exp_dir / f"best-{kind}-loss.pt") as partial:
+                try:
+                    os.link(saved, partial)
+                except OSError:  # not every file system has links
+                    shutil.copyfile(saved, partial)
+
+
+def remove_old_checkpoints(exp_dir: Path, keep: int) -> None:
+    """Delete all `checkpoint-B.pt` but the last `keep`."""
+    for path in list(numbered_files(exp_dir, "checkpoint").values())[keep:]:
+        path.unlink()
+
+
+def remove_partial_checkpoints(exp_dir: Path) -> None:
+    """Delete incomplete files of a training that was killed while it wrote them."""
+    for path in exp_dir.glob(".part-*"):
+        if re.fullmatch(r"\.part-\d+-(epoch-\d+|checkpoint-\d+|best-.*-loss)\.pt", path.name):
+            path.unlink()
+
+
+def archive_later_checkpoints(exp_dir: Path, state: TrainState) -> Path | None:
+    """Move checkpoints beyond `state` to a new folder `former-N`, and return it.
+
+    Otherwise a later --resume auto would find them.
     """
     epochs, checkpoints = (numbered_files(exp_dir, kind) for kind in ("epoch", "checkpoint"))
     later = [path for number, path in epochs.items() if number > state.epoch]
@@ -98,48 +118,151 @@ def move_aside(exp_dir: Path, state: TrainState) -> Path | None:
     return folder
 
 
-def check_optimizer(checkpoint: dict, path: Path, name: str, group: dict) -> None:
-    """Whether a checkpoint is of the same kind of optimizer, given a parameter group of that.
+def checkpoint_bytes(parameters: Iterable[Tensor]) -> int:
+    """Estimate the size of a checkpoint: trained parameters and two optimizer values for each."""
+    return 3 * sum(p.nbytes for p in parameters if p.requires_grad)
+
+
+def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> None:
+    """Check that the disk has room for checkpoints of these trained parameters.
+
+    Args:
+      num_files: checkpoints of the whole training; room for fewer is a warning.
 
     Raises:
-      ValueError: one sentence naming the file and --optimizer `name`.
+      InputError: two checkpoints do not fit.
     """
-    if checkpoint["optimizer"]["param_groups"][0].keys() - {*group, "initial_lr"}:
-        raise InputError(f"{path} is of another optimizer than --optimizer {name}")
+    size = checkpoint_bytes(parameters)
+    check_space(exp_dir, 2 * size, "two checkpoints")
+    try:
+        check_space(exp_dir, num_files * size, f"{num_files} checkpoints")
+    except InputError as error:
+        logging.warning(error)
 
 
-def order_of(args) -> dict[str, str]:
-    """What the order of batches follows from, for the checkpoint."""
-    return {name: str(getattr(args, name, "")) for name in ORDER_FLAGS}
+# ---- resuming
 
 
-def say_what_differs(order: dict[str, str], checkpoint: dict, state: TrainState) -> None:
-    """Before an epoch that was begun otherwise is gone on with."""
-    then = checkpoint.get("order", order)
-    differ = [
-        f"--{name.replace('_', '-')} was {then.get(name, '')}, now {value}"
+@dataclass(frozen=True)
+class Start:
+    """Start of a training: a checkpoint, which is read once, or nothing."""
+
+    path: Path | None = None
+    checkpoint: dict = field(default_factory=dict)
+    state: TrainState = field(default_factory=TrainState)
+
+    @property
+    def invalid(self) -> dict[str, int]:
+        """Counts of invalid utterances in the epoch; checkpoints used to call them `bad`."""
+        return self.checkpoint.get("invalid", self.checkpoint.get("bad", {}))
+
+
+def find_start(config: TrainConfig, dist_env: DistEnv = DistEnv()) -> Start:
+    """Find and read the checkpoint to resume from; rank 0 chooses it.
+
+    Raises:
+      FileNotFoundError, InputError: a required checkpoint is missing, or none can be loaded.
+    """
+    start = _choose(config) if dist_env.is_main else Start()
+    path, *_ = dist_env.gather_objects(start.path)
+    if path:
+        logging.info(f"Resuming from {path}")
+        return start if dist_env.is_main else _read(path)
+    return start
+
+
+def _choose(config: TrainConfig) -> Start:
+    start = Start() if config.resume == "never" else _newest_loadable(config.exp_dir)
+    if start.state.next_epoch < config.start_epoch:
+        path = epoch_path(config.exp_dir, config.start_epoch - 1)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: --start-epoch {config.start_epoch} needs it"
+            )
+        return _read(path)
+    if config.resume == "must" and not start.path:
+        raise FileNotFoundError(f"--resume must: no checkpoint in {config.exp_dir}")
+    return start
+
+
+def _newest_loadable(exp_dir: Path) -> Start:
+    """Return the checkpoint with most steps that loads; files that do not are logged."""
+    newest, errors = Start(), []
+    for kind in ("checkpoint", "epoch"):
+        for path in numbered_files(exp_dir, kind).values():
+            try:
+                start = _read(path)
+            except InputError as error:
+                errors.append(str(error))
+                continue
+            if start.state.batch_idx_train >= newest.state.batch_idx_train:
+                newest = start
+            break
+    if errors and newest.path is None:
+        raise InputError(f"{errors[0]}; {exp_dir} has no other checkpoint to resume from")
+    for error in errors:
+        logging.warning(f"Skipped checkpoint: {error}")
+    return newest
+
+
+def _read(path: Path) -> Start:
+    """
+    Raises:
+      InputError: the file is damaged, or holds only a model.
+    """
+    checkpoint = load_checkpoint(path)
+    for entry in REQUIRED:
+        if entry not in checkpoint:
+            raise InputError(f"{path} has no {entry} to resume with (see --pretrained-model-path)")
+    return Start(path, checkpoint, restore_state(checkpoint))
+
+
+def check_optimizer(start: Start, name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Check that a checkpoint was written with the same optimizer.
+
+    Raises:
+      InputError: it was written with another optimizer.
+    """
+    saved = start.checkpoint["optimizer"]["param_groups"][0]
+    if saved.keys() - {*optimizer.param_groups[0], "initial_lr"}:
+        raise InputError(f"{start.path} was written with another optimizer than --optimizer {name}")
+
+
+def order_of(data: TrainDataConfig, seed: int) -> dict[str, str]:
+    """Return the options that determine the order of batches, for checkpoints."""
+    return {name: str(getattr(data, name)) for name in ORDER_OPTIONS} | {"seed": str(seed)}
+
+
+def warn_if_order_changed(order: dict[str, str], start: Start) -> None:
+    """Warn if the remaining batches differ from those of the original run."""
+    saved = {
+        FORMER_NAMES.get(name, name): value or "None"  # options that were not set were empty
+        for name, value in start.checkpoint.get("order", {}).items()
+    }
+    changed = [
+        f"--{name.replace('_', '-')} was {saved[name]}, now {value}"
         for name, value in order.items()
-        if then.get(name, "") != value
+        if saved.get(name, value) != value
     ]
-    if differ and state.batches_in_epoch:
+    if changed and start.state.batches_in_epoch:
         logging.warning(
-            f"Epoch {state.epoch} goes on in another order, of which the first "
-            f"{state.batches_in_epoch} batches are left out, though other utterances may have been "
-            f"trained on: {'; '.join(differ)}"
+            f"Epoch {start.state.epoch} resumes with another order of batches, skipping the first "
+            f"{start.state.batches_in_epoch}, which may not be those that were trained on: "
+            f"{'; '.join(changed)}"
         )
 
 
-def for_ranks(state: TrainState, sums: torch.Tensor, world_size: int) -> torch.Tensor:
-    """What `sums` (N, …) of N ranks and `state`, which is changed, are for `world_size` ranks."""
+def sums_for_ranks(state: TrainState, sums: Tensor, world_size: int) -> Tensor:
+    """Convert the metrics of N ranks, (N, …), and `state` in place, to `world_size` ranks."""
     before = len(sums)
     if before == world_size:
         return sums
     done = state.batches_in_epoch
     state.batches_in_epoch = done * before // world_size
     logging.warning(
-        f"This training had {before} ranks and has {world_size}: a step is of {world_size} batches "
-        f"instead of {before}, what is drawn at random differs, and epoch {state.epoch} goes on "
-        f"after {state.batches_in_epoch} batches of each rank instead of {done}"
+        f"Resuming with {world_size} ranks instead of {before}: a step has {world_size} batches "
+        f"instead of {before}, randomness differs, and epoch {state.epoch} continues after "
+        f"{state.batches_in_epoch} batches per rank instead of {done}"
     )
     total = torch.zeros(world_size, *sums.shape[1:], dtype=sums.dtype)
     total[0] = sums.sum(dim=0)

@@ -1,9 +1,8 @@
-"""ScaledAdam: Adam whose steps are relative to the size of each parameter, with its own clipping.
+"""ScaledAdam: Adam whose steps are relative to the size of each parameter, with clipping.
 
-Two ideas set it apart from Adam (Yao et al., "Zipformer", 2023, section 3.5,
-https://arxiv.org/abs/2310.11230): the step of a tensor is proportional to its root mean square, and
-that size is itself learnt, from the gradient with respect to an imaginary factor in front of the
-tensor. So one learning rate fits large and small tensors alike.
+From Yao et al., "Zipformer", 2023, section 3.5, https://arxiv.org/abs/2310.11230: the step of a
+tensor is proportional to its root mean square, and that size is also learnt, from the gradient with
+respect to an imaginary factor in front of the tensor. One learning rate fits tensors of any size.
 
     optimizer = ScaledAdam(model.parameters(), lr=0.01)
 """
@@ -30,24 +29,22 @@ MAX_STACK = 2**26  # elements of one stack of equal-shaped tensors: bounds the t
 class ScaledAdam(torch.optim.Optimizer):
     """Adam with steps relative to parameter size, and clipping relative to the median norm.
 
-    Parameters of equal shape are stacked and updated together. Every state is kept by parameter
-    (and the clipping history by group), so a checkpoint does not depend on the stacking. As with
-    torch's own optimizers, a parameter whose gradient is None is left as it is.
+    Parameters of equal shape are stacked and updated together. State is kept by parameter, and the
+    clipping history by group, so checkpoints do not depend on the stacking. A parameter whose
+    gradient is None stays as it is.
 
-    Clipping works on each parameter group by itself: gradients whose norm exceeds clipping_scale
-    times the median of recent norms are scaled down to that, and those whose norm is not finite
-    become zero. No step waits for the device, except where a new threshold is computed.
+    Each parameter group is clipped separately: gradients whose norm exceeds clipping_scale times
+    the median of recent norms are scaled down to that; if the norm is NaN or infinite, they become
+    zero. A step waits for the device only where a new threshold is computed.
 
     Args:
-      params: parameters, named parameters or groups of them, as for any torch optimizer.
-      lr: relative step size; a group may have its own, as it may have its own other options.
-      betas: decay of the momentum and of the squared gradients.
+      lr: relative step size; a group may have its own, as well as other options of its own.
       eps: added to the root of the squared gradients.
       clipping_scale: multiple of the median norm at which gradients are clipped; None: no clipping,
-        and no protection from gradients that are not finite.
+        and no protection from non-finite gradients.
 
     Raises:
-      ValueError: for an lr, betas, eps or clipping_scale out of range.
+      InputError: lr, betas, eps or clipping_scale is out of range.
       RuntimeError: from `step`, when most recent gradients of a group were not finite.
     """
 
@@ -68,13 +65,13 @@ class ScaledAdam(torch.optim.Optimizer):
         if clipping_scale is not None and not clipping_scale > 0:
             raise InputError(f"clipping_scale must be positive or None, got {clipping_scale}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "clipping_scale": clipping_scale}
-        # The state of clipping: it belongs to a group, and in a group torch saves and loads it.
+        # Torch saves and loads the state of clipping with its group.
         progress = {"clip_step": 0, "clip_norms": None, "clip_threshold": math.inf}
         super().__init__(params, defaults | progress)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient; returns the closure's loss, if given one."""
+        """Update every parameter that has a gradient; return the closure's loss, if given one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -92,42 +89,26 @@ class ScaledAdam(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continue from a `state_dict()`, of which a copy is made."""
-        # Without the copy two optimizers would go on in the same tensors.
+        """Continue from a copy of a `state_dict()`."""
+        # Without the copy two optimizers would update the same tensors.
         super().load_state_dict(copy.deepcopy(state_dict))
         for group in self.param_groups:
             if group["clip_norms"] is not None:  # torch moves only the states of parameters
                 group["clip_norms"] = group["clip_norms"].to(group["params"][0].device)
 
-    def clipping_stats(self) -> list[dict[str, float]]:
-        """For logging (it waits for the device): one dict per group that has a threshold by now.
-
-        `threshold`: the present one; `median`: of the norms it is compared with (the last 100 or
-        fewer); `clipped`: the fraction of these norms above the threshold or not finite.
-        """
-        stats = []
-        for group in self.param_groups:
-            threshold = group["clip_threshold"]
-            if math.isfinite(threshold):
-                norms = _recorded_norms(group["clip_norms"], group["clip_step"] - 1)
-                clipped = 1 - (norms <= threshold).sum().item() / len(norms)
-                median = _median(norms)
-                stats.append({"threshold": threshold, "median": median, "clipped": clipped})
-        return stats
-
     def _batches(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
         """Yield the parameters in lists that can be stacked and are at the same step."""
-        alike = defaultdict(list)
+        groups = defaultdict(list)
         for p in params:
-            alike[p.shape, p.dtype, p.device, self.state[p]["step"]].append(p)
-        for batch in alike.values():
+            groups[p.shape, p.dtype, p.device, self.state[p]["step"]].append(p)
+        for batch in groups.values():
             size = max(1, MAX_STACK // max(1, batch[0].numel()))
             for start in range(0, len(batch), size):
                 yield batch[start : start + size]
 
     def _clip_factor(self, group: dict, params: list[Tensor]) -> Tensor:
-        """Record the norm of a group's gradients; returns the factor () for them, from 0 to 1."""
-        # The norm is that of the update: each gradient counts in proportion to its tensor's size.
+        """Record the norm of a group's gradients; return their factor (), from 0 to 1."""
+        # Each gradient is weighted by its tensor's size, as in the update.
         rms = torch.stack([self.state[p]["rms"] for p in params])
         norm = (torch.stack(torch._foreach_norm([p.grad for p in params])) * rms).norm()
         t = group["clip_step"]
@@ -138,11 +119,12 @@ class ScaledAdam(torch.optim.Optimizer):
             group["clip_norms"][t % CLIP_PERIOD] = norm
             if t in EARLY_CLIP_STEPS or t % CLIP_PERIOD == 0:
                 group["clip_threshold"] = self._new_threshold(group, t)
-        # inf / inf, before there is a threshold, is NaN as well: no gradient to step by.
+        # inf / inf, before the first threshold, is NaN: the gradients become zero.
         return (group["clip_threshold"] / norm).clamp(max=1.0).nan_to_num(nan=0.0)
 
     def _new_threshold(self, group: dict, t: int) -> float:
-        median = _median(_recorded_norms(group["clip_norms"], t))
+        norms = group["clip_norms"]
+        median = _median(norms[1 : t + 1] if t < CLIP_PERIOD else norms)
         if not math.isfinite(median):
             raise RuntimeError(
                 f"at step {t} the median norm of recent gradients is {median}: "
@@ -152,12 +134,12 @@ class ScaledAdam(torch.optim.Optimizer):
         return leniency * group["clipping_scale"] * median
 
     def _update(self, group: dict, batch: list[Tensor], clip: Tensor | None) -> None:
-        """One step of N parameters of equal shape (M elements each), stacked into (N, M)."""
+        """Update N parameters of equal shape (M elements each), stacked into (N, M)."""
         states = [self.state[p] for p in batch]
         t = states[0]["step"]
         p, grad = _stack(batch), _stack([p.grad for p in batch])
         if clip is not None:
-            # What is not finite makes clip 0, and 0 times that is NaN.
+            # Non-finite gradients make clip 0, and 0 times infinity is NaN.
             grad.mul_(clip).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         values = {key: _stack([s[key] for s in states]) for key in states[0] if key != "step"}
 
@@ -177,7 +159,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
 
 def _initial_state(p: Tensor) -> dict[str, int | Tensor]:
-    """State of a parameter: `delta` and `v` like p, `rms` (); for the size `s` () and `dots` (4,).
+    """Return the state of p: `delta` and `v` like p, `rms` (); for the size `s` () and `dots` (4,).
 
     The size of a one-element tensor is not learnt: its `rms` stays SIZE_LR.
     """
@@ -189,7 +171,7 @@ def _initial_state(p: Tensor) -> dict[str, int | Tensor]:
 
 
 def _update_size(values: dict[str, Tensor], p: Tensor, grad: Tensor, t: int, group: dict) -> None:
-    """Add to delta the step of the size: Adam on a factor in front of p, every SIZE_PERIOD steps.
+    """Add the step of the size to delta: Adam on a factor in front of p, every SIZE_PERIOD steps.
 
     p · grad, summed, is the gradient with respect to the logarithm of that factor.
     """
@@ -210,7 +192,7 @@ def _update_size(values: dict[str, Tensor], p: Tensor, grad: Tensor, t: int, gro
 
 
 def _add_adam_step(values: dict[str, Tensor], grad: Tensor, t: int, group: dict) -> None:
-    """Add to delta Adam's step, in proportion to rms."""
+    """Add Adam's step, in proportion to rms, to delta."""
     beta1, beta2 = group["betas"]
     v = values["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     root = v.sqrt()
@@ -222,7 +204,7 @@ def _add_adam_step(values: dict[str, Tensor], grad: Tensor, t: int, group: dict)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
-    """N tensors of equal shape -> (N, M), a copy."""
+    """Copy N tensors of equal shape into (N, M)."""
     return torch.stack(tensors).reshape(len(tensors), tensors[0].numel())
 
 
@@ -231,14 +213,6 @@ def _unstack(stacked: Tensor, tensors: list[Tensor]) -> None:
     torch._foreach_copy_(tensors, list(stacked.reshape(len(tensors), *tensors[0].shape).unbind()))
 
 
-def _recorded_norms(norms: Tensor, t: int) -> Tensor:
-    """The norms recorded by step t: of steps 1 to t, or of the last CLIP_PERIOD steps."""
-    return norms[1 : t + 1] if t < CLIP_PERIOD else norms
-
-
 def _median(norms: Tensor) -> float:
-    """The recipe's median of n norms: element 2 * (n // 4) in order, NaN counting as the largest.
-
-    Waits for the device.
-    """
+    """Return the recipe's median of n norms, element 2 * (n // 4), NaN being largest; waits."""
     return norms.sort().values[2 * (len(norms) // 4)].item()

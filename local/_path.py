@@ -1,0 +1,6 @@
+"""Make `speechllm` importable for the programs of this folder, which import this module first."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))

@@ -1,0 +1,1 @@
+"""Audio files to samples, resampling and filter-bank features."""

@@ -1,0 +1,101 @@
+"""Audio of any sampling rate and length to mono at 16 kHz, block by block."""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from lhotse.augmentation import get_or_create_resampler
+from torch import Tensor
+
+from speechllm.audio.fbank import SAMPLING_RATE
+from speechllm.audio.reader import BLOCK_SECONDS, open_sound
+from speechllm.errors import InputError
+
+RESAMPLER_CONTEXT = 1  # s, much longer than its filter
+LARGEST_RESAMPLER = 10_000_000  # weights; 44.1 kHz needs 70560, 44.101 kHz 700 million
+
+
+class Window(NamedTuple):
+    """A part of a recording with context on both sides.
+
+    samples: (N,); the part itself is `samples[before : before + length]`.
+    """
+
+    samples: Tensor
+    before: int
+    length: int
+
+
+def windows(blocks: Iterable[Tensor], length: int, context: int) -> Iterator[Window]:
+    """Split a recording into parts of `length` samples; the last may differ by up to `context`.
+
+    Args:
+      blocks: (N,) each, of any sizes.
+      context: samples on both sides, fewer at the ends; at most half of `length`.
+    """
+    held, before = torch.zeros(0), 0
+    for block in blocks:
+        held = torch.cat([held, block])
+        while len(held) > before + length + context:
+            yield Window(held[: before + length + context], before, length)
+            held, before = held[before + length - context :], context
+    if len(held) > before:
+        yield Window(held, before, len(held) - before)
+
+
+def audio_blocks(path: str | Path) -> Iterator[Tensor]:
+    """Read an audio file as blocks of samples (N,), float32; channels are averaged.
+
+    Raises:
+      FileNotFoundError: the file does not exist.
+      InputError: it cannot be decoded; also between blocks.
+    """
+    sound = open_sound(path)
+    blocks = (torch.from_numpy(block).mean(dim=1) for block in sound.blocks)
+    yield from resampled(blocks, sound.sampling_rate, path)
+
+
+def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
+    """Read an open file as `audio_blocks` does, from a copy: some formats need to seek.
+
+    Raises:
+      InputError: it cannot be decoded; the message begins with `name`.
+    """
+    with tempfile.NamedTemporaryFile(prefix="transcribe-") as file:
+        shutil.copyfileobj(stream, file)
+        file.flush()
+        try:
+            yield from audio_blocks(file.name)
+        except InputError as error:
+            raise InputError(str(error).replace(file.name, name)) from None
+
+
+def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator[Tensor]:
+    """Resample blocks (N,) to 16 kHz, with the same result as for the whole at once.
+
+    lhotse's resampler is used, as for training data.
+
+    Raises:
+      InputError: the rate is unsupported, or samples are not finite; it begins with `name`.
+    """
+    step = math.gcd(rate, SAMPLING_RATE) or 1
+    if rate <= 0 or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
+        raise InputError(f"{name}: unsupported sample rate {rate} Hz")
+    for block in _resampled(blocks, rate):
+        if not block.isfinite().all():
+            raise InputError(f"{name}: samples contain NaN or infinity")
+        yield block
+
+
+def _resampled(blocks: Iterable[Tensor], rate: int) -> Iterator[Tensor]:
+    if rate == SAMPLING_RATE:
+        yield from blocks
+        return
+    resample = get_or_create_resampler(rate, SAMPLING_RATE)
+    for samples, before, length in windows(blocks, BLOCK_SECONDS * rate, RESAMPLER_CONTEXT * rate):
+        start, end = (-(-n * SAMPLING_RATE // rate) for n in (before, before + length))
+        yield resample(samples)[start:end]

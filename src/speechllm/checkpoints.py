@@ -1,0 +1,200 @@
+"""Checkpoint files `{"model": state_dict, …}`: written atomically, loaded without running code."""
+
+import logging
+import mmap
+from pathlib import Path
+from zipfile import ZipFile
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from speechllm.errors import InputError, first_line
+from speechllm.io import atomic_write
+
+DEFAULT_AVG = 5  # epochs or checkpoints averaged by default
+UNREADABLE = "cannot be read as a checkpoint of tensors"
+
+
+def copy_to_cpu(value: Tensor) -> Tensor:
+    """Copy a parameter for a checkpoint; later updates do not change the copy."""
+    return value.detach().to("cpu", copy=True)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Load a checkpoint to the CPU without running code from it.
+
+    A `*.safetensors` file becomes the 'model' entry of the result.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      InputError: the file is truncated or damaged, or contains more than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return {"model": load_file(path)}
+        checkpoint = _load_checked(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # unreadable or damaged
+        raise InputError(f"{path} {UNREADABLE}: {first_line(error)}") from None
+    except Exception:  # unpickling raises any class, with torch's advice to trust the file
+        raise InputError(
+            f"{path} {UNREADABLE}: it is empty, truncated, not written by torch.save, or contains "
+            "more than tensors and plain values"
+        ) from None
+    if not isinstance(checkpoint, dict) or not _is_state_dict(checkpoint.get("model")):
+        raise InputError(f"{path} has no 'model' entry with a state dict")
+    return checkpoint
+
+
+def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
+    """Write a checkpoint file atomically."""
+    with atomic_write(path) as partial, open(partial, "wb") as file:
+        torch.save(checkpoint, file)  # given a path, torch hides the cause of a failure
+
+
+def _load_checked(path: str | Path) -> object:
+    """Load a file of torch.save; torch.load itself ignores the checksums that it contains.
+
+    The file is mapped into memory: checking and loading it reads it once from the disk.
+
+    Raises:
+      RuntimeError: the checksum of a record is wrong.
+      Exception: zipfile's or torch's, for a file that torch.save did not write.
+    """
+    with open(path, "rb") as file, _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with ZipFile(content) as archive:
+            if damaged := archive.testzip():
+                raise RuntimeError(f"wrong checksum of {damaged}")
+        content.seek(0)
+        return torch.load(content, map_location="cpu", weights_only=True)
+
+
+class _Mapped(mmap.mmap):
+    def seekable(self) -> bool:  # for zipfile; built in from Python 3.13 on
+        return True
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items()
+    )
+
+
+# ---- files of an experiment directory, and their averages
+
+
+def epoch_path(exp_dir: Path, epoch: int) -> Path:
+    return exp_dir / f"epoch-{epoch}.pt"
+
+
+def checkpoint_path(exp_dir: Path, batch_idx_train: int) -> Path:
+    return exp_dir / f"checkpoint-{batch_idx_train}.pt"
+
+
+def numbered_files(exp_dir: Path, kind: str) -> dict[int, Path]:
+    """Find `epoch-N.pt` or `checkpoint-B.pt`, by number, largest first."""
+    found = {}
+    for path in exp_dir.glob(f"{kind}-*.pt"):
+        number = path.stem.removeprefix(f"{kind}-")
+        if number.isdecimal():
+            found[int(number)] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
+    """Return the last `avg` (0: up to 5) epoch-N.pt up to N = `epoch` (0: the last there is).
+
+    Raises:
+      FileNotFoundError: an epoch is missing; the message lists those that exist.
+      InputError: avg is negative, or the range begins before epoch 1.
+    """
+    found = numbered_files(exp_dir, "epoch")
+    if not found:
+        raise FileNotFoundError(f"{exp_dir} has no epoch-N.pt (see --checkpoint for other files)")
+    epoch = epoch or max(found)
+    avg = avg or next((k for k in range(1, DEFAULT_AVG) if epoch - k not in found), DEFAULT_AVG)
+    first, flags = epoch - avg + 1, f"--epoch {epoch} --avg {avg}"
+    if avg < 1:
+        raise InputError(f"--avg {avg} must be at least 1")
+    if first < 1:
+        raise InputError(f"{flags} begins before epoch 1")
+    for number in range(first, epoch + 1):
+        if number not in found:
+            needed = f"epochs {first} to {epoch}" if avg > 1 else f"epoch {epoch}"
+            raise FileNotFoundError(
+                f"epoch-{number}.pt is missing in {exp_dir}: {flags} needs {needed}, "
+                f"found: {_numbers(found)}"
+            )
+    return [found[number] for number in range(first, epoch + 1)]
+
+
+def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path]:
+    """Return the last `avg` (0: up to 5) checkpoint-B.pt up to B = `iteration`.
+
+    Raises:
+      FileNotFoundError: a checkpoint is missing; the message lists those that exist.
+      InputError: avg is negative.
+    """
+    if avg < 0:
+        raise InputError(f"--avg {avg} must be at least 1")
+    found = numbered_files(exp_dir, "checkpoint")
+    if iteration not in found:
+        raise FileNotFoundError(
+            f"checkpoint-{iteration}.pt is missing in {exp_dir}, found: {_numbers(found)}"
+        )
+    needed = [path for number, path in found.items() if number <= iteration][: avg or DEFAULT_AVG]
+    if len(needed) < avg:
+        raise FileNotFoundError(
+            f"{exp_dir} has {len(needed)} of the {avg} checkpoints that --iter {iteration} "
+            f"--avg {avg} needs, found: {_numbers(found)}"
+        )
+    return needed[::-1]
+
+
+def _numbers(found: dict[int, Path]) -> str:
+    return ", ".join(map(str, sorted(found))) or "none"
+
+
+def average(paths: list[Path], out: Path) -> tuple[dict[str, Tensor], Path]:
+    """Average the models of several checkpoints element-wise and write the result to `out`.
+
+    Returns:
+      The state dict and its file, which is the checkpoint itself if there is only one.
+    Raises:
+      FileNotFoundError, InputError: a file cannot be read, or keys or shapes differ.
+    """
+    if len(paths) == 1:
+        return load_checkpoint(paths[0])["model"], paths[0]
+    model = load_checkpoint(paths[0])["model"]
+    first = {key: value.to("meta") for key, value in model.items()}  # shapes and dtypes
+    sums = {key: value.double() for key, value in model.items()}
+    for path in paths[1:]:
+        model = load_checkpoint(path)["model"]
+        shapes, others = ({k: tuple(v.shape) for k, v in state.items()} for state in (first, model))
+        if differing := dict(shapes.items() ^ others.items()):
+            key = min(differing)
+            raise InputError(
+                f"{path.name} and {paths[0].name} differ: {key} has shape "
+                f"{others.get(key, 'none')} and {shapes.get(key, 'none')}"
+            )
+        for key, value in model.items():
+            sums[key] += value
+    mean = {key: (value / len(paths)).to(first[key].dtype) for key, value in sums.items()}
+    write_checkpoint({"model": mean}, out)
+    logging.info(f"Averaged {paths[0].stem} to {paths[-1].stem} into {out}")
+    return mean, out
+
+
+def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tensor], Path]:
+    """Average the files of `epochs_to_average`, also written as `epoch-N-avg-K.pt`."""
+    paths = epochs_to_average(exp_dir, epoch, avg)
+    return average(paths, exp_dir / f"{paths[-1].stem}-avg-{len(paths)}.pt")
+
+
+def average_checkpoints(exp_dir: Path, iteration: int, avg: int) -> tuple[dict[str, Tensor], Path]:
+    """Average the files of `checkpoints_to_average`, also written as `iter-N-avg-K.pt`."""
+    paths = checkpoints_to_average(exp_dir, iteration, avg)
+    return average(paths, exp_dir / f"iter-{iteration}-avg-{len(paths)}.pt")

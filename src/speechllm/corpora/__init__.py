@@ -1,1 +1,0 @@
-"""Corpora in the forms they come in, to utterances, to cuts."""

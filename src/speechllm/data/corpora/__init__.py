@@ -1,0 +1,1 @@
+"""Read corpora in their usual forms as utterances, and convert these to cuts."""

@@ -1,0 +1,80 @@
+"""Decode the audio files of a corpus completely, and copy those that lhotse cannot read.
+
+Formats that soundfile does not read (m4a, webm, …), and those for which lhotse starts a shell, are
+copied to FLAC.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+
+from speechllm.audio.reader import open_sound
+from speechllm.data.security import GIVEN_TO_A_SHELL
+from speechllm.errors import InputError
+
+
+class AudioFile(NamedTuple):
+    """Properties of an audio file; `path` is the copy if there is one."""
+
+    path: Path
+    sampling_rate: int  # Hz
+    num_samples: int
+    channels: int
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.num_samples / self.sampling_rate
+
+
+Problem = tuple[str, str]  # one of validation.REASONS, and a description
+
+
+def check_files(
+    paths: Iterable[Path], copies: Path, mix: bool = False, num_jobs: int = 1
+) -> dict[Path, AudioFile | Problem]:
+    """Decode each file from beginning to end: a header does not reveal truncation.
+
+    Args:
+      copies: folder for copies; created if needed.
+      mix: copy multi-channel files to one channel, the mean.
+    """
+    paths = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(num_jobs) as executor:  # soundfile decodes outside Python's lock
+        found = executor.map(partial(check_file, copies=copies, mix=mix), paths)
+        return dict(zip(paths, found, strict=True))
+
+
+def check_file(path: Path, copies: Path, mix: bool = False) -> AudioFile | Problem:
+    """Decode a file as `check_files`."""
+    if not path.is_file():
+        return "no-audio", f"{path} is missing"
+    try:
+        sound = open_sound(path)
+        channels, used = 1 if mix else sound.channels, path
+        lhotse_reads_it = sound.by_soundfile and path.suffix.lower() not in GIVEN_TO_A_SHELL
+        if channels == sound.channels and lhotse_reads_it:
+            num_samples = sum(map(len, sound.blocks))
+        else:
+            used = copies / f"{path.stem}-{hashlib.sha1(str(path).encode()).hexdigest()[:8]}.flac"
+            num_samples = _write(used, sound.sampling_rate, channels, sound.blocks)
+    except InputError as error:
+        return "unreadable-audio", str(error)
+    if not num_samples:
+        return "malformed", f"{path} has a duration of 0 s"
+    return AudioFile(used, sound.sampling_rate, num_samples, channels)
+
+
+def _write(copy: Path, rate: int, channels: int, blocks: Iterator[np.ndarray]) -> int:
+    """Write blocks of (N, C) samples as `channels`, C or 1; return the number of samples."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with soundfile.SoundFile(copy, "w", rate, channels, "PCM_16") as file:
+        for block in blocks:
+            file.write(block if block.shape[1] == channels else block.mean(axis=1))
+        return file.frames

@@ -1,0 +1,76 @@
+"""PrepareConfig: which corpus `local/prepare_corpus.py` prepares, and how."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from speechllm.cli import check_range, option
+from speechllm.errors import InputError
+
+SOURCES = ("table", "folder", "kaldi", "huggingface", "lhotse")
+MIX = "mix"  # value of --channel
+SIDES = {"A": 1, "B": 2}  # channel names in telephone corpora
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Options of prepare_corpus.py.
+
+    Raises:
+      InputError: a value is out of range.
+      FileNotFoundError: the source does not exist.
+    """
+
+    source: str  # one of SOURCES
+    path: Path
+    corpus: str = option("", "name of the corpus in file names")
+    manifest_dir: Path = option(Path("data/fbank"), "directory of the written cut files")
+    train_split: str = option("train", "name of the training split in the corpus")
+    language: str | None = option(
+        None, "language of utterances that have none, such as en; zh, ja, th and others without "
+        "spaces are scored by characters",
+    )  # fmt: skip
+    channel: str | None = option(
+        None, "channel of multi-channel files, unless the corpus specifies it: 1, 2, …, A, B or "
+        "mix (the mean)",
+    )  # fmt: skip
+    speed_perturb: bool = option(True, "add copies at speed 0.9 and 1.1 to the training split")
+    skip_invalid: bool = option(False, "skip invalid utterances instead of stopping")
+    num_jobs: int = option(4, "processes that compute features")
+
+    def __post_init__(self):
+        check_range("num_jobs", self.num_jobs, 1)
+        if not re.fullmatch(r"[\w-]+", self.corpus):
+            raise InputError(f"--corpus {self.corpus!r} may have letters, digits, _ and - only")
+        try:
+            self.channel_index
+        except ValueError:
+            allowed = f"1, 2, …, A, B or {MIX}"
+            raise InputError(f"--channel {self.channel!r}: expected {allowed}") from None
+        if not self.path.exists():
+            raise FileNotFoundError(f"--{self.source} {self.path} does not exist")
+
+    @property
+    def mix(self) -> bool:
+        return self.channel == MIX
+
+    @property
+    def channel_index(self) -> int | None:
+        """The channel, counted from 0; None if not given."""
+        if self.mix:
+            return 0
+        return None if self.channel is None else channel_number(self.channel or "0")
+
+
+def channel_number(text: str) -> int | None:
+    """Parse `1` or `A` as 0, the first channel; empty as None.
+
+    Raises:
+      ValueError: not a number from 1, nor A or B.
+    """
+    if not text:
+        return None
+    number = SIDES.get(text) or (int(text) if re.fullmatch(r"[0-9]{1,3}", text) else 0)
+    if number < 1:
+        raise ValueError(f"channel {text!r}: expected 1, 2, …, A or B")
+    return number - 1

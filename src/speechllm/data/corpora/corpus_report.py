@@ -1,0 +1,143 @@
+"""Statistics of a prepared corpus and the skipped utterances, as JSON and as text."""
+
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from lhotse.cut import Cut
+
+from speechllm.data.corpora.audio_files import AudioFile
+from speechllm.data.features import has_perturbed_speed
+from speechllm.data.validation import CutError, count_reasons, format_counts
+
+SHOWN = 50  # items of a list in the text; the JSON has all
+KINDS = {  # kinds of characters, by their Unicode category
+    "have_digits": lambda category: category[0] == "N",
+    "have_punctuation": lambda category: category[0] in "PS",
+    "have_upper_case": lambda category: category == "Lu",
+    "have_lower_case": lambda category: category == "Ll",
+}
+
+
+def corpus_report(
+    source: str, splits: Mapping[str, list[Cut]], files: list[AudioFile], errors: list[CutError]
+) -> dict:
+    """Build the content of report.json.
+
+      splits: utterances, hours, speakers, seconds (quantiles); cuts include speed perturbation
+      shared_speakers: speakers in several splits -> these splits
+      languages: language -> number of utterances
+      text: words, different_words, characters (count of each), and the number of utterances that
+        have_digits, have_punctuation, have_upper_case and have_lower_case
+      audio: files, and number of files by rate (Hz) and channels
+      skipped: counts by reason; id, reason and message of each utterance
+    """
+    originals = {
+        split: [cut for cut in cuts if not has_perturbed_speed(cut)]
+        for split, cuts in splits.items()
+    }
+    supervisions = [cut.supervisions[0] for cuts in originals.values() for cut in cuts]
+    return {
+        "source": source,
+        "splits": {split: _statistics(originals[split], cuts) for split, cuts in splits.items()},
+        "shared_speakers": _shared_speakers(originals),
+        "languages": dict(Counter(one.language or "unknown" for one in supervisions)),
+        "text": _text_statistics([one.text for one in supervisions]),
+        "audio": {
+            "files": len(files),
+            "rates": dict(Counter(str(file.sampling_rate) for file in files)),
+            "channels": dict(Counter(str(file.channels) for file in files)),
+        },
+        "skipped": {
+            "counts": count_reasons([error] for error in errors),
+            "utterances": [error._asdict() for error in errors],
+        },
+    }
+
+
+def _statistics(originals: list[Cut], cuts: list[Cut]) -> dict:
+    seconds = np.array([cut.duration for cut in originals])
+    quantiles = np.quantile(seconds, [0, 0.5, 1]).round(3).tolist()
+    return {
+        "utterances": len(originals),
+        "hours": round(seconds.sum() / 3600, 4),
+        "speakers": len({cut.supervisions[0].speaker for cut in originals}),
+        "seconds": dict(zip(("shortest", "median", "longest"), quantiles, strict=True)),
+        "cuts": len(cuts),
+        "cuts_hours": round(sum(cut.duration for cut in cuts) / 3600, 4),
+    }
+
+
+def _shared_speakers(splits: Mapping[str, list[Cut]]) -> dict[str, list[str]]:
+    splits_of = defaultdict(set)
+    for split, cuts in splits.items():
+        for cut in cuts:
+            splits_of[cut.supervisions[0].speaker].add(split)
+    return {speaker: sorted(names) for speaker, names in splits_of.items() if len(names) > 1}
+
+
+def _text_statistics(texts: list[str]) -> dict:
+    words = Counter(word for text in texts for word in text.split())
+    categories = [set(map(unicodedata.category, text)) for text in texts]
+    return {
+        "words": words.total(),
+        "different_words": len(words),
+        "characters": dict(Counter("".join(texts)).most_common()),
+        **{kind: sum(any(map(test, one)) for one in categories) for kind, test in KINDS.items()},
+    }
+
+
+# ---- as text
+
+
+def report_text(report: Mapping) -> str:
+    """Format a report as text."""
+    lines = [
+        f"{'split':<12} {'utterances':>10} {'hours':>8} {'speakers':>8}  "
+        "seconds: shortest, median, longest; with speed perturbation"
+    ]
+    for split, one in report["splits"].items():
+        lines.append(
+            f"{split:<12} {one['utterances']:>10} {one['hours']:>8.2f} {one['speakers']:>8}  "
+            f"{', '.join(f'{value:.1f}' for value in one['seconds'].values())}; "
+            f"{one['cuts']} cuts, {one['cuts_hours']:.2f} hours"
+        )
+    lines += [_audio_text(report["audio"]), *_text_lines(report["text"])]
+    languages = (f"{language} {count}" for language, count in report["languages"].items())
+    lines.append(f"languages: {', '.join(languages)}")
+    if shared := report["shared_speakers"]:
+        named = (f"{speaker} ({', '.join(names)})" for speaker, names in shared.items())
+        lines.append(f"{len(shared)} speakers are in several splits: {shorten(named, '; ')}")
+    skipped = report["skipped"]
+    if messages := [error["message"] for error in skipped["utterances"]]:
+        counts = format_counts(skipped["counts"])
+        lines.append(f"skipped {len(messages)} utterances ({counts}):")
+        lines.append(f"  {shorten(messages, chr(10) + '  ')}")
+    else:
+        lines.append("skipped: none")
+    return "\n".join(lines) + "\n"
+
+
+def shorten(texts: Iterable[str], separator: str) -> str:
+    """Join the first 50 texts and the number of the others."""
+    texts = list(texts)
+    more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
+    return separator.join(texts[:SHOWN] + more)
+
+
+def _text_lines(text: Mapping) -> list[str]:
+    kinds = (f"{text[kind]} {kind.replace('_', ' ')}" for kind in KINDS)
+    characters = "".join(text["characters"])
+    more = f" and {len(characters) - SHOWN} more" if len(characters) > SHOWN else ""
+    return [
+        f"text: {text['words']} words, {text['different_words']} different; of the utterances "
+        + ", ".join(kinds),
+        f"characters, {len(characters)}, the most frequent first: {characters[:SHOWN]!r}{more}",
+    ]
+
+
+def _audio_text(audio: Mapping) -> str:
+    rates = ", ".join(f"{n} of {rate} Hz" for rate, n in audio["rates"].items())
+    several = sum(n for count, n in audio["channels"].items() if count != "1")
+    return f"audio files: {rates}" + (f", {several} with several channels" if several else "")

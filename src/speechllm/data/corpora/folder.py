@@ -1,0 +1,73 @@
+"""Read a folder of audio files with a text file for each: `anna/1.wav` and `anna/1.txt`.
+
+The first folder of a path is the split if it has the name of one (train, dev, test, …), the others
+are the speaker. The id is the path without its suffix, with `-` for `/`.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from speechllm.audio.reader import SUFFIXES
+from speechllm.data.corpora.utterance import Utterance
+from speechllm.errors import InputError
+
+SPLITS = ("train", "training", "dev", "valid", "validation", "eval", "test")
+TEXTS = (".txt", ".lab")
+
+
+def audio_and_texts(folder: Path) -> list[Path]:
+    """List audio and text files in the order of their names, without hidden ones.
+
+    Links to folders are followed, each folder once.
+    """
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in files if path.suffix.lower() in (*SUFFIXES, *TEXTS))
+
+
+def read_folder(folder: Path) -> Iterator[Utterance]:
+    """Read the utterances of a folder; audio without a text, or the reverse, is a problem.
+
+    Raises:
+      InputError: the folder contains no audio file.
+    """
+    files = audio_and_texts(folder)
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() in TEXTS}
+    sounds = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not sounds:
+        raise InputError(f"{folder} has no audio ({', '.join(SUFFIXES)})")
+    for path in sounds:
+        yield _utterance(path, folder, texts.pop(path.with_suffix(""), None))
+    for path in texts.values():
+        place = path.relative_to(folder)
+        yield Utterance(_id(place), "", path, problem=("no-audio", f"no audio file for {place}"))
+
+
+def _utterance(path: Path, folder: Path, text_file: Path | None) -> Utterance:
+    *folders, _ = path.relative_to(folder).parts
+    split = folders.pop(0) if folders and folders[0] in SPLITS else ""
+    text, problem = "", None
+    try:
+        text = text_file.read_text("utf-8-sig") if text_file else ""
+    except UnicodeDecodeError:
+        problem = "not-unicode", f"{text_file} is not UTF-8"
+    if not text_file:
+        problem = "no-text", f"no text file for {path}"
+    return Utterance(
+        id=_id(path.relative_to(folder)),
+        text=text,
+        path=path,
+        speaker="/".join(folders) or None,
+        split=split,
+        problem=problem,
+    )
+
+
+def _id(place: Path) -> str:
+    return "-".join(place.with_suffix("").parts)

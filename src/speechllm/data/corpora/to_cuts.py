@@ -1,0 +1,105 @@
+"""Convert utterances to cuts, or to errors."""
+
+import re
+
+from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
+
+from speechllm.audio.fbank import SAMPLING_RATE
+from speechllm.data.corpora.audio_files import AudioFile, Problem
+from speechllm.data.corpora.utterance import Utterance
+from speechllm.data.security import check_safe
+from speechllm.data.validation import CutError, shown_id, validate_cut
+from speechllm.errors import InputError
+
+MIN_DURATION = 0.025  # s, one fbank window
+OVERSHOOT = 0.5  # s that a segment may exceed its file, as in Kaldi
+
+
+def to_cut(
+    utterance: Utterance, file: AudioFile | Problem, language: str | None, channel: int | None
+) -> MonoCut | CutError:
+    """Convert an utterance to a cut at 16 kHz, or to its first error.
+
+    Args:
+      language: used if the utterance has none.
+      channel: used for multi-channel files if the utterance has none.
+    """
+    problem = utterance.problem or _field_problem(utterance)
+    if not problem and not isinstance(file, AudioFile):
+        problem = file
+    if not problem:
+        channel = channel if utterance.channel is None else utterance.channel
+        if file.channels == 1:  # Kaldi and lhotse may number it as in the conversation
+            channel = 0
+        problem = _segment_problem(utterance, file, channel)
+    if problem:
+        return utterance_error(utterance, *problem)
+    cut = _cut(utterance, file, language, channel)
+    try:
+        errors = validate_cut(check_safe(cut), need_features=False)
+    except InputError as error:
+        return utterance_error(utterance, "malformed", str(error))
+    return utterance_error(utterance, errors[0].reason, errors[0].message) if errors else cut
+
+
+def utterance_error(utterance: Utterance, reason: str, what: str) -> CutError:
+    """Build an error whose message starts with the utterance's location in the source."""
+    return CutError(shown_id(utterance), reason, f"{utterance}: {what}")
+
+
+def _field_problem(utterance: Utterance) -> Problem | None:
+    for name in ("id", "text", "speaker", "language", "context"):
+        if not isinstance(value := getattr(utterance, name), str | None):
+            return "malformed", f"{name} {value!r} is not a string"
+    if not utterance.id:
+        return "invalid-id", "empty id"
+    if not utterance.text.strip():
+        return "no-text", "empty text"
+    if utterance.speaker == "":  # None is an unknown speaker
+        return "malformed", "empty speaker"
+    if not re.fullmatch(r"[\w.-]*", utterance.split):
+        return "malformed", f"split {utterance.split!r} cannot be part of a file name"
+    return None
+
+
+def _segment_problem(utterance: Utterance, file: AudioFile, channel: int | None) -> Problem | None:
+    if channel is None:
+        return "channels", f"{file.path} has {file.channels} channels: choose one with --channel"
+    if channel >= file.channels:
+        return "channels", f"{file.path} has {file.channels} channels, not {channel + 1}"
+    end = file.duration if utterance.end is None else utterance.end
+    if end > file.duration + OVERSHOOT:
+        what = f"ends at {end:g} s, but {file.path} at {file.duration:g} s"
+        return "supervision-outside", what
+    if (seconds := min(end, file.duration) - utterance.start) < MIN_DURATION:
+        return "malformed", f"{seconds:.3f} s of {file.path} are fewer than {MIN_DURATION:g} s"
+    return None
+
+
+def _cut(utterance: Utterance, file: AudioFile, language: str | None, channel: int) -> MonoCut:
+    name = utterance.recording or utterance.id
+    recording = Recording(
+        id=name,
+        sources=[AudioSource("file", list(range(file.channels)), str(file.path))],
+        sampling_rate=file.sampling_rate,
+        num_samples=file.num_samples,
+        duration=file.duration,
+    ).resample(SAMPLING_RATE)
+    first = round(utterance.start * SAMPLING_RATE)
+    end = file.duration if utterance.end is None else utterance.end
+    last = min(round(end * SAMPLING_RATE), recording.num_samples)
+    duration = (last - first) / SAMPLING_RATE
+    supervision = SupervisionSegment(
+        id=utterance.id,
+        recording_id=name,
+        start=0.0,
+        duration=duration,
+        channel=channel,
+        text=" ".join(utterance.text.split()),
+        speaker=utterance.speaker or name,
+        language=utterance.language or language,
+        custom={"context": utterance.context} if utterance.context else None,
+    )
+    return MonoCut(
+        utterance.id, first / SAMPLING_RATE, duration, channel, [supervision], recording=recording
+    )

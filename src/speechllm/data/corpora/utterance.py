@@ -1,0 +1,124 @@
+"""Utterance: what the readers of all sources return, with its problem if it has one."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from speechllm.data.corpora.config import channel_number
+from speechllm.data.validation import shown_id
+from speechllm.errors import InputError
+
+COLUMNS = {  # field: accepted column names, in order of preference
+    "id": ("utt_id", "id"),
+    "text": ("text", "sentence", "transcript", "transcription"),
+    "path": ("path", "audio", "wav", "audio_filepath", "file"),
+    "speaker": ("speaker", "speaker_id", "client_id"),
+    "split": ("split",),
+    "language": ("language", "lang", "locale"),
+    "context": ("context",),
+    "channel": ("channel",),
+    "start": ("start", "offset"),
+    "end": ("end",),
+    "duration": ("duration",),
+}
+REQUIRED = ("text", "path")
+
+
+@dataclass
+class Utterance:
+    """An utterance as in its source; None if the source has no such field.
+
+    start, end: seconds in the file; None is the end of the file.
+    channel: index of the channel in a multi-channel file, from 0.
+    recording: id of the recording; None if the utterance is all of it.
+    place: location in the source, such as `line 5`.
+    problem: (one of validation.REASONS, description) found while reading the source.
+    """
+
+    id: str
+    text: str
+    path: Path
+    speaker: str | None = None
+    split: str = ""
+    language: str | None = None
+    context: str | None = None
+    channel: int | None = None
+    start: float = 0.0
+    end: float | None = None
+    recording: str | None = None
+    place: str = ""
+    problem: tuple[str, str] | None = None
+
+    def __str__(self) -> str:
+        name = shown_id(self) if self.id else "(no id)"
+        return f"{self.place}, {name}" if self.place else name
+
+
+def find_columns(header: list[str], source: Path) -> dict[str, str]:
+    """Map fields to the names of their columns.
+
+    Raises:
+      InputError: a required column is missing.
+    """
+    found = {
+        field: next(name for name in names if name in header)
+        for field, names in COLUMNS.items()
+        if set(names) & set(header)
+    }
+    if missing := [" or ".join(COLUMNS[field]) for field in REQUIRED if field not in found]:
+        raise InputError(
+            f"{source} has no column {', '.join(missing)}; it has {', '.join(header) or 'none'}"
+        )
+    return found
+
+
+def as_text(value: object) -> str:
+    """Convert a cell: datasets and JSON also have numbers, null, and lists of hotwords."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
+    return "" if value is None else str(value)
+
+
+def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
+    """Build the utterance of a row; its path is relative to `base`.
+
+    Args:
+      fields: cells by the names in COLUMNS.
+    """
+    path, problem, times = fields["path"].strip(), None, {}
+    fields = {field: " ".join(text.split()) for field, text in fields.items()}
+    try:
+        times = {name: seconds(fields[name]) for name in ("start", "end") if fields.get(name)}
+        if "start" in times and "end" not in times and fields.get("duration"):
+            times["end"] = times["start"] + seconds(fields["duration"])
+        times["channel"] = channel_number(fields.get("channel", ""))
+    except ValueError as error:
+        problem = "malformed", str(error)
+    if not path:
+        problem = "no-audio", "empty path"
+    stem, start = Path(path).stem, times.get("start")
+    return Utterance(
+        id=fields.get("id", stem if start is None else f"{stem}-{round(1000 * start):07}"),
+        text=fields["text"],
+        path=base / path,
+        speaker=fields.get("speaker"),
+        split=fields.get("split", ""),
+        language=fields.get("language") or None,
+        context=fields.get("context") or None,
+        recording=stem if start or times.get("end") else None,
+        place=place,
+        problem=problem,
+        **times,
+    )
+
+
+def seconds(text: str) -> float:
+    """Parse a time.
+
+    Raises:
+      ValueError: not a non-negative number.
+    """
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", text):
+        raise ValueError(f"{text!r} is not a time in seconds")
+    return float(text)

@@ -1,0 +1,220 @@
+"""Loaders of the batches described in dataset.py, with lhotse's samplers and augmentation."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.dataset.dataloading import make_worker_init_fn
+from lhotse.dataset.sampling.base import CutSampler
+from torch.utils.data import DataLoader, Dataset
+
+from speechllm.data.augmentation import concatenate, mix_noise, spec_augment
+from speechllm.data.config import DataConfig, TrainDataConfig
+from speechllm.data.dataset import CachedEncoderDataset, SpeechDataset, TextOptions
+from speechllm.data.encoder_cache import EncoderCache
+from speechllm.data.sampler import BatchLimit, make_sampler, with_positions
+from speechllm.data.validation import CutError, validate_cut
+from speechllm.data.workers import (
+    DiagnosticDataLoader,
+    IndexedSampler,
+    SeededDataset,
+    ShardedIterableDataset,
+)
+
+MIN_BATCHES_IN_BUCKET = 10  # --drop-last may drop one of them
+POSITIONS_PER_SECOND = 6.25  # LLM positions, at least: one encoder at the published rate
+BATCHES_IN_BUFFER = 4  # per bucket, where cuts hold their data
+
+
+@dataclass(frozen=True)
+class CutSource:
+    """Cuts to sample from.
+
+    Attributes:
+      num_cuts, seconds: size of `cuts`.
+      sample: for shards, a few of the cuts, from which the buckets are estimated. Then each worker
+        of each rank has its own part of `cuts` (see shar.py), and leaves out invalid cuts, as the
+        manifests of shards were not scanned before.
+    """
+
+    cuts: CutSet
+    num_cuts: int
+    seconds: float = float("inf")
+    sample: CutSet | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.sample is not None
+
+
+@dataclass(frozen=True)
+class EpochPosition:
+    """Epoch and rank, which determine order and augmentation together with the seed.
+
+    Attributes:
+      skip: batches of this rank that were trained on; they are not loaded.
+    """
+
+    epoch: int = 1
+    skip: int = 0
+    seed: int = 42
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Optional parts of a training loader.
+
+    Attributes:
+      musan: noise to mix in.
+      count_positions: LLM positions of a cut, for --max-batch-tokens.
+      encoder_cache: replaces features and augmentation.
+      check: further errors of a cut of shards.
+    """
+
+    text: TextOptions = TextOptions()
+    musan: CutSet | None = None
+    count_positions: Callable[[Cut], int] | None = None
+    encoder_cache: EncoderCache | None = None
+    check: Callable[[Cut], list[CutError]] | None = None
+
+
+def training_loader(
+    source: CutSource, config: TrainDataConfig, position: EpochPosition, extras: Extras = Extras()
+) -> DataLoader:
+    """Return the augmented batches of one epoch and rank.
+
+    Raises (while iterating):
+      InputError: a worker returns no batch for --loader-timeout seconds, or was killed.
+    """
+    at = position
+    sampler = train_sampler(source, config, at, extras.count_positions)
+    dataset = _train_dataset(config, extras, source.is_sharded)
+    dataset = SeededDataset(dataset, f"{at.seed} {at.epoch} {at.rank}")
+    options = {"sampler": IndexedSampler(sampler, at.skip)}
+    if source.is_sharded:
+        dataset = ShardedIterableDataset(dataset, sampler, at.skip)
+        options = {"init": make_worker_init_fn(at.rank, at.world_size, False)}  # sets the rank
+    return DiagnosticDataLoader(dataset, config, f"epoch {at.epoch}", **options)
+
+
+def train_sampler(
+    source: CutSource,
+    config: TrainDataConfig,
+    position: EpochPosition,
+    count_positions: Callable[[Cut], int] | None = None,
+    shuffle: bool | None = None,
+) -> CutSampler:
+    """Return the sampler of an epoch's batches.
+
+    Args:
+      shuffle: by default as the config's.
+    """
+    cuts, sample = source.cuts, source.sample
+    if config.max_batch_tokens:
+        cuts = with_positions(cuts, count_positions)
+        sample = with_positions(sample, count_positions) if source.is_sharded else None
+    sampler = make_sampler(
+        cuts,
+        BatchLimit(config.max_duration, max_batch_tokens=config.max_batch_tokens),
+        sample=sample,
+        shuffle=config.shuffle if shuffle is None else shuffle,
+        seed=position.seed,
+        **_sampler_sizes(source, config, position),
+    )
+    sampler.set_epoch(position.epoch - 1)
+    return sampler
+
+
+def _sampler_sizes(source: CutSource, config: TrainDataConfig, position: EpochPosition) -> dict:
+    """Return the options of `make_sampler` that depend on the size of the source and on the ranks.
+
+    With --drop-last each bucket may lose a batch: a small source gets fewer buckets.
+    """
+    full = config.max_duration  # seconds of a full batch
+    if config.max_batch_tokens:
+        full = min(full, config.max_batch_tokens / POSITIONS_PER_SECOND)
+    parts = position.world_size * (max(1, config.num_workers) if source.is_sharded else 1)
+    num_batches, num_buckets = source.seconds / (full * parts), config.num_buckets
+    if config.drop_last:
+        num_buckets = int(min(num_buckets, num_batches / MIN_BATCHES_IN_BUCKET))
+    sizes = {
+        "num_cuts": source.num_cuts,
+        "num_buckets": num_buckets if config.bucketing_sampler else 0,
+        "drop_last": config.drop_last and num_batches >= 1,
+        "rank": position.rank,
+        "world_size": position.world_size,
+    }
+    if source.is_sharded:  # the shards are divided already
+        buffered = BATCHES_IN_BUFFER * max(1, num_buckets) * full * source.num_cuts / source.seconds
+        sizes |= {"num_cuts": source.num_cuts // parts, "rank": 0, "world_size": 1}
+        sizes["cuts_in_buffer"] = round(buffered)
+    return sizes
+
+
+def _train_dataset(config: TrainDataConfig, extras: Extras, check_cuts: bool) -> Dataset:
+    if extras.encoder_cache is not None:
+        return CachedEncoderDataset(extras.encoder_cache, extras.text)
+    transforms = []
+    if config.concatenate_cuts:
+        options = {"duration_factor": config.duration_factor, "gap": config.gap}
+        transforms.append(partial(concatenate, **options))
+    if extras.musan is not None:
+        transforms.append(partial(mix_noise, noise=extras.musan))
+    return SpeechDataset(
+        config.on_the_fly_feats,
+        transforms,
+        [spec_augment(config.spec_aug_time_warp_factor)] if config.enable_spec_aug else [],
+        partial(_check_cut, config.on_the_fly_feats, extras.check) if check_cuts else None,
+        extras.text,
+    )
+
+
+def _check_cut(
+    on_the_fly_feats: bool, check: Callable[[Cut], list[CutError]] | None, cut: Cut
+) -> list[CutError]:
+    """Check a cut as a scan of the manifest would."""
+    errors = validate_cut(cut, need_features=not on_the_fly_feats)
+    return errors or (check(cut) if check else [])
+
+
+def evaluation_loader(
+    cuts: CutSet,
+    config: DataConfig,
+    *,
+    num_cuts: int,
+    text: TextOptions = TextOptions(),
+    rank: int = 0,
+    world_size: int = 1,
+    encoder_cache: EncoderCache | None = None,
+) -> DataLoader:
+    """Return the batches of an evaluation: every cut once, similar durations together.
+
+    Each rank gets its share of the batches, which are the same for any number of ranks: in other
+    batches kernels round differently. The manifests have been scanned before.
+
+    Args:
+      num_cuts: number of cuts in `cuts`.
+      encoder_cache: the batches hold its outputs instead of features.
+    """
+    dataset = SpeechDataset(config.on_the_fly_feats, text=text)
+    if encoder_cache is not None:
+        dataset = CachedEncoderDataset(encoder_cache, text)
+    batches: Iterable[CutSet] = make_sampler(
+        cuts,
+        BatchLimit(config.max_duration),
+        num_cuts=num_cuts,
+        num_buckets=config.num_buckets if config.bucketing_sampler else 0,
+        rank=0,
+        world_size=1,
+    )
+    if world_size > 1:  # the longest first, so that all ranks take about as long
+        batches = sorted(batches, key=_padded_seconds, reverse=True)[rank::world_size]
+    return DiagnosticDataLoader(dataset, config, "evaluation", sampler=batches)
+
+
+def _padded_seconds(cuts: CutSet) -> float:
+    return len(cuts) * max(cut.duration for cut in cuts)

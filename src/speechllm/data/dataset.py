@@ -1,0 +1,210 @@
+"""Datasets that make batches of cuts, in the main process or in a worker.
+
+A batch is a dict:
+
+    features      (B, T, 80) float32, padded; B utterances, T frames of 10 ms
+    feature_lens  (B,) int64, valid frames
+    texts         B transcripts as in the cut files
+    contexts      B texts for the prompt, empty where there is none; only with `use_context`
+    cut_ids       B cut ids; a cut made by --concatenate-cuts has a new one
+    seconds       audio in the batch, without padding
+    invalid       errors of the utterances left out, and of noise: some show only when read
+
+With a tokenizer also what a model is trained on; for an LLM (see prompt.ChatTokenizer):
+
+    input_ids     (B, L) int64, left-padded
+    labels        (B, L) int64, IGNORED except on the transcript and its closing token
+    encoders      for each utterance the encoders of its speech groups
+    num_tokens    labels that count
+
+With an encoder cache, `features` are the outputs of all encoders, (B, T / 4, C).
+
+If all utterances of a batch are invalid, it is one second of silence with the text "" and without
+`cut_ids`: it keeps the ranks in step and has no weight. `usable_batches` leaves it out.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut, PaddingCut
+from lhotse.dataset import K2SpeechRecognitionDataset, OnTheFlyFeatures, PrecomputedFeatures
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from speechllm.audio.fbank import FRAME_SHIFT, NUM_MEL_BINS, fbank_extractor
+from speechllm.data.encoder_cache import EncoderCache
+from speechllm.data.manifests import context_of
+from speechllm.data.validation import CutError, header_errors, read_errors
+from speechllm.errors import InputError, first_line
+from speechllm.models.zipformer.encoder import encoder_out_lens
+
+SILENCE = 100  # frames
+ErrorsOf = Callable[[Cut], list[CutError]]
+
+
+class BatchTokenizer(Protocol):
+    """Interface of objects that make the token entries of a batch, as prompt.ChatTokenizer."""
+
+    def training_batch(
+        self, texts: list[str], contexts: list[str] | None = None, sample: bool = False
+    ) -> dict: ...
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Text entries of a batch: contexts, and with a tokenizer token ids and labels.
+
+    Attributes:
+      sample_encoders: sample the encoders of each utterance, as in MoSE training.
+    """
+
+    use_context: bool = False
+    tokenizer: BatchTokenizer | None = None
+    sample_encoders: bool = False
+
+    def __call__(self, texts: list[str], cuts: Iterable[Cut]) -> dict:
+        """Return the entries for these cuts; for the batch of silence without a cut."""
+        contexts = ([context_of(cut) for cut in cuts] or [""]) if self.use_context else None
+        entries = {} if contexts is None else {"contexts": contexts}
+        if self.tokenizer is not None:
+            entries |= self.tokenizer.training_batch(texts, contexts, self.sample_encoders)
+        return entries
+
+
+class SpeechDataset(K2SpeechRecognitionDataset):
+    """lhotse's dataset with the batches described at the top of this file."""
+
+    def __init__(
+        self,
+        on_the_fly_feats: bool = False,
+        cut_transforms: Iterable[Callable[[CutSet], CutSet]] = (),
+        input_transforms: list[Callable[[Tensor], Tensor]] | None = None,
+        check: ErrorsOf | None = None,
+        text: TextOptions = TextOptions(),
+    ):
+        """
+        Args:
+          check: returns the errors of a cut, where manifests were not scanned before.
+        """
+        strategy = PrecomputedFeatures()
+        if on_the_fly_feats:  # one by one: in a batch the last frames would depend on the others
+            strategy = OnTheFlyFeatures(fbank_extractor(), use_batch_extract=False)
+        super().__init__(True, input_transforms=input_transforms, input_strategy=strategy)
+        self.on_the_fly_feats, self.check, self.text = on_the_fly_feats, check, text
+        self.augmentations, self.augmented = cut_transforms, CutSet()
+
+    def __getitem__(self, cuts: CutSet) -> dict:
+        """Return a batch; if it cannot be read, its utterances are read one by one.
+
+        Raises:
+          InputError: it cannot be read although every utterance can.
+        """
+        valid, invalid = _partition(cuts, self._errors)
+        for augmentations in (self.augmentations, self.augmentations, ()):  # noise may be damaged
+            if not valid:
+                silence = torch.zeros(1, SILENCE, NUM_MEL_BINS)
+                return make_batch(silence, [SILENCE], [], self.text, invalid)
+            self.cut_transforms = [*augmentations, self._remember]
+            try:
+                batch = self._read(CutSet.from_cuts(valid))
+            except Exception as error:  # each of lhotse's storages has its own exceptions
+                reason = first_line(error)
+            else:
+                return make_batch(*batch, self.text, invalid)
+            valid, unreadable = _partition(valid, self._read_errors)
+            invalid += unreadable or self._noise_errors({cut.id for cut in cuts})
+        raise InputError(f"no batch can be made of cuts {valid[0].id} … {valid[-1].id}: {reason}")
+
+    def _errors(self, cut: Cut) -> list[CutError]:
+        errors = self.check(cut) if self.check else []
+        return errors or (header_errors(cut) if self.on_the_fly_feats else [])
+
+    def _read_errors(self, cut: Cut) -> list[CutError]:
+        return read_errors(cut, not self.on_the_fly_feats)
+
+    def _remember(self, cuts: CutSet) -> CutSet:
+        self.augmented = cuts
+        return cuts
+
+    def _noise_errors(self, ids: set[str]) -> list[CutError]:
+        """Return the errors of the noise last mixed with the cuts of these ids."""
+        tracks = [track.cut for cut in self.augmented for track in getattr(cut, "tracks", ())]
+        noise = [cut for cut in tracks if cut.id not in ids and not isinstance(cut, PaddingCut)]
+        return _partition(noise, self._read_errors)[1]
+
+    def _read(self, cuts: CutSet) -> tuple[Tensor, list[int], list[Cut]]:
+        """Return augmented features (B, T, 80), their valid frames, and the cut of each row.
+
+        Raises:
+          Exception: an utterance, or noise, cannot be read or is not finite.
+        """
+        batch = super().__getitem__(cuts)
+        features, supervisions = batch["inputs"], batch["supervisions"]
+        if not features.sum().isfinite():
+            raise InputError("features are not finite")
+        rows, ends = supervisions["sequence_idx"], supervisions["start_frame"].long()
+        ends = (ends + supervisions["num_frames"]).clamp(max=features.size(1))
+        lens = torch.zeros(len(features), dtype=torch.long).scatter_reduce(0, rows, ends, "amax")
+        cut_of = dict(zip(rows.tolist(), supervisions["cut"]))  # concatenated cuts occur repeatedly
+        return features, lens.tolist(), [cut_of[row] for row in range(len(features))]
+
+
+class CachedEncoderDataset(Dataset):
+    """Batches as those of SpeechDataset, with cached encoder outputs instead of features."""
+
+    def __init__(self, cache: EncoderCache, text: TextOptions = TextOptions()):
+        self.cache, self.text = cache, text
+
+    def __getitem__(self, cuts: CutSet) -> dict:
+        valid, invalid = _partition(cuts.sort_by_duration(ascending=False), self._errors)
+        if not valid:
+            silence = torch.zeros(1, int(encoder_out_lens(SILENCE)), sum(self.cache.dims))
+            return make_batch(silence, [SILENCE], [], self.text, invalid)
+        outputs, lens = zip(*map(self.cache.read, valid))
+        return make_batch(pad_sequence(outputs, batch_first=True), lens, valid, self.text, invalid)
+
+    def _errors(self, cut: Cut) -> list[CutError]:
+        message = f"the encoder cache has no outputs of cut {cut.id}"
+        return [CutError(cut.id, "not-cached", message)] if self.cache.is_missing(cut) else []
+
+
+def make_batch(
+    features: Tensor,
+    feature_lens: Sequence[int],
+    cuts: Sequence[Cut],
+    text: TextOptions,
+    invalid: Sequence[CutError] = (),
+) -> dict:
+    """Return the batch of `cuts`, or without any the batch of silence."""
+    texts = [" ".join(part.text for part in cut.supervisions) for cut in cuts] or [""]
+    return {
+        "features": features,
+        "feature_lens": torch.tensor(feature_lens),
+        "texts": texts,
+        "cut_ids": [cut.id for cut in cuts],
+        "seconds": sum(feature_lens) * FRAME_SHIFT if cuts else 0.0,
+        "invalid": [*invalid],
+        **text(texts, cuts),
+    }
+
+
+def _partition(cuts: Iterable[Cut], errors_of: ErrorsOf) -> tuple[list[Cut], list[CutError]]:
+    """Return the valid cuts, and the first error of each other one."""
+    valid, invalid = [], []
+    for cut in cuts:
+        errors = errors_of(cut)
+        invalid += errors[:1]
+        valid += [] if errors else [cut]
+    return valid, invalid
+
+
+def usable_batches(batches: Iterable[dict], invalid: list[CutError]) -> Iterator[dict]:
+    """Yield the batches with utterances; errors of all batches are appended to `invalid`."""
+    for batch in batches:
+        invalid += batch["invalid"]
+        if batch["cut_ids"]:
+            yield batch

@@ -1,0 +1,271 @@
+"""Cut files: finding and reading them, checking every cut, filtering by duration."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.lazy import LazySlicer
+from lhotse.serialization import decode_json_line, deserialize_item, open_best
+
+from speechllm.data.security import check_safe
+from speechllm.data.validation import (
+    CutError,
+    count_reasons,
+    duplicate_id,
+    format_counts,
+    read_errors,
+    validate_cut,
+)
+from speechllm.errors import InputError, first_line
+from speechllm.models.zipformer.config import encoder_out_lens
+
+CutErrors = dict[Path, dict[int, list[CutError]]]  # by file, and by position of the cut from 0
+ExtraCheck = Callable[[Cut], list[CutError]]
+
+
+@dataclass(frozen=True)
+class CutStatistics:
+    """Counts of a pass over cut files."""
+
+    kept: int
+    seconds: float
+    too_short: int
+    too_long: int
+    longest: float = 0.0  # seconds, of the kept cuts
+    errors: CutErrors = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.too_short + self.too_long + len(self.invalid_cuts)
+
+    @property
+    def invalid_cuts(self) -> list[list[CutError]]:
+        """The errors of each invalid cut."""
+        return [errors for of_file in self.errors.values() for errors in of_file.values()]
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.kept} utterances, {self.seconds / 3600:.2f} hours; skipped: "
+            f"{self.too_short} too short, {self.too_long} too long"
+        )
+        if not (invalid := self.invalid_cuts):
+            return text
+        counts = format_counts(count_reasons(invalid))
+        return f"{text}, {len(invalid)} invalid ({counts}), e.g. {invalid[0][0].message}"
+
+
+def frames_needed(ds_rate: int = 4) -> int:
+    """Return the fewest feature frames that give a speech embedding, 21 at the published rate."""
+    return 4 * ds_rate + 5
+
+
+def speech_embeddings(frames: int, ds_rate: int = 4) -> int:
+    """Return the number of speech embeddings of `frames` feature frames, 6.25 per second."""
+    return encoder_out_lens(frames) // ds_rate
+
+
+# ---- reading
+
+
+def cuts_file(manifest_dir: Path, name: str) -> Path:
+    """Find a cut file by its path, or by its name in `manifest_dir`, with or without the ending.
+
+    Raises:
+      FileNotFoundError: none of these exists.
+    """
+    for candidate in (manifest_dir / name, manifest_dir / f"{name}.jsonl.gz", Path(name)):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"cut file {manifest_dir / name} is missing")
+
+
+def read_cuts(path: Path) -> Iterator[Cut]:
+    """Read the cuts of a file one by one.
+
+    Raises:
+      InputError: the file is empty, truncated or not a cut manifest, or a cut is unsafe; the
+        message has the number of cuts read before.
+    """
+    for count, item in enumerate(read_lines(path)):
+        if isinstance(item, str):
+            raise InputError(f"{path} cannot be read beyond cut {count}: {item}")
+        yield item
+
+
+def read_lines(path: Path) -> Iterator[Cut | str]:
+    """Yield the cut of each line, or an error message for a line that is not a cut."""
+    line = None
+    try:
+        with open_best(path, "r") as lines:
+            for line in lines:
+                yield _parse_line(line)
+    except Exception as error:  # gzip, zlib, decoders and file systems each have their own
+        yield first_line(error)
+        return
+    if line is None:
+        yield "the file is empty"
+
+
+def _parse_line(line: str) -> Cut | str:
+    try:
+        item = deserialize_item(decode_json_line(line))
+        return check_safe(item) if isinstance(item, Cut) else f"not a cut: {type(item).__name__}"
+    except json.JSONDecodeError as error:
+        return f"invalid JSON: {error}"
+    except InputError as error:
+        return str(error)
+    except Exception as error:  # lhotse does not check the fields
+        return f"not a cut: {type(error).__name__}: {first_line(error)}"
+
+
+def context_of(cut: Cut) -> str:
+    """Join the distinct `context` custom fields of the cut's supervisions.
+
+    Raises:
+      InputError: a context is not a string; names the cut.
+    """
+    found = [(supervision.custom or {}).get("context") for supervision in cut.supervisions]
+    for context in found:
+        if not isinstance(context, str | None):
+            raise InputError(f"cut {cut.id} has a context that is not a string: {context!r}")
+    return " ".join(dict.fromkeys(filter(None, found)))
+
+
+# ---- checking
+
+
+def scan_manifests(
+    paths: list[Path],
+    *,
+    min_seconds: float = 0.0,
+    max_seconds: float = float("inf"),
+    min_frames: int = frames_needed(),
+    need_text: bool | None = True,
+    need_features: bool = True,
+    extra_check: ExtraCheck | None = None,
+    tolerate: bool = False,
+) -> CutStatistics:
+    """Read and check every cut once, so that errors appear before the work begins.
+
+    Features or audio are read until one cut of each file is readable.
+
+    Args:
+      need_text, need_features: as for `validate_cut`.
+      extra_check: applied to cuts without other errors.
+      tolerate: skip and count invalid cuts instead of raising at the first one.
+
+    Raises:
+      InputError: a file cannot be read, a cut is invalid (names file, cut and value), or every
+        cut is skipped.
+    """
+    lengths, too_short, too_long = [], 0, 0
+    invalid: CutErrors = {path: {} for path in paths}
+    for path in paths:
+        for number, cut, errors in _checked(path, need_text, need_features, extra_check):
+            if errors and not tolerate:
+                raise InputError(f"{path}: {errors[0].message}")
+            if errors:
+                invalid[path][number] = errors
+            elif cut.duration < min_seconds or not long_enough(cut, min_frames):
+                too_short += 1
+            elif cut.duration > max_seconds:
+                too_long += 1
+            else:
+                lengths.append(cut.duration)
+    longest = max(lengths, default=0.0)
+    statistics = CutStatistics(
+        len(lengths), sum(lengths), too_short, too_long, longest, invalid
+    )
+    if not lengths and (need_text or statistics.invalid_cuts or not too_short):
+        raise InputError(f"{', '.join(map(str, paths))}: no usable cuts: {statistics}")
+    return statistics
+
+
+def _checked(
+    path: Path, need_text: bool | None, need_features: bool, extra_check: ExtraCheck | None
+) -> Iterator[tuple[int, Cut, list[CutError]]]:
+    """Yield position, cut and errors of each cut of a file."""
+    ids: set[str] = set()
+    can_be_read = False
+    for number, cut in enumerate(read_cuts(path)):
+        errors = validate_cut(cut, need_text=need_text, need_features=need_features)
+        if need_text is not None:  # the ids of noise are not used
+            errors += [duplicate_id(cut)] if str(cut.id) in ids else []
+            ids.add(str(cut.id))
+        if not errors and extra_check:
+            errors = extra_check(cut)
+        if not errors and not can_be_read:
+            errors = read_errors(cut, need_features)
+            can_be_read = not errors
+        yield number, cut, errors
+
+
+def long_enough(cut: Cut, min_frames: int) -> bool:
+    """Check that the supervised part of the cut has `min_frames` frames."""
+    end = max((supervision.end for supervision in cut.supervisions), default=cut.duration)
+    return round(min(end, cut.duration) * 100) >= min_frames
+
+
+# ---- filtering and sharing
+
+
+def cuts_within(
+    paths: list[Path],
+    min_seconds: float = 0.0,
+    max_seconds: float = float("inf"),
+    min_frames: int = frames_needed(),
+    skip: Mapping[Path, Iterable[int]] = MappingProxyType({}),
+) -> CutSet:
+    """Return the cuts of several files within the limits, read lazily, the files interleaved.
+
+    Args:
+      skip: positions of cuts to leave out of each file, such as `CutStatistics.errors`.
+    """
+    cuts = [CutSet(_CutFile(path, frozenset(skip.get(path, ())))) for path in paths]
+    joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
+    return within(joined, min_seconds, max_seconds, min_frames)
+
+
+@dataclass(frozen=True)
+class _CutFile:
+    """Unlike a generator it can be iterated over repeatedly, and pickled for worker processes."""
+
+    path: Path
+    skip: frozenset[int]
+
+    def __iter__(self) -> Iterator[Cut]:
+        return (cut for i, cut in enumerate(read_cuts(self.path)) if i not in self.skip)
+
+
+def within(
+    cuts: CutSet,
+    min_seconds: float = 0.0,
+    max_seconds: float = float("inf"),
+    min_frames: int = frames_needed(),
+) -> CutSet:
+    """Filter cuts by the limits, lazily."""
+    return cuts.filter(partial(_is_within, min_seconds, max_seconds, min_frames))
+
+
+def _is_within(min_seconds: float, max_seconds: float, min_frames: int, cut: Cut) -> bool:
+    return min_seconds <= cut.duration <= max_seconds and long_enough(cut, min_frames)
+
+
+def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:
+    """Return every `world_size`-th cut from `rank` on, read lazily."""
+    return CutSet(LazySlicer(cuts, rank, world_size))
+
+
+def size_of_share(num_cuts: int, rank: int, world_size: int) -> int:
+    """Return the size of a rank's share of `num_cuts`."""
+    return len(range(rank, num_cuts, world_size))
+
+
+def sorted_by_id(cuts: CutSet) -> CutSet:
+    """Return the cuts in the order of their ids."""
+    return CutSet.from_cuts(sorted(cuts, key=lambda cut: cut.id))

@@ -1,0 +1,186 @@
+"""Batch sampling: at most N seconds and M LLM positions per batch, padding included."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+
+import numpy as np
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.dataset import DynamicBucketingSampler, SimpleCutSampler
+from lhotse.dataset.sampling.base import CutSampler, TimeConstraint
+from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
+from lhotse.utils import compute_num_frames
+from transformers import PreTrainedTokenizerBase
+
+from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
+from speechllm.data.manifests import context_of, speech_embeddings
+from speechllm.data.validation import CutError, max_characters
+from speechllm.errors import InputError
+from speechllm.models.prompt import ChatTemplate, encode_contexts, encode_transcripts
+from speechllm.scoring.normalize import lower_case
+
+MIN_CUTS_IN_BUCKET = 20  # small sets get fewer buckets
+CUTS_IN_BUFFER = 7000  # per bucket
+CUTS_FOR_BINS = 10_000  # cuts from which the buckets are estimated
+QUANTILE = 0.999  # longer cuts have a bucket of their own
+
+
+@dataclass(frozen=True)
+class LLMPositions:
+    """LLM positions of a cut: prompt, speech of all encoders, transcript and closing token."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatTemplate
+    num_encoders: int = 1
+    ds_rate: int = 4
+
+    def __call__(self, cut: Cut, new_tokens: int | None = None) -> int:
+        """Count the positions, in decoding with `new_tokens` instead of the text.
+
+        Raises:
+          InputError: the context is not a string.
+        """
+        if new_tokens is None:
+            text = " ".join(supervision.text or "" for supervision in cut.supervisions)
+            [ids] = encode_transcripts(self.tokenizer, [lower_case(text)])
+            new_tokens = len(ids) + 1
+        contexts = [context_of(cut)] if self.chat.use_context else None
+        [context] = encode_contexts(self.tokenizer, self.chat, contexts) or [[]]
+        return self.before_text(cut.duration) + len(context) + new_tokens
+
+    def before_text(self, seconds: float) -> int:
+        """Return the positions of prompt and speech, without a context."""
+        frames = compute_num_frames(seconds, FRAME_SHIFT, SAMPLING_RATE)
+        prompt = len(self.chat.prompt(self.num_encoders)) - self.num_encoders  # no `<speech>`
+        return prompt + self.num_encoders * speech_embeddings(frames, self.ds_rate)
+
+    def most(self, seconds: float) -> float:
+        """Return an upper bound for a valid cut: one token per byte of its text."""
+        if self.chat.use_context:  # unlimited length
+            return math.inf
+        return self.before_text(seconds) + 4 * int(max_characters(seconds)) + 1
+
+
+@dataclass(frozen=True)
+class TooManyPositions:
+    """Check for cuts that exceed the LLM's positions, or whose context is not a string.
+
+    Attributes:
+      max_new_tokens: in decoding, the positions reserved instead of those of the text.
+    """
+
+    count_positions: LLMPositions
+    limit: int
+    max_new_tokens: int | None = None
+
+    def __call__(self, cut: Cut) -> list[CutError]:
+        try:
+            needed = self.count_positions(cut, self.max_new_tokens)
+        except InputError as error:
+            return [CutError(cut.id, "malformed", str(error))]
+        message = (
+            f"cut {cut.id} of {cut.duration:.1f} s needs {needed} positions, "
+            f"the LLM has {self.limit}"
+        )
+        return [CutError(cut.id, "positions", message)] if needed > self.limit else []
+
+
+def with_positions(cuts: CutSet, count_positions: Callable[[Cut], int]) -> CutSet:
+    """Return the cuts, lazily, with their LLM positions as `cut.llm_positions`."""
+    return cuts.map(partial(_set_positions, count_positions=count_positions))
+
+
+def _set_positions(cut: Cut, count_positions: Callable[[Cut], int]) -> Cut:
+    cut.llm_positions = count_positions(cut)
+    return cut
+
+
+@dataclass
+class BatchLimit(TimeConstraint):
+    """At most `max_duration` seconds and, unless 0, `max_batch_tokens` LLM positions, with padding.
+
+    The length of a cut is its duration, or more if its positions are the larger share of their
+    limit: the same share of `max_duration`. So n cuts keep both limits exactly if n times the
+    longest is at most `max_duration`.
+
+    lhotse draws from a bucket until one more cut as long as the longest drawn would exceed the
+    limit, though the last one drawn may be longer. Here the longest of all cuts seen in the bucket
+    counts, so that only a single cut that is too long exceeds the limits, alone.
+    """
+
+    max_batch_tokens: int = 0
+    bins: list[float] = field(default_factory=list)  # upper ends of the buckets
+    longest_in: dict[int, float] = field(default_factory=dict)  # by bucket, shared by all copies
+    longest_to_come: float = 0
+
+    def measure_length(self, example: Cut) -> float:
+        if not self.max_batch_tokens:
+            return example.duration
+        by_positions = example.llm_positions * self.max_duration / self.max_batch_tokens
+        return max(example.duration, by_positions)
+
+    def select_bucket(self, buckets, example=None, example_len=None) -> int:
+        self.bins = buckets
+        length = self.measure_length(example) if example_len is None else example_len
+        bucket = bisect_left(buckets, length)
+        self.longest_in[bucket] = max(self.longest_in.get(bucket, 0), length)
+        return bucket
+
+    def add(self, example: Cut) -> None:
+        length = self.measure_length(example)
+        self.num_cuts += 1
+        self.longest_seen = max(self.longest_seen, length)
+        in_bucket = self.longest_in.get(bisect_left(self.bins, length), 0)
+        self.longest_to_come = max(self.longest_to_come, length, in_bucket)
+
+    def close_to_exceeding(self) -> bool:
+        return (self.num_cuts + 1) * self.longest_to_come > self.max_duration
+
+    def reset(self) -> None:
+        super().reset()
+        self.longest_to_come = 0
+
+
+def make_sampler(
+    cuts: CutSet,
+    limit: BatchLimit,
+    *,
+    num_cuts: int,
+    num_buckets: int,
+    sample: Iterable[Cut] | None = None,
+    cuts_in_buffer: int | None = None,
+    **options,
+) -> CutSampler:
+    """Return batches of similar lengths, or of any lengths with fewer than two buckets.
+
+    Args:
+      sample: cuts to estimate the buckets from; by default the first ones of `cuts`.
+      cuts_in_buffer: cuts read ahead, by default 7000 per bucket.
+    """
+    num_buckets = min(num_buckets, num_cuts // MIN_CUTS_IN_BUCKET)
+    if num_buckets < 2:
+        sampler = SimpleCutSampler(cuts, max_duration=limit.max_duration, **options)
+        sampler.time_constraint = limit  # not an argument of the constructor
+        return sampler
+    return DynamicBucketingSampler(
+        cuts,
+        constraint=limit,
+        duration_bins=_bins(cuts if sample is None else sample, num_buckets, limit),
+        buffer_size=cuts_in_buffer or num_buckets * CUTS_IN_BUFFER,
+        **options,
+    )
+
+
+def _bins(cuts: Iterable[Cut], num_buckets: int, limit: BatchLimit) -> list[float]:
+    """Return the ends of buckets of about equal total duration, and of one for rare long cuts.
+
+    In the last bucket these would make its batches small.
+    """
+    seen = list(islice(cuts, CUTS_FOR_BINS))
+    bins = estimate_duration_buckets(seen, num_buckets, limit)
+    lengths = [limit.measure_length(cut) for cut in seen]
+    return [*bins, max(bins[-1], np.quantile(lengths, QUANTILE, method="higher"))]

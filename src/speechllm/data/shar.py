@@ -1,0 +1,238 @@
+"""Lhotse Shar: a corpus in a few large files that are read sequentially, from disk or a store.
+
+A directory that `local/write_shar.py` wrote:
+
+    cuts.000000.jsonl.gz …   texts and durations of --shard-size cuts each
+    features.000000.tar …    their fbank; or recording.000000.tar, their audio
+    index.json               names and sizes of the shards, and a histogram of cut durations
+
+The index replaces the pass over all cuts that cut files need.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.serialization import open_best
+from lhotse.shar import SharWriter
+from lhotse.utils import fastcopy, is_valid_url
+
+from speechllm.data.manifests import CutStatistics, frames_needed
+from speechllm.data.security import safe_cuts
+from speechllm.data.validation import CutError, read_errors, validate_cut
+from speechllm.errors import InputError, first_line
+from speechllm.io import atomic_directory
+
+INDEX = "index.json"
+SHARD = re.compile(r"cuts\.\d+\.jsonl\.gz|(features|recording)\.\d+\.tar")
+SAMPLE_SIZE = 10_000  # cuts from which duration buckets are estimated
+SHUFFLE_BUFFER = 200_000  # cuts in memory
+SHUFFLE_SEED = 42
+SHARDS_CHECKED = 100  # evenly spread
+
+
+# ---- writing
+
+
+def write_shards(
+    cuts: CutSet,
+    directory: Path,
+    store: str = "lilcom",
+    shard_size: int = 1000,
+    shuffle: bool = True,
+) -> int:
+    """Write a directory of shards atomically; return the number of cuts.
+
+    Args:
+      store: lilcom for the cuts' features, flac or wav for their audio.
+
+    Raises:
+      InputError: the directory exists, or a cut cannot be stored; names the cut.
+    """
+    if directory.exists():
+        raise InputError(f"{directory} exists: remove it or choose another directory")
+    kind = "features" if store == "lilcom" else "recording"
+    durations: Counter = Counter()  # in units of 10 ms
+    if shuffle:
+        cuts = cuts.shuffle(random.Random(SHUFFLE_SEED), buffer_size=SHUFFLE_BUFFER)
+    with atomic_directory(directory) as partial:
+        with SharWriter(
+            str(partial), {kind: store}, shard_size=shard_size, warn_unused_fields=False
+        ) as writer:
+            for cut in cuts:
+                _write_cut(writer, cut, kind)
+                durations[round(cut.duration * 100)] += 1
+        _write_index(partial, writer.output_paths, durations)
+    return durations.total()
+
+
+def _write_cut(writer: SharWriter, cut: Cut, kind: str) -> None:
+    try:
+        if kind == "recording":
+            writer.write(cut.drop_features())
+        else:
+            features = fastcopy(cut.features, recording_id=cut.recording_id)
+            writer.write(fastcopy(cut, features=features, recording=None))
+    except Exception as error:  # audio backends and storages each have their own
+        raise InputError(f"cut {cut.id} cannot be stored: {first_line(error)}") from None
+
+
+def _write_index(directory: Path, paths: dict[str, list[str]], durations: Counter) -> None:
+    shards = {
+        name: [[Path(path).name, Path(path).stat().st_size] for path in listed]
+        for name, listed in paths.items()
+    }
+    histogram = dict(sorted(durations.items()))
+    index = {"cuts": durations.total(), "durations": histogram, "shards": shards}
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of one or several directories."""
+
+    fields: dict[str, list[str]]  # cuts, and features or recording -> paths, as in from_shar
+    durations: Counter  # cuts by duration in units of 10 ms
+
+    def __len__(self) -> int:
+        return len(self.fields["cuts"])
+
+    def statistics(
+        self,
+        min_seconds: float = 0.0,
+        max_seconds: float = float("inf"),
+        min_frames: int = frames_needed(),
+    ) -> CutStatistics:
+        """Return what `scan_manifests` counts, with durations rounded to 10 ms."""
+        shortest = max(min_seconds, min_frames / 100)
+        lengths = {units / 100: count for units, count in self.durations.items()}
+        kept = {one: count for one, count in lengths.items() if shortest <= one <= max_seconds}
+        num_kept = sum(kept.values())
+        too_short = sum(count for one, count in lengths.items() if one < shortest)
+        return CutStatistics(
+            kept=num_kept,
+            seconds=sum(seconds * count for seconds, count in kept.items()),
+            too_short=too_short,
+            too_long=self.durations.total() - num_kept - too_short,
+            longest=max(kept, default=0.0),
+        )
+
+    def sample(self) -> CutSet:
+        """Return cuts without data from shards spread evenly over the corpus."""
+        paths = [fields["cuts"][0] for fields in self.spread(SHARDS_CHECKED)]
+        size = -(-SAMPLE_SIZE // len(paths))
+        files = (safe_cuts(CutSet.from_jsonl_lazy(path)) for path in paths)
+        return CutSet.from_cuts(cut for cuts in files for cut in islice(cuts, size))
+
+    def cuts(self, seed: int | None = None) -> CutSet:
+        """Read this rank's and worker's share of the shards lazily, with data.
+
+        Args:
+          seed: shuffles the shards, identically in all processes; None keeps their order.
+        """
+        cuts = CutSet.from_shar(
+            fields=self.fields,
+            split_for_dataloading=True,
+            shuffle_shards=seed is not None,
+            seed=seed or 0,
+            stateful_shuffle=False,  # ranks would count epochs differently
+        )
+        return safe_cuts(cuts)
+
+    def spread(self, count: int) -> list[dict[str, list[str]]]:
+        """Return the fields of about `count` single shards, evenly spread."""
+        numbers = range(0, len(self), max(1, len(self) // count))
+        return [{name: [paths[i]] for name, paths in self.fields.items()} for i in numbers]
+
+
+def read_shards(directories: list[str]) -> Shards:
+    """Read the indices of directories of shards: paths or, with smart_open, URLs.
+
+    Raises:
+      FileNotFoundError: a directory has no index.
+      InputError: an index cannot be read, or a shard has another size than when it was written.
+    """
+    fields: dict[str, list[str]] = {}
+    durations: Counter = Counter()
+    for directory in directories:
+        index = _read_index(directory)
+        if fields and fields.keys() != index["shards"].keys():
+            raise InputError(f"{directory} and {directories[0]} hold different kinds of data")
+        for name, listed in index["shards"].items():
+            fields.setdefault(name, []).extend(f"{directory}/{file}" for file, _ in listed)
+        durations.update({int(length): n for length, n in index["durations"].items()})
+    return Shards(fields, durations)
+
+
+def _read_index(directory: str) -> dict:
+    path = f"{directory}/{INDEX}"
+    if not is_valid_url(directory) and not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: {directory} is not a directory of shards")
+    try:
+        with open_best(path) as file:
+            index = json.load(file)
+        shards = [(name, size) for listed in index["shards"].values() for name, size in listed]
+        index["durations"].items()
+    except Exception as error:  # invalid JSON or content, or a storage error
+        hint = " (URLs need the package smart_open)" if is_valid_url(path) else ""
+        raise InputError(f"{path} cannot be read{hint}: {first_line(error)}") from None
+    for name, size in shards:
+        if not SHARD.fullmatch(str(name)):  # never open other paths or types
+            raise InputError(f"{path} lists {name!r}, which is not a shard's name")
+        if not is_valid_url(path):  # object stores have no partial files
+            _check_size(Path(directory, name), size)
+    return index
+
+
+def _check_size(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.is_file() else 0
+    if found != size:
+        raise InputError(f"{path} has {found} bytes, not {size}")
+
+
+def check_shards(
+    shards: Shards,
+    *,
+    min_seconds: float = 0.0,
+    max_seconds: float = float("inf"),
+    min_frames: int = frames_needed(),
+    need_features: bool = True,
+    tolerate: bool = False,
+) -> CutStatistics:
+    """Check shards by their index and the first cut of up to 200 shards, as `scan_manifests`.
+
+    Args:
+      tolerate: accept invalid cuts unless all of these are; the loader counts the others.
+
+    Raises:
+      InputError: a cut is invalid (names shard, cut and value), or every cut is skipped.
+    """
+    valid = False
+    for fields in shards.spread(SHARDS_CHECKED):
+        errors = _first_cut_errors(fields, need_features)
+        valid |= not errors
+        if errors and not tolerate:
+            break
+    if errors and not (tolerate and valid):
+        raise InputError(f"{fields['cuts'][0]}: {errors[0].message}")
+    statistics = shards.statistics(min_seconds, max_seconds, min_frames)
+    if not statistics.kept:
+        raise InputError(f"{shards.fields['cuts'][0]}: no usable cuts: {statistics}")
+    return statistics
+
+
+def _first_cut_errors(fields: dict[str, list[str]], need_features: bool) -> list[CutError]:
+    try:
+        cut = next(iter(safe_cuts(CutSet.from_shar(fields=fields))))
+    except Exception as error:  # gzip, tarfile, json and lhotse each have their own
+        raise InputError(f"{fields['cuts'][0]} cannot be read: {first_line(error)}") from None
+    return validate_cut(cut, need_features=need_features) or read_errors(cut, need_features)

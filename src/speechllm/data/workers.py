@@ -1,0 +1,166 @@
+"""Dataloader worker processes: seeding, shards, signals, and diagnosis of workers that fail.
+
+Batches are numbered within their epoch. A batch that was trained on before resuming is not made
+again: it holds `cut_ids` and `seconds` only (see dataset.py for the other keys).
+"""
+
+import os
+import re
+import signal
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from multiprocessing import get_all_start_methods
+from pathlib import Path
+from threading import Thread
+
+import torch
+from lhotse import CutSet
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from speechllm.data.config import DataConfig
+from speechllm.errors import InputError, first_line
+from speechllm.seeding import fork_rng
+
+
+class IndexedSampler:
+    """Pairs (number, cuts) of a sampler's batches; those before `skip` are (number, dict)."""
+
+    def __init__(self, sampler: Iterable[CutSet], skip: int, start: int = 0, step: int = 1):
+        self.sampler, self.skip, self.start, self.step = sampler, skip, start, step
+
+    def __iter__(self) -> Iterator[tuple[int, CutSet | dict]]:
+        for number, cuts in zip(count(self.start, self.step), self.sampler):
+            if number < self.skip:
+                cuts = {"cut_ids": _cut_ids(cuts), "seconds": sum(cut.duration for cut in cuts)}
+            yield number, cuts
+
+
+class SeededDataset(Dataset):
+    """Wrapper that seeds each batch by its number, whichever worker makes it."""
+
+    def __init__(self, dataset: Dataset, seed: str):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, numbered: tuple[int, CutSet | dict]) -> dict:
+        number, cuts = numbered
+        if isinstance(cuts, dict):
+            return cuts
+        with fork_rng(self.seed, number):
+            return self.dataset[cuts]
+
+
+class ShardedIterableDataset(IterableDataset):
+    """Batches of shards: each worker samples from its own part of the cuts.
+
+    Workers take turns. When one is exhausted, the numbers of the others exceed their position in
+    the epoch, so that no batch from `skip` on is mistaken for one that was trained on.
+    """
+
+    def __init__(self, dataset: Dataset, sampler: Iterable[CutSet], skip: int):
+        self.dataset, self.sampler, self.skip = dataset, sampler, skip
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        turn = (worker.id, worker.num_workers) if worker else (0, 1)
+        return map(self.dataset.__getitem__, IndexedSampler(self.sampler, self.skip, *turn))
+
+
+class TracedDataset(Dataset):
+    """Wrapper that notes in `<folder>/<pid>` the cuts a worker is reading, for error messages."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.folder = dataset, Path()
+
+    def __getitem__(self, item: tuple[int, CutSet | dict] | CutSet) -> dict:
+        self._note(" ".join(_cut_ids(item[1] if isinstance(item, tuple) else item)))
+        batch = self.dataset[item]
+        self._note("")
+        return batch
+
+    def _note(self, text: str) -> None:
+        with suppress(OSError):  # such as a full disk
+            (self.folder / str(os.getpid())).write_text(text)
+
+
+def _cut_ids(cuts: CutSet | dict) -> list[str]:
+    return cuts["cut_ids"] if isinstance(cuts, dict) else [cut.id for cut in cuts]
+
+
+class DiagnosticDataLoader(DataLoader):
+    """Loader of whole batches whose errors name the worker that hung or died, and its cuts.
+
+    It leaves torch's global generator alone. Workers start by the platform's default method also
+    in a spawned rank, where torch would spawn them: each would import everything in every epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        where: str,
+        init: Callable[[int], None] | None = None,
+        **options,
+    ):
+        """
+        Args:
+          where: context for the error message, such as "epoch 3".
+          init: called with the number of each new worker.
+        """
+        num_workers = config.num_workers
+        self.where, self.traced = where, TracedDataset(dataset)
+        if isinstance(dataset, ShardedIterableDataset):
+            self.traced = dataset.dataset = TracedDataset(dataset.dataset)
+        super().__init__(
+            dataset if isinstance(dataset, ShardedIterableDataset) else self.traced,
+            batch_size=None,
+            num_workers=num_workers,
+            timeout=config.loader_timeout if num_workers else 0,
+            multiprocessing_context=get_all_start_methods()[0] if num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+            worker_init_fn=partial(_init_worker, init=init),
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[dict]:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            self.traced.folder = Path(folder)
+            number = 0
+            try:
+                for number, batch in enumerate(super().__iter__(), start=1):
+                    yield batch
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader "):
+                    raise
+                raise InputError(self._message(number, first_line(error))) from None
+
+    def _message(self, number: int, error: str) -> str:
+        """Describe a worker that died, or else the worker that has been reading longest."""
+        notes = sorted(self.traced.folder.iterdir(), key=lambda note: note.stat().st_mtime)
+        texts = {note.name: note.read_text() for note in notes}
+        reading = {pid: cuts for pid, cuts in texts.items() if cuts}
+        dead = re.findall(r"\d+", error.partition("pid")[2])
+        pid = next(iter(dead or reading or texts), "unknown")  # a worker may hang between batches
+        reason = f"returned no batch for {self.timeout:g} s (--loader-timeout)"
+        if dead:
+            reason = f"died, possibly out of memory ({error})"
+        cuts = f" while reading the cuts {reading[pid]}" if pid in reading else ""
+        return f"{self.where}, batch {number}: dataloader worker (pid {pid}) {reason}{cuts}"
+
+
+def _init_worker(number: int, init: Callable[[int], None] | None) -> None:
+    """Ignore the group-wide SIGTERM: only the parent process ends its workers by it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    Thread(target=_exit_with_parent, daemon=True).start()
+    if init:
+        init(number)
+
+
+def _exit_with_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,0 +1,184 @@
+"""Times and confidences of words, from an encoder's CTC log-probabilities.
+
+The best CTC path through all words gives the frames of each word's spikes. Spikes are not word
+borders, so two corrections follow. CTC emits a word some time after it is spoken: `lag` is
+subtracted. And letters take about equally long: a word's spikes are placed at its middle letter,
+and the letters between the middles of two words are spread evenly over the time between them. A
+word without spikes gets the share of its letters; too much time for the letters is a pause.
+
+Lags that fit the demo's encoders (dev set): 0.03 s after a flat start, 0.11 s without one.
+`local/score_word_times.py` measures the rest: a mean error above 0 needs a larger --ctc-lag.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from speechllm.decoding.config import LAG
+from speechllm.errors import InputError
+from speechllm.models.zipformer.ctc_head import BLANK, ctc_frames_needed
+
+CTC_FRAME_SHIFT = 0.04  # s between frames of the encoder output
+FRAME_CENTRE = 0.055  # s: frame 0 is centred between feature frames 4 and 6
+
+SECONDS_PER_LETTER = 0.07  # for utterances with too few words to estimate it
+PAUSE = 2.0  # times the usual time per letter
+MIN_LOG_PROB = -1e5  # instead of -inf, so every allowed path beats the others
+
+
+class Span(NamedTuple):
+    """A word's spikes: seconds of the first and last frame, mean log-probability."""
+
+    start: float
+    end: float
+    log_prob: float
+
+
+class TimedWord(NamedTuple):
+    """A word from `start` to `end` in seconds; `aligned` if CTC could align it."""
+
+    word: str
+    start: float
+    end: float
+    confidence: float  # 0 to 1
+    aligned: bool
+
+
+def align_words(log_probs: Tensor, pieces: list[list[int]]) -> list[Span | None]:
+    """Return the spikes of each word on the most probable CTC path through all words.
+
+    Args:
+      log_probs: (T, V), on the CPU.
+      pieces: token ids per word; empty for a word outside the vocabulary.
+
+    Returns:
+      A span per word, its log-probability the mean over its pieces of their best frame; None for
+      words without pieces, and for all words if T frames cannot hold all pieces.
+    """
+    target = [piece for word in pieces for piece in word]
+    if not target or len(log_probs) < ctc_frames_needed(target):
+        return [None] * len(pieces)
+    path = ctc_best_path(log_probs.numpy(), target)
+    spans, before = [], 0
+    for word in pieces:
+        frames = [np.flatnonzero(path == before + k) for k in range(len(word))]
+        best = [log_probs[run, piece].max().item() for run, piece in zip(frames, word)]
+        spans.append(None)
+        if word:
+            ends = FRAME_CENTRE + CTC_FRAME_SHIFT * np.array([frames[0][0], frames[-1][-1]])
+            spans[-1] = Span(*ends.tolist(), float(np.mean(best)))
+        before += len(word)
+    return spans
+
+
+def ctc_best_path(log_probs: np.ndarray, target: list[int]) -> np.ndarray:
+    """Viterbi over blanks and tokens: (T, V) -> (T,), positions in `target` or -1 for a blank.
+
+    T must be at least `ctc_frames_needed(target)`.
+    """
+    states = np.full(2 * len(target) + 1, BLANK)  # blank, token, blank, ..., token, blank
+    states[1::2] = target
+    emitted = np.maximum(log_probs[:, states], MIN_LOG_PROB)  # (T, S)
+    # From token to token without a blank in between, if they differ.
+    skip = np.where((states[2:] != BLANK) & (states[2:] != states[:-2]), 0.0, -np.inf)
+    steps = np.zeros(emitted.shape, dtype=np.int8)  # states advanced since the frame before
+    reached = np.full((3, len(states)), -np.inf)
+    score = np.full(len(states), -np.inf)
+    score[:2] = emitted[0, :2]
+    for t in range(1, len(emitted)):
+        reached[0], reached[1, 1:], reached[2, 2:] = score, score[:-1], score[:-2] + skip
+        steps[t] = reached.argmax(axis=0)
+        score = reached.max(axis=0) + emitted[t]
+    state = len(states) - 1
+    if target and score[-2] > score[-1]:
+        state -= 1
+    path = np.full(len(emitted), -1)
+    for t in reversed(range(len(emitted))):
+        if state % 2:
+            path[t] = state // 2
+        state -= int(steps[t, state])
+    return path
+
+
+def align_transcript(
+    log_probs: Tensor,
+    duration_seconds: float,
+    words: list[str],
+    pieces: list[list[int]],
+    llm_log_probs: list[float] | None = None,
+    lag: float = LAG,
+) -> list[TimedWord]:
+    """Return every word with its time, in order, without overlap, within [0, duration].
+
+    Args:
+      log_probs: (T, V), on the CPU.
+      pieces: token ids per word, as for `align_words`.
+      llm_log_probs: LLM log-probability per word, summed over its tokens. The confidence is the
+        mean of the probabilities of CTC and LLM, or the available one, or 0.
+      lag: delay of the CTC spikes in seconds.
+    """
+    if not words:
+        return []
+    spans = align_words(log_probs, pieces)
+    starts, ends = _borders(words, spans, duration_seconds, lag)
+    confidences = map(_confidence, spans, llm_log_probs or [None] * len(words))
+    is_aligned = [span is not None for span in spans]
+    return list(map(TimedWord, words, starts.tolist(), ends.tolist(), confidences, is_aligned))
+
+
+def ctm_lines(recording_id: str, channel: str, offset: float, words: list[TimedWord]) -> list[str]:
+    """Return NIST CTM: `<recording> <channel> <begin s> <duration s> <word> <confidence>`.
+
+    A comment `;; not aligned: <word>` precedes a word that CTC could not align. `offset` seconds
+    are added to all times.
+
+    Raises:
+      InputError: a field is empty or contains white space.
+    """
+    lines = []
+    for word, start, end, confidence, aligned in words:
+        for field in (recording_id, channel, word):
+            if field.split() != [field]:
+                raise InputError(f"{recording_id}: {field!r} cannot be one field of a CTM line")
+        # Both ends are rounded, so a word never ends after the next one begins.
+        begin, end = round(1000 * (offset + start)), round(1000 * (offset + end))
+        if not aligned:
+            lines.append(f";; not aligned: {word}")
+        lines.append(
+            f"{recording_id} {channel} {begin / 1000:.3f} {(end - begin) / 1000:.3f} "
+            f"{word} {confidence:.3f}"
+        )
+    return lines
+
+
+def _borders(
+    words: list[str], spans: list[Span | None], duration: float, lag: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Start and end of each word in seconds, (N,) each, by interpolation over the letters."""
+    border = np.cumsum([0, *map(len, words)])  # in letters, (N + 1,)
+    aligned = [i for i, span in enumerate(spans) if span]
+    if not aligned:
+        times = duration * border / border[-1]
+        return times[:-1], times[1:]
+    letters = (border[:-1] + border[1:])[aligned] / 2  # at the middles of the words
+    middles = np.array([(spans[i].start + spans[i].end) / 2 for i in aligned]) - lag
+    rates = np.diff(middles) / np.diff(letters)  # seconds per letter
+    usual = SECONDS_PER_LETTER
+    if len(rates):  # with two or three words, the median may be a pause
+        usual = min(np.median(rates), PAUSE * SECONDS_PER_LETTER)
+    first = middles[0] - usual * letters[0]
+    last = middles[-1] + usual * (border[-1] - letters[-1])
+    times = np.interp(border, [0, *letters, border[-1]], [first, *middles, last])
+    starts, ends = times[:-1], times[1:].copy()
+    for k, (i, j) in enumerate(pairwise(aligned)):
+        if j == i + 1 and rates[k] > PAUSE * usual:
+            ends[i] = middles[k] + usual * len(words[i]) / 2
+            starts[j] = middles[k + 1] - usual * len(words[j]) / 2
+    return starts.clip(0, duration), ends.clip(0, duration)
+
+
+def _confidence(span: Span | None, llm_log_prob: float | None) -> float:
+    log_probs = [x for x in (span and span.log_prob, llm_log_prob) if x is not None]
+    return min(1.0, float(np.exp(log_probs).mean())) if log_probs else 0.0

@@ -1,0 +1,133 @@
+"""CheckpointConfig and SearchConfig: which trained model to decode with, and how to search."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from speechllm.cli import check_range, comma_list, option
+from speechllm.errors import InputError
+
+MAX_NEW_TOKENS = 200
+BEAM_SIZE = 4
+LAG = 0.03  # s; encoders trained from a flat start emit CTC spikes this late
+EXP_DIR = Path("exp/asr_librispeech_zipformer_qwen2_1.5B")
+
+_model = functools.partial(option, group="trained model")
+_search = functools.partial(option, group="search")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The parameters of a trained model: --exp-dir with --epoch, --iter or --checkpoint."""
+
+    exp_dir: Path = _model(EXP_DIR, "directory of the checkpoints, or an exported model")
+    epoch: int = _model(0, "last epoch to average; 0: the newest in --exp-dir")
+    iter: int = _model(0, "above 0: average checkpoint-<step>.pt up to this step, not epochs")
+    avg: int = _model(0, "epochs or checkpoints to average; 0: 5, or fewer if there are fewer")
+    checkpoint: str | None = _model(None, "file in --exp-dir, instead of --epoch and --avg")
+    use_encoders: str | None = _model(None, "encoders to use, such as 1,3", unset="all")
+    use_fp16: bool | None = _model(None, "decode in float16", unset="true on a GPU")
+    use_bf16: bool = _model(False, "decode in bfloat16; takes precedence over --use-fp16")
+    use_flash_attn: bool = _model(False, "flash-attn instead of torch's SDPA")
+
+    def encoder_indices(self, num_encoders: int) -> list[int]:
+        """Return the 0-based encoders that --use-encoders selects: `1,3` -> [0, 2].
+
+        Raises:
+          InputError: an encoder does not exist or is named twice.
+        """
+        possible = [str(k) for k in range(1, num_encoders + 1)]
+        numbers = possible if self.use_encoders is None else comma_list(self.use_encoders)
+        if not numbers or len(set(numbers)) < len(numbers) or not set(numbers) <= set(possible):
+            raise InputError(
+                f"--use-encoders {self.use_encoders}: the model has encoders {', '.join(possible)}"
+            )
+        return [int(number) - 1 for number in numbers]
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Search method and its options; `resolve` fills in what depends on the model.
+
+    Raises:
+      InputError: a value is out of range, or options contradict each other.
+    """
+
+    method: str | None = _search(
+        None, "draft: speculative decoding with the CTC text, same output as greedy; beam: the "
+        "default with --beam-size above 1", choices=("draft", "greedy", "beam"),
+        unset="draft with a CTC head and a BPE model, else greedy",
+    )  # fmt: skip
+    beam_size: int | None = _search(None, "hypotheses kept by --method beam", unset=str(BEAM_SIZE))
+    nbest: int = _search(1, "hypotheses to write to nbest-*.jsonl")
+    ctc_weight: float = _search(
+        0.0, "weight of the CTC log-probability, 0 to 1, when choosing among the beam's hypotheses"
+    )
+    draft_accept_prob: float = _search(
+        1.0, "below 1: also accept draft tokens to which the LLM gives at least this probability"
+    )
+    ctc_bypass_entropy: float = _search(
+        0.0, "take the CTC text without the LLM if the entropy of every frame is below this (nats)"
+    )
+    guard: str | None = _search(
+        None, "stop: end repetitions and list suspicious utterances; fallback: also decode these "
+        "again by beam search with CTC, or take the CTC text",
+        choices=("stop", "fallback", "off"), unset="stop; fallback in transcribe.py and serve.py",
+    )  # fmt: skip
+    word_timestamps: bool = _search(True, "write word times (needs a CTC head)")
+    ctc_lag: float = _search(LAG, "delay of the CTC spikes in seconds, subtracted from word times")
+    max_new_tokens: int = _search(MAX_NEW_TOKENS, "maximum tokens per hypothesis")
+
+    def __post_init__(self):
+        check_range("beam_size", self.beam_size, 1)
+        check_range("nbest", self.nbest, 1, self.beam_size or BEAM_SIZE)
+        check_range("max_new_tokens", self.max_new_tokens, 1)
+        check_range("ctc_weight", self.ctc_weight, 0, 1)
+        check_range("draft_accept_prob", self.draft_accept_prob, 0, 1)
+        check_range("ctc_bypass_entropy", self.ctc_bypass_entropy, 0)
+        method = self._method(has_ctc=True)
+        if method != "beam" and self._beam_options:
+            raise InputError(f"--method {method} has no beam: {self._beam_options[0]}")
+        if method != "draft" and self.draft_accept_prob < 1:
+            raise InputError(
+                f"--method {method} has no draft: --draft-accept-prob {self.draft_accept_prob:g}"
+            )
+
+    @property
+    def _beam_options(self) -> list[str]:
+        """The options given that need a beam."""
+        values = (
+            ("--beam-size", self.beam_size or 1, 1),
+            ("--nbest", self.nbest, 1),
+            ("--ctc-weight", self.ctc_weight, 0),
+        )
+        return [f"{flag} {value}" for flag, value, least in values if value > least]
+
+    def _method(self, has_ctc: bool) -> str:
+        return self.method or ("beam" if self._beam_options else "draft" if has_ctc else "greedy")
+
+    def resolve(self, has_ctc: bool, default_guard: str = "stop") -> "SearchConfig":
+        """Return the config with method, beam size and guard set.
+
+        Args:
+          has_ctc: an encoder has a CTC head and a BPE model.
+          default_guard: without --guard and with CTC; without CTC it is "stop".
+        """
+        method = self._method(has_ctc)
+        beam_size = (self.beam_size or BEAM_SIZE) if method == "beam" else 1
+        guard = self.guard or (default_guard if has_ctc else "stop")
+        return dataclasses.replace(self, method=method, beam_size=beam_size, guard=guard)
+
+    @property
+    def name(self) -> str:
+        """Part of the result files' names; only for a resolved config."""
+        parts = (
+            (True, f"beam{self.beam_size}" if self.method == "beam" else self.method),
+            (self.nbest > 1, f"nbest{self.nbest}"),
+            (self.ctc_weight, f"ctc{self.ctc_weight:g}"),
+            (self.draft_accept_prob < 1, f"relaxed{self.draft_accept_prob:g}"),
+            (self.ctc_bypass_entropy, f"confident{self.ctc_bypass_entropy:g}"),
+            (self.guard != "stop", f"guard-{self.guard}"),
+        )
+        return "-".join(part for is_used, part in parts if is_used)

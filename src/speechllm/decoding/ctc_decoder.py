@@ -1,0 +1,112 @@
+"""Greedy CTC decoding with entropy, and CTC scores of given texts."""
+
+import logging
+from functools import cached_property
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+from speechllm.errors import InputError
+from speechllm.models.speech_llm import SpeechLLM
+from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, ctc_loss
+
+
+class BpeTokenizer:
+    """Case-insensitive BPE tokenizer: its pieces are in one case."""
+
+    def __init__(self, bpe: sentencepiece.SentencePieceProcessor):
+        self.bpe = bpe
+        pieces = map(bpe.id_to_piece, range(bpe.vocab_size()))
+        letters = "".join(piece for piece in pieces if not piece.startswith("<"))  # <blk>, <unk>
+        cases = [case for case in (str.upper, str.lower) if letters == case(letters)]
+        self.case = cases[0] if len(cases) == 1 else str
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of the pieces in the vocabulary; commas, for example, may have none."""
+        pieces = [i for i in self.bpe.encode(self.case(text)) if i != self.bpe.unk_id()]
+        return pieces if self.bpe.decode(pieces).strip() else []
+
+    def begins_word(self, piece: int) -> bool:
+        return self.bpe.id_to_piece(piece).startswith("▁")
+
+    def decode(self, pieces: list[int]) -> str:
+        """Return the text in lower case."""
+        return self.bpe.decode(pieces).lower()
+
+
+class CtcOutput:
+    """CTC posteriors of one utterance: log-probabilities (T, V), on the CPU."""
+
+    def __init__(self, log_probs: Tensor, tokenizer: BpeTokenizer):
+        self.log_probs, self.tokenizer = log_probs.float(), tokenizer
+
+    @cached_property
+    def text(self) -> str:
+        """Text of the best path, in lower case."""
+        (best,) = ctc_greedy(self.log_probs[None], torch.tensor([len(self.log_probs)]))
+        return self.tokenizer.decode(best)
+
+    @cached_property
+    def entropy(self) -> float:
+        """Highest entropy of a frame, in nats."""
+        return float((-self.log_probs.exp() * self.log_probs).sum(dim=1).max())
+
+    def log_prob(self, text: str) -> float | None:
+        """Return the log-probability of a text over all paths in nats, None if it cannot fit."""
+        target = self.tokenizer.encode(text)
+        frames = len(self.log_probs)
+        if ctc_frames_needed(target) > frames:
+            return None
+        return -float(ctc_loss(self.log_probs[None], torch.tensor([frames]), [target]))
+
+
+class CtcDecoder:
+    """The CTC head of one of the model's encoders, with its BPE model."""
+
+    def __init__(self, model: SpeechLLM, encoder: int, tokenizer: BpeTokenizer):
+        self.encoder, self.tokenizer = encoder, tokenizer
+        self.ctc_output = model.encoder[encoder].ctc_output
+
+    def __call__(self, encoder_out: Tensor, lens: Tensor) -> list[CtcOutput]:
+        """Decode encoder output (B, T, C) with lens (B,) valid frames."""
+        log_probs = self.ctc_output(encoder_out).float().cpu()
+        return [CtcOutput(log_probs[b, :n], self.tokenizer) for b, n in enumerate(lens.tolist())]
+
+
+def find_ctc_decoder(model: SpeechLLM, bpe_paths: list[str]) -> CtcDecoder | None:
+    """Return the decoder of the first encoder with a CTC head and a BPE model, if any.
+
+    Raises:
+      InputError: `bpe_paths` are not one for all encoders or one each; a BPE model cannot be read,
+        or its vocabulary differs from the head's.
+    """
+    n = len(model.encoder)
+    if len(bpe_paths) not in (0, 1, n):
+        raise InputError(
+            f"--speech-encoder-bpe-path names {len(bpe_paths)} files, the model has {n} encoders"
+        )
+    if len(bpe_paths) == 1:
+        bpe_paths = bpe_paths * n
+    for k, path in enumerate(bpe_paths):
+        head = model.encoder[k].ctc_output
+        if head is None:
+            continue
+        if not Path(path).is_file():
+            logging.warning(f"{path} is missing: the CTC head of encoder {k + 1} is not used")
+            continue
+        bpe = read_bpe(path)
+        if bpe.vocab_size() != head.vocab_size:
+            pieces = f"{bpe.vocab_size()} pieces, encoder {k + 1}'s CTC head {head.vocab_size}"
+            raise InputError(f"{path} has {pieces}")
+        return CtcDecoder(model, k, BpeTokenizer(bpe))
+    return None
+
+
+def read_bpe(path: str) -> sentencepiece.SentencePieceProcessor:
+    """Read a BPE model; raise InputError with the file if it cannot be read."""
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=path)
+    except RuntimeError as error:
+        raise InputError(f"{path} cannot be read as a sentencepiece model: {error}") from None

@@ -1,0 +1,251 @@
+"""Data-parallel processes: `--world-size N` on one machine, torchrun on several."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from threading import Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from speechllm.errors import InputError
+from speechllm.signals import EXIT_CODE, Preempted, forward_signals
+
+GRACE = 3.0  # s for the other processes to exit after one has failed
+SAVING = 30.0  # s for processes that save a checkpoint before they exit
+LONGEST = 10_000  # characters of a traceback: a pipe has to hold those of all processes
+
+
+@dataclass(frozen=True)
+class DistEnv:
+    """Rank, world size and device of this process, with collective operations."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum `value` over all ranks, in place.
+
+        A tensor on the CPU is sent through gloo, which does not wait for work on the GPU.
+        """
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather(self, value: Tensor) -> Tensor:
+        """Gather a CPU tensor from all ranks: (...) -> (world_size, ...)."""
+        values = [torch.empty_like(value) for _ in range(self.world_size)]
+        if self.world_size > 1:
+            dist.all_gather(values, value)
+            return torch.stack(values)
+        return value[None]
+
+    def gather_objects(self, value: Any) -> list:
+        """Gather a picklable value from all ranks, in order of rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def is_first_process() -> bool:
+    """Return whether this process, before `launch`, is rank 0 or the parent of all ranks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def num_processes(world_size: int | None) -> int:
+    """Return the number of processes: torchrun's, else `world_size`.
+
+    Args:
+      world_size: None means one per GPU, at most 4.
+
+    Raises:
+      InputError: it is below 1, or there are GPUs, but fewer.
+    """
+    if _under_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    gpus = torch.cuda.device_count()
+    if world_size is None:
+        return min(4, max(1, gpus))
+    if world_size < 1:
+        raise InputError(f"--world-size {world_size} must be at least 1")
+    if 0 < gpus < world_size:
+        raise InputError(f"--world-size {world_size} needs {world_size} GPUs, there are {gpus}")
+    return world_size
+
+
+def launch(
+    run: Callable[[DistEnv, Any], None], config: Any, world_size: int | None, master_port: int
+) -> None:
+    """Call `run(dist_env, config)` in every process.
+
+    Under torchrun this process is one of them; otherwise they are started here.
+
+    Args:
+      config: must be picklable if there are several processes.
+
+    Raises:
+      InputError: there are too few GPUs, the port is in use, a process was killed, or `run` raised
+        InputError or FileNotFoundError in one of several processes.
+      ProcessRaisedException: another exception in one of several processes, with its traceback.
+      Preempted: raised by `run` in all processes.
+    """
+    world_size = num_processes(world_size)
+    if _under_torchrun():
+        _run_rank(int(os.environ["RANK"]), run, config, world_size, None)
+    elif world_size == 1:
+        _run_rank(0, run, config, 1, master_port)
+    else:
+        _spawn(run, config, world_size, master_port)
+
+
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _spawn(run: Callable, config: Any, world_size: int, master_port: int) -> None:
+    errors = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(
+        _run_spawned,
+        args=(run, config, world_size, master_port, errors),
+        nprocs=world_size,
+        join=False,
+    )
+    codes: list[int | None] = []
+    try:
+        with forward_signals(context.processes):
+            codes = _exit_codes(context.processes, errors)
+            if EXIT_CODE in codes:
+                _join(context.processes, SAVING)
+    finally:
+        _end_all(context.processes)
+    if any(codes) or not errors.empty():
+        raise _first_error(codes, context.processes, errors)
+
+
+def _end_all(processes: list) -> None:
+    """Terminate the processes: none outlives this one, not even after Ctrl-C."""
+    for process in processes:
+        process.terminate()
+    _join(processes, GRACE)
+    for process in processes:  # SIGTERM may only have requested a checkpoint
+        process.kill()
+    _join(processes, GRACE)
+
+
+def _exit_codes(processes: list, errors) -> list[int | None]:
+    """Wait until all have exited, or one failed or reported an error, and return the exit codes.
+
+    A process that reported an error may hang in a library or wait for a dataloader worker.
+    """
+    alive = {process.sentinel: process for process in processes}
+    while alive:
+        for ready in wait([*alive, errors._reader]):
+            if ready in alive:
+                alive.pop(ready).join()
+        codes = [process.exitcode for process in processes]
+        if any(codes) or not errors.empty():
+            break
+    return codes
+
+
+def _join(processes: list, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+
+
+def _first_error(codes: list[int | None], processes: list, errors) -> BaseException:
+    """Return the error of the process that failed first; the others only lost their connection."""
+    for rank, (code, process) in enumerate(zip(codes, processes)):
+        if code and code < 0:
+            name = signal.Signals(-code).name
+            hint = ": possibly out of memory" if name == "SIGKILL" else ""
+            return InputError(f"rank {rank} (process {process.pid}) was killed by {name}{hint}")
+    if not errors.empty():
+        rank, pid, sentence, trace = errors.get()
+        if not trace:
+            return InputError(sentence)
+        trace = f"rank {rank} (process {pid}) failed:\n{trace}"
+        return mp.ProcessRaisedException(trace, rank, pid)
+    if EXIT_CODE in codes:
+        return Preempted()
+    [[rank, code], *_] = ((rank, code) for rank, code in enumerate(codes) if code)
+    return InputError(f"rank {rank} (process {processes[rank].pid}) exited with code {code}")
+
+
+def _run_spawned(
+    rank: int, run: Callable, config: Any, world_size: int, master_port: int, errors
+) -> None:
+    def report(sentence: str, trace: str = "") -> None:
+        errors.put((rank, os.getpid(), sentence, trace[-LONGEST:]))
+
+    Thread(target=_exit_with_parent, daemon=True).start()
+    try:
+        _run_rank(rank, run, config, world_size, master_port)
+    except Preempted:
+        raise
+    except (FileNotFoundError, InputError) as error:
+        report(str(error))
+        sys.exit(1)
+    except SystemExit as error:  # before the others notice the lost connection
+        report(f"rank {rank} (process {os.getpid()}) exited with code {error.code}")
+        raise
+    except Exception:
+        report("", traceback.format_exc())
+        sys.exit(1)
+
+
+def _exit_with_parent() -> None:
+    """Exit with the parent: background jobs ignore torch's SIGINT."""
+    wait([parent_process().sentinel])
+    os._exit(1)
+
+
+def _run_rank(
+    rank: int, run: Callable, config: Any, world_size: int, master_port: int | None
+) -> None:
+    """Join the process group and run; `master_port` is None under torchrun."""
+    cuda = torch.cuda.is_available()
+    local_rank = rank if master_port is not None else int(os.environ.get("LOCAL_RANK", rank))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        if master_port is not None:
+            os.environ["MASTER_ADDR"] = "localhost"
+            os.environ["MASTER_PORT"] = str(master_port)
+            torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+        _join_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank, world_size)
+    run(DistEnv(rank, world_size, device), config)
+    if dist.is_initialized():  # not after an error: other ranks may wait forever
+        dist.destroy_process_group()
+
+
+def _join_group(backend: str, rank: int, world_size: int) -> None:
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+    except dist.DistNetworkError as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"--master-port {os.environ['MASTER_PORT']} cannot be used, possibly because another "
+            f"training uses it: {reason}"
+        ) from None

@@ -1,0 +1,97 @@
+"""Decode test sets with a trained model and write their results: what decode.py runs."""
+
+import logging
+from collections import ChainMap
+from dataclasses import asdict
+
+from speechllm.cli import comma_list
+from speechllm.data.manifests import frames_needed
+from speechllm.data.sampler import LLMPositions, TooManyPositions
+from speechllm.decoding.config import SearchConfig
+from speechllm.decoding.load import TrainedModel, read_parameters
+from speechllm.decoding.recognizer import Recognizer
+from speechllm.distributed import DistEnv
+from speechllm.errors import InputError
+from speechllm.evaluation.config import DecodeConfig
+from speechllm.evaluation.eval_sets import EvalSet, decode_shard, merge_results, read_eval_sets
+from speechllm.evaluation.results import write_results
+from speechllm.models.config import check_model_files
+from speechllm.progress import setup_logging
+from speechllm.scoring.files import log_line
+from speechllm.scoring.wer import ErrorCounts
+
+
+def decode_sets(dist_env: DistEnv, config: DecodeConfig) -> None:
+    """Decode all test sets with one search; runs in every process, raises as `prepare`."""
+    sets, model = prepare(config, "decode", dist_env)
+    recognizer = model.recognizer(config.search)
+    suffix = result_suffix(config, recognizer.search, model.parameters_name)
+    for one in sets:
+        decode_set(one, recognizer, config, suffix, dist_env)
+    logging.info(f"Results are in {config.out_dir}")
+
+
+def prepare(
+    config: DecodeConfig, program: str, dist_env: DistEnv
+) -> tuple[list[EvalSet], TrainedModel]:
+    """Read the test sets, start the log file, and load the model.
+
+    Raises:
+      FileNotFoundError, InputError: a file is missing or does not fit.
+    """
+    check_model_files(config.model)
+    sets = read_eval_sets(config.evaluation.test_cuts, config.data)
+    if not sets:
+        raise InputError(f"--test-cuts {config.evaluation.test_cuts!r} names no cut file")
+    parameters, name = read_parameters(config.checkpoint, config.model.checkpoint, dist_env)
+    setup_logging(config.out_dir / f"log-{program}-{name}", dist_env)
+    logging.info(f"Decoding started: {asdict(config)}")
+    return sets, TrainedModel(config.model, config.checkpoint, dist_env, (parameters, name))
+
+
+def decode_set(
+    cuts: EvalSet, recognizer: Recognizer, config: DecodeConfig, suffix: str, dist_env: DistEnv
+) -> ErrorCounts:
+    """Decode a test set together with the other processes, write its results, return its errors."""
+    recognizer.start_counting()
+    model, most = recognizer.model, recognizer.search.max_new_tokens
+    positions = LLMPositions(recognizer.tokenizer, model.chat, len(model.encoder), model.ds_rate)
+    shard = decode_shard(
+        cuts,
+        recognizer,
+        config.data,
+        min_frames=frames_needed(model.ds_rate),
+        more_errors=TooManyPositions(positions, model.llm.config.max_position_embeddings, most),
+        use_context=config.model.use_context,
+        dist_env=dist_env,
+    )
+    measurements = recognizer.stop_counting(dist_env.gather_objects)
+    results = ChainMap(*dist_env.gather_objects(shard))
+    errors = None
+    if dist_env.is_main:
+        decoded, names = merge_results(cuts, results), (cuts.name, suffix)
+        errors = write_results(decoded, config.out_dir, *names, config.evaluation, measurements)
+    errors, *_ = dist_env.gather_objects(errors)
+    logging.info(log_line(cuts.name, errors))
+    logging.info(", ".join(f"{name}: {value:.2f}" for name, value in measurements.items()))
+    return errors
+
+
+def result_suffix(config: DecodeConfig, search: SearchConfig, parameters_name: str) -> str:
+    """Return the part of the result files' names that differs between ways of decoding.
+
+    Args:
+      search: resolved.
+    """
+    used, evaluation = config.checkpoint.use_encoders, config.evaluation
+    is_default = search.max_new_tokens == SearchConfig().max_new_tokens
+    parts = [
+        "decode",
+        search.name,
+        parameters_name,
+        "encoders" + "+".join(comma_list(used)) if used else "",
+        "" if is_default else f"max{search.max_new_tokens}",
+        evaluation.normalize.replace("none", ""),
+        evaluation.error_unit.replace("auto", ""),
+    ]
+    return "-".join(filter(None, parts))

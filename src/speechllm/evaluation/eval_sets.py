@@ -1,0 +1,190 @@
+"""Test sets: read and validate a cut file once, recognize every cut once, score the results."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+
+from speechllm.cli import comma_list
+from speechllm.data.config import DataConfig
+from speechllm.data.dataloader import evaluation_loader
+from speechllm.data.dataset import TextOptions, usable_batches
+from speechllm.data.manifests import cuts_file, frames_needed, long_enough, read_cuts, sorted_by_id
+from speechllm.data.validation import (
+    CutError,
+    count_reasons,
+    duplicate_id,
+    format_counts,
+    read_errors,
+    validate_cut,
+)
+from speechllm.distributed import DistEnv
+from speechllm.errors import InputError
+from speechllm.progress import ProgressBar
+from speechllm.scoring.normalize import NORMALIZERS
+from speechllm.scoring.wer import ScoredUtterance, align_utterance, by_characters, rate_name, units
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A cut file, read and validated once."""
+
+    path: Path
+    cuts: list[Cut]  # in the order of the file
+    errors: dict[str, CutError]  # first error of each invalid cut, by cut id
+
+    @property
+    def name(self) -> str:
+        """`librispeech_cuts_test-clean.jsonl.gz` -> `librispeech_test_clean`."""
+        name = self.path.name.removesuffix(".jsonl.gz")
+        return name.replace("_cuts", "").replace("-", "_")
+
+
+def read_eval_sets(test_cuts: str, data: DataConfig) -> list[EvalSet]:
+    """Read the cut files in a comma-separated list.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      InputError: with the file, the cut and the value: a file cannot be read, has no cut to
+        decode, or results would be ambiguous.
+    """
+    paths = [cuts_file(data.manifest_dir, name) for name in comma_list(test_cuts)]
+    sets = [read_eval_set(path, not data.on_the_fly_feats) for path in paths]
+    if len({one.name for one in sets}) < len(sets):
+        raise InputError(f"--test-cuts {test_cuts}: two sets would write the same result files")
+    return sets
+
+
+def read_eval_set(path: Path, need_features: bool = True) -> EvalSet:
+    """Read and validate a cut file and the data of its first valid cut; see `read_eval_sets`."""
+    cuts, errors, seen = [], {}, set()
+    for cut in read_cuts(path):
+        found = validate_cut(cut, need_text=False, need_features=need_features)
+        found += [duplicate_id(cut)] if str(cut.id) in seen else []
+        if not found and len(errors) == len(cuts):
+            found = read_errors(cut, need_features)
+        for error in found:
+            if error.reason in ("duplicate-id", "invalid-id"):
+                raise InputError(f"{path}: {error.message}")
+        seen.add(str(cut.id))
+        cuts.append(cut)
+        errors |= {cut.id: error for error in found[:1]}
+    if len(errors) == len(cuts):
+        raise InputError(
+            f"{path}: nothing to decode, {len(errors)} invalid cuts "
+            f"({reasons(errors.values())}), such as: {next(iter(errors.values())).message}"
+        )
+    return EvalSet(path, cuts, errors)
+
+
+@dataclass(frozen=True)
+class DecodedCut:
+    """A cut with its result; None if it is invalid (`error`) or too short."""
+
+    cut: Cut
+    result: Any
+    error: CutError | None = None
+
+    @property
+    def reference(self) -> str:
+        """Texts of the supervisions; characters that cannot be encoded are question marks."""
+        texts = (str(supervision.text or "") for supervision in self.cut.supervisions)
+        return " ".join(texts).encode(errors="replace").decode()
+
+    def by_characters(self, error_unit: str = "auto") -> bool:
+        """Return true if it is scored by characters; the first supervision's language counts."""
+        languages = (one.language for one in self.cut.supervisions if one.language)
+        return by_characters(next(languages, None), error_unit)
+
+
+def decode_shard(
+    cuts: EvalSet,
+    recognize: Callable[[Iterable[dict]], Iterator[tuple[dict, list]]],
+    data: DataConfig,
+    *,
+    min_frames: int = frames_needed(),
+    more_errors: Callable[[Cut], list[CutError]] = lambda cut: [],
+    use_context: bool = False,
+    dist_env: DistEnv = DistEnv(),
+) -> dict[str, Any]:
+    """Return the results of this rank's share of a set by cut id; a CutError for invalid cuts.
+
+    The batches depend only on the cuts, not on their order or the number of ranks.
+
+    Args:
+      recognize: from batches (see speechllm.data.dataset) to pairs of a batch and its results.
+      min_frames: shorter cuts are not decoded.
+      more_errors: further validation of a cut.
+    """
+    results: dict[str, Any] = dict(cuts.errors)
+    long_cuts = [cut for cut in cuts.cuts if cut.id not in results and long_enough(cut, min_frames)]
+    results |= {cut.id: error for cut in long_cuts for error in more_errors(cut)[:1]}
+    usable = [cut for cut in long_cuts if cut.id not in results]
+    if not usable:
+        return results
+    loader = evaluation_loader(
+        sorted_by_id(CutSet.from_cuts(usable)),
+        data,
+        num_cuts=len(usable),
+        text=TextOptions(use_context),
+        rank=dist_env.rank,
+        world_size=dist_env.world_size,
+    )
+    seconds = sum(cut.duration for cut in usable)
+    progress = ProgressBar(cuts.name, seconds, dist_env.is_main)
+    unreadable: list[CutError] = []
+    for batch, found in recognize(usable_batches(loader, unreadable)):
+        results |= zip(batch["cut_ids"], found, strict=True)
+        progress.advance(batch["seconds"] * dist_env.world_size)
+    progress.close()
+    return results | {error.id: error for error in unreadable}
+
+
+def merge_results(cuts: EvalSet, results: dict[str, Any]) -> list[DecodedCut]:
+    """Return every cut with its result, in the order of the file; log the cuts without one."""
+    decoded = []
+    for cut in cuts.cuts:
+        result, error = results.get(cut.id), None
+        if isinstance(result, CutError):
+            result, error = None, result
+            logging.warning(f"{cuts.path}: empty hypothesis ({error.reason}): {error.message}")
+        decoded.append(DecodedCut(cut, result, error))
+    short = [one.cut.id for one in decoded if one.result is None and not one.error]
+    if short:
+        logging.warning(
+            f"{cuts.path}: {len(short)} cuts are too short to decode and get empty hypotheses, "
+            f"such as {short[0]}"
+        )
+    return decoded
+
+
+def error_rate(decoded: Iterable[DecodedCut], error_unit: str = "auto") -> str:
+    """Return WER, CER or MER."""
+    return rate_name(one.by_characters(error_unit) for one in decoded)
+
+
+def score_cuts(
+    decoded: Sequence[DecodedCut],
+    texts: Sequence[str],
+    normalize: str = "none",
+    error_unit: str = "auto",
+) -> list[ScoredUtterance]:
+    """Align one text per cut to its reference, both in lower case and normalized."""
+    function = NORMALIZERS[normalize]
+
+    def split(text: str, one: DecodedCut) -> list[str]:
+        return units(function(text), one.by_characters(error_unit))
+
+    return [
+        align_utterance(one.cut.id, split(one.reference, one), split(text, one))
+        for one, text in zip(decoded, texts, strict=True)
+    ]
+
+
+def reasons(errors: Iterable[CutError]) -> str:
+    """`3 no-text, 1 long-text`."""
+    return format_counts(count_reasons([error] for error in errors))

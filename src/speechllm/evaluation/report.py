@@ -1,0 +1,147 @@
+"""HTML report of a decoded test set: error rates by group, frequent errors, every utterance."""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from lhotse.cut import Cut, MonoCut
+
+from speechllm.decoding.recognizer import Recognition
+from speechllm.evaluation.config import EvalConfig
+from speechllm.evaluation.eval_sets import DecodedCut, error_rate, score_cuts
+from speechllm.reports import page
+from speechllm.reports.diff import LOW_CONFIDENCE, marks
+from speechllm.reports.tables import MAX_ROWS, WORDS, Row, Table, buckets, frequent_errors, row
+from speechllm.scoring.bootstrap import bootstrap_interval
+from speechllm.scoring.wer import (
+    ScoredUtterance,
+    character_error_counts,
+    count_pairs,
+    word_error_counts,
+)
+
+SECONDS = (0, 2, 5, 10, 15, 20, 30)  # lower ends of the groups of durations
+
+
+def report_html(
+    decoded: Sequence[DecodedCut],
+    scored: Sequence[ScoredUtterance],
+    out_dir: Path,
+    set_name: str,
+    suffix: str,
+    config: EvalConfig,
+) -> str:
+    """Return the page.
+
+    Args:
+      scored: the result of each cut in `decoded`.
+      out_dir: directory of the page; audio files are linked relative to it.
+    """
+    with_ctc = [one for one in decoded if one.result and one.result.ctc_text is not None]
+    ctc_texts = [one.result.ctc_text for one in with_ctc]
+    by_ctc = score_cuts(with_ctc, ctc_texts, config.normalize, config.error_unit)
+    ctc = {one.id: one for one in by_ctc}
+    utterances = [
+        _entry(one, score, ctc.get(score.id), out_dir)
+        for one, score in zip(decoded, scored, strict=True)
+    ]
+    utterances.sort(key=lambda one: (-one["errors"], one["id"]))
+    low, high = bootstrap_interval(scored)
+    rate = error_rate(decoded, config.error_unit)
+    units = "characters" if rate == "CER" else "words"
+    flags = Counter(flag for one in utterances for flag in one["flags"]).most_common()
+    return page(
+        "report.html",
+        title=f"{set_name}, {suffix}",
+        set_name=set_name,
+        suffix=suffix,
+        normalize=config.normalize,
+        rate=rate,
+        units=units,
+        counts=word_error_counts(scored),
+        low=low,
+        high=high,
+        cer=character_error_counts(scored).wer,
+        ctc_wer=word_error_counts(by_ctc).wer if by_ctc else None,
+        seconds=sum(one["seconds"] for one in utterances),
+        utterances=utterances,
+        flags=", ".join(f"{flag} {n}" for flag, n in flags),  # `low probability 3, repetition 1`
+        too_short=sum(one.result is None and not one.error for one in decoded),
+        tables=tables(utterances, units),
+        frequent=frequent_errors(count_pairs(scored)),
+        shaded=any(mark.uncertain for one in utterances for mark in one["marks"]),
+        low_confidence=LOW_CONFIDENCE,
+    )
+
+
+def _entry(
+    one: DecodedCut, scored: ScoredUtterance, ctc: ScoredUtterance | None, out_dir: Path
+) -> dict:
+    """Return what the page shows of an utterance; texts as scored, `replaced_text` as generated."""
+    result: Recognition | None = one.result
+    flags, errors = result.flags if result else [], scored.counts.errors
+    ctc_marks = None if ctc is None or ctc.hyp == scored.hyp else marks(ctc.pairs)
+    kinds = {"wrong": errors, "flagged": flags, "other": ctc_marks is not None}
+    return dict(
+        scored=scored,
+        id=scored.id,
+        counts=scored.counts,
+        errors=errors,
+        wer=scored.counts.wer,
+        classes=" ".join(kind for kind, applies in kinds.items() if applies),  # base.js filters
+        seconds=one.cut.duration,
+        speaker=", ".join(sorted({str(s.speaker) for s in one.cut.supervisions if s.speaker})),
+        marks=marks(scored.pairs, result.words if result else None),
+        ctc_marks=ctc_marks,
+        flags=flags,
+        badges=_badges(one),
+        replaced_text=result.replaced_text if result else None,
+        mean_log_prob=result.mean_log_prob if result else None,
+        audio=audio_link(one.cut, out_dir),
+    )
+
+
+def _badges(one: DecodedCut) -> list[str]:
+    if one.error:
+        return [f"not decoded: {one.error.reason}"]
+    if one.result is None:
+        return ["too short to decode"]
+    return [*one.result.flags, *(["taken from CTC"] if one.result.source == "CTC" else [])]
+
+
+def audio_link(cut: Cut, out_dir: Path) -> str | None:
+    """Return the URL of a cut's audio file relative to `out_dir`, with a W3C media fragment.
+
+    None if the cut is not part of a single file, or the file is missing.
+    """
+    if not isinstance(cut, MonoCut) or not cut.has_recording:
+        return None
+    sources = cut.recording.sources
+    if len(sources) != 1 or sources[0].type != "file" or not Path(sources[0].source).is_file():
+        return None
+    path = quote(os.fsencode(os.path.relpath(sources[0].source, out_dir)))
+    is_whole = cut.start == 0 and cut.duration == cut.recording.duration
+    return path if is_whole else f"{path}#t={cut.start:.3f},{cut.end:.3f}"
+
+
+def tables(utterances: Sequence[dict], units: str) -> list[Table]:
+    """Return errors by speaker (the most first), by duration and by sentence length."""
+    speakers = defaultdict(list)
+    for one in utterances:
+        if one["speaker"]:
+            speakers[one["speaker"]].append(one)
+    worst = sorted(speakers, key=lambda name: -sum(one["errors"] for one in speakers[name]))
+    shown = {name: speakers[name] for name in worst[:MAX_ROWS]}
+    durations = buckets(utterances, lambda one: one["seconds"], SECONDS, step=0)
+    lengths = buckets(utterances, lambda one: one["counts"].ref_words, WORDS, step=1)
+    return [
+        Table("By speaker", _rows(shown), len(worst) - len(shown), find=True),
+        Table("By duration in s", _rows(durations)),
+        Table(f"By length in {units}", _rows(lengths)),
+    ]
+
+
+def _rows(groups: Mapping[str, Sequence[dict]]) -> list[Row]:
+    return [row(name, [one["scored"] for one in group]) for name, group in groups.items()]

@@ -1,0 +1,118 @@
+"""Result files of a decoded test set: scores, report, flagged utterances, n-best lists, CTM."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from lhotse.cut import Cut, MonoCut
+
+from speechllm.decoding.alignment import ctm_lines
+from speechllm.evaluation.config import EvalConfig
+from speechllm.evaluation.eval_sets import DecodedCut, error_rate, reasons, score_cuts
+from speechllm.evaluation.report import report_html
+from speechllm.io import atomic_write
+from speechllm.scoring.files import write_scores
+from speechllm.scoring.wer import ErrorCounts
+
+# Decimals of log-probabilities that do not depend on the batch: in float32 the sum over an
+# utterance's tokens differs by 0.00002 between batches (measured on AN4).
+DECIMALS = 2
+
+
+def write_results(
+    decoded: list[DecodedCut],
+    out_dir: Path,
+    set_name: str,
+    suffix: str,
+    config: EvalConfig,
+    measurements: Mapping[str, str | float],
+) -> ErrorCounts:
+    """Write the results of a test set and return its errors.
+
+    Besides the files of `scoring.files` these are:
+      report-<set>-<suffix>.html: all results on a page.
+      guard-<set>-<suffix>.jsonl: utterances flagged by hallucination detection, if any.
+      nbest-<set>-<suffix>.jsonl: n-best lists, log-probabilities in nats, if any.
+      ctm-<set>-<suffix>.ctm: word times in NIST CTM, if any.
+
+    Args:
+      measurements: further lines of wer-summary-*.txt.
+    """
+    extra = {"decoded with": suffix, **measurements}
+    if invalid := [one.error for one in decoded if one.error]:
+        extra["could not be decoded"] = f"{len(invalid)} ({reasons(invalid)})"
+    found = sorted((one for one in decoded if one.result), key=lambda one: one.cut.id)
+    name, unit = f"{set_name}-{suffix}", config.error_unit
+    contents = {
+        f"guard-{name}.jsonl": [_guard_line(one) for one in found if one.result.flags],
+        f"nbest-{name}.jsonl": [_nbest_line(one, unit) for one in found if one.result.nbest],
+        f"ctm-{name}.ctm": list(_ctm(found)),
+    }
+    encoded = {file: "".join(f"{x}\n" for x in lines).encode() for file, lines in contents.items()}
+    texts = [one.result.text if one.result else "" for one in decoded]
+    utterances = score_cuts(decoded, texts, config.normalize, unit)
+    rate = error_rate(decoded, unit)
+    errors = write_scores(utterances, out_dir, set_name, suffix, extra, rate)
+    for file, content in encoded.items():
+        _write(out_dir / file, content)
+    report = report_html(decoded, utterances, out_dir, set_name, suffix, config)
+    _write(out_dir / f"report-{name}.html", report.encode(errors="replace"))
+    return errors
+
+
+def _write(path: Path, content: bytes) -> None:
+    if not content:
+        path.unlink(missing_ok=True)  # from an earlier decoding
+        return
+    with atomic_write(path) as partial:
+        partial.write_bytes(content)
+
+
+def _guard_line(one: DecodedCut) -> str:
+    result = one.result
+    return _json(
+        id=one.cut.id,
+        flags=result.flags,
+        text=result.text,
+        source=result.source,
+        replaced_text=result.replaced_text,
+        ctc_text=result.ctc_text,
+        duration=round(one.cut.duration, 3),
+        mean_log_prob=_rounded(result.mean_log_prob),
+    )
+
+
+def _nbest_line(one: DecodedCut, error_unit: str) -> str:
+    hypotheses = [
+        {
+            "text": hypothesis.text,
+            "llm_log_prob": _rounded(hypothesis.llm_log_prob),
+            "ctc_log_prob": _rounded(hypothesis.ctc_log_prob),
+            "num_tokens": hypothesis.num_tokens,
+        }
+        for hypothesis in one.result.nbest
+    ]
+    unit = {"error_unit": "characters"} if one.by_characters(error_unit) else {}
+    return _json(id=one.cut.id, reference=one.reference, hypotheses=hypotheses, **unit)
+
+
+def _rounded(log_prob: float | None) -> float | None:
+    return None if log_prob is None else round(log_prob, DECIMALS)
+
+
+def _json(**fields) -> str:
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def _ctm(recognized: list[DecodedCut]) -> Iterable[str]:
+    """CTM lines by recording and time, the order that NIST's tools expect."""
+    timed = [(_position(one.cut), one.result.words) for one in recognized if one.result.words]
+    for position, words in sorted(timed):
+        yield from ctm_lines(*position, words)
+
+
+def _position(cut: Cut) -> tuple[str, str, float]:
+    """Recording, channel and start; for a cut of several recordings, the cut itself."""
+    if not isinstance(cut, MonoCut):
+        return "_".join(cut.id.split()), "1", 0.0
+    return "_".join(cut.recording_id.split()), str(cut.channel + 1), cut.start

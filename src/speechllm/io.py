@@ -1,0 +1,113 @@
+"""Atomic writes: after any failure, a file or directory is complete or as it was before."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from speechllm.errors import InputError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # fsync of a directory on some network file systems
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; synced and renamed to `path` unless an error is raised.
+
+    Raises:
+      InputError: the disk is full.
+    """
+    path = Path(path)
+    partial = _partial(path)
+    try:
+        with _disk_full_as_input_error(path):
+            yield partial
+            _rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory, and rename it to `path`, which must not exist.
+
+    Raises:
+      InputError: the disk is full.
+    """
+    partial = _partial(path)
+    shutil.rmtree(partial, ignore_errors=True)  # process ids repeat in containers
+    try:
+        with _disk_full_as_input_error(path):
+            partial.mkdir(parents=True)
+            yield partial
+            for inner in partial.rglob("*"):
+                _sync(inner)
+            _rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_space(path: Path, num_bytes: float, content: str) -> None:
+    """Check that the disk of `path`, which need not exist, has room for `num_bytes` of `content`.
+
+    Raises:
+      InputError: the disk has too little space.
+    """
+    if (free := free_bytes(path)) < num_bytes:
+        raise InputError(
+            f"{path} needs {num_bytes / 1e9:.2f} GB more for {content}, "
+            f"{free / 1e9:.2f} GB are free"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space on the disk of `path`, which need not exist."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _partial(path: Path) -> Path:
+    """Keep the suffix: some writers choose the format by it."""
+    return path.with_name(f".part-{os.getpid()}-{path.name}")
+
+
+def _rename(partial: Path, path: Path) -> None:
+    """Sync the content before the rename and the directory after it, for power failures."""
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_full_as_input_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not _caused_by_full_disk(error):
+            raise
+        raise InputError(
+            f"{path} cannot be written: the disk is full; earlier content is unchanged"
+        ) from None
+
+
+def _caused_by_full_disk(error: BaseException | None) -> bool:
+    """Follow the chain of causes: torch raises its own errors on top of the system's."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

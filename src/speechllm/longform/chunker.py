@@ -1,0 +1,141 @@
+"""Split recordings into chunks that are recognized on their own, with their features."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from speechllm.audio.fbank import SAMPLING_RATE, fbank_extractor
+from speechllm.audio.resample import windows
+from speechllm.data.manifests import frames_needed
+from speechllm.decoding.alignment import CTC_FRAME_SHIFT, FRAME_CENTRE
+from speechllm.decoding.ctc_decoder import CtcOutput
+from speechllm.decoding.recognizer import Recognizer
+from speechllm.longform.config import LongformConfig
+from speechllm.longform.segmenter import (
+    FRAMES_PER_SECOND,
+    CtcSpike,
+    SegmenterState,
+    next_cut,
+    non_speech_mask,
+    smoothed_energies,
+)
+from speechllm.models.zipformer.ctc_head import BLANK
+
+FRAME = SAMPLING_RATE // FRAMES_PER_SECOND  # samples
+WINDOW = 16 * SAMPLING_RATE  # samples per encoder pass that looks for cuts
+WINDOW_CONTEXT = 2 * SAMPLING_RATE  # on both sides
+
+
+class AudioChunk(NamedTuple):
+    """A part of a recording that is recognized on its own.
+
+    start: first sample in the recording.
+    samples: (N,).
+    features: (T, 80); None without speech, or if too short to recognize.
+    context: text for the LLM besides the audio, such as names that may occur.
+    """
+
+    start: int
+    samples: Tensor
+    features: Tensor | None
+    context: str = ""
+
+
+class Chunker:
+    """Cuts recordings in pauses; cuts off non-speech."""
+
+    def __init__(self, recognizer: Recognizer, config: LongformConfig):
+        self.recognizer, self.config = recognizer, config
+        self.fbank = fbank_extractor()
+
+    def __call__(self, blocks: Iterable[Tensor]) -> Iterator[AudioChunk]:
+        """Split a recording into chunks of at most `max_segment_duration`, without gaps.
+
+        A short recording is split only around non-speech.
+
+        Args:
+          blocks: samples (N,) each, at 16 kHz.
+        """
+        limit = round(self.config.max_segment_duration * SAMPLING_RATE)
+        blocks, first, held = iter(blocks), [], 0
+        while held <= limit and (block := next(blocks, None)) is not None:
+            first.append(block)
+            held += len(block)
+        if held > limit:
+            yield from self._split(chain(first, blocks))
+        elif held:
+            chunk = self._chunk(0, torch.cat(first))
+            features = chunk.features
+            # Looks at the spectrum alone: CTC tokens can only reduce the mask.
+            if features is not None and non_speech_mask(features, self._no_spikes()).any():
+                yield from self._split(first)
+            else:
+                yield chunk
+
+    def _split(self, blocks: Iterable[Tensor]) -> Iterator[AudioChunk]:
+        max_length = int(self.config.max_segment_duration * FRAMES_PER_SECOND)
+        min_silence = round(self.config.min_silence * FRAMES_PER_SECOND)
+        state = SegmenterState(spikes=self._no_spikes())
+        held, start = torch.zeros(0), 0
+        for window in chain(self._analysed(blocks), [None]):
+            if window:
+                samples, frames = window
+                state.append(frames)
+                held = torch.cat([held, samples])
+            ended = window is None
+            while (cut := next_cut(state, start, max_length, min_silence, ended)) is not None:
+                length = (cut - start) * FRAME
+                yield self._chunk(start * FRAME, held[:length], state.non_speech[start])
+                held, start = held[length:], cut
+        yield self._chunk(start * FRAME, held, state.non_speech[start:].all())
+
+    def _chunk(self, start: int, samples: Tensor, non_speech: bool = False) -> AudioChunk:
+        features = None
+        if not non_speech and len(samples) >= FRAME:  # fbank needs at least one window
+            features = self.fbank.extract(samples, SAMPLING_RATE)
+            if len(features) < frames_needed(self.recognizer.model.ds_rate):
+                features = None
+        return AudioChunk(start, samples, features)
+
+    def _analysed(self, blocks: Iterable[Tensor]) -> Iterator[tuple[Tensor, SegmenterState]]:
+        """Yield windows' samples and frames; as many are encoded at a time as fit in a batch."""
+        per_batch = int(self.config.max_duration * SAMPLING_RATE / (WINDOW + 2 * WINDOW_CONTEXT))
+        all_windows = windows(blocks, WINDOW, WINDOW_CONTEXT)
+        while batch := list(islice(all_windows, max(1, per_batch))):
+            features = [self.fbank.extract(window.samples, SAMPLING_RATE) for window in batch]
+            for window, own, spikes in zip(batch, features, self._spikes(features)):
+                start, end = window.before // FRAME, (window.before + window.length) // FRAME
+                inside = [spike for spike in spikes or () if start <= spike.start < end]
+                yield window.samples[window.before :][: window.length], SegmenterState(
+                    smoothed_energies(own)[start:end],
+                    [spike.shifted(-start) for spike in inside],
+                    non_speech_mask(own, spikes)[start:end],
+                )
+
+    def _no_spikes(self) -> list[CtcSpike] | None:
+        return None if self.recognizer.ctc_decoder is None else []
+
+    def _spikes(self, features: list[Tensor]) -> list[list[CtcSpike] | None]:
+        if self.recognizer.ctc_decoder is None:
+            return [None] * len(features)
+        lens = torch.tensor([len(one) for one in features])
+        outputs = self.recognizer.decode_ctc(pad_sequence(features, batch_first=True), lens)
+        return [_find_spikes(output, self.recognizer.search.ctc_lag) for output in outputs]
+
+
+def _find_spikes(output: CtcOutput, lag: float) -> list[CtcSpike]:
+    """Tokens on the best CTC path, in frames of the audio; CTC emits them `lag` seconds late."""
+    shift = round((FRAME_CENTRE - lag) / CTC_FRAME_SHIFT - 0.5)
+    best = output.log_probs.argmax(dim=1).numpy()
+    starts = np.flatnonzero(np.diff(best, prepend=-1))
+    ends = [*starts[1:].tolist(), len(best)]
+    return [
+        CtcSpike(max(0, start + shift), max(0, end + shift), output.tokenizer.begins_word(piece))
+        for start, end, piece in zip(starts.tolist(), ends, best[starts].tolist())
+        if piece != BLANK
+    ]

@@ -1,0 +1,31 @@
+"""LongformConfig: how recordings of any length are segmented and batched."""
+
+from dataclasses import dataclass
+
+from speechllm.cli import check_range, option
+
+FORMAT_SUFFIXES = {"text": "txt", "json": "json", "srt": "srt", "vtt": "vtt", "ctm": "ctm"}
+HOUR = 3600.0  # s
+
+
+@dataclass(frozen=True)
+class LongformConfig:
+    """Options of transcribe.py and serve.py.
+
+    Raises:
+      InputError: a value is out of range.
+    """
+
+    max_segment_duration: float = option(
+        20.0, "maximum segment length in seconds; should not exceed the longest training utterance",
+        group="recordings",
+    )  # fmt: skip
+    min_silence: float = option(
+        0.8, "silence in seconds that ends a segment of a long recording", group="recordings"
+    )
+    max_duration: float = option(200.0, "seconds of audio per batch", group="recordings")
+
+    def __post_init__(self):
+        check_range("max_segment_duration", self.max_segment_duration, 3, HOUR)
+        check_range("min_silence", self.min_silence, 0, HOUR, above=True)
+        check_range("max_duration", self.max_duration, 0, 1000 * HOUR, above=True)

@@ -1,0 +1,250 @@
+"""Transcribe recordings: chunks of all of them are recognized in batches, then put together."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
+from speechllm.data.manifests import speech_embeddings
+from speechllm.decoding.config import CheckpointConfig, SearchConfig
+from speechllm.decoding.load import TrainedModel
+from speechllm.decoding.recognizer import Recognition, Recognizer
+from speechllm.errors import InputError
+from speechllm.longform.chunker import AudioChunk, Chunker
+from speechllm.longform.config import LongformConfig
+from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript, Word
+from speechllm.models.config import ModelConfig, check_model_files
+from speechllm.models.prompt import encode_contexts
+
+Recordings = Iterable[tuple[str, Iterable[Tensor]]]  # names, and blocks of samples (N,) at 16 kHz
+
+
+def load_transcriber(
+    model: ModelConfig,
+    checkpoint: CheckpointConfig,
+    search: SearchConfig = SearchConfig(),
+    longform: LongformConfig = LongformConfig(),
+) -> "Transcriber":
+    """Load a trained or exported model, on a GPU if there is one.
+
+    With a CTC head, suspicious utterances fall back to CTC unless `search` sets another guard.
+
+    Raises:
+      FileNotFoundError: a directory or file is missing.
+      InputError: a file is damaged or does not match, or options contradict the model.
+    """
+    if not checkpoint.exp_dir.is_dir():
+        raise FileNotFoundError(
+            f"{checkpoint.exp_dir} is missing: --exp-dir is the directory of the checkpoints"
+        )
+    check_model_files(model)
+    recognizer = TrainedModel(model, checkpoint).recognizer(search, default_guard="fallback")
+    return Transcriber(recognizer, longform, model.language)
+
+
+@dataclass
+class _Recording:
+    """A recording in progress."""
+
+    name: str
+    samples: int = 0  # read so far
+    pending: int = 0  # chunks in recognition
+    ended: bool = False
+    error: str | None = None
+    segments: list[Segment] = field(default_factory=list)
+
+    def counted(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        for block in blocks:
+            self.samples += len(block)
+            yield block
+
+
+class Transcriber:
+    """Transcribes recordings of any length with a recognizer."""
+
+    def __init__(
+        self,
+        recognizer: Recognizer,
+        config: LongformConfig = LongformConfig(),
+        language: str | None = None,
+    ):
+        """
+        Args:
+          language: language of the transcripts, such as "en"; only stored in them.
+
+        Raises:
+          InputError: a segment of the maximum length does not fit the LLM's positions.
+        """
+        self.recognizer, self.config, self.language = recognizer, config, language
+        self.split = Chunker(recognizer, config)
+        limit, needed = self._positions()
+        if needed > limit:
+            raise InputError(
+                f"--max-segment-duration {config.max_segment_duration:g} needs {needed} positions, "
+                f"the LLM has {limit}"
+            )
+
+    def __call__(self, recordings: Recordings, context: str = "") -> list[Transcript]:
+        """Transcribe recordings, in order; see `stream`."""
+        results = (result for _, result in self.stream(recordings, context))
+        return [result for result in results if isinstance(result, Transcript)]
+
+    def stream(
+        self, recordings: Recordings, context: str = ""
+    ) -> Iterator[tuple[str, Segment | Transcript]]:
+        """Yield the name with each segment with speech once it is recognized, then the transcript.
+
+        Transcripts are in the order of the recordings. An InputError or FileNotFoundError raised by
+        the blocks of a recording ends this recording alone and becomes its `error`.
+
+        Args:
+          recordings: names with blocks of samples (N,), float32 at 16 kHz, such as
+            `audio_blocks(path)` or `[samples]`.
+          context: for all of them; see `check_context`.
+        """
+        open_recordings: deque[_Recording] = deque()
+        batches = self._batches(recordings, context, open_recordings)
+        for batch, recognitions in self.recognizer(batches):
+            for (recording, chunk), recognition in zip(batch["chunks"], recognitions, strict=True):
+                segment = _segment(chunk, recognition)
+                recording.segments.append(segment)
+                recording.pending -= 1
+                yield recording.name, segment
+            while open_recordings and open_recordings[0].ended and not open_recordings[0].pending:
+                recording = open_recordings.popleft()
+                yield recording.name, self._transcript(recording)
+        for recording in open_recordings:  # at the end, without a chunk to recognize
+            yield recording.name, self._transcript(recording)
+
+    def recognize(self, chunks: list[AudioChunk]) -> list[Segment]:
+        """Recognize chunks as one batch; returns their segments."""
+        with_speech, recognitions = [c for c in chunks if c.features is not None], iter(())
+        if with_speech:
+            [(_, batch)] = self.recognizer([_collate(with_speech)])
+            recognitions = iter(batch)
+        return [
+            _segment(chunk, None if chunk.features is None else next(recognitions))
+            for chunk in chunks
+        ]
+
+    def _transcript(self, recording: _Recording) -> Transcript:
+        duration = recording.samples / SAMPLING_RATE
+        segments = tuple(sorted(recording.segments, key=lambda segment: segment.start))
+        if not recording.error and all(one.source == NO_SPEECH for one in segments):
+            logging.warning(f"{recording.name} ({duration:.2f} s): no speech found, or too short")
+        for one in segments:
+            if one.source != NO_SPEECH and not one.text:
+                logging.warning(
+                    f"{recording.name}: the LLM generated no text for the speech from "
+                    f"{one.start:.1f} to {one.end:.1f} s"
+                )
+        return Transcript(recording.name, duration, segments, self.language, recording.error)
+
+    # ---- from recordings to batches
+
+    def _batches(
+        self, recordings: Recordings, context: str, open_recordings: deque[_Recording]
+    ) -> Iterator[dict]:
+        """Batch chunks in order of arrival, so that recordings finish in order."""
+        chunks, longest = [], 0
+        for recording, chunk in self._chunks(recordings, context, open_recordings):
+            samples = len(chunk.samples)
+            longest = max(longest, samples)
+            if chunks and (len(chunks) + 1) * longest > self.config.max_duration * SAMPLING_RATE:
+                yield _collate(chunk for _, chunk in chunks) | {"chunks": chunks}
+                chunks, longest = [], samples
+            chunks.append((recording, chunk))
+        if chunks:
+            yield _collate(chunk for _, chunk in chunks) | {"chunks": chunks}
+
+    def _chunks(
+        self, recordings: Recordings, context: str, open_recordings: deque[_Recording]
+    ) -> Iterator[tuple[_Recording, AudioChunk]]:
+        """Yield the chunks to recognize; those without speech become segments at once."""
+        for name, blocks in recordings:
+            recording = _Recording(name)
+            open_recordings.append(recording)
+            try:
+                for chunk in self.split(recording.counted(blocks)):
+                    if chunk.features is None:
+                        recording.segments.append(_segment(chunk))
+                    else:
+                        recording.pending += 1
+                        yield recording, chunk._replace(context=context)
+            except (InputError, FileNotFoundError) as error:
+                recording.error = str(error)
+            recording.ended = True
+
+    # ---- what the model supports
+
+    @property
+    def has_word_times(self) -> bool:
+        """True if segments have words with times."""
+        return self.recognizer.ctc_decoder is not None and self.recognizer.search.word_timestamps
+
+    @property
+    def takes_context(self) -> bool:
+        """True if the LLM was trained with contexts."""
+        return self.recognizer.model.chat.use_context
+
+    def check_context(self, context: str) -> None:
+        """Check that the model takes this context.
+
+        Raises:
+          InputError: it was trained without contexts, or the context is too long.
+        """
+        if not context:
+            return
+        if not self.takes_context:
+            raise InputError(f"context {context!r}: the model was trained without --use-context")
+        tokenizer, chat = self.recognizer.tokenizer, self.recognizer.model.chat
+        [ids] = encode_contexts(tokenizer, chat, [context])
+        limit, needed = self._positions()
+        if len(ids) > limit - needed:
+            raise InputError(
+                f"the context has {len(ids)} tokens; speech and transcript leave {limit - needed} "
+                "of the LLM's positions"
+            )
+
+    def _positions(self) -> tuple[int, int]:
+        """The LLM's number of positions, and how many the longest segment may need."""
+        model, max_new_tokens = self.recognizer.model, self.recognizer.search.max_new_tokens
+        n, limit = len(model.encoder), model.llm.config.max_position_embeddings
+        frames = round(self.config.max_segment_duration / FRAME_SHIFT)
+        speech = n * speech_embeddings(frames, model.ds_rate)
+        return limit, len(model.chat.prompt(n)) + speech + max_new_tokens
+
+
+def _collate(chunks: Iterable[AudioChunk]) -> dict:
+    """Batch chunks with features, in the format of speechllm.data.dataset."""
+    chunks = list(chunks)
+    features = [chunk.features for chunk in chunks]
+    return {
+        "features": pad_sequence(features, batch_first=True),
+        "feature_lens": torch.tensor([len(one) for one in features]),
+        "seconds": sum(len(chunk.samples) for chunk in chunks) / SAMPLING_RATE,
+        "contexts": [chunk.context for chunk in chunks],
+    }
+
+
+def _segment(chunk: AudioChunk, recognition: Recognition | None = None) -> Segment:
+    """Return the chunk's segment; a chunk without CTC tokens is non-speech, as an LLM generates
+    text even for a click or cough.
+    """
+    start, end = (n / SAMPLING_RATE for n in (chunk.start, chunk.start + len(chunk.samples)))
+    flags = tuple(recognition.flags) if recognition else ()
+    if recognition is None or recognition.ctc_text == "":
+        return Segment(start, end, "", source=NO_SPEECH, flags=flags)
+    words = tuple(
+        Word(start + word.start, start + word.end, word.word, word.confidence)
+        for word in recognition.words or ()
+    )
+    log_probs = recognition.hypothesis.log_probs
+    confidence = math.exp(sum(log_probs) / len(log_probs)) if log_probs else 0.0
+    return Segment(start, end, recognition.text, words, confidence, recognition.source, flags)

@@ -1,0 +1,142 @@
+"""Write transcripts as text, JSON, subtitles (SRT, WebVTT) and NIST CTM.
+
+JSON is one object per recording with the fields of Transcript (without `error`), Segment and Word,
+which speechllm/longform/transcript.py describes; the text of a word is `word`.
+"""
+
+import json
+from collections.abc import Iterator
+from html import escape
+from itertools import pairwise
+from textwrap import wrap
+
+from speechllm.decoding.alignment import TimedWord, ctm_lines
+from speechllm.longform.transcript import Segment, Transcript, Word, word_separator
+from speechllm.scoring.wer import by_characters, units
+
+LINE_LENGTH, MAX_LINES = 42, 2  # characters and lines of a subtitle, as broadcasters use
+WIDE_LINE_LENGTH = LINE_LENGTH // 2  # in languages without spaces, whose characters are wide
+MAX_SUBTITLE_SECONDS = 7.0
+SUBTITLE_GAP = 0.8  # s; a longer pause starts a new subtitle
+
+
+def as_text(transcript: Transcript) -> str:
+    """Format one line per segment with text."""
+    return "".join(f"{segment.text}\n" for segment in transcript.segments if segment.text)
+
+
+def as_json(transcript: Transcript) -> str:
+    """Format as described at the top of this file."""
+    content = {
+        "name": _printable_name(transcript),
+        "duration": round(transcript.duration, 3),
+        "language": transcript.language,
+        "text": transcript.text,
+        "segments": [
+            {
+                "start": round(segment.start, 3),
+                "end": round(segment.end, 3),
+                "text": segment.text,
+                "confidence": round(segment.confidence, 3),
+                "source": segment.source,
+                "flags": list(segment.flags),
+                "words": [word_json(word, 3) for word in segment.words],
+            }
+            for segment in transcript.segments
+        ],
+    }
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+
+def as_srt(transcript: Transcript) -> str:
+    """Format as SubRip subtitles."""
+    return "".join(
+        f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{text}\n\n"
+        for number, (start, end, text) in enumerate(subtitles(transcript), start=1)
+    )
+
+
+def as_vtt(transcript: Transcript) -> str:
+    """Format as WebVTT; texts are escaped, as cues may hold markup."""
+    cues = (
+        f"{_clock(start, '.')} --> {_clock(end, '.')}\n{escape(text, quote=False)}\n\n"
+        for start, end, text in subtitles(transcript)
+    )
+    return "WEBVTT\n\n" + "".join(cues)
+
+
+def as_ctm(transcript: Transcript) -> str:
+    """Format as NIST CTM; white space in the name, which separates fields, becomes `_`."""
+    words = [
+        TimedWord(word.text, word.start, word.end, word.confidence, aligned=True)
+        for word in transcript.words
+    ]
+    recording = "_".join(_printable_name(transcript).split())
+    return "".join(f"{line}\n" for line in ctm_lines(recording, "1", 0.0, words))
+
+
+FORMATS = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm": as_ctm}
+
+
+def subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
+    """Yield start, end and text, of up to MAX_LINES lines each.
+
+    A word that is longer than a line has a line of its own.
+    """
+    space = word_separator(transcript.language)
+    for segment in transcript.segments:
+        parts = list(_with_times(segment, by_characters(transcript.language)))
+        for words in _groups(parts, space):
+            yield words[0].start, words[-1].end, "\n".join(_lines(words, space))
+
+
+def _with_times(segment: Segment, characters: bool) -> Iterator[Word]:
+    """Split into words or characters; those without times of their own share them by letters."""
+    for word in segment.words or [Word(segment.start, segment.end, segment.text, 0.0)]:
+        texts, start = units(word.text, characters), word.start
+        letter = (word.end - start) / max(1, len("".join(texts)))
+        for text in texts:
+            yield Word(start, start := start + letter * len(text), text, word.confidence)
+
+
+def _groups(words: list[Word], space: str) -> Iterator[list[Word]]:
+    """Group words to subtitles; a pause, the maximum time or too many lines end one."""
+    shown = words[:1]
+    for before, word in pairwise(words):
+        fits = len(_lines([*shown, word], space)) <= MAX_LINES
+        in_time = word.end - shown[0].start <= MAX_SUBTITLE_SECONDS
+        if fits and in_time and word.start - before.end < SUBTITLE_GAP:
+            shown.append(word)
+        else:
+            yield shown
+            shown = [word]
+    if shown:
+        yield shown
+
+
+def _lines(words: list[Word], space: str) -> list[str]:
+    text = space.join(word.text for word in words)
+    width = LINE_LENGTH if space else WIDE_LINE_LENGTH
+    return wrap(text, width, break_long_words=not space, break_on_hyphens=False)
+
+
+def _printable_name(transcript: Transcript) -> str:
+    """The name, with `?` for bytes of a file name that are not UTF-8."""
+    return transcript.name.encode(errors="replace").decode()
+
+
+def word_json(word: Word, digits: int) -> dict:
+    """Return a word's times and text, and its confidence with this many digits."""
+    return {
+        "start": round(word.start, 3),
+        "end": round(word.end, 3),
+        "word": word.text,
+        "confidence": round(word.confidence, digits),
+    }
+
+
+def _clock(seconds: float, point: str) -> str:
+    """3661.5 -> 01:01:01,500"""
+    minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02}:{minutes:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"

@@ -1,0 +1,49 @@
+"""Build the SpeechLLM that a ModelConfig describes."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from speechllm.models.config import ModelConfig
+from speechllm.models.llm import load_llm, prepare_llm
+from speechllm.models.prompt import build_chat_template
+from speechllm.models.speech_llm import SpeechLLM
+from speechllm.models.zipformer.checkpoint import load_encoder
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options that do not change the function of a model."""
+
+    llm_dtype: torch.dtype = torch.float32
+    encoder_dtype: torch.dtype = torch.float32  # dtype of frozen encoders
+    encoder_feature_mask: bool = True  # in training
+    use_flash_attn: bool = False
+    device: str = "cpu"  # "meta": shapes without weights
+
+
+def build_model(
+    config: ModelConfig, options: BuildOptions = BuildOptions()
+) -> tuple[SpeechLLM, PreTrainedTokenizerBase]:
+    """Build the model, and load its tokenizer with the speech tokens.
+
+    Raises:
+      FileNotFoundError, InputError: a file is missing, damaged or does not match the config.
+    """
+    encoders = [load_encoder(*file).to(options.device) for file in config.encoder_files]
+    if not config.unfreeze_encoder:
+        encoders = [encoder.freeze(options.encoder_dtype) for encoder in encoders]
+    llm, tokenizer = load_llm(
+        config.llm_path, options.llm_dtype, options.use_flash_attn, options.device
+    )
+    llm = prepare_llm(llm, config.unfreeze_llm, config.use_lora)
+    with torch.device(options.device):
+        model = SpeechLLM(
+            encoders,
+            llm,
+            build_chat_template(tokenizer, config.instruction, config.use_context),
+            ds_rate=config.encoder_projector_ds_rate,
+            encoder_feature_mask=options.encoder_feature_mask,
+        )
+    return model, tokenizer

@@ -1,0 +1,60 @@
+"""Cross entropy over a large vocabulary, in chunks of labels.
+
+The logits of all labels would be the largest tensor of a training step. Here each chunk of logits
+is converted in place to its gradient, multiplied with the head's weights and freed: neither the
+forward nor the backward pass holds more than one chunk.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK_SIZE = 128
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross entropy (nats) of N labels, and how many have the largest logit.
+
+    Args:
+      hidden: (N, D) hidden states that predict the labels; weight: (V, D) of the LLM's head.
+      labels: (N,).
+    """
+    if not torch.is_grad_enabled():  # the Function would compute gradients all the same
+        hidden, weight = hidden.detach(), weight.detach()
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Computes both gradients in the forward pass, while the logits exist."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        dtype = (hidden[:1] @ weight[:1].t()).dtype  # autocast's
+        needed = ctx.needs_input_grad
+        head, grads = weight.to(dtype), []
+        grad_weight = torch.zeros_like(weight) if needed[1] else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        correct = labels.new_zeros(())
+        for chunk, targets in zip(hidden.split(CHUNK_SIZE), labels.split(CHUNK_SIZE)):
+            chunk, targets = chunk.to(dtype), targets[:, None]
+            logits = (chunk @ head.t()).float()  # (n, V)
+            highest, best = logits.max(dim=1, keepdim=True)
+            correct += (best == targets).sum()
+            logits -= highest
+            loss -= logits.gather(1, targets).sum()
+            total = logits.exp_().sum(dim=1, keepdim=True)
+            loss += total.log().sum()
+            if any(needed):
+                logits /= total
+                logits.scatter_add_(1, targets, logits.new_full((1, 1), -1.0).expand_as(targets))
+                grad = logits.to(dtype)
+                grads.append((grad @ head).to(hidden.dtype))
+                if needed[1]:
+                    grad_weight += grad.t() @ chunk
+        ctx.save_for_backward(torch.cat(grads) if grads else None, grad_weight)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        return *(None if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors), None

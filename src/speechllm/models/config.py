@@ -1,0 +1,201 @@
+"""ModelConfig: the parts of a SpeechLLM, as flags and as `<exp-dir>/model.json`.
+
+Training writes model.json; programs that use the model then need no flag but --exp-dir. A directory
+written by export.py has a model.json with a `checkpoint`, and paths relative to the directory.
+"""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from speechllm.cli import check_range, comma_list, flag_name, from_args, option, spelled
+from speechllm.errors import InputError
+from speechllm.io import atomic_write
+from speechllm.models.zipformer.config import SIZES
+
+MODEL_FILE = "model.json"
+REPOSITORY = Path(__file__).resolve().parents[3]
+PATHS = ("llm_path", "speech_encoder_path", "speech_encoder_bpe_path")
+MAY_CHANGE = ("speech_encoder_bpe_path", "language", "command", "checkpoint")  # when resuming
+ENCODERS = ("transducer_large", "aed_crctc_large", "crctc_large", "transducer_crctc_large")
+_option = partial(option, group="model")
+
+
+def _pretrained(encoder: str) -> str:
+    return f"models/zipformer/librispeech/{encoder}/pretrained.pt"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoders, projectors and LLM; the defaults are the published one-encoder model."""
+
+    llm_path: str = _option(
+        "models/qwen2-1.5b-instruct", "directory or Hugging Face hub name of the LLM"
+    )
+    speech_encoder_type: str = _option("large", f"{'|'.join(SIZES)}, comma-separated for several")
+    speech_encoder_path: str = _option(
+        _pretrained(ENCODERS[-1]), "pretrained.pt, comma-separated for several encoders"
+    )
+    speech_encoder_bpe_path: str = _option(
+        "models/zipformer/librispeech/bpe.model",
+        "bpe.model of each encoder, or one for all; needed for CTC drafts",
+    )
+    encoder_projector_ds_rate: int = _option(4, "encoder frames per speech embedding")
+    instruction: str = _option(
+        "", "instruction to the LLM, after the speech; the published models have none"
+    )
+    use_context: bool = _option(
+        False, "append each utterance's `context` (a custom field of its supervision, such as "
+        "hotwords) to the instruction",
+    )  # fmt: skip
+    use_lora: bool = _option(True, "train LoRA matrices instead of the LLM itself")
+    unfreeze_llm: bool = _option(True, "false: keep the LLM frozen")
+    unfreeze_encoder: bool = _option(False, "also train the encoders")
+    language: str | None = _option(None, "language of the transcripts, such as en")
+    command: str | None = None  # the training command
+    checkpoint: str | None = None  # file in the directory of an exported model
+
+    def __post_init__(self):
+        paths, sizes = comma_list(self.speech_encoder_path), comma_list(self.speech_encoder_type)
+        if not paths:
+            raise InputError("--speech-encoder-path is empty")
+        if len(sizes) not in (1, len(paths)):
+            raise InputError(
+                f"--speech-encoder-type names {len(sizes)} encoders, "
+                f"--speech-encoder-path {len(paths)}"
+            )
+        for size in sizes:
+            if size not in SIZES:
+                raise InputError(f"unknown encoder size {size!r}: choose from {', '.join(SIZES)}")
+        check_range("encoder_projector_ds_rate", self.encoder_projector_ds_rate, 1)
+
+    @property
+    def encoder_files(self) -> list[tuple[str, str]]:
+        """Path and size of each encoder; a single size applies to all."""
+        paths, sizes = comma_list(self.speech_encoder_path), comma_list(self.speech_encoder_type)
+        return list(zip(paths, sizes * len(paths) if len(sizes) == 1 else sizes))
+
+    @property
+    def num_encoders(self) -> int:
+        return len(self.encoder_files)
+
+    @property
+    def bpe_paths(self) -> list[str]:
+        """BPE models: none, one for all encoders, or one each."""
+        return comma_list(self.speech_encoder_bpe_path)
+
+    @property
+    def trains_llm(self) -> bool:
+        """True if the LLM's own weights are trainable."""
+        return self.unfreeze_llm and not self.use_lora
+
+
+ONE_ENCODER = ModelConfig()
+MOSE = ModelConfig(
+    speech_encoder_type=",".join(["large"] * len(ENCODERS)),
+    speech_encoder_path=",".join(map(_pretrained, ENCODERS)),
+)
+
+
+def model_config(
+    args: argparse.Namespace, exp_dir: Path, default: ModelConfig = ONE_ENCODER
+) -> ModelConfig:
+    """Build the config from flags, then model.json in `exp_dir`, then `default`."""
+    return from_args(load_model_config(exp_dir, default) or default, args)
+
+
+def load_model_config(exp_dir: Path, default: ModelConfig = ONE_ENCODER) -> ModelConfig | None:
+    """Read `<exp_dir>/model.json`, with missing entries from `default`; None without it.
+
+    Raises:
+      InputError: the file is not a JSON object, or an entry is invalid.
+    """
+    path = exp_dir / MODEL_FILE
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(stored, dict):
+        raise InputError(f"{path} is not a JSON object")
+    if "prompt" in stored:  # the name of `instruction` in older files
+        stored["instruction"] = stored.pop("prompt")
+    hints = get_type_hints(ModelConfig)
+    for name, value in stored.items():
+        if name not in hints:
+            raise InputError(f"{path}: unknown entry {name!r}")
+        kinds = get_args(hints[name]) or [hints[name]]
+        if type(value) not in kinds:
+            raise InputError(f"{path}: {name} is {value!r}, not {kinds[0].__name__}")
+    try:
+        return dataclasses.replace(default, **stored | _resolve_paths(stored, exp_dir))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def save_model_config(config: ModelConfig, folder: Path) -> None:
+    """Write `<folder>/model.json`; entries that are None are omitted."""
+    stored = {name: v for name, v in dataclasses.asdict(config).items() if v is not None}
+    with atomic_write(folder / MODEL_FILE) as partial:
+        partial.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_same_model(config: ModelConfig, exp_dir: Path) -> None:
+    """Check that training resumes with the model it was started with, if model.json exists.
+
+    Raises:
+      InputError: a flag differs from model.json.
+    """
+    before = load_model_config(exp_dir) or config
+    for name, now in dataclasses.asdict(config).items():
+        flag, then = flag_name(name), getattr(before, name)
+        if now != then and name not in MAY_CHANGE:
+            raise InputError(
+                f"{flag} {spelled(now)}: the training in {exp_dir} was started with "
+                f"{flag} {spelled(then)}"
+            )
+
+
+def check_model_files(config: ModelConfig) -> None:
+    """Check that the files of the LLM and the encoders exist, before any of them is loaded.
+
+    Raises:
+      FileNotFoundError: a directory or file is missing.
+    """
+    check_llm_path(config.llm_path)
+    for path, _ in config.encoder_files:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"encoder {path} is missing (see local/download_models.sh)")
+
+
+def check_llm_path(path: str) -> None:
+    """Check that a local path contains an LLM; names on the Hugging Face hub pass.
+
+    Raises:
+      FileNotFoundError: the directory is missing or has no config.json.
+    """
+    local = path.startswith((".", "/", "models/", "exp/")) or path.count("/") > 1
+    if (local or Path(path).exists()) and not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"LLM directory {path} is missing or has no config.json")
+
+
+def _resolve_paths(stored: dict, exp_dir: Path) -> dict:
+    """Resolve paths of an exported model in its directory, and others in the repository.
+
+    Training stores paths as given. If they do not exist from the current directory, they are
+    looked up in the repository, where most trainings are started.
+    """
+    exported = "checkpoint" in stored
+    resolved = {}
+    for name in stored.keys() & set(PATHS):
+        given = [Path(part) for part in comma_list(stored[name])]
+        paths = [(exp_dir if exported else REPOSITORY) / path for path in given]
+        exist_only_there = all(p.exists() for p in paths) and not any(p.exists() for p in given)
+        if exported or exist_only_there:
+            resolved[name] = ",".join(map(str, paths))
+    return resolved

@@ -1,0 +1,132 @@
+"""Write a trained model as one directory that can be moved, without pickled files:
+
+    config.json, model.safetensors, tokenizer…  the LLM with LoRA merged: a plain Qwen2
+    projector.safetensors                       projectors
+    encoders/1/model.safetensors, bpe.model     each encoder with its CTC head
+    model.json                                  ModelConfig
+
+With int8, model-int8.safetensors (see speechllm/models/int8.py) replaces model.safetensors.
+"""
+
+import copy
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from speechllm.errors import InputError
+from speechllm.io import check_space
+from speechllm.models.config import ModelConfig, save_model_config
+from speechllm.models.int8 import INT8_FILE, int8_state
+from speechllm.models.lora import ADAPTER
+from speechllm.models.speech_llm import SpeechLLM
+from speechllm.models.state_dict import trainable_state
+
+PROJECTOR, ENCODER, BPE = "projector.safetensors", "model.safetensors", "bpe.model"
+
+
+def write_lora(llm: PeftModel, folder: Path) -> None:
+    """Write the LoRA matrices in float32, for `PeftModel.from_pretrained`."""
+    config = copy.deepcopy(llm.peft_config[ADAPTER])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    state = get_peft_model_state_dict(llm, save_embedding_layers=False)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def write_model(
+    model: SpeechLLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    int8: bool,
+) -> None:
+    """Write a trained model to an empty folder; `model` is converted in place.
+
+    Args:
+      config: configuration of the experiment.
+      dtype: dtype of the LLM's weights and the encoders' linear layers.
+      int8: store the LLM's weights in 8 bits.
+
+    Raises:
+      InputError: the disk is full, or a weight is not finite in `dtype`.
+    """
+    model.llm = merge_lora(model.llm, dtype).requires_grad_(False)
+    for encoder in model.encoder:
+        encoder.freeze(dtype)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    check_space(folder.parent, size, "the model")
+    write_llm(model, tokenizer, int8, folder)
+    paths = write_encoders(model, config.bpe_paths, folder)
+    save_file(trainable_state(model), folder / PROJECTOR)  # all else is frozen now
+    exported = dataclasses.replace(
+        config,
+        **paths,
+        speech_encoder_type=",".join(size for _, size in config.encoder_files),
+        llm_path=".",
+        use_lora=False,
+        unfreeze_llm=False,
+        unfreeze_encoder=False,
+        checkpoint=PROJECTOR,
+    )
+    save_model_config(exported, folder)
+    for licence in Path(config.llm_path).glob("LICENSE*"):
+        shutil.copyfile(licence, folder / licence.name)
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.rglob("*.safetensors"):  # save_file lets only the owner read them
+        path.chmod(mode)
+
+
+def merge_lora(llm: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a plain LLM in `dtype`; LoRA is merged in the precision of `llm`."""
+    if hasattr(llm, "peft_config"):
+        llm = llm.merge_and_unload()
+    llm = llm.to(dtype)
+    for name, weight in llm.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(f"{name} contains NaN or infinity in {dtype}")
+    return llm
+
+
+def write_llm(
+    model: SpeechLLM, tokenizer: PreTrainedTokenizerBase, int8: bool, folder: Path
+) -> None:
+    """Write LLM and tokenizer, which has the speech tokens, for `from_pretrained`."""
+    llm, chat = model.llm, model.chat
+    llm.generation_config = GenerationConfig(eos_token_id=chat.end, pad_token_id=chat.pad)
+    if int8:
+        llm.config.save_pretrained(folder)
+        save_file(int8_state(llm), folder / INT8_FILE)
+    else:
+        llm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_encoders(model: SpeechLLM, bpe_paths: list[str], folder: Path) -> dict[str, str]:
+    """Write `encoders/<number>/`; returns the entries of model.json that name them."""
+    paths, bpes = [], []
+    bpe_paths = bpe_paths * len(model.encoder)  # one may serve all
+    for k, encoder in enumerate(model.encoder):
+        own = Path("encoders") / str(k + 1)
+        (folder / own).mkdir(parents=True)
+        save_file(encoder.state_dict(), folder / own / ENCODER)
+        paths.append(str(own / ENCODER))
+        bpes.append(str(own / BPE))
+        if bpe_paths and Path(bpe_paths[k]).is_file():
+            shutil.copyfile(bpe_paths[k], folder / own / BPE)
+        elif bpe_paths:
+            logging.warning(
+                f"{bpe_paths[k]} is missing: decoding cannot use that encoder's CTC head"
+            )
+    has_bpe = any((folder / path).exists() for path in bpes)
+    return {
+        "speech_encoder_path": ",".join(paths),
+        "speech_encoder_bpe_path": ",".join(bpes) if has_bpe else "",
+    }

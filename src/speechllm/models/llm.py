@@ -1,0 +1,78 @@
+"""Load the LLM and its tokenizer, and choose its trainable parameters."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from speechllm.errors import InputError, first_line
+from speechllm.models.config import check_llm_path
+from speechllm.models.int8 import INT8_FILE, is_int8, load_int8
+from speechllm.models.lora import with_lora
+from speechllm.models.prompt import add_speech_tokens
+
+
+def load_llm(
+    path: str, dtype: torch.dtype = torch.float32, use_flash_attn: bool = False, device: str = "cpu"
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load the LLM with its weights in `dtype`, and its tokenizer with the speech tokens.
+
+    Args:
+      path: a local directory, which may have int8 weights, or a name on the Hugging Face hub.
+
+    Raises:
+      FileNotFoundError: the directory is missing.
+      InputError: the LLM is incomplete, not a causal LLM, needs custom code, has no safetensors
+        file or no spare rows for the speech tokens.
+    """
+    check_llm_path(path)
+    attention = "flash_attention_2" if use_flash_attn else "sdpa"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if (Path(path) / INT8_FILE).is_file():
+            llm, missing = load_int8(path, dtype, attention), []
+        else:
+            llm, loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,  # True would run the model's own code
+                use_safetensors=True,  # never pickles
+                output_loading_info=True,
+                device_map=None if device == "cpu" else device,
+            )
+            missing = loaded["missing_keys"]  # transformers initializes them at random
+    except Exception as error:  # transformers, the hub, safetensors or json
+        raise InputError(f"the LLM cannot be loaded from {path}: {first_line(error)}") from None
+    if missing:
+        raise InputError(f"the LLM in {path} lacks {len(missing)} weights, e.g. {min(missing)}")
+    add_speech_tokens(tokenizer, llm.get_input_embeddings().num_embeddings)
+    # Drop an instruct model's sampling and repetition penalty, which would change transcripts.
+    llm.generation_config = GenerationConfig()
+    return llm, tokenizer
+
+
+def prepare_llm(llm: nn.Module, unfreeze: bool, use_lora: bool) -> nn.Module:
+    """Make nothing, LoRA matrices (in float32) or all parameters of the LLM trainable.
+
+    Raises:
+      InputError: the LLM has int8 weights and `unfreeze` is set.
+    """
+    if unfreeze and is_int8(llm):
+        raise InputError(
+            "the LLM has int8 weights, which cannot be trained: use --unfreeze-llm false"
+        )
+    llm.requires_grad_(unfreeze and not use_lora)
+    if unfreeze and use_lora:
+        llm = with_lora(llm)
+    total = sum(p.numel() for p in llm.parameters())
+    trainable = sum(p.numel() for p in llm.parameters() if p.requires_grad)
+    logging.info(f"LLM: {total} parameters, {trainable} trainable")
+    return llm

@@ -1,0 +1,222 @@
+"""The chat template and the special tokens: from text to token ids, labels and padding.
+
+The chat of one utterance with n encoders (`⏎` is a line break):
+
+    <|im_start|>user⏎ n × (<start_speech><speech><end_speech>) instruction context <|im_end|>⏎
+    <|im_start|>assistant⏎ transcript <|im_end|>
+
+All utterances have the same instruction, and each may have a context; published models use neither.
+The model replaces each `<speech>` by the speech embeddings of one encoder. Only the transcript and
+the closing token have labels. All template text of the project is in this module.
+
+`ChatTokenizer` runs in the data loader: the training process and the model receive ids only.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from speechllm.errors import InputError
+from speechllm.scoring.normalize import lower_case
+
+SPEECH = "<speech>"
+START_SPEECH, END_SPEECH = "<start_speech>", "<end_speech>"
+SPEECH_TOKENS = [SPEECH, "<start_text>", "<end_text>", START_SPEECH, END_SPEECH]  # order fixes ids
+IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+IGNORED = -100  # label of a position outside the loss
+KEEP_PROBABILITY = 0.75  # probability of keeping a speech group in MoSE training
+
+
+def chat_prompt(user: str) -> str:
+    """Return the text before the assistant's answer, with `user` as the user's turn."""
+    return f"{IM_START}user\n{user}{IM_END}\n{IM_START}assistant\n"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Token ids of the fixed parts of a chat."""
+
+    before: tuple[int, ...]  # <|im_start|>user⏎
+    group: tuple[int, int, int]  # <start_speech><speech><end_speech>
+    after: tuple[int, ...]  # <|im_end|>⏎<|im_start|>assistant⏎
+    end: int  # <|im_end|>
+    pad: int  # equals `end` in some tokenizers: only leading pad tokens are padding
+    instruction: tuple[int, ...] = ()
+    use_context: bool = False  # append each utterance's context to the instruction
+
+    @property
+    def speech(self) -> int:
+        return self.group[1]
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Ids that end an answer in generation: the closing token and padding."""
+        return self.end, self.pad
+
+    def prompt(self, num_groups: int, context: Sequence[int] = ()) -> list[int]:
+        """Return the ids before the transcript, with `num_groups` speech groups."""
+        groups = self.group * num_groups
+        return [*self.before, *groups, *self.instruction, *context, *self.after]
+
+
+def add_speech_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
+    """Add the five speech tokens; they use spare rows of the LLM's `embedding_rows` rows.
+
+    Raises:
+      InputError: the embedding has too few spare rows, or the tokenizer lacks ChatML tokens.
+    """
+    for token in (IM_START, IM_END):
+        if token not in tokenizer.get_vocab():
+            raise InputError(f"tokenizer {tokenizer.name_or_path} has no token {token}")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPEECH_TOKENS})
+    highest = max(tokenizer.convert_tokens_to_ids(SPEECH_TOKENS))
+    if highest >= embedding_rows:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path} has no room for the speech tokens: "
+            f"they need ids up to {highest}, the LLM has {embedding_rows} embedding rows"
+        )
+
+
+def build_chat_template(
+    tokenizer: PreTrainedTokenizerBase, instruction: str = "", use_context: bool = False
+) -> ChatTemplate:
+    """Tokenize the fixed parts of a chat; the tokenizer has the speech tokens."""
+    before, after = chat_prompt(SPEECH).split(SPEECH)
+    start, speech, stop = tokenizer.convert_tokens_to_ids([START_SPEECH, SPEECH, END_SPEECH])
+    end, pad = tokenizer.convert_tokens_to_ids(IM_END), tokenizer.pad_token_id
+    return ChatTemplate(
+        before=tuple(tokenizer.encode(before, add_special_tokens=False)),
+        group=(start, speech, stop),
+        after=tuple(tokenizer.encode(after, add_special_tokens=False)),
+        end=end,
+        pad=end if pad is None else pad,
+        instruction=tuple(_encode(tokenizer, instruction.strip())),
+        use_context=use_context,
+    )
+
+
+def encode_transcripts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokenize transcripts; text that looks like a special token is tokenized as text."""
+    return [_encode(tokenizer, text.strip()) for text in texts]
+
+
+def encode_contexts(
+    tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate, texts: list[str] | None
+) -> list[list[int]] | None:
+    """Tokenize contexts, each after a space; None without contexts or if the chat uses none."""
+    if texts is None or not chat.use_context:
+        return None
+    return [_encode(tokenizer, f" {text.strip()}" if text.strip() else "") for text in texts]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def decode_transcripts(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
+    """Return the texts of generated ids, without special tokens, stripped."""
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def word_log_probs(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], log_probs: list[float]
+) -> list[float]:
+    """Sum the tokens' log-probabilities for each word of `decode_transcripts([ids])[0]`."""
+    pieces = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True)
+    if any("\ufffd" in piece for piece in pieces):  # a character, maybe a space, of several tokens
+        prefixes = decode_transcripts(tokenizer, [ids[: n + 1] for n in range(len(ids))])
+    else:
+        prefixes = list(accumulate(pieces))
+    words = [0.0] * (len(prefixes[-1].split()) if ids else 0)
+    for prefix, log_prob in zip(prefixes, log_probs):
+        if words:
+            words[min(max(1, len(prefix.split())), len(words)) - 1] += log_prob
+    return words
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """Tokenizer of training batches, for use in the data loader's processes (picklable)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    num_encoders: int
+
+    def training_batch(
+        self, texts: list[str], contexts: list[str] | None = None, sample: bool = False
+    ) -> dict:
+        """Tokenize the chats of B utterances.
+
+        Args:
+          contexts: a context for each utterance, "" for none.
+          sample: drop encoders at random if there are several, as in MoSE training.
+
+        Returns:
+          input_ids: (B, L), left-padded.
+          labels: (B, L), IGNORED except on the transcript and the closing token.
+          encoders: for each utterance the encoders of its speech groups, in order.
+          num_tokens: number of labels that count.
+        """
+        if sample and self.num_encoders > 1:
+            encoders = sample_encoders(self.num_encoders, len(texts))
+        else:
+            encoders = [list(range(self.num_encoders)) for _ in texts]
+        transcripts = encode_transcripts(self.tokenizer, list(map(lower_case, texts)))
+        context_ids = encode_contexts(self.tokenizer, self.template, contexts)
+        num_groups = [len(groups) for groups in encoders]
+        input_ids, labels = training_ids(self.template, transcripts, num_groups, context_ids)
+        num_tokens = int((labels != IGNORED).sum())
+        return dict(input_ids=input_ids, labels=labels, encoders=encoders, num_tokens=num_tokens)
+
+
+def sample_encoders(num_encoders: int, batch_size: int) -> list[list[int]]:
+    """Sample the encoders of each utterance for MoSE training, and their order.
+
+    Each of the n groups is kept with probability 3/4 (all if none is); the encoders of the kept
+    groups are sampled without replacement, with Python's random generator.
+    """
+    sampled = []
+    for _ in range(batch_size):
+        kept = sum(random.random() < KEEP_PROBABILITY for _ in range(num_encoders))
+        sampled.append(random.sample(range(num_encoders), kept or num_encoders))
+    return sampled
+
+
+def training_ids(
+    chat: ChatTemplate,
+    transcripts: list[list[int]],
+    num_groups: list[int],
+    contexts: list[list[int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ids and labels, left-padded (B, L), with `num_groups[b]` speech groups in row b."""
+    ids, labels = [], []
+    for transcript, prompt in zip(transcripts, _prompts(chat, num_groups, contexts)):
+        answer = [*transcript, chat.end]
+        ids.append(prompt + answer)
+        labels.append([IGNORED] * len(prompt) + answer)
+    return _pad_left(ids, chat.pad), _pad_left(labels, IGNORED)
+
+
+def prompt_ids(
+    chat: ChatTemplate, num_groups: list[int], contexts: list[list[int]] | None = None
+) -> Tensor:
+    """Return the ids of prompts without an answer, left-padded (B, L)."""
+    return _pad_left(_prompts(chat, num_groups, contexts), chat.pad)
+
+
+def _prompts(
+    chat: ChatTemplate, num_groups: list[int], contexts: list[list[int]] | None
+) -> list[list[int]]:
+    contexts = contexts or [[]] * len(num_groups)
+    return [chat.prompt(n, context) for n, context in zip(num_groups, contexts, strict=True)]
+
+
+def _pad_left(rows: list[list[int]], padding: int) -> Tensor:
+    """Stack rows of different lengths, padded at the front: int64 (B, L)."""
+    length = max(map(len, rows))
+    return torch.tensor([[padding] * (length - len(row)) + row for row in rows])

@@ -1,0 +1,287 @@
+"""SpeechLLM: n speech encoders, a projector for each, and one LLM.
+
+Shapes: B utterances, T feature frames, S speech embeddings, L token ids, D width of the LLM,
+C channels of an encoder.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.models.chunked_cross_entropy import chunked_cross_entropy
+from speechllm.models.prompt import IGNORED, ChatTemplate, prompt_ids
+from speechllm.models.zipformer.encoder import ZipformerEncoder
+from speechllm.models.zipformer.swoosh import swoosh_r
+
+
+class SwooshR(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return swoosh_r(x)
+
+
+class EncoderOutput(NamedTuple):
+    """Output of one encoder for the rows that use it; row 0 as a dummy when none does."""
+
+    rows: list[int]  # N utterances of the batch
+    encoder_out: Tensor  # (N, T / 4, C)
+    lens: Tensor  # (N,)
+
+
+class PromptEmbeddings(NamedTuple):
+    """Input embeddings before the answers of a batch."""
+
+    embeds: Tensor  # (B, L, D), left-padded
+    mask: Tensor  # (B, L), False on padding
+    encoder_outputs: list[EncoderOutput]  # one per encoder
+
+
+class Projector(nn.Module):
+    """Encoder output (B, T, C) -> speech embeddings (B, T // ds_rate, D)."""
+
+    def __init__(self, encoder_dim: int, llm_dim: int, ds_rate: int = 4, dropout: float = 0.1):
+        super().__init__()
+        self.ds_rate = ds_rate
+        self.proj = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(ds_rate * encoder_dim, llm_dim),
+            SwooshR(),
+            nn.Linear(llm_dim, llm_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.size(1) // self.ds_rate
+        x = x[:, : groups * self.ds_rate].unflatten(1, (groups, self.ds_rate))
+        return self.proj(x.flatten(2))  # (B, T // 4, 4 * C) -> (B, T // 4, D)
+
+
+class SpeechLLM(nn.Module):
+    """Encoders, projectors and LLM; a model with one encoder is the case n = 1."""
+
+    def __init__(
+        self,
+        encoders: list[ZipformerEncoder],
+        llm: nn.Module,
+        chat: ChatTemplate,
+        ds_rate: int = 4,
+        encoder_feature_mask: bool = True,
+    ):
+        """
+        Args:
+          encoders: trained unless they are `frozen`; their CTC heads are always frozen.
+          ds_rate: encoder frames per speech embedding.
+          encoder_feature_mask: mask encoder channels in training, as the published recipe does.
+        """
+        super().__init__()
+        llm_dim = llm.get_input_embeddings().embedding_dim
+        for encoder in encoders:
+            if encoder.ctc_output is not None:
+                encoder.ctc_output.requires_grad_(False)
+        self.encoder = nn.ModuleList(encoders)
+        self.encoder_projector = nn.ModuleList(
+            Projector(encoder.output_dim, llm_dim, ds_rate) for encoder in encoders
+        )
+        self.llm = llm
+        self.chat = chat
+        self.ds_rate = ds_rate
+        self.encoder_feature_mask = encoder_feature_mask
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "SpeechLLM":
+        """Set training mode; a frozen LLM, like a frozen encoder, stays in evaluation mode."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.llm.parameters()):
+            self.llm.eval()
+        return self
+
+    def checkpoint_activations(self) -> None:
+        """Store only each trained layer's input; the backward pass recomputes the rest."""
+        for encoder in self.encoder:
+            if not encoder.frozen:
+                encoder.checkpoint_activations()
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compile_layers(self) -> None:
+        """Compile each layer with torch.compile, for variable lengths."""
+        for encoder in self.encoder:
+            encoder.compile_layers()
+        for layer in self.base_llm.get_decoder().layers:
+            layer.compile(dynamic=True)
+
+    @property
+    def base_llm(self) -> nn.Module:
+        """The LLM without peft's wrapper; its layers contain the LoRA matrices."""
+        return self.llm.get_base_model() if hasattr(self.llm, "peft_config") else self.llm
+
+    def all_encoders(self, batch_size: int) -> list[list[int]]:
+        """Return all encoders in order for each utterance, as validation and decoding use them."""
+        return [list(range(len(self.encoder))) for _ in range(batch_size)]
+
+    def encode(
+        self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
+    ) -> list[EncoderOutput]:
+        """Run each encoder on the utterances that use it, or on the first if none does.
+
+        On every rank all trainable parameters need a gradient, even if it is zero.
+        """
+        outputs = []
+        for k, encoder in enumerate(self.encoder):
+            rows = [b for b, used in enumerate(encoders) if k in used] or [0]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
+                encoder_out, lens = encoder(
+                    features[_to(features.device, torch.tensor(rows))],
+                    feature_lens[rows],
+                    feature_mask=self.encoder_feature_mask and self.training,
+                )
+            outputs.append(EncoderOutput(rows, encoder_out, lens))
+        return outputs
+
+    def project(
+        self, outputs: list[EncoderOutput], encoders: list[list[int]]
+    ) -> list[list[Tensor]]:
+        """Return the speech embeddings (S, D) of each utterance's encoders, in that order."""
+        by_encoder: list[dict[int, Tensor]] = []
+        for projector, (rows, encoder_out, lens) in zip(self.encoder_projector, outputs):
+            embeddings = projector(encoder_out)
+            counts = (lens // self.ds_rate).tolist()
+            by_encoder.append({b: embeddings[i, : counts[i]] for i, b in enumerate(rows)})
+        speech = [[by_encoder[k][b] for k in used] for b, used in enumerate(encoders)]
+        in_use = {k for used in encoders for k in used}
+        unused = [table[0][:0] for k, table in enumerate(by_encoder) if k not in in_use]
+        speech[0][0] = torch.cat([speech[0][0], *unused])  # empty, but part of the graph
+        return speech
+
+    def speech_embeddings(
+        self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
+    ) -> list[list[Tensor]]:
+        """Encode and project: speech embeddings (S, D) of each utterance's encoders."""
+        return self.project(self.encode(features, feature_lens, encoders), encoders)
+
+    def prompt(
+        self, features: Tensor, feature_lens: Tensor, contexts: list[list[int]] | None = None
+    ) -> PromptEmbeddings:
+        """Embed the prompts for decoding, with all encoders for each utterance.
+
+        Args:
+          features: (B, T, 80); feature_lens: (B,), on the CPU.
+          contexts: token ids of each utterance's context (see `prompt.encode_contexts`).
+        """
+        encoders = self.all_encoders(features.size(0))
+        outputs = self.encode(features, feature_lens, encoders)
+        input_ids = prompt_ids(self.chat, [len(used) for used in encoders], contexts)
+        embeds, mask, _ = self.merge(input_ids, None, self.project(outputs, encoders))
+        return PromptEmbeddings(embeds, mask, outputs)
+
+    def select_encoders(self, kept: list[int]) -> "SpeechLLM":
+        """Return a model with some of the encoders, which shares this one's parameters."""
+        part = copy.copy(self)
+        part._modules = dict(self._modules)
+        part.encoder = nn.ModuleList(self.encoder[k] for k in kept)
+        part.encoder_projector = nn.ModuleList(self.encoder_projector[k] for k in kept)
+        return part
+
+    def merge(
+        self, input_ids: Tensor, labels: Tensor | None, speech: list[list[Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Replace each `<speech>` by its speech embeddings (see `expand_speech` for the padding).
+
+        Args:
+          input_ids, labels: (B, L), on the CPU, where the labels stay.
+
+        Returns:
+          Input embeddings (B, L', D), attention mask (B, L') and labels (B, L').
+        """
+        counts = [[part.size(0) for part in parts] for parts in speech]
+        expanded, mask, labels = expand_speech(
+            input_ids, labels, counts, self.chat.speech, self.chat.pad
+        )
+        flat = torch.cat([part for parts in speech for part in parts])
+        index = (expanded == self.chat.speech).nonzero(as_tuple=True)
+        device = flat.device
+        embeds = self.llm.get_input_embeddings()(_to(device, expanded))
+        index = tuple(_to(device, part) for part in index)
+        return embeds.index_put(index, flat.to(embeds.dtype)), _to(device, mask), labels
+
+    def forward(
+        self,
+        features: Tensor,
+        feature_lens: Tensor,
+        input_ids: Tensor,
+        labels: Tensor,
+        encoders: list[list[int]],
+    ) -> dict[str, Tensor]:
+        """Compute the summed cross entropy of a batch, without waiting for the device.
+
+        Args:
+          features: (B, T, 80); feature_lens: (B,), on the CPU.
+          input_ids, labels: (B, L), on the CPU, left-padded, with one speech group for each
+            encoder of the utterance.
+          encoders: the encoders of each utterance's speech groups, in order.
+
+        Returns:
+          Sums over the label tokens: `loss` (nats) and `correct` (tokens predicted correctly).
+        """
+        speech = self.speech_embeddings(features, feature_lens, encoders)
+        embeds, _, labels = self.merge(input_ids, labels, speech)
+        hidden, targets = self.label_hidden_states(embeds, labels)
+        weight = self.base_llm.get_output_embeddings().weight
+        loss, correct = chunked_cross_entropy(hidden, weight, targets)
+        return {"loss": loss, "correct": correct}
+
+    def label_hidden_states(self, embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden states (N, D) that predict the N labels, and these labels (N,).
+
+        Args:
+          embeds: (B, L, D), right-padded; labels: (B, L), on the CPU.
+        """
+        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+        targets = labels[rows, columns]
+        rows, before, targets = (_to(embeds.device, t) for t in (rows, columns - 1, targets))
+        decoder = self.base_llm.get_decoder()
+        # Causal attention needs no mask for right padding; an entry for each layer type keeps
+        # transformers from building one.
+        no_mask = dict.fromkeys(decoder.config.layer_types)
+        out = decoder(inputs_embeds=embeds, attention_mask=no_mask, use_cache=False)
+        return out.last_hidden_state[rows, before], targets
+
+
+def _to(device: torch.device, small: Tensor) -> Tensor:
+    """Copy from the CPU to the device without waiting for it."""
+    return small.to(device, non_blocking=True)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Return position ids (B, L) that start at each row's first token, for a mask (B, L)."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def expand_speech(
+    input_ids: Tensor, labels: Tensor | None, counts: list[list[int]], speech: int, pad: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Repeat each `<speech>` token once per speech embedding, and pad the rows again.
+
+    Prompts without labels are padded on the left, so that their answers start together; sequences
+    with labels are padded on the right, where causal attention needs no mask.
+
+    Args:
+      input_ids, labels: (B, L), left-padded with `pad` and IGNORED.
+      counts: for each row the numbers of embeddings of its `<speech>` tokens, in order.
+
+    Returns:
+      input_ids, mask (bool) and labels, all (B, L').
+    """
+    repeats = (input_ids != pad).long().cummax(dim=1).values  # only leading `pad` is padding
+    repeats[input_ids == speech] = torch.tensor([count for row in counts for count in row])
+    totals = repeats.sum(dim=1)
+    length = int(totals.max())
+    padding = (length - totals)[:, None]
+    columns = torch.arange(length)
+    mask = columns >= padding if labels is None else columns < length - padding
+    new_ids = torch.full_like(mask, pad, dtype=torch.long)
+    new_ids[mask] = input_ids.flatten().repeat_interleave(repeats.flatten())
+    if labels is None:
+        return new_ids, mask, None
+    new_labels = torch.full_like(new_ids, IGNORED)
+    new_labels[mask] = labels.flatten().repeat_interleave(repeats.flatten())
+    return new_ids, mask, new_labels

@@ -1,0 +1,79 @@
+"""State dict of a SpeechLLM's trainable parameters, under the keys of published checkpoints."""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.checkpoints import copy_to_cpu
+from speechllm.errors import InputError
+from speechllm.models.speech_llm import SpeechLLM
+
+IGNORED_KEYS = (  # in published checkpoints: an unused embedding, and copies of a frozen one
+    "prompt_embedding.weight",
+    "llm.base_model.model.lm_head.weight",
+    "llm.lm_head.weight",
+)
+
+
+def trainable_state(
+    model: SpeechLLM, value: Callable[[Tensor], Tensor] = copy_to_cpu
+) -> dict[str, Tensor]:
+    """Return the trainable parameters, each copied by `value`, under the published names.
+
+    With one encoder these have no encoder index: `encoder_projector.proj.1.weight`.
+    """
+    return {name: value(parameter) for name, parameter in _published_parameters(model).items()}
+
+
+def load_trainable_state(
+    model: SpeechLLM, state: dict[str, Tensor], name: str = "the checkpoint"
+) -> list[str]:
+    """Load a checkpoint's `model` entry, published or ours; `name` is used in error messages.
+
+    Returns:
+      The keys that were ignored because they are known to be unused.
+    Raises:
+      InputError: naming a key that is missing, unexpected or has a different shape.
+    """
+    n = len(model.encoder)
+    parameters = _published_parameters(model)
+    ignored = [
+        key
+        for key in IGNORED_KEYS
+        if key in state
+        and key not in parameters
+        and ("lm_head" not in key or _is_copy_of_embedding(state[key], model.llm))
+    ]
+    missing = parameters.keys() - state.keys()
+    unexpected = state.keys() - parameters.keys() - set(ignored)
+    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            raise InputError(
+                f"{name} does not match this model of {n} encoder{'s' * (n > 1)}: "
+                f"{len(keys)} {kind} key{'s' * (len(keys) > 1)}, e.g. {min(keys)}"
+            )
+    for key, parameter in parameters.items():
+        if state[key].shape != parameter.shape:
+            raise InputError(
+                f"{key} has shape {tuple(state[key].shape)} in {name} "
+                f"and {tuple(parameter.shape)} in this model"
+            )
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(state[key])
+    return ignored
+
+
+def _is_copy_of_embedding(lm_head: Tensor, llm: nn.Module) -> bool:
+    tied = llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
+    return tied and lm_head.shape == llm.get_input_embeddings().weight.shape
+
+
+def _published_parameters(model: SpeechLLM) -> dict[str, nn.Parameter]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if len(model.encoder) > 1:
+        return parameters
+    index = re.compile(r"^(encoder|encoder_projector)\.0\.")
+    return {index.sub(r"\1.", name): parameter for name, parameter in parameters.items()}

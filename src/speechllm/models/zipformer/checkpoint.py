@@ -1,0 +1,85 @@
+"""icefall's `pretrained.pt`: each key is loaded, or known to belong to an unused head."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from speechllm.checkpoints import copy_to_cpu, load_checkpoint, write_checkpoint
+from speechllm.errors import InputError
+from speechllm.models.zipformer.config import SIZES, ZipformerConfig
+from speechllm.models.zipformer.encoder import ZipformerEncoder
+
+UNUSED_HEADS = ("decoder", "joiner", "simple_am_proj", "simple_lm_proj", "attention_decoder")
+CTC_WEIGHT = "ctc_output.1.weight"
+
+
+def load_encoder(path: str | Path, size: str) -> ZipformerEncoder:
+    """Load an encoder of a size in `SIZES`, with its CTC head if it has one, from pretrained.pt.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      InputError: not a checkpoint, another size, or unexpected keys.
+    """
+    state = load_checkpoint(path)["model"]
+    try:
+        encoder = encoder_from_state(state, SIZES[size])
+    except InputError as error:
+        others = [name for name in SIZES if not _difference(state, SIZES[name], None, "encoder.")]
+        hint = f"; its shapes match size {others[0]!r}" if others and size not in others else ""
+        raise InputError(f"{path} is not a Zipformer of size {size!r}: {error}{hint}") from None
+    logging.info(f"{path}: {describe_unused(state)}")
+    return encoder
+
+
+def encoder_from_state(
+    state: dict[str, Tensor], config: ZipformerConfig, dropout: float = 0.1
+) -> ZipformerEncoder:
+    """Build an encoder with the weights of an icefall state dict.
+
+    Raises:
+      InputError: naming a parameter that is missing, unexpected or has a different shape.
+    """
+    vocab_size = state[CTC_WEIGHT].size(0) if CTC_WEIGHT in state else None
+    used = {k: v for k, v in state.items() if k.split(".")[0] not in UNUSED_HEADS}
+    if problem := _difference(used, config, vocab_size):
+        raise InputError(problem)
+    encoder = ZipformerEncoder(config, vocab_size, dropout)
+    encoder.load_state_dict(used)
+    return encoder
+
+
+def save_encoder(encoder: ZipformerEncoder, path: str | Path) -> None:
+    """Write `{"model": state_dict}` under icefall's names, atomically."""
+    state = {key: copy_to_cpu(value) for key, value in encoder.state_dict().items()}
+    write_checkpoint({"model": state}, path)
+
+
+def describe_unused(state: dict[str, Tensor]) -> str:
+    """Describe the heads in `state`: "CTC head of 500 tokens; unused: decoder (2 tensors)"."""
+    ctc = f"CTC head of {len(state[CTC_WEIGHT])} tokens" if CTC_WEIGHT in state else "no CTC head"
+    groups = Counter(key.split(".")[0] for key in state)
+    unused = [f"{head} ({groups[head]} tensors)" for head in UNUSED_HEADS if head in groups]
+    return f"{ctc}; unused: {', '.join(unused) or 'nothing'}"
+
+
+def _difference(
+    state: dict[str, Tensor], config: ZipformerConfig, vocab_size: int | None, prefix: str = ""
+) -> str:
+    """Compare keys and shapes with the encoder of `config`; return the first difference or ""."""
+    with torch.device("meta"):
+        encoder = ZipformerEncoder(config, vocab_size)
+    expected, found = (
+        {key: tuple(value.shape) for key, value in tensors.items() if key.startswith(prefix)}
+        for tensors in (encoder.state_dict(), state)
+    )
+    for key in expected:
+        if found.get(key, expected[key]) != expected[key]:
+            return f"{key} has shape {found[key]} in the file and {expected[key]} in this size"
+    missing, unexpected = expected.keys() - found, found.keys() - expected
+    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            return f"{len(keys)} {kind} key{'s' * (len(keys) > 1)}, e.g. {min(keys)}"
+    return ""

@@ -1,0 +1,68 @@
+"""`encoder_embed`: convolutions from fbank features at 100 frames/s to 50 frames/s."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechllm.models.zipformer.config import frontend_out_lens
+from speechllm.models.zipformer.layer import BiasNorm, Dropout, valid_frames
+from speechllm.models.zipformer.swoosh import swoosh_l, swoosh_r
+
+
+class ConvNeXt(nn.Module):
+    """A residual block over (time, frequency), arXiv 2201.03545: (B, C, T, F) -> same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.pointwise_conv1 = nn.Conv2d(channels, 3 * channels, 1)
+        self.pointwise_conv2 = nn.Conv2d(3 * channels, channels, 1)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """`valid` (B, T) hides the padding after an utterance from the 7-frame kernel."""
+        y = self._depthwise(x * valid[:, None, :, None])
+        y = y.permute(0, 2, 3, 1)  # (B, C, T, F) -> (B, T, F, C): a 1x1 convolution is a Linear
+        y = swoosh_l(_pointwise(self.pointwise_conv1, y))
+        return x + _pointwise(self.pointwise_conv2, y).permute(0, 3, 1, 2)
+
+    def _depthwise(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:
+            return self.depthwise_conv(x)
+        with torch.autocast(x.device.type, enabled=False):  # slow in bfloat16 on CPUs
+            return self.depthwise_conv(x.to(self.depthwise_conv.weight.dtype)).to(x.dtype)
+
+
+def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+class Frontend(nn.Module):
+    """Features (B, T, feature_dim) -> frames (B, (T - 7) // 2, out_dim)."""
+
+    def __init__(self, feature_dim: int, channels: int, out_dim: int, dropout: float = 0.1):
+        super().__init__()
+        # icefall's indices: it has activations and balancers between the convolutions.
+        self.conv = nn.ModuleDict(
+            {
+                "0": nn.Conv2d(1, channels // 16, 3, padding=(0, 1)),
+                "4": nn.Conv2d(channels // 16, channels // 4, 3, stride=2),
+                "7": nn.Conv2d(channels // 4, channels, 3, stride=(1, 2)),
+            }
+        )
+        self.convnext = ConvNeXt(channels)
+        freq = ((feature_dim - 1) // 2 - 1) // 2
+        self.out = nn.Linear(channels * freq, out_dim)
+        self.out_norm = BiasNorm(out_dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the frames and the number of valid ones per utterance, (B,)."""
+        x = features.unsqueeze(1)  # (B, T, F) -> (B, 1, T, F)
+        x = x.to(memory_format=torch.channels_last)  # twice as fast on CPUs
+        x = swoosh_r(self.conv["0"](x))
+        x = swoosh_r(self.conv["4"](x))
+        x = swoosh_r(self.conv["7"](x))  # (B, 128, (T - 7) // 2, 19)
+        lens = frontend_out_lens(feature_lens)
+        x = self.convnext(x, valid_frames(lens, x.size(2)))
+        x = x.transpose(1, 2).flatten(2)  # (B, C, T, F) -> (B, T, C * F)
+        return self.dropout(self.out_norm(self.out(x))), lens

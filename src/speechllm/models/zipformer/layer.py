@@ -1,0 +1,205 @@
+"""One Zipformer layer and its parts (arXiv 2310.11230, figure 2), frames first: (B, T, C)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.models.zipformer.config import ZipformerConfig
+from speechllm.models.zipformer.swoosh import swoosh_l, swoosh_r
+
+
+def valid_frames(lens: Tensor, max_len: int) -> Tensor:
+    """Return a mask (B, max_len) that is True up to each utterance's length, lens (B,)."""
+    return torch.arange(max_len, device=lens.device) < lens[:, None]
+
+
+class BiasNorm(nn.Module):
+    """x / rms(x - bias) * exp(log_scale) over the channels; it preserves length information."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+        self.bias = nn.Parameter(torch.randn(dim) * 1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (x - self.bias).pow(2).mean(dim=-1, keepdim=True).rsqrt() * self.log_scale.exp()
+        return (x * scale).to(x.dtype)
+
+
+class Bypass(nn.Module):
+    """orig + (x - orig) * bypass_scale: a learned mixture of a module's input and output."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5))
+
+    def forward(self, orig: Tensor, x: Tensor) -> Tensor:
+        return orig + (x - orig) * self.bypass_scale
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is shared over time: (B, T, C), one mask (B, 1, C)."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        keep = torch.rand(x.size(0), 1, x.size(2), device=x.device) >= self.p
+        return x * (keep.to(x.dtype) / (1.0 - self.p))
+
+
+def scaled_linear(in_dim: int, out_dim: int, scale: float, bias: bool = True) -> nn.Linear:
+    """Create a Linear with PyTorch's initial weights times `scale` and a small bias."""
+    linear = nn.Linear(in_dim, out_dim, bias=bias)
+    with torch.no_grad():
+        linear.weight.mul_(scale)
+        if bias:
+            linear.bias.uniform_(-0.1 * scale, 0.1 * scale)
+    return linear
+
+
+def positional_embedding(num_frames: int, dim: int, device=None) -> Tensor:
+    """Return embeddings of the offsets -(T-1) … T, shape (2T, dim), float32.
+
+    Offset T is unused; it spares `relative_shift` a special case for T = 1.
+    """
+    offsets = torch.arange(1 - num_frames, num_frames + 1, device=device, dtype=torch.float32)
+    length = math.sqrt(dim)
+    compressed = length * offsets.sign() * ((offsets.abs() + length) / length).log()
+    angle = (compressed / (dim / (2.0 * math.pi))).atan()
+    angles = angle[:, None] * torch.arange(1, dim // 2 + 1, device=device)
+    embedding = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
+    embedding[:, -1] = 1.0
+    return embedding
+
+
+def relative_shift(x: Tensor) -> Tensor:
+    """Convert scores by offset (…, T, 2T) to scores by source frame (…, T, T).
+
+    Row t of the result starts at column T - 1 - t of the input, i.e. at offset -t.
+    """
+    num_frames = x.size(-2)
+    flat = x.flatten(-2)[..., num_frames - 1 : -1]
+    return flat.unflatten(-1, (num_frames, 2 * num_frames - 1))[..., :num_frames]
+
+
+class AttentionWeights(nn.Module):
+    """Self-attention weights (B, H, T, T) from content and relative position."""
+
+    def __init__(self, dim: int, heads: int, query_dim: int, pos_head_dim: int, pos_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.sizes = (heads * query_dim, heads * query_dim, heads * pos_head_dim)
+        self.in_proj = scaled_linear(dim, sum(self.sizes), query_dim**-0.25)
+        self.linear_pos = scaled_linear(pos_dim, heads * pos_head_dim, 0.05, bias=False)
+
+    def forward(self, x: Tensor, pos_emb: Tensor, valid: Tensor) -> Tensor:
+        """Return weights, 0 on padding, for x (B, T, C), pos_emb (2T, pos_dim), valid (B, T)."""
+        q, k, p = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, head dim)
+            for part in self.in_proj(x).split(self.sizes, dim=-1)
+        )
+        r = self.linear_pos(pos_emb).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)
+        scores = q @ k.transpose(-1, -2) + relative_shift(p @ r)  # r (H, head dim, 2T)
+        scores = scores.masked_fill(~valid[:, None, None, :], -1000.0)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Weighted sums of values, with given attention weights: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim: int, heads: int, value_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(dim, heads * value_dim)
+        self.out_proj = scaled_linear(heads * value_dim, dim, 0.05)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        values = self.in_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.out_proj((weights @ values).transpose(1, 2).flatten(2))
+
+
+class NonlinAttention(nn.Module):
+    """Gated values, weighted by the first attention head: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 3 * hidden_dim)
+        self.out_proj = scaled_linear(hidden_dim, dim, 0.05)
+
+    def forward(self, x: Tensor, first_head: Tensor) -> Tensor:
+        s, x, y = self.in_proj(x).chunk(3, dim=-1)
+        return self.out_proj((first_head @ (x * s.tanh())) * y)
+
+
+class FeedForward(nn.Module):
+    """(B, T, C) -> (B, T, C) through SwooshL."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, hidden_dim)
+        self.dropout = Dropout(dropout)
+        self.out_proj = scaled_linear(hidden_dim, dim, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(self.dropout(swoosh_l(self.in_proj(x))))
+
+
+class ConvModule(nn.Module):
+    """A gated depthwise convolution over time: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim: int, kernel: int):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 2 * dim)
+        self.depthwise_conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.out_proj = scaled_linear(dim, dim, 0.05)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        x, s = self.in_proj(x).chunk(2, dim=-1)
+        x = (x * s.sigmoid()) * valid[:, :, None]
+        x = self.depthwise_conv(x.transpose(1, 2)).transpose(1, 2)
+        return self.out_proj(swoosh_r(x))
+
+
+class ZipformerLayer(nn.Module):
+    """One layer; the attention weights are computed once and used three times."""
+
+    def __init__(self, config: ZipformerConfig, stack: int, dropout: float):
+        super().__init__()
+        dim, heads = config.encoder_dim[stack], config.num_heads[stack]
+        feedforward_dim, kernel = config.feedforward_dim[stack], config.cnn_module_kernel[stack]
+        self.self_attn_weights = AttentionWeights(
+            dim, heads, config.query_head_dim[stack], config.pos_head_dim[stack], config.pos_dim
+        )
+        self.self_attn1 = SelfAttention(dim, heads, config.value_head_dim[stack])
+        self.self_attn2 = SelfAttention(dim, heads, config.value_head_dim[stack])
+        self.nonlin_attention = NonlinAttention(dim, 3 * dim // 4)
+        self.feed_forward1 = FeedForward(dim, feedforward_dim * 3 // 4, dropout)
+        self.feed_forward2 = FeedForward(dim, feedforward_dim, dropout)
+        self.feed_forward3 = FeedForward(dim, feedforward_dim * 5 // 4, dropout)
+        self.conv_module1 = ConvModule(dim, kernel)
+        self.conv_module2 = ConvModule(dim, kernel)
+        self.norm = BiasNorm(dim)
+        self.bypass = Bypass(dim)
+        self.bypass_mid = Bypass(dim)
+        # Unused; icefall's state dicts have it.
+        self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5), requires_grad=False)
+
+    def forward(self, x: Tensor, pos_emb: Tensor, valid: Tensor) -> Tensor:
+        """Return (B, T, C) for x (B, T, C), pos_emb (2T, pos_dim) and valid (B, T)."""
+        orig = x
+        weights = self.self_attn_weights(x, pos_emb, valid)
+        x = x + self.feed_forward1(x)
+        x = x + self.nonlin_attention(x, weights[:, 0])
+        x = x + self.self_attn1(x, weights)
+        x = x + self.conv_module1(x, valid)
+        x = x + self.feed_forward2(x)
+        x = self.bypass_mid(orig, x)
+        x = x + self.self_attn2(x, weights)
+        x = x + self.conv_module2(x, valid)
+        x = x + self.feed_forward3(x)
+        return self.bypass(orig, self.norm(x))

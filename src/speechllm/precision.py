@@ -1,0 +1,28 @@
+"""Precision of training and decoding: float32, or autocast to float16 or bfloat16."""
+
+import torch
+from torch import nn
+
+
+def autocast_dtype(use_fp16: bool | None, use_bf16: bool) -> torch.dtype:
+    """Return the dtype that --use-fp16 and --use-bf16 select; bfloat16 has precedence.
+
+    Args:
+      use_fp16: None means float16 on a GPU and float32 on a CPU.
+    """
+    if use_bf16:
+        return torch.bfloat16
+    fp16 = torch.cuda.is_available() if use_fp16 is None else use_fp16
+    return torch.float16 if fp16 else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return an autocast context for `dtype`; float32 disables autocast."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Store the linear layers of a frozen module in `dtype`: autocast casts them every step."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.to(dtype)

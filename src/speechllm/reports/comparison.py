@@ -1,0 +1,133 @@
+"""Comparison of two decodings of the same set: what compare.py prints, and its page."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from speechllm.errors import InputError
+from speechllm.io import atomic_write
+from speechllm.reports import page, signed
+from speechllm.reports.diff import marks
+from speechllm.reports.tables import MAX_ROWS, WORDS, Row, buckets, error_name, row
+from speechllm.scoring.bootstrap import Difference, paired_bootstrap
+from speechllm.scoring.files import read_recogs
+from speechllm.scoring.wer import Pair, ScoredUtterance, count_pairs
+
+
+@dataclass(frozen=True)
+class UtterancePair:
+    """An utterance in both decodings."""
+
+    a: ScoredUtterance
+    b: ScoredUtterance
+
+    @property
+    def more_errors(self) -> int:
+        """Errors of B minus errors of A."""
+        return self.b.counts.errors - self.a.counts.errors
+
+    @property
+    def change(self) -> str:
+        """`better` or `worse` in B, or `other`: different words with as many errors."""
+        return "worse" if self.more_errors > 0 else "better" if self.more_errors else "other"
+
+
+def compare(a_path: Path, b_path: Path, html: Path | None = None) -> None:
+    """Print the comparison of two recogs-*.txt files, and write its page to `html`.
+
+    Raises:
+      FileNotFoundError, InputError: a file is missing or damaged, or the utterances differ.
+    """
+    a, b = read_recogs(a_path), read_recogs(b_path)
+    rate = rate_of(a_path)
+    if rate_of(b_path) != rate:
+        raise InputError(f"{a_path} has a {rate}, {b_path} a {rate_of(b_path)}")
+    difference = paired_bootstrap(a, b)
+    utterances = differing_utterances(a, b)
+    values = {
+        "a": row("A", a),
+        "b": row("B", b),
+        "rate": rate,
+        "difference": difference,
+        "changes": Counter(one.change for one in utterances),
+        "same": len(a) - len(utterances),
+    }
+    print(f"A: {a_path}\nB: {b_path}\n{summary(**values)}")
+    if html is None:
+        return
+    changed = changed_errors(count_pairs(a), count_pairs(b))
+    text = page(
+        "comparison.html",
+        title=f"{a_path.stem}, {b_path.stem}",
+        names=(a_path, b_path),
+        lengths=by_length(a, b),
+        changed=changed[:MAX_ROWS],
+        left_out=len(changed[MAX_ROWS:]),
+        utterances=utterances,
+        marks=marks,
+        **values,
+    )
+    html.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(html) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(f"Wrote {html}")
+
+
+def rate_of(recogs: Path) -> str:
+    """Return WER, CER or MER from the errs-*.txt of a recogs-*.txt; WER without one."""
+    errs = recogs.with_name(recogs.name.replace("recogs-", "errs-", 1))
+    if errs == recogs or not errs.is_file():
+        return "WER"
+    with errs.open(encoding="utf-8") as lines:
+        found = re.match(r"%([WCM]ER) ", lines.readline())
+    if not found:
+        raise InputError(f"{errs} does not begin with %WER, %CER or %MER")
+    return found[1]
+
+
+def differing_utterances(
+    a: Sequence[ScoredUtterance], b: Sequence[ScoredUtterance]
+) -> list[UtterancePair]:
+    """Return the utterances with different hypotheses, the largest increase in errors first."""
+    found = [UtterancePair(x, y) for x, y in zip(a, b, strict=True) if x.hyp != y.hyp]
+    return sorted(found, key=lambda one: (-one.more_errors, one.a.id))
+
+
+def summary(
+    a: Row, b: Row, rate: str, difference: Difference, changes: Counter[str], same: int
+) -> str:
+    """Return the lines that compare.py prints."""
+    units = "characters" if rate == "CER" else "words"
+    return "\n".join([
+        f"{a.utterances} utterances, {a.counts.ref_words} {units}",
+        *(
+            f"{one.name}  {rate} {one.counts.wer:5.2f}%, 95% interval {one.low:.2f}% to "
+            f"{one.high:.2f}%, {one.counts.insertions} ins, {one.counts.deletions} del, "
+            f"{one.counts.substitutions} sub"
+            for one in (a, b)
+        ),
+        f"B − A: {signed(difference.wer)}, 95% interval {signed(difference.low)} to "
+        f"{signed(difference.high)}, p = {difference.p:.4f} (paired bootstrap)",
+        f"B is better in {changes['better']} utterances and worse in {changes['worse']}; "
+        f"other {units} but as many errors in {changes['other']}, the same {units} in {same}",
+    ])  # fmt: skip
+
+
+def by_length(
+    a: Sequence[ScoredUtterance], b: Sequence[ScoredUtterance]
+) -> list[tuple[str, Row, Row]]:
+    """Return (name, A, B) for each group of sentence lengths."""
+    groups = buckets(zip(a, b, strict=True), lambda pair: len(pair[0].ref), WORDS, step=1)
+    return [(name, *(row(name, side) for side in zip(*group))) for name, group in groups.items()]
+
+
+def changed_errors(a: Counter[Pair], b: Counter[Pair]) -> list[tuple[str, int, int]]:
+    """Return (error, count in A, count in B) where the counts differ, largest change first."""
+    changed = [
+        (error_name(pair), a[pair], b[pair])
+        for pair in a | b
+        if pair[0] != pair[1] and a[pair] != b[pair]
+    ]
+    return sorted(changed, key=lambda one: (-abs(one[2] - one[1]), one[0]))

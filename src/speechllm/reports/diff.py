@@ -1,0 +1,40 @@
+"""Alignments for reading: runs of correct words, errors, and words of low confidence."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from speechllm.scoring.wer import Pair
+
+LOW_CONFIDENCE = 0.8  # words below this are shaded
+
+
+class Mark(NamedTuple):
+    """A piece of an alignment: reference and hypothesis text, either may be empty."""
+
+    ref: str
+    hyp: str
+    uncertain: Any = None  # the alignment.TimedWord, if its confidence is low
+
+
+def marks(pairs: Sequence[Pair], words: Sequence[Any] | None = None) -> list[Mark]:
+    """Join neighbouring words without errors and of high confidence into one piece.
+
+    Args:
+      words: a TimedWord per hypothesis word; ignored if normalization changed their number.
+    """
+    if words is None or len(words) != sum(len(hyp) for _, hyp in pairs):
+        words = [None] * len(pairs)
+    remaining = iter(words)
+    pieces = [_mark(ref, hyp, next(remaining) if hyp else None) for ref, hyp in pairs]
+    joined = []
+    for is_plain, run in groupby(pieces, key=lambda m: m.ref == m.hyp and not m.uncertain):
+        run = list(run)
+        text = " ".join(mark.ref for mark in run)
+        joined += [Mark(text, text)] if is_plain else run
+    return joined
+
+
+def _mark(ref: tuple[str, ...], hyp: tuple[str, ...], word: Any | None) -> Mark:
+    is_low = word and word.confidence < LOW_CONFIDENCE
+    return Mark(" ".join(ref), " ".join(hyp), word if is_low else None)

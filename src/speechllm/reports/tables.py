@@ -1,0 +1,86 @@
+"""Tables of the reports: groups of utterances with their WER, and the most frequent errors."""
+
+import math
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from speechllm.scoring.bootstrap import bootstrap_interval
+from speechllm.scoring.wer import ErrorCounts, Pair, ScoredUtterance, word_error_counts
+
+WORDS = (0, 1, 2, 4, 8, 16, 32, 64)  # lower ends of the groups of sentence lengths
+MAX_ROWS = 100  # per table: each needs a bootstrap interval
+Item = TypeVar("Item")
+
+
+class Row(NamedTuple):
+    """A group of utterances with its WER and the 95 % interval."""
+
+    name: str
+    utterances: int
+    counts: ErrorCounts
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Groups of utterances, or kinds of errors; `left_out` rows are not shown."""
+
+    title: str
+    rows: list
+    left_out: int = 0
+    find: bool = False  # clicking a row's name searches for it
+
+    def position(self, wer: float) -> str:
+        """Position on the common scale of all rows' intervals, as a CSS percentage."""
+        top = max((row.high for row in self.rows if math.isfinite(row.high)), default=0.0)
+        return f"{min(100.0, 100 * wer / (top or 1.0)):.1f}%"
+
+
+def row(name: str, utterances: Sequence[ScoredUtterance]) -> Row:
+    """Return the group's row."""
+    counts = word_error_counts(utterances)
+    return Row(name, len(utterances), counts, *bootstrap_interval(utterances))
+
+
+def buckets(
+    items: Iterable[Item], value: Callable[[Item], float], edges: Sequence[int], step: int
+) -> dict[str, list[Item]]:
+    """Group items by a value, from low to high, with names such as `5–10` and `64+`.
+
+    Args:
+      edges: lower ends of the buckets.
+      step: 1 for integers, where `4–7` is the bucket before 8, else 0.
+    """
+    found = defaultdict(list)
+    for item in items:
+        found[bisect_right(edges, value(item)) - 1].append(item)
+    return {_bucket_name(edges, i, step): found[i] for i in sorted(found)}
+
+
+def _bucket_name(edges: Sequence[int], i: int, step: int) -> str:
+    if i + 1 == len(edges):
+        return f"{edges[i]}+"
+    first, last = edges[i], edges[i + 1] - step
+    return f"{first}–{last}" if first < last else f"{first}"
+
+
+def frequent_errors(pairs: Counter[Pair]) -> list[Table]:
+    """Return substitutions, deletions and insertions: (text, search term, count) rows."""
+    kinds = {"Substitutions": [], "Deletions": [], "Insertions": []}
+    for (ref, hyp), n in pairs.items():
+        if ref != hyp:
+            kind = "Insertions" if not ref else "Substitutions" if hyp else "Deletions"
+            kinds[kind].append((" → ".join(ref + hyp), error_name((ref, hyp)), n))
+    for rows in kinds.values():
+        rows.sort(key=lambda row: (-row[2], row[0]))
+    return [Table(kind, rows[:MAX_ROWS], len(rows[MAX_ROWS:])) for kind, rows in kinds.items()]
+
+
+def error_name(pair: Pair) -> str:
+    """`[n → m]`, `[n → *]` or `[* → m]`: the search term in base.js."""
+    ref, hyp = (" ".join(side) or "*" for side in pair)
+    return f"[{ref} → {hyp}]"

@@ -1,0 +1,175 @@
+"""Training curves from tensorboard's files as an HTML page or a PNG: what plot_training.py runs."""
+
+import io
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from speechllm.errors import InputError
+from speechllm.io import atomic_write
+from speechllm.reports import page
+
+# Title of a panel -> its curves, the thick one first.
+PANELS = {
+    "loss": ("tot_loss", "valid_loss", "current_loss"),
+    "accuracy": ("tot_acc", "valid_acc", "current_acc"),
+    "WER %": ("valid_wer",),
+    "learning rate": ("learning_rate",),
+    "audio seconds per second": ("audio_seconds_per_second",),
+    "gradient norm": ("grad_norm",),
+    "gradient scale": ("grad_scale",),
+}
+LOGARITHMIC = ("loss", "gradient norm", "gradient scale")
+COLUMNS = {  # table columns: the curve, min or max for its best value, the format
+    "epoch": ("epoch", None, ".0f"),
+    "loss": ("tot_loss", None, ".4f"),
+    "accuracy": ("tot_acc", None, ".2%"),
+    "best validation loss": ("valid_loss", min, ".4f"),
+    "best validation accuracy": ("valid_acc", max, ".2%"),
+    "best validation WER %": ("valid_wer", min, ".2f"),
+    "learning rate": ("learning_rate", None, ".2e"),
+    "audio s/s": ("audio_seconds_per_second", None, ".1f"),
+}
+STYLES = {  # by the part of a name before the _
+    "valid": {"linestyle": "none", "marker": "o", "markersize": 4, "zorder": 3},
+    "current": {"linewidth": 0.5, "alpha": 0.35},
+}
+GREY = "#808080"  # visible on white and on black
+Curve = list[tuple[int, float]]  # steps and values
+
+
+def read_curves(exp_dir: Path) -> dict[str, Curve]:
+    """Read the curves of a training by name, such as `tot_loss` and `epoch`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = exp_dir / "tensorboard"
+    if not any(folder.glob("events.out.tfevents.*")):
+        raise FileNotFoundError(f"{folder} has no events.out.tfevents.*: nothing to plot")
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()  # 0: all
+    curves = {
+        tag.removeprefix("train/"): one_curve((e.step, e.value) for e in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
+    }
+    if not curves:
+        raise FileNotFoundError(f"{folder} has no values yet: nothing to plot")
+    return curves
+
+
+def one_curve(points: Iterable[tuple[int, float]]) -> Curve:
+    """Join points in the order of writing: a step back replaces everything after it."""
+    curve: Curve = []
+    for step, value in points:
+        while curve and curve[-1][0] >= step:
+            curve.pop()
+        curve.append((step, value))
+    return curve
+
+
+def plot(trainings: dict[str, dict[str, Curve]]) -> Figure:
+    """Plot each of PANELS that has a curve, with a color for each training, given by name."""
+    drawn = [
+        title
+        for title, names in PANELS.items()
+        if any(name in curves for curves in trainings.values() for name in names)
+    ]
+    height = max(1, math.ceil(len(drawn) / 2))
+    figure = Figure(figsize=(11, 3.2 * height), layout="constrained")
+    for k, title in enumerate(drawn):
+        axes = figure.add_subplot(height, 2, k + 1)
+        _style_axes(axes, title)
+        labels = {}
+        for i, (training, curves) in enumerate(trainings.items()):
+            name = training if len(trainings) > 1 else ""
+            labels |= _draw(axes, PANELS[title], curves, f"C{i}", name)
+        legend = axes.legend(list(labels), list(labels.values()), fontsize=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a $ in a folder's name is not math
+    return figure
+
+
+def _draw(
+    axes, names: tuple[str, ...], curves: dict[str, Curve], color: str, training: str
+) -> dict[Artist, str]:
+    """Draw a training's curves of a panel; return their labels."""
+    labels = {}
+    for name in names:
+        if name in curves:
+            kind = name.split("_")[0] if len(names) > 1 else ""
+            style = STYLES.get(kind, {"linewidth": 1.5})
+            (line,) = axes.plot(*zip(*curves[name]), color=color, **style)
+            if label := f"{training} {kind}".strip():
+                labels[line] = label
+    return labels
+
+
+def _style_axes(axes, title: str) -> None:
+    if title in LOGARITHMIC:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("batches", fontsize=8)
+    axes.tick_params(which="both", labelsize=8, color=GREY)
+    axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.patch.set_alpha(0)
+
+
+def rows(trainings: dict[str, dict[str, Curve]]) -> list[list[str]]:
+    """Return the table: column names, then a row for each training."""
+    names = {name for curves in trainings.values() for name in curves}
+    columns = {title: column for title, column in COLUMNS.items() if column[0] in names}
+    return [
+        ["training", *columns],
+        *([training, *(_cell(curves.get(name, []), *kind) for name, *kind in columns.values())]
+          for training, curves in trainings.items()),
+    ]  # fmt: skip
+
+
+def _cell(curve: Curve, choose: Callable | None, form: str) -> str:
+    """Format the last value, or the lowest or highest finite one and its step."""
+    if choose:
+        curve = [point for point in curve if math.isfinite(point[1])]
+    if not curve:
+        return "-"
+    step, value = choose(curve, key=lambda point: point[1]) if choose else curve[-1]
+    return f"{value:{form}} after {step:,}" if choose else f"{value:{form}}"
+
+
+def svg(figure: Figure) -> str:
+    """Return SVG to embed in HTML: transparent, with text in the page's font and color."""
+    out = io.StringIO()
+    figure.patch.set_alpha(0)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "speechllm"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]  # HTML has no XML declaration
+
+
+def plot_trainings(exp_dirs: list[Path], out: Path) -> None:
+    """Write the curves of several trainings to `out`.
+
+    Raises:
+      InputError: `out` is neither *.html nor *.png.
+      FileNotFoundError: a training has no tensorboard files.
+    """
+    if out.suffix not in (".html", ".png"):
+        raise InputError(f"--out {out} must end in .html or .png")
+    trainings = {str(exp_dir): read_curves(exp_dir) for exp_dir in exp_dirs}
+    figure = plot(trainings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out) as partial:
+        if out.suffix == ".png":
+            figure.savefig(partial, dpi=150)
+        else:
+            title = ", ".join(trainings)
+            text = page("training.html", title=title, rows=rows(trainings), figure=svg(figure))
+            partial.write_text(text, encoding="utf-8")
+    print(f"Wrote {out}")

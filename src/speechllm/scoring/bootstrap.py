@@ -1,0 +1,101 @@
+"""Bootstrap confidence intervals of error rates, and a paired test between two decodings.
+
+Bisani & Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP
+2004.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from speechllm.errors import InputError
+from speechllm.scoring.wer import ScoredUtterance
+
+
+def bootstrap_interval(
+    utterances: Sequence[ScoredUtterance], samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % interval of the WER in percent, independent of the order.
+
+    Each sample draws as many utterances as there are, with replacement.
+    """
+    if not utterances:
+        return 0.0, 0.0
+    errors, words = _resample(_errors_and_words(utterances), samples, seed).T
+    # The quantile is one of the samples: a finite and an infinite WER cannot be interpolated.
+    low, high = np.quantile(_per_100(errors, words), [0.025, 0.975], method="inverted_cdf")
+    return float(low), float(high)
+
+
+class Difference(NamedTuple):
+    """Difference of two WERs in percent, its 95 % interval, and the p-value of no difference."""
+
+    wer: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_bootstrap(
+    before: Sequence[ScoredUtterance],
+    after: Sequence[ScoredUtterance],
+    samples: int = 10000,
+    seed: int = 0,
+) -> Difference:
+    """Compare the WERs of two decodings of the same utterances; positive if `after` is worse.
+
+    Each sample draws utterances as in `bootstrap_interval`, the same for both. p is two-sided:
+    twice the share of samples on the rarer side of 0, with the data itself counted as one more
+    sample, so it is never 0.
+
+    Raises:
+      InputError: no utterances, or they differ.
+    """
+    _check_same_references(before, after)
+    one, other = _errors_and_words(before), _errors_and_words(after)
+    more, words = other[:, 0] - one[:, 0], one[:, 1]
+    differences = _per_100(*_resample(np.stack([more, words], axis=1), samples, seed).T)
+    low, high = np.quantile(differences, [0.025, 0.975], method="inverted_cdf")
+    rarer = min((differences >= 0).sum(), (differences <= 0).sum())
+    wer, p = _per_100(more.sum(), words.sum()), min(1.0, 2 * (rarer + 1) / (samples + 1))
+    return Difference(float(wer), float(low), float(high), float(p))
+
+
+def _check_same_references(
+    before: Sequence[ScoredUtterance], after: Sequence[ScoredUtterance]
+) -> None:
+    """Raise InputError without utterances, or if two decodings have different ones."""
+    if not before and not after:
+        raise InputError("no utterances to compare")
+    one, other = ({u.id: u.ref for u in utterances} for utterances in (before, after))
+    for here, there, which in ((one, other, "first"), (other, one, "second")):
+        if alone := sorted(here.keys() - there.keys()):
+            only = f"{len(alone)} are only in the {which}, such as {alone[0]}"
+            raise InputError(f"the utterances differ: {only}")
+    for cut_id in sorted(one):
+        if one[cut_id] != other[cut_id]:
+            raise InputError(
+                f"the references of {cut_id} differ: {' '.join(one[cut_id])!r} and "
+                f"{' '.join(other[cut_id])!r}; were they normalized in the same way?"
+            )
+
+
+def _errors_and_words(utterances: Sequence[ScoredUtterance]) -> np.ndarray:
+    """Return the errors and reference words of each utterance, sorted by id: (N, 2)."""
+    ordered = sorted(utterances, key=lambda one: (one.id, one.ref, one.hyp))
+    return np.array([(one.counts.errors, one.counts.ref_words) for one in ordered])
+
+
+def _resample(counts: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """Sum the counts of N utterances drawn with replacement: (N, 2) -> (samples, 2)."""
+    rng = np.random.default_rng(seed)
+    # One sample at a time: memory stays at N, which is long enough to vectorise over.
+    draws = (rng.integers(len(counts), size=len(counts)) for _ in range(samples))
+    return np.array([counts[draw].sum(axis=0) for draw in draws])
+
+
+def _per_100(errors: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Errors per 100 words as in ErrorCounts.wer; differences may be negative."""
+    no_words = np.where(errors == 0, 0.0, np.copysign(np.inf, errors))
+    return np.where(words > 0, 100.0 * errors / np.maximum(words, 1), no_words)

@@ -1,0 +1,203 @@
+"""Result files in icefall's format, byte for byte, sorted by cut id.
+
+    recogs-<set>-<suffix>.txt        words of every reference and hypothesis
+    errs-<set>-<suffix>.txt          %WER, aligned utterances, counts per error and per word
+    wer-summary-<set>-<suffix>.txt   WER with its interval, CER, and measurements of the decoding
+
+In the lists of errs-*.txt the highest count comes first; among equal counts, the last word by code
+point.
+"""
+
+import ast
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, groupby
+from pathlib import Path
+
+from speechllm.errors import InputError
+from speechllm.io import atomic_write
+from speechllm.scoring.bootstrap import bootstrap_interval
+from speechllm.scoring.wer import (
+    ErrorCounts,
+    Pair,
+    ScoredUtterance,
+    Words,
+    align_utterance,
+    character_error_counts,
+    count_pairs,
+    word_error_counts,
+)
+
+
+def recogs_text(utterances: Sequence[ScoredUtterance]) -> str:
+    """Return the text of recogs-*.txt; raise InputError if two utterances have the same id."""
+    return "".join(
+        f"{one.id}:\tref={one.ref}\n{one.id}:\thyp={one.hyp}\n" for one in sort_by_id(utterances)
+    )
+
+
+def read_recogs(path: Path) -> list[ScoredUtterance]:
+    """Read and align the utterances of a recogs-*.txt.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      InputError: a line has another format, or two utterances have the same id.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    utterances = []
+    for number in range(0, len(lines), 2):
+        pair = lines[number : number + 2]
+        try:
+            (ref_id, ref), (hyp_id, hyp) = map(_read_words, pair, ("ref", "hyp"))
+            if ref_id != hyp_id:
+                raise ValueError
+        except ValueError:
+            raise InputError(
+                f"{path} line {number + 1}: expected `id:\tref=[words]` and `id:\thyp=[words]` "
+                "of one utterance, as in recogs-*.txt of decode.py"
+            ) from None
+        utterances.append(align_utterance(ref_id, ref, hyp))
+    return sort_by_id(utterances)
+
+
+def errs_text(utterances: Sequence[ScoredUtterance], rate: str = "WER") -> tuple[str, ErrorCounts]:
+    """Return the text of errs-*.txt, and the counts in its first two lines.
+
+    Raises:
+      InputError: two utterances have the same id.
+    """
+    utterances = sort_by_id(utterances)
+    pairs, counts = count_pairs(utterances), word_error_counts(utterances, rate)
+    unit = "characters" if rate == "CER" else "words"
+    lines = [
+        f"%{rate} = {counts.wer:.2f}",
+        f"Errors: {counts.insertions} insertions, {counts.deletions} deletions, "
+        f"{counts.substitutions} substitutions, over {counts.ref_words} reference {unit} "
+        f"({counts.correct} correct)",
+        "Search below for sections starting with PER-UTT DETAILS:, SUBSTITUTIONS:, DELETIONS:, "
+        "INSERTIONS:, PER-WORD STATS:",
+        "",
+        "PER-UTT DETAILS: corr or (ref->hyp)  ",
+        *(f"{one.id}:\t{_show(one.pairs)}" for one in utterances),
+        "",
+        "SUBSTITUTIONS: count ref -> hyp",
+        *_by_count((n, ref + hyp) for (ref, hyp), n in pairs.items() if ref and hyp and ref != hyp),
+        "",
+        "DELETIONS: count ref",
+        *_by_count((n, ref) for (ref, hyp), n in pairs.items() if not hyp),
+        "",
+        "INSERTIONS: count hyp",
+        *_by_count((n, hyp) for (ref, hyp), n in pairs.items() if not ref),
+        "",
+        "PER-WORD STATS: word  corr tot_errs count_in_ref count_in_hyp",
+        *_per_word(pairs),
+    ]
+    return "\n".join(lines) + "\n", counts
+
+
+def summary_text(
+    set_name: str,
+    utterances: Sequence[ScoredUtterance],
+    extra: Mapping[str, str | float] | None = None,
+    rate: str = "WER",
+) -> str:
+    """Return the text of wer-summary-*.txt: icefall's line, then one value per line."""
+    counts = word_error_counts(utterances, rate)
+    low, high = bootstrap_interval(utterances)
+    cer = [f"CER: {character_error_counts(utterances).wer:.2f}%"] if rate == "WER" else []
+    lines = [
+        "",
+        f"For {set_name} {rate}: {round(counts.wer, 2)}",
+        log_line(set_name, counts),
+        f"95% interval: {low:.2f}% to {high:.2f}%",
+        *cer,
+        f"utterances: {len(utterances)}",
+    ]
+    for key, value in (extra or {}).items():
+        lines.append(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+    return "\n".join(lines) + "\n"
+
+
+def write_scores(
+    utterances: Sequence[ScoredUtterance],
+    out_dir: Path,
+    name: str,
+    suffix: str,
+    extra: Mapping[str, str | float] | None = None,
+    rate: str = "WER",
+) -> ErrorCounts:
+    """Write recogs-, errs- and wer-summary-<name>-<suffix>.txt into `out_dir`.
+
+    All three are computed before the first is written, so an error leaves the old files.
+
+    Raises:
+      InputError: two utterances have the same id.
+    """
+    errs, counts = errs_text(utterances, rate)
+    contents = {
+        "recogs": recogs_text(utterances).encode(),
+        "errs": errs.encode(),
+        "wer-summary": summary_text(name, utterances, extra, rate).encode(),
+    }
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for kind, content in contents.items():
+        with atomic_write(out_dir / f"{kind}-{name}-{suffix}.txt") as partial:
+            partial.write_bytes(content)
+    return counts
+
+
+def log_line(set_name: str, counts: ErrorCounts) -> str:
+    """`[set] %WER 1.86% [978 / 52576, 108 ins, 74 del, 796 sub ]`"""
+    return (
+        f"[{set_name}] %{counts.rate} {counts.wer:.2f}% [{counts.errors} / {counts.ref_words}, "
+        f"{counts.insertions} ins, {counts.deletions} del, {counts.substitutions} sub ]"
+    )
+
+
+def sort_by_id(utterances: Sequence[ScoredUtterance]) -> list[ScoredUtterance]:
+    """Sort by cut id; raise InputError if two utterances have the same one."""
+    for cut_id, n in Counter(one.id for one in utterances).most_common(1):
+        if n > 1:
+            raise InputError(f"duplicate id {cut_id}: {n} results")
+    return sorted(utterances, key=lambda one: one.id)
+
+
+def _read_words(line: bytes, kind: str) -> tuple[str, list[str]]:
+    """Return the id and the words of `id:\tref=['a', 'b']`."""
+    cut_id, words = line.decode("utf-8").split(f":\t{kind}=", maxsplit=1)
+    try:
+        words = ast.literal_eval(words)
+    except (SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError from None
+    if type(words) is not list or not all(type(word) is str for word in words):
+        raise ValueError
+    return cut_id, words
+
+
+def _show(pairs: list[Pair]) -> str:
+    """`he (was->*) like (unto->un to) my father`: neighbouring errors share one bracket."""
+    shown = []
+    for correct, run in groupby(pairs, key=lambda pair: pair[0] == pair[1]):
+        ref, hyp = (" ".join(chain.from_iterable(side)) for side in zip(*run, strict=True))
+        shown.append(ref if correct else f"({ref or '*'}->{hyp or '*'})")
+    return " ".join(shown)
+
+
+def _by_count(counted: Iterable[tuple[int, Words]]) -> list[str]:
+    return [f"{n}   {' -> '.join(words)}" for n, words in sorted(counted, reverse=True)]
+
+
+def _per_word(pairs: Counter[Pair]) -> list[str]:
+    correct, in_ref, in_hyp = Counter(), Counter(), Counter()
+    for (ref, hyp), n in pairs.items():
+        in_ref.update(dict.fromkeys(ref, n))
+        in_hyp.update(dict.fromkeys(hyp, n))
+        if ref == hyp:
+            correct.update(dict.fromkeys(ref, n))
+    errors = {w: in_ref[w] + in_hyp[w] - 2 * correct[w] for w in in_ref | in_hyp}
+    return [
+        f"{word}   {correct[word]} {n} {in_ref[word]} {in_hyp[word]}"
+        for n, word in sorted(((n, word) for word, n in errors.items()), reverse=True)
+    ]

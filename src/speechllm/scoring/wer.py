@@ -1,0 +1,122 @@
+"""Word error rate: one alignment per utterance, and the errors counted from it.
+
+Words are aligned by kaldialign with costs 1, 1, 1. In languages written without spaces a word is a
+character and the rate is called CER; MER where only some of the utterances are scored so.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import kaldialign
+
+Words = tuple[str, ...]
+Pair = tuple[Words, Words]  # aligned reference and hypothesis; () for a gap
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """Errors over `ref_words` reference words (characters for a CER)."""
+
+    insertions: int
+    deletions: int
+    substitutions: int
+    ref_words: int
+    rate: str = "WER"  # CER for characters; MER when only some utterances are scored by characters
+
+    @property
+    def errors(self) -> int:
+        return self.insertions + self.deletions + self.substitutions
+
+    @property
+    def correct(self) -> int:
+        return self.ref_words - self.deletions - self.substitutions
+
+    @property
+    def wer(self) -> float:
+        """Errors per 100 reference words; without reference words 0, or inf if there are errors."""
+        if self.ref_words == 0:
+            return float("inf") if self.errors else 0.0
+        return 100.0 * self.errors / self.ref_words
+
+
+def total_counts(counts: Iterable[ErrorCounts], rate: str = "WER") -> ErrorCounts:
+    """Return the sum of the error counts of several utterances."""
+    parts = [(one.insertions, one.deletions, one.substitutions, one.ref_words) for one in counts]
+    return ErrorCounts(*map(sum, zip(*parts) if parts else [()] * 4), rate)
+
+
+@dataclass(frozen=True)
+class ScoredUtterance:
+    """An utterance with its alignment, computed once by `align_utterance`."""
+
+    id: str
+    ref: list[str]  # words or characters
+    hyp: list[str]
+    pairs: list[Pair]
+
+    @cached_property
+    def counts(self) -> ErrorCounts:
+        """Word errors."""
+        ref_gaps = sum(not ref for ref, _ in self.pairs)
+        hyp_gaps = sum(not hyp for _, hyp in self.pairs)
+        different = sum(ref != hyp for ref, hyp in self.pairs)
+        return ErrorCounts(ref_gaps, hyp_gaps, different - ref_gaps - hyp_gaps, len(self.ref))
+
+    @cached_property
+    def character_counts(self) -> ErrorCounts:
+        """Errors in the characters of the words joined by one space; the space counts."""
+        edits = kaldialign.edit_distance(" ".join(self.ref), " ".join(self.hyp))
+        return ErrorCounts(*(edits[key] for key in ("ins", "del", "sub", "ref_len")))
+
+
+def align(ref: Sequence[str], hyp: Sequence[str]) -> list[Pair]:
+    """Return the aligned pairs of 1-tuples, and () for a gap: no word, not even `*`, means one."""
+    return kaldialign.align([(word,) for word in ref], [(word,) for word in hyp], ())
+
+
+def align_utterance(cut_id: str, ref: Sequence[str], hyp: Sequence[str]) -> ScoredUtterance:
+    """Return the utterance with its alignment."""
+    return ScoredUtterance(cut_id, list(ref), list(hyp), align(ref, hyp))
+
+
+def word_error_counts(utterances: Iterable[ScoredUtterance], rate: str = "WER") -> ErrorCounts:
+    """Return the word errors of all utterances."""
+    return total_counts((one.counts for one in utterances), rate)
+
+
+def character_error_counts(utterances: Iterable[ScoredUtterance]) -> ErrorCounts:
+    """Return the character errors of all utterances."""
+    return total_counts(one.character_counts for one in utterances)
+
+
+def count_pairs(utterances: Iterable[ScoredUtterance]) -> Counter[Pair]:
+    """Count how often each reference word is aligned to each hypothesis word or gap."""
+    return Counter(pair for one in utterances for pair in one.pairs)
+
+
+# ---- scoring units: words, or characters for languages without spaces
+
+NO_SPACES = frozenset(  # ISO 639 codes, and the names in lhotse's recipes
+    "zh zho chi cmn yue wuu nan hak gan hsn ja jpn th tha lo lao km khm my mya bur bo bod tib dz "
+    "chinese mandarin cantonese japanese thai khmer burmese tibetan".split()
+)
+
+
+def by_characters(language: str | None, error_unit: str = "auto") -> bool:
+    """Return true if an utterance is scored by characters; auto: `zh-CN` is, `en` and None not."""
+    code = re.split(r"[^a-z]", str(language or "").lower(), maxsplit=1)[0]
+    return error_unit == "characters" or (error_unit == "auto" and code in NO_SPACES)
+
+
+def units(text: str, characters: bool) -> list[str]:
+    """Split a text into words, or into characters (code points) without white space."""
+    return list("".join(text.split())) if characters else text.split()
+
+
+def rate_name(are_characters: Iterable[bool]) -> str:
+    """Return the name of the error rate of utterances scored by characters or not."""
+    kinds = set(are_characters)
+    return "MER" if len(kinds) > 1 else "CER" if True in kinds else "WER"

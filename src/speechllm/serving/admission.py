@@ -1,0 +1,107 @@
+"""API errors, and admission control: limits on the requests in progress and on their audio."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+
+from speechllm.audio.fbank import SAMPLING_RATE
+
+RETRY_SECONDS = 1  # in Retry-After of 429 and 503
+FAILED = "recognition failed, see the server's log"
+CLIENT_CLOSED_REQUEST = 499  # nginx's status; never sent, only counted
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class ApiError(HTTPException):
+    """An error response with a message for a person; `param` is the form field at fault."""
+
+    def __init__(self, status: int, message: str, param: str | None = None):
+        super().__init__(status, message)
+        self.param = param
+
+
+def error_body(status: int, message: str, param: str | None = None) -> dict:
+    """Return the JSON body of an error in OpenAI's format."""
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": str(status)}}
+
+
+def error_response(error: HTTPException) -> JSONResponse:
+    """Return the response to an error, with the headers that its status needs."""
+    headers = dict(error.headers or {})
+    if error.status_code in (429, 503):
+        headers["Retry-After"] = str(RETRY_SECONDS)
+    if error.status_code == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = error_body(error.status_code, error.detail, getattr(error, "param", None))
+    return JSONResponse(body, error.status_code, headers)
+
+
+class AdmissionController:
+    """Limits the requests in progress and the seconds of audio they hold in memory."""
+
+    def __init__(self, max_concurrent_requests: int, max_queued_seconds: float):
+        self.max_concurrent_requests = max_concurrent_requests
+        self.max_queued_seconds = max_queued_seconds
+        self.slots: set[Slot] = set()
+        self.closed = False
+        self.lock = Lock()  # the decoder threads count samples
+
+    @property
+    def seconds(self) -> float:
+        return sum(slot.seconds for slot in list(self.slots))
+
+    @contextmanager
+    def acquire(self) -> Iterator["Slot"]:
+        """Hold a slot for a request.
+
+        Raises:
+          ApiError: 429, all slots are taken; 503, the server is shutting down.
+        """
+        if self.closed:
+            raise ApiError(503, "the server is shutting down")
+        if (taken := len(self.slots)) >= self.max_concurrent_requests:
+            raise ApiError(429, f"{taken} requests are in progress, the maximum: try again later")
+        slot = Slot(self)
+        with self.lock:
+            self.slots.add(slot)
+        try:
+            yield slot
+        finally:
+            with self.lock:
+                self.slots.remove(slot)
+            if slot.job:
+                slot.job.cancelled = True
+
+
+class Slot:
+    """A request in progress: its audio in memory, and its batcher.Job once it is submitted."""
+
+    def __init__(self, controller: AdmissionController):
+        self.controller, self.samples, self.job = controller, 0, None
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / SAMPLING_RATE
+
+    def add(self, samples: int) -> None:
+        """Count samples that are now in memory.
+
+        Raises:
+          ApiError: 503, too much audio is queued; 499, the request has ended.
+        """
+        controller = self.controller
+        with controller.lock:
+            if self not in controller.slots:
+                raise ApiError(CLIENT_CLOSED_REQUEST, "the client disconnected")
+            queued, limit = controller.seconds, controller.max_queued_seconds
+            if queued + samples / SAMPLING_RATE > limit:
+                raise ApiError(
+                    503,
+                    f"{queued:.0f} s of audio are queued, the maximum is {limit:g} s: "
+                    "try again later",
+                )
+            self.samples += samples

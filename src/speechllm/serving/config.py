@@ -1,0 +1,42 @@
+"""ServerConfig: address, limits and token of the HTTP server."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from speechllm.cli import check_range, option
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Options of serve.py.
+
+    Raises:
+      InputError: a value is out of range.
+    """
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all", group="server")
+    port: int = option(8000, "port to listen on; 0: any free one", group="server")
+    model_name: str | None = option(
+        None, "model name in requests", group="server", unset="the name of --exp-dir"
+    )
+    token_file: Path | None = option(
+        None, "file with the bearer token that clients must send", group="server"
+    )
+    max_upload_mb: float = option(100.0, "maximum request size in MB", group="server")
+    max_audio_seconds: float = option(
+        7200.0, "maximum audio duration per request in seconds", group="server"
+    )
+    max_concurrent_requests: int = option(256, "maximum requests in progress", group="server")
+    max_queued_seconds: float = option(
+        14400.0, "maximum seconds of audio in memory over all requests (64 kB per second)",
+        group="server",
+    )  # fmt: skip
+
+    def __post_init__(self):
+        for name in (
+            "max_upload_mb", "max_audio_seconds", "max_concurrent_requests", "max_queued_seconds",
+        ):  # fmt: skip
+            check_range(name, getattr(self, name), 0, above=True)
+        check_range("port", self.port, 0, 65535)

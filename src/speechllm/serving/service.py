@@ -1,0 +1,134 @@
+"""The state that requests share: model thread, decoder threads, admission and metrics."""
+
+import asyncio
+import hmac
+import os
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
+
+import prometheus_client as prometheus
+from fastapi import UploadFile
+from torch import Tensor
+
+from speechllm.audio.fbank import SAMPLING_RATE
+from speechllm.audio.resample import stream_blocks
+from speechllm.errors import InputError
+from speechllm.longform.transcriber import Transcriber
+from speechllm.longform.transcript import Segment, Transcript
+from speechllm.serving.admission import AdmissionController, ApiError, Slot
+from speechllm.serving.batcher import Job, Worker
+from speechllm.serving.config import ServerConfig
+
+SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)  # buckets of request times
+CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)  # buckets of batch sizes
+
+
+class Service:
+    """A served model.
+
+    Args:
+      config: `model_name` is set.
+      token: bearer token that clients must send; None: they need none.
+    """
+
+    def __init__(self, transcriber: Transcriber, config: ServerConfig, token: str | None = None):
+        self.transcriber, self.config, self.token = transcriber, config, token
+        self.started = int(time.time())
+        self.admission = AdmissionController(
+            config.max_concurrent_requests, config.max_queued_seconds
+        )
+        self.metrics = Metrics(self.admission)
+        self.worker = Worker(transcriber, self.metrics.batch_parts.observe)
+        self.decoders = ThreadPoolExecutor(os.cpu_count(), "decode")
+
+    async def submit(self, upload: UploadFile, slot: Slot, context: str) -> None:
+        """Decode an upload and submit it to the model thread as `slot.job`.
+
+        Raises:
+          ApiError: it is not an audio file, or exceeds a limit.
+        """
+        name = upload.filename or "the file"
+        loop = asyncio.get_running_loop()
+        blocks = await loop.run_in_executor(
+            self.decoders, decode_upload, upload.file, name, self.config.max_audio_seconds, slot
+        )
+        slot.job = Job(name, blocks, context)
+        self.worker.submit(slot.job)
+
+    def transcript(self, slot: Slot, segments: list[Segment]) -> Transcript:
+        """Return the transcript of a finished job."""
+        self.metrics.audio_seconds.inc(slot.seconds)
+        language = self.transcriber.language
+        return Transcript(slot.job.name, slot.seconds, tuple(segments), language)
+
+    def stop(self) -> None:
+        """Reject new requests and finish those accepted."""
+        self.admission.closed = True
+        self.worker.close()
+        self.decoders.shutdown()
+
+    def check_token(self, authorization: str) -> None:
+        """Check the Authorization header.
+
+        Raises:
+          ApiError: 401.
+        """
+        scheme, _, token = authorization.partition(" ")
+        sent = token.strip().encode("latin-1")  # the bytes of the header, as starlette decodes it
+        right = hmac.compare_digest(sent, (self.token or "").encode())
+        if self.token is not None and not (scheme.lower() == "bearer" and right):
+            raise ApiError(401, "missing or wrong token: send Authorization: Bearer TOKEN")
+
+
+def decode_upload(file: BinaryIO, name: str, max_audio_seconds: float, slot: Slot) -> deque[Tensor]:
+    """Decode an audio file to blocks of samples (N,) at 16 kHz, counted by `slot`; blocking.
+
+    Raises:
+      ApiError: 400, not an audio file; 413, too long; 503, too much audio is queued; 499.
+    """
+    blocks, samples = deque(), 0
+    try:
+        for block in stream_blocks(file, name):
+            samples += len(block)
+            if samples > max_audio_seconds * SAMPLING_RATE:
+                raise ApiError(413, f"{name} is longer than {max_audio_seconds:g} s", "file")
+            slot.add(len(block))
+            blocks.append(block)
+    except InputError as error:
+        raise ApiError(400, str(error), "file") from None
+    if not samples:
+        raise ApiError(400, f"{name} contains no audio", "file")
+    return blocks
+
+
+class Metrics:
+    """Metrics of one server for Prometheus."""
+
+    def __init__(self, admission: AdmissionController):
+        self.registry = prometheus.CollectorRegistry()
+
+        def metric(kind: type, name: str, text: str, **options):
+            return kind(name, text, registry=self.registry, **options)
+
+        self.requests = metric(
+            prometheus.Counter, "asr_requests",
+            "Transcriptions by status; 499: client disconnected", labelnames=["status"],
+        )  # fmt: skip
+        self.request_seconds = metric(
+            prometheus.Histogram, "asr_request_seconds",
+            "Time from the first byte received to the last byte sent", buckets=SECONDS,
+        )  # fmt: skip
+        self.audio_seconds = metric(
+            prometheus.Counter, "asr_audio_seconds", "Seconds of audio transcribed"
+        )
+        self.batch_parts = metric(
+            prometheus.Histogram, "asr_batch_parts", "Chunks of recordings per batch",
+            buckets=CHUNKS,
+        )  # fmt: skip
+        gauge = metric(prometheus.Gauge, "asr_requests_in_progress", "Requests that hold a slot")
+        gauge.set_function(lambda: len(admission.slots))
+        gauge = metric(prometheus.Gauge, "asr_waiting_audio_seconds", "Seconds of audio in memory")
+        gauge.set_function(lambda: admission.seconds)
+        prometheus.ProcessCollector(registry=self.registry)

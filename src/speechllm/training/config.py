@@ -1,0 +1,127 @@
+"""TrainConfig and EncoderConfig: options of the training programs besides data and model."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from speechllm.cli import check_range, option
+from speechllm.errors import InputError
+from speechllm.models.zipformer.config import SIZES
+
+_training = partial(option, group="training")
+_trainable = partial(option, group="trainable parameters")
+_optimizer = partial(option, group="optimizer")
+_memory = partial(option, group="precision and memory")
+_checkpoints = partial(option, group="checkpoints")
+_logging = partial(option, group="logging and diagnostics")
+_encoder = partial(option, group="encoder")
+# fmt: off
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of train.py and pretrain_encoder.py.
+
+    Raises:
+      InputError: a value is out of range, or options contradict each other.
+    """
+
+    exp_dir: Path = _training(
+        Path("exp/asr_librispeech_zipformer_qwen2_1.5B"),
+        "directory for checkpoints, logs and tensorboard files")
+    num_epochs: int = _training(10, "train up to this epoch")
+    world_size: int | None = _training(
+        None, "number of processes; ignored under torchrun", unset="one per GPU, at most 4")
+    master_port: int = _training(12354, "port for DDP on one machine")
+    grad_accum: int = _training(
+        1, "batches per process and optimizer step, equivalent to one large batch")
+    dry_run: bool = _training(
+        False, "check everything, print the trainable parameters, data and memory estimate, write "
+        "nothing")
+    seed: int = _training(42, "seed of data order, augmentation and dropout")
+
+    pretrained_model_path: str | None = _trainable(
+        None, "initialize the trainable parameters from this checkpoint")
+    encoder_feature_mask: bool = _trainable(
+        True, "mask encoder channels in training, as in the published models")
+    deepspeed: Path | None = _trainable(
+        None, "ZeRO configuration, such as local/deepspeed_zero2.json")
+
+    optimizer: str = _optimizer("scaled_adam", "optimizer", choices=("scaled_adam", "adamw"))
+    base_lr: float = _optimizer(
+        0.01, "learning rate; the default is for scaled_adam, adamw needs less")
+    lr_schedule: str = _optimizer("fixed", "learning rate schedule", choices=("fixed", "eden"))
+    lr_batches: float = _optimizer(7500.0, "Eden: batches before the decay")
+    lr_epochs: float = _optimizer(3.5, "Eden: epochs before the decay")
+    warmup_batches: float = _optimizer(500.0, "Eden: warm-up batches")
+
+    use_fp16: bool | None = _memory(
+        None, "autocast to float16 with a gradient scaler", unset="true on a GPU")
+    use_bf16: bool = _memory(False, "autocast to bfloat16; takes precedence over --use-fp16")
+    use_flash_attn: bool = _memory(False, "flash-attn instead of torch's SDPA")
+    activation_checkpointing: bool = _memory(
+        False, "recompute the trained layers in the backward pass: less memory, a third more time")
+    compile: bool = _memory(False, "compile the layers with torch.compile")
+    scan_oom: bool | None = _memory(
+        None, "before training, check that the largest batches fit into memory",
+        unset="true on a GPU")
+
+    resume: str = _checkpoints(
+        "auto", "auto: resume from the newest loadable checkpoint in --exp-dir; must: fail if "
+        "there is none; never: archive the checkpoints after the starting point",
+        choices=("auto", "never", "must"))
+    start_epoch: int = _checkpoints(1, "above 1: resume from epoch-(N-1).pt or a newer checkpoint")
+    save_every_n: int = _checkpoints(
+        0, "steps between checkpoint-<step>.pt within an epoch; 0: none")
+    save_every_minutes: float = _checkpoints(30.0, "minutes between checkpoint-<step>.pt; 0: none")
+    keep_last_k: int = _checkpoints(5, "number of checkpoint-<step>.pt to keep")
+
+    log_interval: int = _logging(50, "steps between log lines")
+    valid_interval: int = _logging(5000, "steps between validations")
+    tensorboard: bool = _logging(True, "write tensorboard files")
+    inf_check: bool = _logging(False, "stop at the first module whose output is not finite")
+    max_skipped_steps: int = _logging(
+        20, "skipped steps (non-finite loss or gradients, out of memory), beyond 1 in 100, after "
+        "which training ends")
+
+    def __post_init__(self):
+        for name in ("start_epoch", "num_epochs", "log_interval", "valid_interval", "grad_accum",
+                     "keep_last_k"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("save_every_n", "save_every_minutes", "max_skipped_steps"):
+            check_range(name, getattr(self, name), 0)
+        for name in ("lr_batches", "lr_epochs"):
+            check_range(name, getattr(self, name), 0, above=True)
+        if self.start_epoch > self.num_epochs + 1:
+            raise InputError(
+                f"--start-epoch {self.start_epoch} is beyond --num-epochs {self.num_epochs}")
+        if self.pretrained_model_path and self.start_epoch > 1:
+            raise InputError(
+                f"--start-epoch {self.start_epoch} resumes this training and cannot be combined "
+                f"with --pretrained-model-path {self.pretrained_model_path}")
+        if self.deepspeed and self.optimizer != "adamw":
+            raise InputError(
+                f"--deepspeed needs --optimizer adamw: --optimizer {self.optimizer} needs whole "
+                "parameters, and ZeRO shards them")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Options of pretrain_encoder.py for its encoder.
+
+    Raises:
+      InputError: a value is out of range.
+    """
+
+    encoder_size: str = _encoder(
+        "medium", "size of the encoder (models/zipformer/config.py)", choices=SIZES)
+    vocab_size: int = _encoder(500, "maximum number of BPE pieces; small corpora give fewer")
+    dropout: float = _encoder(0.1, "dropout in the encoder and before the CTC head")
+    flat_start_batches: int = _encoder(
+        400, "first batches, trained on evenly spaced tokens instead of with CTC")
+    avg: int = _encoder(5, "last epochs averaged into pretrained.pt")
+    test_cuts: str | None = _encoder(
+        None, "cut files to decode by greedy CTC and score at the end")
+
+    def __post_init__(self):
+        check_range("avg", self.avg, 1)

@@ -1,0 +1,291 @@
+"""Training of a Zipformer with a CTC head from scratch: data, BPE model and loss."""
+
+import io
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import kaldialign
+import sentencepiece
+import torch
+from torch import Tensor, nn
+
+from speechllm.checkpoints import average_epochs, epoch_path, load_checkpoint
+from speechllm.data.config import TrainDataConfig
+from speechllm.data.dataset import TextOptions
+from speechllm.data.manifests import read_cuts
+from speechllm.data.validation import text_errors
+from speechllm.distributed import DistEnv
+from speechllm.errors import InputError
+from speechllm.io import atomic_write
+from speechllm.models.zipformer.checkpoint import encoder_from_state, save_encoder
+from speechllm.models.zipformer.config import SIZES
+from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, ctc_loss
+from speechllm.models.zipformer.encoder import ZipformerEncoder, encoder_out_lens
+from speechllm.models.zipformer.flat_start import flat_start_loss
+from speechllm.training.config import EncoderConfig, TrainConfig
+from speechllm.training.data import TrainingData, scan_training_data
+from speechllm.training.dry_run import count, describe_training
+from speechllm.training.engine import Engine
+from speechllm.training.fit import Training, begin, fit, launch_training
+from speechllm.training.resume import Start, TrainState, find_start
+from speechllm.training.validate import validate
+
+BPE_TEXTS = 1_000_000  # more are sampled: sentencepiece holds them in memory
+BPE_FILE = "bpe.model"
+
+
+@dataclass(frozen=True)
+class CtcTokenizer:
+    """Upper-cased texts to BPE ids, for use in the data loader's processes (picklable)."""
+
+    bpe: sentencepiece.SentencePieceProcessor
+
+    def training_batch(self, texts: list[str], contexts=None, sample: bool = False) -> dict:
+        """Return `targets`, the ids of each utterance."""
+        return {"targets": self.bpe.encode([text.upper() for text in texts])}
+
+
+class CtcModel(nn.Module):
+    """Features (B, T, 80) -> CTC log-probabilities (B, T / 4, V) and their lengths."""
+
+    def __init__(self, encoder: ZipformerEncoder, feature_mask: bool = True):
+        super().__init__()
+        self.encoder = encoder
+        self.feature_mask = feature_mask
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each layer in the backward pass."""
+        self.encoder.checkpoint_activations()
+
+    def compile_layers(self) -> None:
+        """Compile the layers with torch.compile."""
+        self.encoder.compile_layers()
+
+    def forward(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
+        mask = self.feature_mask and self.training
+        encoder_out, lens = self.encoder(features, feature_lens, feature_mask=mask)
+        return self.encoder.ctc_output(encoder_out), lens
+
+
+class CtcLoss:
+    """CTC loss of a batch in nats per encoder frame; word errors of greedy CTC in validation.
+
+    The first `flat_start_batches` steps of `state` use the loss of flat_start.py instead.
+    """
+
+    def __init__(
+        self,
+        bpe: sentencepiece.SentencePieceProcessor,
+        device: torch.device,
+        flat_start_batches: int = 0,
+        state: TrainState = TrainState(),
+    ):
+        self.bpe, self.device = bpe, device
+        self.flat_start_batches, self.state = flat_start_batches, state
+        pieces = [bpe.id_to_piece(i).replace("\u2581", "") for i in range(bpe.vocab_size())]
+        self.num_letters = torch.tensor([max(1, len(piece)) for piece in pieces])
+
+    def num_tokens(self, batch: dict) -> int:
+        """Return the number of encoder frames in a batch."""
+        return int(encoder_out_lens(batch["feature_lens"]).sum())
+
+    def __call__(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        features = batch["features"].to(self.device, non_blocking=True)
+        feature_lens, targets = batch["feature_lens"], batch["targets"]
+        log_probs, lens = model(features, feature_lens)
+        if model.training and self.state.batch_idx_train < self.flat_start_batches:
+            loss = flat_start_loss(
+                log_probs, lens, features, feature_lens, targets, self.num_letters
+            )
+        else:
+            loss = ctc_loss(log_probs, lens, targets)
+        sums = {"loss": loss, "frames": lens.sum()}
+        if not model.training:
+            hypotheses = self.bpe.decode(ctc_greedy(log_probs, lens))
+            sums |= _word_errors([text.upper() for text in batch["texts"]], hypotheses)
+        return sums
+
+
+def _word_errors(references: list[str], hypotheses: list[str]) -> dict[str, Tensor]:
+    errors = sum(
+        kaldialign.edit_distance(ref.split(), hyp.split())["total"]
+        for ref, hyp in zip(references, hypotheses)
+    )
+    words = sum(len(ref.split()) for ref in references)
+    return {"errors": torch.tensor(errors), "words": torch.tensor(words)}
+
+
+def train_encoder(encoder: EncoderConfig, data: TrainDataConfig, config: TrainConfig) -> bool:
+    """Train an encoder, or describe the training with --dry-run (returns False).
+
+    Raises:
+      FileNotFoundError, InputError: a file is missing or invalid, or options contradict each other.
+    """
+    scanned = scan_training_data(data, seed=config.seed)
+    return launch_training(run_ctc_training, Training(encoder, scanned, config), _describe)
+
+
+def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
+    """Train in one process of `launch`."""
+    config, options, start = training.config, training.model, begin(training, dist_env)
+    _check_average(options.avg, config, start)
+    bpe = prepare_bpe(training, start, dist_env)
+    encoder = make_encoder(options, bpe.vocab_size(), start)
+    logging.info(f"Number of model parameters: {count(encoder)}")
+    model = CtcModel(encoder, config.encoder_feature_mask).to(dist_env.device)
+    loss = CtcLoss(bpe, dist_env.device, options.flat_start_batches, start.state)
+    text = TextOptions(tokenizer=CtcTokenizer(bpe))
+    training = replace(training, data=replace(training.data, text=text))
+
+    def model_state(full_param) -> dict[str, Tensor]:
+        return {name: full_param(tensor) for name, tensor in encoder.state_dict().items()}
+
+    engine = fit(training, model, loss, model_state, start, dist_env)
+    write_average(engine, loss, training)
+
+
+def write_average(engine: Engine, loss: CtcLoss, training: Training) -> None:
+    """Write the average of the last epochs as pretrained.pt, and log its validation loss."""
+    encoder, dist_env, config = engine.module.encoder, engine.dist_env, training.config
+    path, avg = config.exp_dir / "pretrained.pt", min(training.model.avg, config.num_epochs)
+    if dist_env.is_main:
+        encoder.load_state_dict(average_epochs(config.exp_dir, config.num_epochs, avg)[0])
+        save_encoder(encoder, path)
+        logging.info(f"Wrote {path} and {config.exp_dir / BPE_FILE}")
+    dist_env.barrier()
+    if not dist_env.is_main:
+        encoder.load_state_dict(load_checkpoint(path)["model"])
+    totals = validate(engine, loss, training.data.valid_loader(dist_env, config.exp_dir)())
+    logging.info(f"Average of the last {avg} epochs, validation: {totals}")
+
+
+def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> ZipformerEncoder:
+    """Return a new encoder, or that of the checkpoint.
+
+    Raises:
+      InputError: the checkpoint has another size or vocabulary.
+    """
+    size = SIZES[config.encoder_size]
+    if not start.path:
+        return ZipformerEncoder(size, vocab_size, config.dropout)
+    try:
+        encoder = encoder_from_state(start.checkpoint["model"], size, config.dropout)
+    except InputError as error:
+        raise InputError(
+            f"{start.path} does not match --encoder-size {config.encoder_size}: {error}"
+        ) from None
+    if encoder.ctc_output is None or encoder.ctc_output.vocab_size != vocab_size:
+        raise InputError(
+            f"{start.path} does not match the {vocab_size} pieces of {BPE_FILE} in its directory"
+        )
+    return encoder
+
+
+def _check_average(avg: int, config: TrainConfig, start: Start) -> None:
+    """Check that the epochs to average exist or will be trained."""
+    first = max(1, config.num_epochs - avg + 1)
+    for epoch in range(first, start.state.next_epoch):
+        if not epoch_path(config.exp_dir, epoch).is_file():
+            raise FileNotFoundError(
+                f"epoch-{epoch}.pt is missing in {config.exp_dir}: "
+                f"--num-epochs {config.num_epochs} --avg {avg} needs it"
+            )
+
+
+# ---- BPE model
+
+
+def prepare_bpe(
+    training: Training, start: Start, dist_env: DistEnv = DistEnv()
+) -> sentencepiece.SentencePieceProcessor:
+    """Train bpe.model on rank 0, or read that of the training resumed.
+
+    Raises:
+      FileNotFoundError, InputError: the file is missing, or --vocab-size too small.
+    """
+    path = training.config.exp_dir / BPE_FILE
+    if start.path and not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {start.path} needs it")
+    model = None
+    if dist_env.is_main:
+        if start.path:
+            model = path.read_bytes()
+        else:
+            texts = (text for _, text in _training_texts(training.data))
+            model = train_bpe(texts, training.model.vocab_size)
+            if not training.config.dry_run:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as partial:
+                    partial.write_bytes(model)
+    model, *_ = dist_env.gather_objects(model)
+    bpe = sentencepiece.SentencePieceProcessor(model_proto=model)
+    if dist_env.is_main:
+        _report_too_dense(bpe, training)
+    return bpe
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Train a sentencepiece model with icefall's ids: 0 blank, 2 unknown.
+
+    Raises:
+      InputError: `vocab_size` is below the number of characters.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            input_sentence_size=BPE_TEXTS,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            user_defined_symbols=["<blk>", "<sos/eos>"],
+            unk_id=2,
+            bos_id=-1,
+            eos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"no BPE model with --vocab-size {vocab_size}: {reason}") from None
+    return model.getvalue()
+
+
+def _training_texts(data: TrainingData) -> Iterator[tuple[float, str]]:
+    """Yield duration (s) and upper-case text of each training cut with a valid text."""
+    for path in data.train_paths:
+        for cut in read_cuts(path):
+            if not any(text_errors(cut)):
+                yield cut.duration, " ".join(s.text for s in cut.supervisions).upper()
+
+
+def _report_too_dense(bpe: sentencepiece.SentencePieceProcessor, training: Training) -> None:
+    """Print how many utterances have more tokens than CTC can align."""
+    used = too_dense = 0
+    limits = training.data.config
+    for seconds, text in _training_texts(training.data):
+        if limits.min_duration <= seconds <= limits.max_utterance_duration:
+            used += 1
+            frames = int(encoder_out_lens(round(seconds * 100)))
+            too_dense += ctc_frames_needed(bpe.encode(text)) > frames
+    if too_dense:
+        print(f"{too_dense} of {used} utterances have more text than CTC can align: "
+              "they add nothing to the loss")  # fmt: skip
+
+
+def _describe(training: Training) -> Iterator[str]:
+    start = find_start(training.config)
+    bpe = prepare_bpe(training, start)
+    size, pieces = training.model.encoder_size, bpe.vocab_size()
+    encoder = make_encoder(training.model, pieces, start).to("meta")
+    if training.config.activation_checkpointing:
+        encoder.checkpoint_activations()
+
+    def loss(model: CtcModel, batch: dict) -> Tensor:
+        log_probs, _ = model(batch["features"].to("meta"), batch["feature_lens"])
+        return log_probs.sum()  # torch has no CTC loss on "meta"
+
+    yield f"Encoder: {size}, trainable, with a CTC head of {pieces} BPE pieces"
+    yield from describe_training(training, CtcModel(encoder), loss, start)

@@ -1,0 +1,333 @@
+"""TrainingData: the scanned cuts of a training, and the loaders that read them."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from torch.utils.data import DataLoader
+
+from speechllm.cli import comma_list
+from speechllm.data.augmentation import concatenate
+from speechllm.data.config import TrainDataConfig
+from speechllm.data.dataloader import (
+    CutSource,
+    EpochPosition,
+    Extras,
+    evaluation_loader,
+    train_sampler,
+    training_loader,
+)
+from speechllm.data.dataset import TextOptions, usable_batches
+from speechllm.data.encoder_cache import EncoderCache
+from speechllm.data.manifests import (
+    CutStatistics,
+    cuts_file,
+    cuts_within,
+    frames_needed,
+    read_cuts,
+    scan_manifests,
+    share_of_cuts,
+    size_of_share,
+    within,
+)
+from speechllm.data.sampler import LLMPositions, TooManyPositions
+from speechllm.data.shar import Shards, check_shards, read_shards
+from speechllm.data.validation import (
+    CutError,
+    append_errors,
+    check_invalid_fraction,
+    count_reasons,
+)
+from speechllm.distributed import DistEnv
+from speechllm.errors import InputError
+from speechllm.training.invalid_utterances import INVALID_CUTS, report_invalid
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Scanned cuts of a training.
+
+    Attributes:
+      train, valid, noise: statistics of the scans; `noise` is None without --enable-musan.
+      min_frames: feature frames below which an utterance is too short.
+      seed: seed of the training.
+      check: further errors of a cut, such as too many LLM positions.
+      count_positions: LLM positions of a cut, for --max-batch-tokens.
+      text: texts of validation batches, which use all encoders in order.
+      encoder_cache: replaces features by encoder outputs.
+    """
+
+    config: TrainDataConfig
+    train: CutStatistics
+    valid: CutStatistics
+    noise: CutStatistics | None = None
+    min_frames: int = frames_needed()
+    seed: int = 42
+    check: Callable[[Cut], list[CutError]] | None = None
+    count_positions: LLMPositions | None = None
+    text: TextOptions = TextOptions()
+    encoder_cache: EncoderCache | None = None
+
+    # ---- cuts
+
+    @property
+    def train_paths(self) -> list[Path | str]:
+        """Cut files of the training; for shards the files with the transcripts."""
+        return _train_paths(self.config)
+
+    def train_cuts(self) -> CutSet:
+        """Return the valid training cuts within the limits, lazily."""
+        return cuts_within(
+            self.train_paths, **_limits(self.config, self.min_frames), skip=self.train.errors
+        )
+
+    def valid_cuts(self) -> CutSet:
+        """Return the valid validation cuts, lazily."""
+        paths = _paths(self.config.manifest_dir, "--valid-cuts", self.config.valid_cuts)
+        return cuts_within(paths, min_frames=self.min_frames, skip=self.valid.errors)
+
+    def noise_cuts(self) -> CutSet | None:
+        """Return the valid noise cuts; None without --enable-musan."""
+        if self.noise is None:
+            return None
+        [(path, invalid)] = self.noise.errors.items()
+        cuts = (cut for number, cut in enumerate(read_cuts(path)) if number not in invalid)
+        return CutSet.from_cuts(cuts)
+
+    def source(self, epoch: int) -> CutSource:
+        """Return the cuts to sample from in an epoch; shards come in a new order in each."""
+        num_cuts, seconds = self.train.kept, self.train.seconds
+        if not self.config.shar_dir:
+            return CutSource(self.train_cuts(), num_cuts, seconds)
+        shards, limits = _shards(self.config), _limits(self.config, self.min_frames)
+        cuts = shards.cuts(self.seed + epoch if self.config.shuffle else None)
+        sample = within(shards.sample(), **limits)
+        return CutSource(within(cuts, **limits), num_cuts, seconds, sample)
+
+    # ---- loaders
+
+    def train_loader(self, dist_env: DistEnv) -> Callable:
+        """Return a function (epoch, batches to skip) -> this rank's batches of the epoch.
+
+        Raises:
+          InputError: there are fewer shards than processes that read them.
+        """
+        if self.config.shar_dir:
+            self._check_number_of_shards(dist_env)
+        text, noise = replace(self.text, sample_encoders=True), self.noise_cuts()
+        extras = Extras(text, noise, self.count_positions, self.encoder_cache, self.check)
+
+        def batches_of(epoch: int, skip: int = 0):
+            position = EpochPosition(epoch, skip, self.seed, dist_env.rank, dist_env.world_size)
+            return training_loader(self.source(epoch), self.config, position, extras)
+
+        def even_batches_of(epoch: int, skip: int = 0) -> EvenBatches:
+            loader = partial(batches_of, epoch)
+            return EvenBatches(loader, dist_env, self.config.drop_last, self.train.kept, skip)
+
+        return even_batches_of if self.config.shar_dir else batches_of
+
+    def valid_loader(self, dist_env: DistEnv, exp_dir: Path) -> Callable[[], Iterator[dict]]:
+        """Return a function to this rank's validation batches: every world_size-th cut."""
+        rank, world_size = dist_env.rank, dist_env.world_size
+        cuts = share_of_cuts(self.valid_cuts(), rank, world_size)
+        if self.valid.too_short:
+            logging.info(f"Validation skips {self.valid.too_short} utterances that are too short")
+
+        def batches() -> Iterator[dict]:
+            unread: list[CutError] = []
+            loader = evaluation_loader(
+                cuts,
+                self.config,
+                num_cuts=size_of_share(self.valid.kept, rank, world_size),
+                text=self.text,
+                encoder_cache=self.encoder_cache,
+            )
+            yield from usable_batches(loader, unread)
+            if unread:
+                self.report_unread(unread, "Validation skips", self.valid.kept, exp_dir)
+
+        return batches
+
+    def report_unread(
+        self, unread: list[CutError], prefix: str, total: int, exp_dir: Path
+    ) -> None:
+        """Log and list utterances that could not be read.
+
+        Raises:
+          InputError: they are more than --max-invalid-fraction of `total`.
+        """
+        reasons = count_reasons([error] for error in unread)
+        limit, listing = self.config.max_invalid_fraction, exp_dir / INVALID_CUTS
+        report_invalid(unread, reasons, total, limit, listing, prefix)
+
+    def sample_batches(self) -> Iterator[CutSet]:
+        """Yield cuts in batches like those of an epoch, of all ranks; for shards of a sample."""
+        source = self.source(1)
+        if source.is_sharded:
+            source = replace(source, cuts=source.sample, sample=None)
+        position = EpochPosition(seed=0)
+        config = self.config
+        for cuts in train_sampler(source, config, position, self.count_positions, shuffle=False):
+            if config.concatenate_cuts:
+                cuts = concatenate(cuts, config.duration_factor, config.gap)
+            yield cuts
+
+    def _check_number_of_shards(self, dist_env: DistEnv) -> None:
+        shards, workers = len(_shards(self.config)), max(1, self.config.num_workers)
+        if shards < dist_env.world_size * workers:
+            raise InputError(
+                f"--shar-dir {self.config.shar_dir} has {shards} shards for "
+                f"{dist_env.world_size * workers} processes: --world-size {dist_env.world_size} "
+                f"times --num-workers {self.config.num_workers}"
+            )
+
+    def check_invalid(self, exp_dir: Path, write: bool) -> None:
+        """Check the fraction of invalid cuts of all scans; with `write`, list them.
+
+        Raises:
+          InputError: more than --max-invalid-fraction of a scan is invalid.
+        """
+        listing = exp_dir / INVALID_CUTS
+        scans = [scan for scan in (self.train, self.valid, self.noise) if scan]
+        if write:
+            cuts = chain.from_iterable(scan.invalid_cuts for scan in scans)
+            append_errors(listing, chain.from_iterable(cuts))
+        for scan in scans:
+            if invalid := scan.invalid_cuts:
+                reasons, limit = count_reasons(invalid), self.config.max_invalid_fraction
+                check_invalid_fraction(reasons, scan.total, limit, invalid[0][0].message, listing)
+
+
+@dataclass(frozen=True)
+class EvenBatches:
+    """Batches of an epoch read from shards, the same number on every rank.
+
+    An exhausted rank would leave the others waiting for its gradients. With `drop_last` the epoch
+    ends on all ranks with the first that is exhausted, and the log counts the rest; without, it
+    ends with the last, and exhausted ranks start again.
+
+    Attributes:
+      loader: returns the batches after the first N, which were trained on.
+      num_cuts: cuts in an epoch.
+      skip: batches of the epoch that were trained on.
+    """
+
+    loader: Callable[[int], DataLoader]
+    dist_env: DistEnv
+    drop_last: bool
+    num_cuts: int
+    skip: int = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        batches, exhausted, done, first, again = iter(self.loader(self.skip)), False, 0, 0, 0
+        while True:
+            batch = next(batches, None)
+            exhausted = exhausted or batch is None
+            num_exhausted = int(self.dist_env.sum(torch.tensor(int(exhausted))))
+            if num_exhausted == self.dist_env.world_size or (num_exhausted and self.drop_last):
+                break
+            if batch is None:
+                batches = iter(self.loader(max(0, self.skip - done)))
+                batch = next(batches, None)
+            if batch is None:
+                raise InputError(f"rank {self.dist_env.rank} has no batch in its shards")
+            yield batch
+            done += 1
+            first += 0 if exhausted else len(batch["cut_ids"])
+            again += len(batch["cut_ids"]) if exhausted else 0
+        first, again = self.dist_env.sum(torch.tensor([first, again])).tolist()
+        logging.info(f"Shards: {first} of {self.num_cuts} utterances, {again} repeated")
+
+
+def scan_training_data(
+    config: TrainDataConfig,
+    *,
+    seed: int = 42,
+    ds_rate: int = 4,
+    check: Callable[[Cut], list[CutError]] | None = None,
+) -> TrainingData:
+    """Read the manifests of training, validation and noise once.
+
+    Args:
+      ds_rate: encoder frames per speech embedding; determines `min_frames`.
+      check: further errors of a valid cut.
+
+    Raises:
+      FileNotFoundError, InputError: a file is missing or cannot be read, or a cut is invalid and
+        --max-invalid-fraction is 0.
+    """
+    min_frames = frames_needed(ds_rate)
+    options = {
+        "need_features": not config.on_the_fly_feats,
+        "tolerate": config.max_invalid_fraction > 0,
+    }
+    limits = _limits(config, min_frames)
+    if config.shar_dir:
+        train = check_shards(_shards(config), **limits, **options)
+    else:
+        train = scan_manifests(_train_paths(config), **limits, **options, extra_check=check)
+    valid_paths = _paths(config.manifest_dir, "--valid-cuts", config.valid_cuts)
+    valid = scan_manifests(valid_paths, min_frames=min_frames, **options, extra_check=check)
+    noise = _scan_noise(config, options) if config.enable_musan else None
+    return TrainingData(config, train, valid, noise, min_frames, seed, check)
+
+
+def with_llm_positions(
+    data: TrainingData, count_positions: LLMPositions, limit: int
+) -> TrainingData:
+    """Leave out utterances that need more than `limit` LLM positions.
+
+    The manifests are scanned again only if there may be such utterances.
+    """
+    data = replace(data, count_positions=count_positions)
+    if count_positions.most(max(data.train.longest, data.valid.longest)) <= limit:
+        return data
+    again = scan_training_data(
+        data.config,
+        seed=data.seed,
+        ds_rate=count_positions.ds_rate,
+        check=TooManyPositions(count_positions, limit),
+    )
+    return replace(again, count_positions=count_positions)
+
+
+def _scan_noise(config: TrainDataConfig, options: dict) -> CutStatistics:
+    try:
+        path = cuts_file(config.manifest_dir, "musan_cuts")
+    except FileNotFoundError as error:
+        hint = "--enable-musan false trains without noise"
+        raise FileNotFoundError(f"{error}: {hint}") from None
+    return scan_manifests([path], min_frames=0, need_text=None, **options)
+
+
+def _train_paths(config: TrainDataConfig) -> list[Path | str]:
+    if config.shar_dir:
+        return _shards(config).fields["cuts"]
+    return _paths(config.manifest_dir, "--train-cuts", config.train_cuts)
+
+
+def _paths(manifest_dir: Path, flag: str, names: str) -> list[Path]:
+    if not comma_list(names):
+        raise InputError(f"{flag} {names!r} names no cut file")
+    return [cuts_file(manifest_dir, name) for name in comma_list(names)]
+
+
+def _shards(config: TrainDataConfig) -> Shards:
+    if not comma_list(config.shar_dir):
+        raise InputError(f"--shar-dir {config.shar_dir!r} names no directory")
+    return read_shards(comma_list(config.shar_dir))
+
+
+def _limits(config: TrainDataConfig, min_frames: int) -> dict:
+    return {
+        "min_seconds": config.min_duration,
+        "max_seconds": config.max_utterance_duration,
+        "min_frames": min_frames,
+    }

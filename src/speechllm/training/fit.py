@@ -1,0 +1,165 @@
+"""Training: everything that determines a training; its start, and `fit`, for any model."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from speechllm.distributed import DistEnv, is_first_process, launch
+from speechllm.models.config import ModelConfig
+from speechllm.precision import autocast_dtype
+from speechllm.progress import setup_logging
+from speechllm.seeding import fork_rng, seed_everything
+from speechllm.training.config import EncoderConfig, TrainConfig
+from speechllm.training.data import TrainingData
+from speechllm.training.deepspeed import ZeroEngine
+from speechllm.training.engine import Engine
+from speechllm.training.invalid_utterances import INVALID_CUTS, InvalidUtteranceTracker
+from speechllm.training.oom_scan import scan_memory
+from speechllm.training.optim import make_optimizer, make_schedule
+from speechllm.training.resume import (
+    Start,
+    archive_later_checkpoints,
+    check_optimizer,
+    check_room,
+    find_start,
+    order_of,
+    remove_partial_checkpoints,
+    sums_for_ranks,
+    warn_if_order_changed,
+)
+from speechllm.training.skipped_steps import check_outputs_finite
+from speechllm.training.trainer import Loaders, ModelState, Trainer
+from speechllm.training.validate import BatchLoss
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that determines a training; picklable, for its processes.
+
+    zero: DeepSpeed's configuration; None for DDP.
+    """
+
+    model: ModelConfig | EncoderConfig
+    data: TrainingData
+    config: TrainConfig
+    zero: dict | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of autocast."""
+        return autocast_dtype(self.config.use_fp16, self.config.use_bf16)
+
+
+def launch_training(
+    run: Callable[[DistEnv, Training], None],
+    training: Training,
+    describe: Callable[[Training], Iterable[str]],
+) -> bool:
+    """Run a training in all processes, or describe it with --dry-run (returns False).
+
+    Raises:
+      InputError: too many cuts are invalid, or `run` raised it.
+    """
+    data, config = training.data, training.config
+    data.check_invalid(config.exp_dir, write=is_first_process() and not config.dry_run)
+    lines = [f"Training cuts: {data.train}", f"Validation cuts: {data.valid}"]
+    if config.dry_run:
+        lines = list(describe(training))
+    if is_first_process():
+        print("\n".join(lines))
+    if not config.dry_run:
+        launch(run, training, config.world_size, config.master_port)
+    return not config.dry_run
+
+
+def begin(training: Training, dist_env: DistEnv) -> Start:
+    """Set up logging and random numbers, and read the checkpoint to resume from."""
+    config = training.config
+    setup_logging(config.exp_dir / "log" / "log-train", dist_env)
+    logging.info(f"Training started: {training.model}, {training.data.config}, {config}")
+    seed_everything(config.seed)
+    start = find_start(config, dist_env)
+    if dist_env.is_main and not start.path:  # the list of an earlier training
+        (config.exp_dir / INVALID_CUTS).unlink(missing_ok=True)
+    return start
+
+
+def fit(
+    training: Training,
+    model: nn.Module,
+    loss: BatchLoss,
+    model_state: ModelState,
+    start: Start,
+    dist_env: DistEnv,
+) -> Engine:
+    """Train `model`, whose parameters are those of `start` already.
+
+    Raises:
+      InputError: the data, the checkpoint or the device does not fit.
+      Preempted: a stop signal was received, and a checkpoint saved.
+    """
+    data, config = training.data, training.config
+    data.check_invalid(config.exp_dir, write=dist_env.is_main)
+    _prepare_modules(model, config)
+    optimizer = make_optimizer(config, model.parameters())
+    schedule = make_schedule(config, optimizer)
+    order, sums = order_of(data.config, config.seed), None
+    tracker = InvalidUtteranceTracker(
+        config.exp_dir / INVALID_CUTS, data.train.total, data.config.max_invalid_fraction,
+        dist_env, data.train.invalid_cuts,
+    )  # fmt: skip
+    if start.path:
+        check_optimizer(start, config.optimizer, optimizer)
+    engine = _make_engine(training, model, optimizer, dist_env)
+    if start.path:
+        engine.load_state_dict(start.checkpoint)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = config.base_lr  # takes precedence over the saved rate
+        schedule.load_state_dict(start.checkpoint["scheduler"])
+        warn_if_order_changed(order, start)
+        tracker.load_state_dict(start.invalid)
+        if "sums" in start.checkpoint:
+            sums = sums_for_ranks(start.state, start.checkpoint["sums"], dist_env.world_size)
+    if dist_env.is_main:
+        _prepare_exp_dir(model, start, config)
+    if torch.cuda.is_available() if config.scan_oom is None else config.scan_oom:
+        with fork_rng("memory"):  # concatenated cuts get random ids
+            scan_memory(engine, loss, data)
+    loaders = Loaders(
+        data.train_loader(dist_env), data.valid_loader(dist_env, config.exp_dir), data.train.seconds
+    )
+    Trainer(
+        config=config, engine=engine, schedule=schedule, loss=loss, loaders=loaders,
+        model_state=model_state, state=start.state, sums=sums, order=order, invalid=tracker,
+    ).run()  # fmt: skip
+    return engine
+
+
+def _prepare_modules(model: nn.Module, config: TrainConfig) -> None:
+    if config.inf_check:
+        check_outputs_finite(model)
+    if config.activation_checkpointing:
+        model.checkpoint_activations()
+    if config.compile:
+        model.compile_layers()
+
+
+def _make_engine(
+    training: Training, model: nn.Module, optimizer: torch.optim.Optimizer, dist_env: DistEnv
+) -> Engine:
+    if training.zero:
+        return ZeroEngine(model, optimizer, dist_env, training.dtype, training.zero)
+    return Engine(model, optimizer, dist_env, training.dtype)
+
+
+def _prepare_exp_dir(model: nn.Module, start: Start, config: TrainConfig) -> None:
+    """Make room in --exp-dir for the checkpoints to come."""
+    remove_partial_checkpoints(config.exp_dir)
+    if config.resume == "never":
+        if folder := archive_later_checkpoints(config.exp_dir, start.state):
+            logging.warning(f"Moved later checkpoints of an earlier training to {folder}")
+    num_files = config.num_epochs - start.state.epoch + config.keep_last_k
+    check_room(config.exp_dir, model.parameters(), num_files)

@@ -1,0 +1,103 @@
+"""Utterances skipped in training: counted, listed in `<exp-dir>/invalid-cuts.jsonl` and limited."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from speechllm.data.validation import (
+    REASONS,
+    CutError,
+    append_errors,
+    check_invalid_fraction,
+    count_reasons,
+    format_counts,
+)
+from speechllm.distributed import DistEnv
+
+INVALID_CUTS = "invalid-cuts.jsonl"
+
+
+def report_invalid(
+    errors: list[CutError],
+    reasons: Counter[str],
+    total: int,
+    max_invalid_fraction: float,
+    listing: Path,
+    prefix: str = "Skipped",
+) -> None:
+    """Log and list errors, and check the fraction of invalid utterances.
+
+    Args:
+      errors: new ones, of this rank.
+      reasons: all invalid ones of `total` utterances, by reason.
+
+    Raises:
+      InputError: too many are invalid.
+    """
+    for error in errors:
+        logging.warning(f"{prefix} ({error.reason}): {error.message}")
+    append_errors(listing, errors)
+    example = errors[0].message if errors else "see the listing"  # found by another rank
+    check_invalid_fraction(reasons, total, max_invalid_fraction, example, listing)
+
+
+class InvalidUtteranceTracker:
+    """Counts the utterances that loaders skip in an epoch, besides those the scan found.
+
+    The limit is a fraction of the utterances of a whole epoch, not of those seen so far: an invalid
+    one among the first twenty does not stop a training of a million.
+    """
+
+    def __init__(
+        self,
+        listing: Path,
+        total: int,
+        max_invalid_fraction: float,
+        dist_env: DistEnv,
+        invalid_cuts: list[list[CutError]] = (),
+    ):
+        """
+        Args:
+          total: utterances of an epoch, invalid ones included.
+          invalid_cuts: errors of each invalid utterance that the scan found.
+        """
+        self.listing, self.total, self.max_invalid_fraction = listing, total, max_invalid_fraction
+        self.dist_env, self.from_scan = dist_env, count_reasons(invalid_cuts)
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Reset the counts to those of the scan."""
+        self.reasons = Counter(self.from_scan)  # over all ranks, up to the last `check`
+        self.new: list[CutError] = []  # errors on this rank since then
+
+    def add(self, batch: dict) -> None:
+        """Add the errors of a batch."""
+        self.new += batch["invalid"]
+
+    def check(self) -> None:
+        """Sum over ranks, log and list new errors; called by all ranks together.
+
+        Raises:
+          InputError: on all ranks, if too many are invalid.
+        """
+        own = Counter(error.reason for error in self.new)
+        totals = self.dist_env.sum(torch.tensor([own[reason] for reason in REASONS]))
+        if not totals.any():
+            return
+        self.reasons += Counter(dict(zip(REASONS, totals.tolist())))
+        logging.warning(
+            f"Skipped {self.reasons.total()} of {self.total} utterances in this epoch "
+            f"({format_counts(self.reasons)})"
+        )
+        new, self.new = self.new, []
+        report_invalid(new, self.reasons, self.total, self.max_invalid_fraction, self.listing)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts by reason over all ranks, up to the last `check`."""
+        return dict(self.reasons)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue counting within an epoch."""
+        self.reasons, self.new = Counter(state), []

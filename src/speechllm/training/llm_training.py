@@ -1,0 +1,229 @@
+"""Training of a SpeechLLM: data, model, loss and encoder cache of train.py."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.checkpoints import load_checkpoint
+from speechllm.data.config import TrainDataConfig
+from speechllm.data.dataloader import evaluation_loader
+from speechllm.data.dataset import TextOptions, usable_batches
+from speechllm.data.encoder_cache import EncoderCache
+from speechllm.data.manifests import share_of_cuts, size_of_share
+from speechllm.data.sampler import LLMPositions
+from speechllm.data.validation import read_errors
+from speechllm.distributed import DistEnv
+from speechllm.errors import InputError
+from speechllm.models.build import BuildOptions, build_model
+from speechllm.models.config import (
+    ModelConfig,
+    check_model_files,
+    check_same_model,
+    save_model_config,
+)
+from speechllm.models.int8 import INT8_FILE
+from speechllm.models.prompt import ChatTokenizer
+from speechllm.models.speech_llm import SpeechLLM
+from speechllm.models.state_dict import load_trainable_state, trainable_state
+from speechllm.precision import autocast_dtype
+from speechllm.progress import ProgressBar
+from speechllm.training.config import TrainConfig
+from speechllm.training.data import scan_training_data, with_llm_positions
+from speechllm.training.deepspeed import deepspeed_config
+from speechllm.training.dry_run import count, describe_training, model_lines
+from speechllm.training.engine import trained
+from speechllm.training.fit import Training, begin, fit, launch_training
+from speechllm.training.resume import Start, find_start
+
+
+class LlmLoss:
+    """Cross entropy over transcript tokens; see `Trainer.loss`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def num_tokens(self, batch: dict) -> int:
+        """Return the number of labels in a batch."""
+        return batch["num_tokens"]
+
+    def __call__(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        sums = model(
+            batch["features"].to(self.device, non_blocking=True),
+            batch["feature_lens"],
+            batch["input_ids"],
+            batch["labels"],
+            batch["encoders"],
+        )
+        # The published logs count frames at 50 per second.
+        return {**sums, "frames": (batch["feature_lens"] // 2).sum()}
+
+
+def train_llm(model: ModelConfig, data: TrainDataConfig, config: TrainConfig) -> None:
+    """Train a SpeechLLM, or describe the training with --dry-run.
+
+    Raises:
+      FileNotFoundError, InputError: a file is missing or invalid, or options contradict each other.
+    """
+    zero = _check_options(model, data, config)
+    scanned = scan_training_data(data, seed=config.seed, ds_rate=model.encoder_projector_ds_rate)
+    launch_training(run_llm_training, Training(model, scanned, config, zero), _describe)
+
+
+def run_llm_training(dist_env: DistEnv, training: Training) -> None:
+    """Train in one process of `launch`."""
+    config, start = training.config, begin(training, dist_env)
+    if start.path:
+        check_same_model(training.model, config.exp_dir)
+    model, training = _prepare(training, start)
+    if dist_env.is_main:
+        save_model_config(training.model, config.exp_dir)
+    model.to(dist_env.device)
+    logging.info(f"Number of model parameters: {count(model)}")
+    logging.info(f"Number of trainable parameters: {sum(p.numel() for p in trained(model))}")
+    if training.data.config.encoder_cache_dir:
+        cache = fill_encoder_cache(model.encoder, training, dist_env)
+        model.encoder = cache.cached_encoders()
+        training = replace(training, data=replace(training.data, encoder_cache=cache))
+    loss = LlmLoss(dist_env.device)
+    fit(training, model, loss, partial(trainable_state, model), start, dist_env)
+
+
+def _check_options(model: ModelConfig, data: TrainDataConfig, config: TrainConfig) -> dict | None:
+    """Check what can be checked before anything is loaded; return DeepSpeed's configuration."""
+    check_model_files(model)
+    if (Path(model.llm_path) / INT8_FILE).is_file():  # integers have no gradients
+        raise InputError(f"--llm-path {model.llm_path} has int8 weights, which are for decoding")
+    if config.activation_checkpointing and not model.unfreeze_llm:
+        raise InputError("--activation-checkpointing true needs an LLM that is trained")
+    if data.encoder_cache_dir:
+        _check_encoder_cache(model, data, config)
+    return deepspeed_config(config.deepspeed, autocast_dtype(config.use_fp16, config.use_bf16))
+
+
+def _check_encoder_cache(model: ModelConfig, data: TrainDataConfig, config: TrainConfig) -> None:
+    flag = f"--encoder-cache-dir {data.encoder_cache_dir}"
+    enabled = {  # options that change the encoders' outputs from epoch to epoch
+        "enable-musan": data.enable_musan,
+        "enable-spec-aug": data.enable_spec_aug,
+        "concatenate-cuts": data.concatenate_cuts,
+        "unfreeze-encoder": model.unfreeze_encoder,
+        "encoder-feature-mask": config.encoder_feature_mask,
+    }
+    if changing := [f"--{name} false" for name, on in enabled.items() if on]:
+        raise InputError(
+            f"{flag} needs {', '.join(changing)}: the encoders' outputs must be the same in every "
+            "epoch"
+        )
+    if data.shar_dir:
+        raise InputError(f"{flag} needs cut files, not shards (--shar-dir {data.shar_dir})")
+    try:
+        if not config.dry_run:
+            data.encoder_cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag} cannot be a directory: {error.strerror}") from None
+
+
+def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[SpeechLLM, Training]:
+    """Return the model with its initial parameters, and the training with the data's tokenizer."""
+    config, dtype = training.config, training.dtype
+    model, tokenizer = build_model(
+        training.model,
+        BuildOptions(
+            # Weights that are trained stay in float32; autocast converts them.
+            llm_dtype=torch.float32 if training.model.trains_llm else dtype,
+            encoder_dtype=dtype,
+            encoder_feature_mask=config.encoder_feature_mask,
+            use_flash_attn=config.use_flash_attn,
+            device=device,
+        ),
+    )
+    _load_initial_parameters(model, start, config.pretrained_model_path)
+    num_encoders = len(model.encoder)
+    positions = LLMPositions(tokenizer, model.chat, num_encoders, model.ds_rate)
+    data = with_llm_positions(training.data, positions, model.llm.config.max_position_embeddings)
+    chat = ChatTokenizer(tokenizer, model.chat, num_encoders)
+    data = replace(data, text=TextOptions(training.model.use_context, chat))
+    return model, replace(training, data=data)
+
+
+def _load_initial_parameters(
+    model: SpeechLLM, start: Start, pretrained_model_path: str | None
+) -> None:
+    if start.path:
+        load_trainable_state(model, start.checkpoint["model"], str(start.path))
+    elif pretrained_model_path:
+        state = load_checkpoint(pretrained_model_path)["model"]
+        ignored = load_trainable_state(model, state, pretrained_model_path)
+        names = ", ".join(ignored) or "nothing"
+        logging.info(f"Initialized from {pretrained_model_path}; ignored: {names}")
+
+
+def _describe(training: Training) -> Iterator[str]:
+    start = find_start(training.config)
+    if start.path:
+        check_same_model(training.model, training.config.exp_dir)
+    model, training = _prepare(training, start, device="meta")
+    training.data.check_invalid(training.config.exp_dir, write=False)
+    if training.config.activation_checkpointing:
+        model.checkpoint_activations()
+    loss = LlmLoss(torch.device("meta"))
+    yield from model_lines(model, training)
+    yield from describe_training(training, model, lambda m, b: loss(m, b)["loss"], start)
+
+
+# ---- encoder cache
+
+
+def fill_encoder_cache(
+    encoders: Iterable[nn.Module], training: Training, dist_env: DistEnv
+) -> EncoderCache:
+    """Encode all training and validation cuts that --encoder-cache-dir lacks.
+
+    Each rank encodes its share; cuts that cannot be read are skipped and reported.
+
+    Raises:
+      InputError: the disk has no room, or the ranks do not share the directory.
+    """
+    start, data = time.monotonic(), training.data
+    on_the_fly = data.config.on_the_fly_feats
+    cache = EncoderCache(data.config.encoder_cache_dir, encoders, training.dtype, on_the_fly)
+    missing = (data.train_cuts() + data.valid_cuts()).filter(cache.is_missing)
+    durations = [cut.duration for cut in missing]
+    cache.check_space(sum(durations))
+    expected = len(cache.keys) + len(durations)
+    dist_env.barrier()  # nothing is written before all ranks have looked
+    if num_cuts := size_of_share(len(durations), dist_env.rank, dist_env.world_size):
+        mine = share_of_cuts(missing, dist_env.rank, dist_env.world_size)
+        loader = evaluation_loader(mine.map(cache.with_fingerprint), data.config, num_cuts=num_cuts)
+        batches = _with_progress(usable_batches(loader, []), sum(durations), dist_env)
+        cache.fill(encoders, batches, dist_env.device)
+    dist_env.barrier()
+    cache.refresh()
+    unread = [error for cut in missing for error in read_errors(cut, not on_the_fly)]
+    total = data.train.kept + data.valid.kept
+    if unread:
+        data.report_unread(unread, "The encoder cache skips", total, training.config.exp_dir)
+    if len(cache.keys) + len(unread) < expected:
+        raise InputError(
+            f"{cache.folder} has {len(cache.keys)} of {expected} utterances: "
+            "it must be one directory for all ranks"
+        )
+    logging.info(
+        f"Encoder cache {cache.folder}: {total - len(durations)} utterances found, "
+        f"{len(durations)} encoded, {cache.gigabytes:.2f} GB, {time.monotonic() - start:.1f} s"
+    )
+    return cache
+
+
+def _with_progress(batches: Iterable[dict], seconds: float, dist_env: DistEnv) -> Iterator[dict]:
+    progress = ProgressBar("encoder cache", seconds, dist_env.is_main)
+    for batch in batches:
+        yield batch
+        progress.advance(batch["seconds"] * dist_env.world_size)
+    progress.close()

@@ -1,0 +1,135 @@
+"""Audio files of any format: their samples, and errors for other files."""
+
+import os
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from sounds import noise, tone, write_by_av
+
+from speechllm.audio.reader import audio_duration, open_sound
+from speechllm.errors import InputError
+
+RATE = 48000
+
+
+def write(path, samples, rate=RATE):
+    """Write with soundfile, or with PyAV and the codec of the suffix."""
+    codec = {".m4a": "aac", ".aac": "aac", ".webm": "libopus", ".mp4": "aac"}
+    if path.suffix in codec:
+        write_by_av(path, samples, rate, codec[path.suffix])
+    else:
+        soundfile.write(path, samples, rate)
+
+
+def samples_of(path):
+    return np.concatenate(list(open_sound(path).blocks))
+
+
+@pytest.mark.parametrize("suffix", "wav flac ogg mp3 aiff au m4a mp4 webm aac".split())
+def test_every_format_is_decoded(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    write(path, tone(3.0, RATE, channels=2))
+    sound = open_sound(path)
+    assert (sound.sampling_rate, sound.channels) == (RATE, 2)
+    samples = samples_of(path)
+    assert samples.dtype == np.float32 and len(samples) == pytest.approx(3 * RATE, abs=0.1 * RATE)
+    if suffix != "aac":  # ffmpeg estimates its duration
+        assert audio_duration(path) == pytest.approx(3.0, abs=0.1)
+    middle = samples[RATE : 2 * RATE]
+    loudness = np.sqrt((middle**2).mean(axis=0))
+    assert loudness == pytest.approx(np.sqrt([0.005, 0.02]), rel=0.1)
+    pitches = np.abs(np.fft.rfft(middle, axis=0)).argmax(axis=0)
+    assert pitches.tolist() == [300, 600]
+
+
+@pytest.mark.parametrize("suffix", ["wav", "webm"])
+def test_long_files_are_read_in_blocks(tmp_path, suffix):
+    write(tmp_path / f"a.{suffix}", noise(25.0, RATE))
+    sizes = [len(block) / RATE for block in open_sound(tmp_path / f"a.{suffix}").blocks]
+    assert sizes == pytest.approx([10, 10, 5], abs=0.1)
+
+
+@pytest.mark.parametrize("content", [b"plain text" * 50, b"", b"\0\0\0\x20ftypM4A "])
+def test_other_files_are_named(tmp_path, content):
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.wav is not a supported audio file: Invalid data"):
+        open_sound(tmp_path / "a.wav")
+    assert audio_duration(tmp_path / "a.wav") == 0
+    with pytest.raises(FileNotFoundError, match="nothing.wav is not a file"):
+        open_sound(tmp_path / "nothing.wav")
+
+
+def write_film(path, codec, video_seconds: float, audio_seconds: float):
+    """Write the header first, as for the web; without audio if `codec` is None."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        video = container.add_stream("mpeg4", 25, width=16, height=16)
+        audio = codec and container.add_stream(codec, RATE, layout="mono")
+        image = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))
+        for _ in range(round(25 * video_seconds)):
+            container.mux(video.encode(image))
+        container.mux(video.encode(None))
+        if audio:
+            samples = np.ascontiguousarray(tone(audio_seconds, RATE).T.astype(np.float32))
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate = RATE
+            container.mux([*audio.encode(frame), *audio.encode(None)])
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.avi"])
+def test_video_may_be_longer_than_audio(tmp_path, name):
+    write_film(tmp_path / name, "mp3" if name == "a.avi" else "aac", 5.0, 2.0)
+    assert len(samples_of(tmp_path / name)) == pytest.approx(2 * RATE, abs=0.1 * RATE)
+    duration = audio_duration(tmp_path / name)
+    assert duration == pytest.approx(0.0 if name == "a.mkv" else 2.0, abs=0.1)
+
+
+@pytest.mark.parametrize("suffix", ["flac", "webm", "mp4"])
+def test_truncated_files_are_named_with_the_time(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "mp4":
+        write_film(path, "aac", 30.0, 30.0)
+    else:
+        write(path, noise(30.0, RATE))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r" is (damaged|truncated) after \d+\.\d s"):
+        list(open_sound(path).blocks)
+
+
+def replaced(path, old: bytes, new: bytes):
+    content = path.read_bytes()
+    assert content.count(old) == 1 and len(old) == len(new)
+    path.write_bytes(content.replace(old, new))
+
+
+def test_missing_audio_and_unknown_codecs_are_named(tmp_path):
+    write_film(tmp_path / "a.mp4", None, 0.1, 0.0)
+    with pytest.raises(InputError, match=r"a\.mp4: the file has no audio stream"):
+        open_sound(tmp_path / "a.mp4")
+    write_by_av(tmp_path / "a.mka", tone(1.0, RATE), RATE, "aac")
+    replaced(tmp_path / "a.mka", b"A_AAC", b"A_NEW")
+    with pytest.raises(InputError, match=r"a\.mka: unsupported audio codec"):
+        open_sound(tmp_path / "a.mka")
+
+
+def test_names_and_metadata_need_not_be_utf8(tmp_path):
+    write_by_av(tmp_path / "a.m4a", tone(1.0, RATE), RATE, "aac", title="Cafe")
+    replaced(tmp_path / "a.m4a", b"Cafe", "Café".encode("latin-1"))
+    write(tmp_path / "a.wav", tone(1.0, RATE))
+    for suffix in (b"m4a", b"wav"):
+        path = tmp_path / os.fsdecode(b"caf\xe9." + suffix)
+        (tmp_path / f"a{path.suffix}").rename(path)
+        assert len(samples_of(path)) == pytest.approx(RATE, abs=0.1 * RATE)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.m3u8", "#EXTM3U\n#EXTINF:1,\na.webm\n"), ("a.txt", "ffconcat version 1.0\nfile a.webm\n")],
+)
+def test_playlists_are_not_opened(tmp_path, name, text):
+    write(tmp_path / "a.webm", tone(1.0, RATE))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="is not a supported audio file"):
+        open_sound(tmp_path / name)

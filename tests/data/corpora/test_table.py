@@ -1,0 +1,71 @@
+"""Tables of utterances."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def table(tmp_path, write_audio):
+    """A function from columns and rows to a table next to a.wav, 2 s of two channels."""
+    write_audio(tmp_path / "a.wav", 2.0, channels=2)
+
+    def write(header: str, *rows: str, name="table.tsv"):
+        (tmp_path / name).write_text("\n".join([header, *rows]).replace(" | ", "\t"), "utf-8")
+        return tmp_path / name
+
+    return write
+
+
+def test_all_columns_are_read(table, prepare):
+    cuts, _ = prepare("--table", table(
+        "utt_id | sentence | path | client_id | locale | context | channel | start | end",
+        "u1 | hi | a.wav | ann | zh-CN | Zoë, Ben | 1 |  | ",
+        "u2 | ho | a.wav | ann |  |  | B | 0.5 | 1.5",
+    ))  # fmt: skip
+    one, two = cuts["u1"], cuts["u2"]
+    assert (one.start, one.duration, one.channel) == (0.0, 2.0, 0)
+    assert (two.start, two.duration, two.channel) == (0.5, 1.0, 1)
+    assert one.supervisions[0].custom == {"context": "Zoë, Ben"}
+    assert two.supervisions[0].custom is None
+    assert [cut.supervisions[0].language for cut in (one, two)] == ["zh-CN", None]
+    assert one.recording_id == "u1" and two.recording_id == "a"
+    assert two.load_audio().std() == pytest.approx(2 * one.load_audio().std(), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (" | 1 | C", "channel 'C': expected 1, 2, …, A or B"),
+        ("0 | nan | 1", "'nan' is not a time"),
+        ("0 | 9 | 1", "ends at 9 s"),
+        ("0 | 1 | 3", ".*a.wav has 2 channels, not 3"),
+    ],
+)
+def test_invalid_times_and_channels_are_reported(table, prepare, cells, message):
+    name = table("utt_id | text | path | start | end | channel", f"u1 | x | a.wav | {cells}")
+    with pytest.raises(SystemExit, match=f"line 2, u1: .*{message}"):
+        prepare("--table", name)
+
+
+def test_invalid_texts_and_ids_are_reported(table, prepare):
+    name = table(
+        "id | text | path | channel",
+        f"long | {'x ' * 1000} | a.wav | 1", "lost | a\ufffdb | a.wav | 1",
+        "bad\x07id | x | a.wav | 1", "good | x | a.wav | 1",
+    )  # fmt: skip
+    _, report = prepare("--table", name, "--skip-invalid", "true")
+    assert [(one["id"], one["reason"]) for one in report["skipped"]["utterances"]] == [
+        ("long", "long-text"), ("lost", "not-unicode"), ("'bad\\x07id'", "invalid-id")]  # fmt: skip
+    assert report["skipped"]["counts"] == {"long-text": 1, "not-unicode": 1, "invalid-id": 1}
+
+
+def test_json_may_have_numbers_null_and_lists(table, prepare):
+    rows = [{"id": 7, "text": "x", "path": "a.wav", "channel": 2, "speaker": 3, "start": 0.5,
+             "context": ["Ann", "Ben"]},
+            {"id": 8, "text": "y", "path": "a.wav", "channel": 1, "start": None, "end": None,
+             "speaker": 4}]  # fmt: skip
+    cuts, _ = prepare("--table", table(*map(json.dumps, rows), name="t.jsonl"))
+    assert (cuts["7"].start, cuts["7"].supervisions[0].speaker) == (0.5, "3")
+    assert (cuts["8"].start, cuts["8"].duration) == (0.0, 2.0)
+    assert cuts["7"].supervisions[0].custom == {"context": "Ann, Ben"}

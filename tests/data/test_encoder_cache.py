@@ -1,0 +1,303 @@
+"""Cached encoder outputs: training with them equals training with the encoders."""
+
+import copy
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from exp_dirs import equal, log
+from lhotse import CutSet, load_manifest
+from lhotse.utils import fastcopy
+from tiny_batches import cut_file, eval_batches
+
+from speechllm.checkpoints import load_checkpoint
+from speechllm.data import encoder_cache
+from speechllm.data.encoder_cache import EncoderCache, encode_batch, fingerprint, hash_of_encoders
+from speechllm.errors import InputError
+from speechllm.models.zipformer.checkpoint import load_encoder, save_encoder
+from speechllm.models.zipformer.config import SIZES
+from speechllm.models.zipformer.encoder import ZipformerEncoder
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
+NO_AUGMENTATION = (
+    "--enable-musan", "false", "--enable-spec-aug", "false", "--encoder-feature-mask", "false",
+)  # fmt: skip
+LOSS = re.compile(r"(?:validation: |tot_loss\[)loss=([\d.]+)")
+CPU = torch.device("cpu")
+
+
+def losses(exp_dir):
+    return [float(loss) for loss in LOSS.findall(log(exp_dir))]
+
+
+def state_of(exp_dir):
+    return load_checkpoint(exp_dir / "epoch-2.pt")["model"]
+
+
+def found_and_encoded(exp_dir):
+    [line] = re.findall(r"Encoder cache \S+: (\d+) utterances found, (\d+) enc", log(exp_dir))
+    return tuple(map(int, line))
+
+
+@pytest.fixture
+def trained(tiny_train_argv, tmp_path):
+    """A function (name, *flags) -> the folder of a training without augmentation."""
+    import train
+    import train_mose
+
+    def run(name, *flags, n=1):
+        program = train if n == 1 else train_mose
+        program.main([*tiny_train_argv(tmp_path / name, n), *NO_AUGMENTATION, *map(str, flags)])
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def cache_flags(tmp_path):
+    return "--encoder-cache-dir", tmp_path / "cache"
+
+
+@pytest.fixture
+def encoders(tiny_encoder_dir, encoder_size):
+    return [load_encoder(tiny_encoder_dir / f"{name}.pt", encoder_size).freeze() for name in "ab"]
+
+
+@pytest.fixture
+def cuts(tiny_corpus):
+    return CutSet.from_cuts(load_manifest(cut_file(tiny_corpus)))
+
+
+def filled(directory, encoders, cuts, dtype=torch.float32, **options):
+    """Return a cache with the outputs for all of `cuts`."""
+    cache = EncoderCache(directory, encoders, dtype, options.get("on_the_fly_feats", False))
+    cache.check_space(1.0)
+    batches = eval_batches(cuts.map(cache.with_fingerprint), **options)
+    cache.fill(encoders, batches, CPU)
+    cache.refresh()
+    return cache
+
+
+# ---- the same training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, flags", [(1, ()), (2, ("--max-batch-tokens", "100"))])
+def test_training_with_the_cache_equals_training_with_encoders(trained, cache_flags, n, flags):
+    """Up to rounding, as an utterance was encoded in another batch."""
+    encoded = trained("encoded", *flags, n=n)
+    made, found = (trained(name, *flags, *cache_flags, n=n) for name in ("made", "found"))
+    assert losses(made) == losses(found) == pytest.approx(losses(encoded), rel=1e-3)
+    assert (found_and_encoded(made), found_and_encoded(found)) == ((0, 13), (13, 0))
+    encoded, made, found = map(state_of, (encoded, made, found))
+    assert equal(made, found)
+    assert all((made[k] - value).norm() < 1e-3 * value.norm() for k, value in encoded.items())
+
+
+@pytest.mark.slow
+def test_training_is_bit_identical_with_batches_of_one_utterance(trained, cache_flags):
+    single = ("--max-duration", "0.5", "--num-epochs", "2")
+    encoded = trained("encoded", *single, n=2)
+    cached = trained("cached", *single, *cache_flags, n=2)
+    assert equal(state_of(encoded), state_of(cached))
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_ranks_share_the_encoding(trained, tmp_path, cache_flags, port):
+    save_encoder(ZipformerEncoder(SIZES["tiny"], vocab_size=7), tmp_path / "tiny.pt")
+    exp_dir = trained(
+        "exp", *cache_flags, "--world-size", 2, "--master-port", port, "--num-epochs", 1,
+        "--speech-encoder-type", "tiny", "--speech-encoder-path", tmp_path / "tiny.pt",
+    )  # fmt: skip
+    assert "Encoder cache" in log(exp_dir) and ": 0 utterances found, 13 enc" in log(exp_dir)
+    sizes = [len(np.load(path)) for path in cache_flags[1].glob("*/*/index.npy")]
+    assert sorted(sizes) == [6, 7]
+
+
+# ---- contents
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"on_the_fly_feats": True}])
+def test_batches_from_the_cache_equal_encoded_batches(encoders, cuts, tmp_path, options):
+    cache = filled(tmp_path, encoders, cuts, max_duration=3.0, **options)
+    computed = eval_batches(cuts, max_duration=6.0, **options)
+    read = eval_batches(cuts, max_duration=6.0, encoder_cache=cache, **options)
+    assert len(computed) == len(read) > 2
+    for before, after in zip(computed, read):
+        assert before.keys() == after.keys()
+        for name in ("texts", "cut_ids", "seconds"):
+            assert before[name] == pytest.approx(after[name])
+        assert torch.equal(before["feature_lens"], after["feature_lens"])
+        for encoder, cached in zip(encoders, cache.cached_encoders()):
+            expected, lens = encoder(before["features"], before["feature_lens"])
+            output, same_lens = cached(after["features"], after["feature_lens"], False)
+            assert torch.equal(lens, same_lens)
+            for row, length in enumerate(lens):
+                torch.testing.assert_close(
+                    output[row, :length], expected[row, :length], rtol=0, atol=1e-5
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cached_outputs_are_those_computed_bit_for_bit(encoders, cuts, tmp_path, dtype):
+    cuts = cuts.subset(first=3)
+    cache = filled(tmp_path, encoders, cuts, dtype, max_duration=99.0)
+    [batch] = eval_batches(cuts, max_duration=99.0)
+    by_id = {cut.id: cut for cut in cuts}
+    frames = 0
+    for cut_id, expected in zip(batch["cut_ids"], encode_batch(encoders, batch, CPU, dtype)):
+        output, _ = cache.read(by_id[cut_id])
+        assert output.dtype == dtype and torch.equal(output, expected[: len(output)])
+        frames += len(output)
+    assert cache.gigabytes * 1e9 == frames * sum(cache.dims) * dtype.itemsize
+
+
+def test_fingerprint_depends_on_the_input_of_the_encoders_only(cuts):
+    cut = cuts[1]
+    [spoken] = cut.supervisions
+    noted = copy.deepcopy(cut)
+    noted.llm_positions = 7
+    for same in (
+        noted, fastcopy(cut, recording=None),
+        fastcopy(cut, supervisions=[fastcopy(spoken, text="other words")]),
+    ):  # fmt: skip
+        assert fingerprint(same) == fingerprint(cut)
+    padded = cut.pad(duration=9.0, preserve_id=True)
+    others = [
+        cut,
+        cut.with_id("other"),
+        cut.truncate(offset=0.1, preserve_id=True),
+        cut.truncate(duration=1.0, preserve_id=True),
+        fastcopy(cut, supervisions=[fastcopy(spoken, duration=0.5)]),
+        fastcopy(cut, features=fastcopy(cut.features, storage_path="elsewhere")),
+        fastcopy(cut, features=fastcopy(cut.features, storage_key="0,1")),
+        padded,
+    ]
+    fingerprints = [fingerprint(other) for other in others]
+    assert len(set(fingerprints)) == len(others)
+    assert fingerprint(cut, on_the_fly_feats=True) not in fingerprints
+    moved = fastcopy(cut, features=None)
+    assert fingerprint(moved, on_the_fly_feats=True) == fingerprint(cut, on_the_fly_feats=True)
+    padded.llm_positions = 7
+    assert fingerprint(padded) == fingerprints[-1]
+
+
+@pytest.mark.parametrize("on_the_fly_feats", [False, True])
+def test_fingerprint_changes_when_a_file_is_written_again(cuts, tmp_path, on_the_fly_feats):
+    cut = cuts[1]
+    features = shutil.copy(cut.features.storage_path, tmp_path)
+    audio = shutil.copy(cut.recording.sources[0].source, tmp_path)
+    cut = cut.with_features_path_prefix("").with_recording_path_prefix("")
+    cut.features.storage_path, cut.recording.sources[0].source = features, audio
+    before = fingerprint(cut, on_the_fly_feats)
+    assert fingerprint(cut, on_the_fly_feats) == before
+    os.utime(audio if on_the_fly_feats else features, (0, 0))
+    encoder_cache._size_and_time.cache_clear()
+    assert fingerprint(cut, on_the_fly_feats) != before
+
+
+def test_hash_depends_on_the_outputs_of_the_encoders_only(encoders):
+    one, two = encoders
+    hashes = {hash_of_encoders(some) for some in ([one], [two], [one, two], [two, one])}
+    hashes.add(hash_of_encoders([one], torch.bfloat16))
+    assert len(hashes) == 5
+    before = hash_of_encoders([one])
+    with torch.no_grad():
+        one.ctc_output[1].bias += 1
+        assert hash_of_encoders([one]) == before
+        next(one.parameters())[0] += 1e-6
+    assert hash_of_encoders([one]) != before
+
+
+@pytest.mark.slow
+def test_only_changed_cuts_and_encoders_are_encoded_again(
+    trained, tiny_corpus, tiny_encoder_dir, tmp_path, cache_flags
+):
+    flags = ("--num-epochs", "1", *cache_flags)
+    trained("first", *flags)
+    cuts = list(load_manifest(cut_file(tiny_corpus)))
+    cuts[3].supervisions[0].duration = 2.0
+    cuts[6].supervisions[0].text = "other words"
+    CutSet.from_cuts(cuts).to_file(tmp_path / "changed.jsonl.gz")
+    flags = (*flags, "--train-cuts", tmp_path / "changed.jsonl.gz")
+    assert found_and_encoded(trained("changed", *flags)) == (12, 1)
+    flags = (*flags, "--speech-encoder-path", tiny_encoder_dir / "b.pt")
+    assert found_and_encoded(trained("other", *flags)) == (0, 13)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+# ---- errors
+
+
+@pytest.mark.slow
+def test_utterances_that_cannot_be_encoded_are_skipped(trained, tiny_corpus, tmp_path, cache_flags):
+    cuts = list(load_manifest(cut_file(tiny_corpus)))
+    number = max(range(len(cuts)), key=lambda i: cuts[i].duration)
+    cuts[number].features.storage_path = "missing.lca"
+    CutSet.from_cuts(cuts).to_file(tmp_path / "broken.jsonl.gz")
+    flags = (*cache_flags, "--train-cuts", tmp_path / "broken.jsonl.gz")
+    exp_dir = trained("exp", *flags, "--max-invalid-fraction", 0.2)
+    text = log(exp_dir)
+    assert f"skips (unreadable-features): the features of cut {cuts[number].id} cannot" in text
+    assert f"(not-cached): the encoder cache has no outputs of cut {cuts[number].id}" in text
+    lines = (exp_dir / "invalid-cuts.jsonl").read_text().splitlines()
+    assert [(error["id"], error["reason"]) for error in map(json.loads, lines)] == [
+        (cuts[number].id, "unreadable-features"), (cuts[number].id, "not-cached"),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="1 of 13 utterances are invalid .1 unreadable-features."):
+        trained("other", *flags)
+
+
+def test_interrupted_filling_leaves_complete_parts_only(encoders, cuts, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder_cache, "BATCHES_IN_PART", 2)
+    cache = EncoderCache(tmp_path, encoders)
+    cache.check_space(1.0)
+    batches = eval_batches(cuts.map(cache.with_fingerprint), max_duration=3.0)
+
+    def interrupted():
+        yield from batches[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(encoders, interrupted(), CPU)
+    cache.refresh()
+    assert len(list(cache.folder.iterdir())) == 1
+    assert len(cache.keys) == sum(len(batch["cut_ids"]) for batch in batches[:2])
+
+
+@pytest.mark.parametrize(
+    "directory, flags, message",
+    [
+        ("cache", ("--enable-musan", "true"),
+         "needs --enable-musan false: the encoders' outputs must be the same in every epoch"),
+        ("cache", ("--shar-dir", "x"), "needs cut files, not shards (--shar-dir x)"),
+        ("file", (), "cannot be a directory: File exists"),
+    ],
+)  # fmt: skip
+def test_flags_that_do_not_fit_the_cache_are_errors(trained, tmp_path, directory, flags, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as error:
+        trained("exp", "--encoder-cache-dir", tmp_path / directory, *flags)
+    assert error.value.code == f"--encoder-cache-dir {tmp_path / directory} {message}"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_damaged_parts_are_errors(encoders, cuts, tmp_path):
+    cache = filled(tmp_path, encoders, cuts)
+    with pytest.raises(KeyError, match="other"):
+        cache.read(cuts[1].with_id("other"))
+    [part] = cache.parts
+    size = (part / "outputs.bin").stat().st_size
+    os.truncate(part / "outputs.bin", size - 4)
+    with pytest.raises(InputError, match=f"outputs.bin has {size - 4} bytes, not {size}: remove "):
+        cache.refresh()
+    (part / "index.npy").write_bytes(b"")
+    with pytest.raises(InputError, match="index.npy cannot be read: .*: remove "):
+        cache.refresh()

@@ -1,0 +1,158 @@
+"""Shards: written atomically, shared between ranks and workers, with the right statistics."""
+
+import shutil
+
+import pytest
+import torch
+import write_shar
+from lhotse import load_manifest
+
+from speechllm.data import manifests, shar
+from speechllm.data.config import TrainDataConfig
+from speechllm.data.dataloader import CutSource, EpochPosition, Extras, training_loader
+from speechllm.errors import InputError
+
+
+def path_of(tiny_corpus, part="many"):
+    return tiny_corpus / f"tiny_cuts_{part}.jsonl.gz"
+
+
+@pytest.fixture
+def copy(tiny_shards, tmp_path):
+    return shutil.copytree(tiny_shards, tmp_path / "copy")
+
+
+def written(tiny_corpus, out, *flags):
+    write_shar.main(
+        ["--manifest-dir", str(tiny_corpus), "--cuts", "tiny_cuts_train", "--out", str(out),
+         "--shard-size", "5", *flags]
+    )  # fmt: skip
+    return shar.read_shards([str(out)])
+
+
+def batches_of(directory, position=EpochPosition(), extras=Extras(), **options):
+    options = {"max_duration": 6.0, "drop_last": False, "enable_spec_aug": False,
+               "num_workers": 0, **options}  # fmt: skip
+    config = TrainDataConfig(**options)
+    found = shar.read_shards([str(directory)])
+    statistics = found.statistics()
+    cuts = found.cuts(position.seed + position.epoch if config.shuffle else None)
+    sample = manifests.within(found.sample())
+    source = CutSource(manifests.within(cuts), statistics.kept, statistics.seconds, sample)
+    return list(training_loader(source, config, position, extras))
+
+
+def all_ids(batches):
+    return sorted(cut_id for batch in batches for cut_id in batch["cut_ids"])
+
+
+def many_ids(tiny_corpus):
+    return sorted(cut.id for cut in load_manifest(path_of(tiny_corpus)))
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize(
+    ("flags", "tolerance"), [((), 1 / 32), (("--audio", "flac"), 2e-4), (("--audio", "wav"), 2e-4)]
+)
+def test_shards_hold_the_data_of_the_cut_files(tiny_corpus, tmp_path, flags, tolerance):
+    found = written(tiny_corpus, tmp_path / "x", *flags)
+    assert len(found) == 3
+    before = {cut.id: cut for cut in load_manifest(path_of(tiny_corpus, "train"))}
+    cuts = list(found.cuts())
+    assert {cut.id for cut in cuts} == before.keys() and len(cuts) == len(before)
+    for cut in cuts:
+        load = "load_audio" if "--audio" in flags else "load_features"
+        ours, theirs = getattr(cut, load)(), getattr(before[cut.id], load)()
+        torch.testing.assert_close(
+            torch.from_numpy(ours), torch.from_numpy(theirs), rtol=0, atol=tolerance
+        )
+        assert cut.supervisions[0].text == before[cut.id].supervisions[0].text
+        assert cut.has_features != ("--audio" in flags)
+
+
+def test_an_interrupted_run_leaves_nothing(tiny_corpus, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shar, "_write_index", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        written(tiny_corpus, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--out", "."), r"\. exists: remove it or choose another"),
+        (("--shard-size", "0"), "--shard-size 0 must be at least 1"),
+        (("--cuts", "tiny_cuts_x"), "tiny_cuts_x is missing"),
+    ],
+)
+def test_wrong_flags_are_an_error_before_writing(tiny_corpus, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        written(tiny_corpus, tmp_path / "x", *flags)
+    assert not (tmp_path / "x").exists()
+
+
+# ---- the index
+
+
+@pytest.mark.parametrize("limits", [{}, {"min_seconds": 0.6, "max_seconds": 1.9}])
+def test_the_index_has_the_statistics_of_the_cut_files(tiny_corpus, tiny_shards, limits):
+    expected = manifests.scan_manifests([path_of(tiny_corpus)], **limits)
+    found = shar.read_shards([str(tiny_shards)]).statistics(**limits)
+    for name in ("kept", "too_short", "too_long"):
+        assert getattr(found, name) == getattr(expected, name)
+    assert found.seconds == pytest.approx(expected.seconds, abs=0.005 * expected.kept)
+    assert found.longest == pytest.approx(expected.longest, abs=0.005)
+
+
+def test_damaged_shards_are_named(copy, tiny_corpus, tmp_path):
+    def error_of(*directories, need_features=True, **limits):
+        with pytest.raises((InputError, FileNotFoundError)) as error:
+            found = shar.read_shards([str(one) for one in directories])
+            shar.check_shards(found, need_features=need_features, **limits)
+        return str(error.value)
+
+    assert "index.json is missing" in error_of(tmp_path)
+    assert "index.json cannot be read (URLs need the package smart_open)" in error_of(
+        "s3://no/where"
+    )
+    assert "has no audio" in error_of(copy, need_features=False)
+    assert "no usable cuts: 0 utterances" in error_of(copy, max_seconds=0.1)
+    written(tiny_corpus, tmp_path / "audio", "--audio", "wav")
+    assert f"{tmp_path}/audio and {copy} hold different kinds of data" in error_of(
+        copy, tmp_path / "audio"
+    )
+    tar = copy / "features.000003.tar"
+    size = tar.stat().st_size
+    tar.write_bytes(b"x" * size)
+    assert "cuts.000003.jsonl.gz cannot be read: " in error_of(copy)
+    tar.write_bytes(b"x" * 9)
+    assert f"{tar} has 9 bytes, not {size}" == error_of(copy)
+    (copy / "index.json").write_text("{")
+    assert "index.json cannot be read: " in error_of(copy)
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize(("bucketing", "num_workers"), [(True, 3), (False, 1)])
+def test_workers_read_every_cut_once(tiny_corpus, tiny_shards, num_workers, bucketing):
+    batches = batches_of(tiny_shards, num_workers=num_workers, bucketing_sampler=bucketing)
+    assert all_ids(batches) == many_ids(tiny_corpus)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_read_disjoint_shards(tiny_corpus, tiny_shards, monkeypatch, num_workers):
+    """The environment has the rank, as under torchrun."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    ids = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        position = EpochPosition(rank=rank, world_size=3)
+        ids.append(all_ids(batches_of(tiny_shards, position, num_workers=num_workers)))
+        assert len(ids[-1]) == 32
+    assert sorted(sum(ids, [])) == many_ids(tiny_corpus)

@@ -1,0 +1,103 @@
+"""Result files besides the scores: flags, n-best lists, word times and the report."""
+
+import json
+import math
+
+import pytest
+from lhotse import load_manifest
+from parsed_html import parsed
+
+from speechllm.decoding.alignment import TimedWord
+from speechllm.decoding.hypothesis import Hypothesis, NBestHypothesis
+from speechllm.decoding.recognizer import Recognition
+from speechllm.evaluation.config import EvalConfig
+from speechllm.evaluation.eval_sets import DecodedCut
+from speechllm.evaluation.results import write_results
+
+
+def result(text="a b", **fields):
+    words = [TimedWord(word, i, i + 0.5, 0.9, True) for i, word in enumerate(text.split())]
+    return Recognition(text, Hypothesis([1, 2], [-0.5, -0.5, -0.5]), words=words, **fields)
+
+
+@pytest.fixture
+def cuts(tiny_corpus):
+    return list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
+
+
+def write(decoded, out_dir, name="x", error_unit="auto"):
+    return write_results(decoded, out_dir, name, "y", EvalConfig(error_unit=error_unit), {})
+
+
+def lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def test_word_times_are_relative_to_the_recording(cuts, tmp_path):
+    later = cuts[1].truncate(offset=0.5, duration=1.0, preserve_id=True)
+    mixed = cuts[2].pad(duration=9.0, preserve_id=True).with_id("of several")
+    write([DecodedCut(cut, result()) for cut in (cuts[0], later, mixed)], tmp_path)
+    times = [line.split()[:3] for line in lines(tmp_path / "ctm-x-y.ctm")]
+    assert sorted(times) == sorted([
+        [cuts[0].recording_id, "1", "0.000"], [cuts[0].recording_id, "1", "1.000"],
+        [later.recording_id, "1", "0.500"], [later.recording_id, "1", "1.500"],
+        ["of_several", "1", "0.000"], ["of_several", "1", "1.000"],
+    ])  # fmt: skip
+
+
+def test_guard_and_nbest_files_are_strict_json(cuts, tmp_path):
+    flagged = result(flags=["low probability"], nbest=[NBestHypothesis("a b", -1.5, 3, None)])
+    flagged.hypothesis.log_probs = [math.nan]
+    write([DecodedCut(cuts[0], flagged)], tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    (line,) = lines(tmp_path / "guard-x-y.jsonl")
+    guard = json.loads(line, parse_constant=refuse)
+    assert guard["flags"] == ["low probability"] and guard["mean_log_prob"] is None
+    (line,) = lines(tmp_path / "nbest-x-y.jsonl")
+    nbest = json.loads(line, parse_constant=refuse)
+    assert nbest["hypotheses"] == [
+        {"text": "a b", "llm_log_prob": -1.5, "ctc_log_prob": None, "num_tokens": 3}
+    ]
+
+
+def test_files_of_an_earlier_decoding_are_removed(cuts, tmp_path):
+    for flags in (["low probability"], []):
+        write([DecodedCut(cuts[0], result(flags=flags))], tmp_path)
+        assert (tmp_path / "guard-x-y.jsonl").exists() == bool(flags)
+
+
+def test_unpaired_surrogates_become_question_marks(cuts, tmp_path):
+    cuts[0].supervisions[0].speaker = "\ud800x"
+    write([DecodedCut(cuts[0], result())], tmp_path)
+    assert "?x" in (tmp_path / "report-x-y.html").read_text(encoding="utf-8")
+
+
+def test_languages_without_spaces_are_scored_by_characters(cuts, tmp_path):
+    for cut, text, language in zip(cuts, ("今天 天气", "很好", "a b"), ("zh", "zh-CN", "en")):
+        cut.supervisions[0].text, cut.supervisions[0].language = text, language
+    best = [NBestHypothesis("今天天", -1.5, 3, None)]
+    decoded = [
+        DecodedCut(cuts[0], result("今天天", nbest=best)),
+        DecodedCut(cuts[1], result("很好")),
+    ]
+
+    def written(name, decoded, error_unit="auto"):
+        errors = write(decoded, tmp_path, name, error_unit)
+        page = parsed((tmp_path / f"report-{name}-y.html").read_text("utf-8"))
+        return errors, [term.text for term in page.all("dt")]
+
+    errors, facts = written("zh", decoded)
+    assert (errors.rate, errors.errors, errors.ref_words) == ("CER", 1, 6)
+    assert facts[:2] == ["CER", "Character errors"] and "WER" not in facts
+    assert "ref=['今', '天', '天', '气']" in (tmp_path / "recogs-zh-y.txt").read_text("utf-8")
+    assert json.loads(lines(tmp_path / "nbest-zh-y.jsonl")[0])["error_unit"] == "characters"
+
+    errors, facts = written("both", [*decoded, DecodedCut(cuts[2], result("a c"))])
+    assert (errors.rate, errors.errors, errors.ref_words) == ("MER", 2, 8)
+    errors, facts = written("words", decoded, "words")
+    assert (errors.rate, errors.errors, errors.ref_words) == ("WER", 2, 3)
+    assert facts.count("WER") == facts.count("CER") == 1
+    assert "error_unit" not in lines(tmp_path / "nbest-words-y.jsonl")[0]

@@ -1,0 +1,92 @@
+"""LoRA: results, gradients and names are peft's; dropout follows its definition."""
+
+import copy
+
+import pytest
+import torch
+from peft.tuners import lora
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+
+from speechllm.models.llm import load_llm, prepare_llm
+from speechllm.models.lora import LORA, LoraLinear, LoraMLP, _sample_mask
+
+
+@pytest.fixture
+def llm(tiny_llm_dir):
+    torch.manual_seed(0)
+    llm = prepare_llm(load_llm(str(tiny_llm_dir))[0], unfreeze=True, use_lora=True)
+    with torch.no_grad():
+        for name, parameter in llm.named_parameters():
+            if "lora_" in name:  # B starts at zero
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return llm.eval()
+
+
+def as_peft(llm):
+    """Return a copy with peft's own layers."""
+    reference = copy.deepcopy(llm)
+    for module in reference.modules():
+        if isinstance(module, (LoraLinear, LoraMLP)):
+            module.__class__ = {LoraLinear: lora.Linear, LoraMLP: Qwen2MLP}[type(module)]
+    return reference
+
+
+def layers(llm):
+    return [module for module in llm.modules() if isinstance(module, lora.Linear)]
+
+
+def gradients(llm, ids):
+    llm.zero_grad()
+    llm(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in llm.named_parameters() if p.grad is not None}
+
+
+IDS = torch.randint(5, 200, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_and_gradients_equal_pefts(llm):
+    reference = as_peft(llm)
+    assert type(layers(reference)[0]) is lora.Linear
+    torch.testing.assert_close(llm(IDS).logits, reference(IDS).logits, rtol=1e-4, atol=1e-5)
+    ours, theirs = gradients(llm, IDS), gradients(reference, IDS)
+    assert ours.keys() == theirs.keys() and len(ours) == 2 * len(layers(llm))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
+
+
+def test_dropout_acts_on_the_input_of_a(llm):
+    """The backward pass uses the same mask."""
+    layer = layers(llm.train())[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(4, 50, a.size(1), requires_grad=True)
+    p, scaling = LORA["lora_dropout"], LORA["lora_alpha"] / LORA["r"]
+    torch.manual_seed(3)
+    keep = _sample_mask(x, p)
+    expected = layer.base_layer(x) + scaling * (x * keep / (1 - p)) @ a.t() @ b.t()
+    expected.square().sum().backward()
+    wanted, x.grad = [x.grad, a.grad, b.grad], None
+    llm.zero_grad()
+    torch.manual_seed(3)
+    found = layer(x)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    for ours, theirs in zip([x.grad, a.grad, b.grad], wanted):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(layer(x), found)
+
+
+def test_dropout_of_the_feed_forward_module(llm):
+    """Masks are sampled for gate, up and down, in this order."""
+    mlp = llm.train().get_base_model().model.layers[0].mlp
+    assert type(mlp) is LoraMLP
+    x = torch.randn(2, 30, llm.config.hidden_size, requires_grad=True)
+    given = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+    torch.manual_seed(3)
+    hidden = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+    expected = mlp.down_proj(hidden)
+    wanted = torch.autograd.grad(expected.square().sum(), given)
+    torch.manual_seed(3)
+    found = mlp(x)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(torch.autograd.grad(found.square().sum(), given), wanted):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,42 @@
+"""Parts of the encoder: dropout, dtypes. Golden files check the formulas."""
+
+import pytest
+import torch
+
+from speechllm.models.zipformer.frontend import ConvNeXt
+from speechllm.models.zipformer.layer import AttentionWeights, Dropout, positional_embedding
+
+
+def test_attention_softmax_is_float32_under_autocast(monkeypatch):
+    seen = []
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(
+        torch.Tensor, "softmax", lambda x, *a, **k: seen.append(k["dtype"]) or softmax(x, *a, **k)
+    )
+    module = AttentionWeights(4, 2, 3, 2, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = module(
+            torch.randn(1, 5, 4), positional_embedding(5, 6), torch.ones(1, 5, dtype=torch.bool)
+        )
+    assert seen == [torch.float32] and weights.dtype == torch.bfloat16
+
+
+def test_dropout_shares_its_mask_over_time():
+    dropout = Dropout(0.25)
+    y = dropout(torch.ones(40, 7, 50))
+    assert torch.equal(y, y[:, :1].expand_as(y))
+    assert y.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.04)  # 2000 draws
+    assert torch.equal(dropout.eval()(y), y)
+
+
+def test_depthwise_convolution_is_float32_under_autocast_on_a_cpu():
+    convnext = ConvNeXt(4)
+    dtypes = []
+    convnext.depthwise_conv.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+    x, valid = torch.randn(1, 4, 6, 5), torch.ones(1, 6, dtype=torch.bool)
+    expected = convnext(x, valid)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = convnext(x.bfloat16(), valid)
+    assert dtypes == [torch.float32, torch.float32] and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.02)

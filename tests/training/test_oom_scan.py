@@ -1,0 +1,139 @@
+"""--scan-oom: which batches are tried, the message if one does not fit, and no side effects."""
+
+import pytest
+import torch
+from lhotse import CutSet
+from lhotse.cut import MonoCut
+from lhotse.supervision import SupervisionSegment
+from same_checkpoints import differences
+from torch import nn
+
+import train
+from speechllm.data.config import TrainDataConfig
+from speechllm.distributed import DistEnv
+from speechllm.errors import InputError
+from speechllm.models.speech_llm import SpeechLLM
+from speechllm.training.data import scan_training_data
+from speechllm.training.engine import Engine
+from speechllm.training.oom_scan import largest_batches, scan_memory, silent_batch
+
+
+def cut(seconds, text="a"):
+    name = f"cut-{seconds}-{text}"
+    supervision = SupervisionSegment(name, name, 0.0, seconds, text=text)
+    return MonoCut(name, 0.0, seconds, 0, supervisions=[supervision])
+
+
+LONG = CutSet.from_cuts([cut(9.0), cut(8.0)])
+WIDE = CutSet.from_cuts([cut(4.0), *(cut(3.0, "a" * i) for i in range(1, 5))])
+WORDY = CutSet.from_cuts([cut(1.0, "a" * 30), cut(1.1)])
+
+
+def test_the_largest_batches_are_found():
+    largest = largest_batches([WIDE, LONG, WORDY], lambda cut: len(cut.supervisions[0].text))
+    assert largest == {
+        "the longest utterance": LONG, "most audio": WIDE, "most LLM positions": WORDY
+    }  # fmt: skip
+    assert largest_batches([WORDY]).keys() == {"the longest utterance", "most audio"}
+
+
+@pytest.fixture
+def scanned(tiny_corpus):
+    """A function from options to the TrainingData of tiny_cuts_many."""
+
+    def scan(**options):
+        options = {"max_duration": 6.0, **options}
+        return scan_training_data(TrainDataConfig(
+            manifest_dir=tiny_corpus, train_cuts="tiny_cuts_many", valid_cuts="tiny_cuts_dev",
+            num_workers=0, enable_musan=False, enable_spec_aug=False, drop_last=False, **options,
+        ))  # fmt: skip
+
+    return scan
+
+
+def augmentations(dataset):
+    """Return those of the innermost dataset."""
+    while not hasattr(dataset, "augmentations"):
+        dataset = dataset.dataset
+    return dataset.augmentations
+
+
+@pytest.mark.parametrize("options", [{}, {"concatenate_cuts": True, "max_duration": 20.0}])
+def test_silent_batches_have_the_sizes_of_real_ones(scanned, options):
+    data, sizes = scanned(**options), []
+    loader, again = (data.train_loader(DistEnv())(1) for _ in range(2))
+    for batch, (_, cuts) in zip(loader, again.sampler, strict=True):
+        for transform in augmentations(loader.dataset):
+            cuts = transform(cuts)
+        silence = silent_batch(cuts, data)
+        assert silence.keys() == batch.keys()
+        assert silence["features"].shape == batch["features"].shape
+        assert sorted(silence["feature_lens"]) == sorted(batch["feature_lens"])
+        assert sorted(silence["texts"]) == sorted(batch["texts"])
+        sizes.append(batch["features"].numel())
+    largest = largest_batches(data.sample_batches())
+    assert silent_batch(largest["most audio"], data)["features"].numel() >= 0.9 * max(sizes)
+
+
+class LittleMemory:
+    """A loss that fits up to N utterances; it counts its batches, as CTC's does."""
+
+    def __init__(self, utterances):
+        self.utterances, self.batches = utterances, 0
+
+    def __call__(self, model, batch):
+        self.batches += 1
+        if len(batch["cut_ids"]) > self.utterances:
+            raise torch.OutOfMemoryError
+        return {"loss": model(batch["features"]).sum()}
+
+
+@pytest.fixture
+def engine():
+    model = nn.Sequential(nn.Linear(80, 2), nn.Dropout(0.5))
+    return Engine(model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.fixture
+def two_batches(scanned, monkeypatch):
+    data = scanned()
+    monkeypatch.setattr(type(data), "sample_batches", lambda _: [LONG, WIDE])
+    return data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (4, "5 utterances of up to 4.0 s: cut-4.0-a (4.0 s), cut-3.0-a (3.0 s), cut-3.0-aa (3.0 s) "
+         "…; 2 of them fit: use --max-duration 8, or --activation-checkpointing true"),
+        (1, "the longest utterance, 2 utterances of up to 9.0 s: cut-9.0-a (9.0 s), cut-8.0-a "
+         "(8.0 s); 1 of them fit: use --max-duration 9, "),
+        (0, "; not even one fits: use a lower --max-utterance-duration"),
+    ],
+)  # fmt: skip
+def test_the_message_names_the_batch_and_the_size_that_fits(engine, two_batches, memory, message):
+    with pytest.raises(InputError) as error:
+        scan_memory(engine, LittleMemory(memory), two_batches)
+    assert str(error.value).startswith("--scan-oom: rank 0 is out of memory with the batch with ")
+    assert message in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("restore_logging")
+def test_training_is_the_same_after_a_scan(tiny_train_argv, tmp_path, monkeypatch):
+    """Train with noise, SpecAugment, masks in the encoder and LoRA's dropout."""
+    for scan in ("true", "false"):
+        exp_dir = tmp_path / scan
+        train.main([*tiny_train_argv(exp_dir, 2), "--num-epochs", "1", "--scan-oom", scan])
+        logs = "".join(path.read_text() for path in (exp_dir / "log").iterdir())
+        assert ("The largest batches fit into memory" in logs) == (scan == "true")
+    assert differences(tmp_path / "true", tmp_path / "false") == []
+
+    def forward(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(SpeechLLM, "forward", forward)
+    with pytest.raises(SystemExit, match="--scan-oom: rank 0 is out of memory with the batch with"):
+        train.main([*tiny_train_argv(tmp_path / "exp", 2), "--scan-oom", "true"])
+    assert not list((tmp_path / "exp").glob("*.pt"))

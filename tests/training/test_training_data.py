@@ -1,0 +1,177 @@
+"""TrainingData: scans, invalid cuts, and which batches options and ranks give."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from lhotse import load_manifest
+
+from speechllm.data.config import TrainDataConfig
+from speechllm.distributed import DistEnv
+from speechllm.errors import InputError
+from speechllm.seeding import seed_everything
+from speechllm.training.data import scan_training_data
+
+
+@pytest.fixture
+def data_config(tiny_corpus):
+    """A function from options to a TrainDataConfig of tiny_cuts_many without augmentation."""
+    return partial(
+        TrainDataConfig, manifest_dir=tiny_corpus, train_cuts="tiny_cuts_many",
+        valid_cuts="tiny_cuts_dev", num_workers=0, max_duration=12.0, min_duration=0.3,
+        enable_musan=False, enable_spec_aug=False,
+    )  # fmt: skip
+
+
+def batches(config, epoch=1, rank=0, world_size=1, skip=0, seed=42):
+    """Return the training batches of an epoch."""
+    data = scan_training_data(config, seed=seed)
+    data.check_invalid(config.manifest_dir / "none", write=False)
+    seed_everything(0)
+    return list(data.train_loader(DistEnv(rank, world_size))(epoch, skip))
+
+
+def valid_batches(config, exp_dir, rank=0, world_size=1):
+    data = scan_training_data(config)
+    return data.valid_loader(DistEnv(rank, world_size), exp_dir)
+
+
+def content(batches):
+    return [(batch["texts"], batch["features"].double().sum().item()) for batch in batches]
+
+
+def ids_of(batches):
+    return [cut_id for batch in batches for cut_id in batch["cut_ids"]]
+
+
+# ---- missing files and invalid cuts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_cuts": " , "}, "--train-cuts ' , ' names no cut file"),
+        ({"train_cuts": "tiny_cuts_x"}, "tiny_cuts_x is missing"),
+        ({"shar_dir": ","}, "--shar-dir ',' names no directory"),
+        ({"shar_dir": "/none"}, "/none/index.json is missing"),
+        ({"max_utterance_duration": 0.35}, "no usable cuts: 0 utterances"),
+    ],
+)
+def test_missing_files_and_empty_sets_are_named(data_config, options, message):
+    with pytest.raises((InputError, FileNotFoundError), match=message):
+        batches(data_config(**options))
+
+
+def test_fewer_shards_than_workers_is_an_error(data_config, tiny_shards):
+    with pytest.raises(InputError, match="12 shards for 13 proc.*-size 1 times --num-workers 13"):
+        batches(data_config(shar_dir=str(tiny_shards), num_workers=13))
+
+
+def test_invalid_cuts_are_skipped_and_listed_up_to_the_limit(data_config, many, tmp_path):
+    cuts = load_manifest(many).to_eager()
+    for place in (5, 50):
+        cuts[place].supervisions[0].text = " "
+    cuts.to_file(tmp_path / "broken.jsonl.gz")
+    all_ids, invalid = [cut.id for cut in cuts], [cuts[5].id, cuts[50].id]
+    config = data_config(
+        train_cuts=str(tmp_path / "broken.jsonl.gz"), drop_last=False, max_invalid_fraction=0.03
+    )
+    data = scan_training_data(config)
+    data.check_invalid(tmp_path / "exp", write=True)
+    listing = tmp_path / "exp" / "invalid-cuts.jsonl"
+    listed = [json.loads(line) for line in listing.read_text().splitlines()]
+    assert [(one["id"], one["reason"]) for one in listed] == [(id, "no-text") for id in invalid]
+    assert set(ids_of(batches(config))) == set(all_ids) - set(invalid)
+    with pytest.raises(InputError) as error:
+        data = scan_training_data(replace(config, max_invalid_fraction=0.01))
+        data.check_invalid(tmp_path / "exp", write=False)
+    assert str(error.value) == (
+        "2 of 96 utterances are invalid (2 no-text), more than --max-invalid-fraction 0.01 allows, "
+        f"e.g. cut {invalid[0]} has no text; {listing} lists them"
+    )
+    with pytest.raises(InputError, match=f"^{tmp_path}/broken.jsonl.gz: cut .* has no text$"):
+        scan_training_data(replace(config, max_invalid_fraction=0.0))
+
+
+# ---- batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "value", "context"),
+    [
+        ("train_cuts", "tiny_cuts_train", {}),
+        ("max_duration", 6.0, {}),
+        ("bucketing_sampler", False, {"drop_last": False}),
+        ("num_buckets", 2, {"drop_last": False}),
+        ("on_the_fly_feats", True, {}),
+        ("shuffle", False, {}),
+        ("drop_last", False, {}),
+        ("min_duration", 1.0, {}),
+        ("max_utterance_duration", 2.0, {}),
+        ("concatenate_cuts", True, {"num_buckets": 0}),
+        ("duration_factor", 2.0, {"concatenate_cuts": True, "num_buckets": 0}),
+        ("gap", 0.1, {"concatenate_cuts": True, "num_buckets": 0}),
+        ("enable_musan", True, {}),
+        ("enable_spec_aug", True, {}),
+        ("spec_aug_time_warp_factor", 0, {"enable_spec_aug": True}),
+    ],
+)
+def test_every_option_changes_the_batches(data_config, option, value, context):
+    before = content(batches(data_config(**context)))
+    assert before == content(batches(data_config(**context)))
+    assert before != content(batches(data_config(**{**context, option: value})))
+
+
+# ---- shards
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_have_the_cuts_of_the_cut_file(data_config, tiny_shards, num_workers):
+    config = data_config(drop_last=False, num_workers=num_workers)
+    sharded = replace(config, shar_dir=str(tiny_shards), train_cuts="none")
+    found = batches(sharded)
+    assert sorted(ids_of(found)) == sorted(ids_of(batches(config)))
+    assert content(found) == content(batches(sharded))
+    assert content(found) != content(batches(sharded, epoch=2))
+    quiet = replace(sharded, shuffle=False)
+    assert content(batches(quiet)) == content(batches(quiet, epoch=2))
+
+
+def test_limits_apply_to_shards_and_the_log_counts_dropped_cuts(data_config, tiny_shards, caplog):
+    caplog.set_level("INFO")
+    config = data_config(shar_dir=str(tiny_shards), max_utterance_duration=1.5, drop_last=False)
+    lens = [length for batch in batches(config) for length in batch["feature_lens"].tolist()]
+    assert lens and max(lens) <= 150
+    config = data_config(shar_dir=str(tiny_shards), max_duration=25.0)
+    used = len(ids_of(batches(config)))
+    assert used < 96 and f"Shards: {used} of 96 utterances, 0 repeated" in caplog.text
+
+
+# ---- validation
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_ranks_validate_all_cuts_between_them(data_config, tmp_path, world_size):
+    ids = []
+    for rank in range(world_size):
+        loader = valid_batches(data_config(), tmp_path, rank, world_size)
+        assert ids_of(loader()) == (share := ids_of(loader()))  # the same each time
+        ids += share
+    assert sorted(ids) == [f"dev-{i}" for i in range(5)]
+
+
+def test_validation_skips_unreadable_cuts_up_to_the_limit(
+    data_config, tiny_corpus, tmp_path, caplog
+):
+    cuts = load_manifest(tiny_corpus / "tiny_cuts_dev.jsonl.gz").to_eager()
+    cuts[2].features.storage_path = "gone.lca"
+    cuts.to_file(tmp_path / "valid.jsonl.gz")
+    config = data_config(valid_cuts=str(tmp_path / "valid.jsonl.gz"), max_invalid_fraction=0.2)
+    ids = ids_of(valid_batches(config, tmp_path)())
+    assert len(ids) == 4 and cuts[2].id not in ids
+    skipped = f"Validation skips (unreadable-features): the features of cut {cuts[2].id} cannot"
+    assert skipped in caplog.text
+    with pytest.raises(InputError, match="1 of 5 utterances are invalid .1 unreadable-feat"):
+        list(valid_batches(replace(config, max_invalid_fraction=0.1), tmp_path)())
