@@ -80,11 +80,12 @@ set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
 # Human speech varies more than espeak-ng's voices: small corpora need SpecAugment and concatenated
-# utterances.
+# utterances. Without them the encoders' outputs are the same in every epoch, and are cached.
 if [ -z "$table" ]; then
   speed_perturb=false dropout=0 llm_steps=600 masked=() joined=()
+  cached=(--encoder-feature-mask false --encoder-cache-dir "$exp/encoder_outputs")
 else
-  speed_perturb=true dropout=0.1 llm_steps=1500 masked=(--enable-spec-aug true)
+  speed_perturb=true dropout=0.1 llm_steps=1500 masked=(--enable-spec-aug true) cached=()
   joined=(--bucketing-sampler false --concatenate-cuts true --duration-factor 2 --gap 0.1
     --max-duration 20)
 fi
@@ -164,8 +165,9 @@ if due 4 "two tiny encoders with CTC, side by side"; then
   finished 4
 fi
 if due 5 "train.py on the first encoder and train_mose.py on both, side by side"; then
-  fresh 5 "$exp/llm_asr" "$exp/mose"
-  training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}")
+  fresh 5 "$exp/llm_asr" "$exp/mose" "$exp/encoder_outputs"
+  training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}"
+    "${cached[@]}")
   in_halves train $llm_epochs "${joined[@]}" -- \
     $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr" &
   job=$!
