@@ -146,13 +146,13 @@ fi
 
 if due 3 "a tiny LLM of the transcripts"; then
   rm -rf "$exp/llm"
-  OMP_NUM_THREADS=2 quietly llm.log $python local/make_tiny_llm.py --out "$exp/llm" \
+  quietly llm.log $python local/make_tiny_llm.py --out "$exp/llm" \
     --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps $llm_steps \
-    --hidden-size 192 --num-layers 3 --num-heads 3 --num-kv-heads 1 --intermediate-size 512
-  finished 3
+    --hidden-size 192 --num-layers 3 --num-heads 3 --num-kv-heads 1 --intermediate-size 512 &
+  llm_job=$!
 fi
 
-if due 4 "two tiny encoders with CTC, side by side"; then
+if due 4 "two tiny encoders with CTC, at the same time"; then
   fresh 4 "$exp"/encoder[12]
   for n in 1 2; do
     in_halves encoder$n $encoder_epochs "${masked[@]}" -- \
@@ -164,6 +164,11 @@ if due 4 "two tiny encoders with CTC, side by side"; then
   for n in 1 2; do wait "${jobs[n]}"; done
   finished 4
 fi
+if [ -n "${llm_job:-}" ]; then
+  wait "$llm_job"
+  finished 3
+fi
+
 if due 5 "train.py on the first encoder and train_mose.py on both, side by side"; then
   fresh 5 "$exp/llm_asr" "$exp/mose" "$exp/encoder_outputs"
   training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}"
