@@ -16,6 +16,7 @@ import _path  # noqa: F401
 from speechllm.cli import Parser
 from speechllm.errors import InputError, exit_on_user_error, first_line, redact_secrets
 from speechllm.io import check_space
+from speechllm.models.config import MODEL_FILE, MOSE, ONE_ENCODER, save_model_config
 
 ROOT = Path(__file__).resolve().parents[1]
 LLM_FILES = (
@@ -119,6 +120,14 @@ def fetch_all(mirror: str, files: list[tuple[str, str, str]], root: Path) -> Non
         logger.info("%s: %d bytes, hash checked", dest, size)
 
 
+def describe_checkpoints(files: list[tuple[str, str, str]], root: Path) -> None:
+    """Write model.json next to published checkpoints: --exp-dir alone describes them then."""
+    for name, *_ in files:
+        folder = (root / name).parent
+        if name.startswith("exp/") and not (folder / MODEL_FILE).exists():
+            save_model_config(MOSE if "mose" in name else ONE_ENCODER, folder)
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
@@ -133,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     files = list(dict.fromkeys(file for group in args.groups for file in GROUPS[group]))
     try:
         fetch_all(mirror, files, args.root)
+        describe_checkpoints(files, args.root)
     except InputError:
         raise
     except Exception as error:  # connection, HTTP or invalid-response errors

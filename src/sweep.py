@@ -13,10 +13,10 @@ combination to `<exp-dir>/decode/`, and sweep-<set>-<parameters>-<flags>.tsv and
 `*` marks a row that no other beats: as good in WER and speed, and better in one.
 """
 
+import argparse
 import itertools
-from dataclasses import replace
 
-from speechllm.cli import Parser, add_options, flag_name, from_args
+from speechllm.cli import Parser, add_options, flag_name
 from speechllm.decoding.config import SearchConfig
 from speechllm.errors import InputError, exit_on_user_error
 from speechllm.evaluation.config import SWEPT, DecodeConfig, add_decode_options, decode_config
@@ -53,8 +53,8 @@ def combinations(swept: list[list[str]]) -> list[dict[str, str]]:
     return [dict(zip(flags, values)) for values in itertools.product(*(one[1:] for one in swept))]
 
 
-def with_values(config: DecodeConfig, values: dict[str, str]) -> DecodeConfig:
-    """Return the config with the values of the swept flags.
+def with_values(args: argparse.Namespace, values: dict[str, str]) -> DecodeConfig:
+    """Return the config of parsed flags and the values of the swept flags.
 
     Raises:
       InputError: a value is out of range, or options contradict each other.
@@ -63,21 +63,21 @@ def with_values(config: DecodeConfig, values: dict[str, str]) -> DecodeConfig:
     parser = Parser(None)
     add_options(parser, SearchConfig)
     parser.add_argument("--use-encoders")
-    args = parser.parse_args([f"--{flag}={value}" for flag, value in values.items()])
-    checkpoint, search = from_args(config.checkpoint, args), from_args(config.search, args)
-    return replace(config, checkpoint=checkpoint, search=search)
+    swept = parser.parse_args([f"--{flag}={value}" for flag, value in values.items()])
+    given = {name: value for name, value in vars(swept).items() if value is not None}
+    return decode_config(argparse.Namespace(**vars(args) | given))
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    config = decode_config(args)
-    variants = [(values, with_values(config, values)) for values in combinations(args.sweep)]
+    variants = [(values, with_values(args, values)) for values in combinations(args.sweep)]
+    evaluation = variants[0][1].evaluation
     # heavy imports come after the flags are read
     from speechllm.distributed import launch
     from speechllm.evaluation.sweep import sweep_sets
 
-    launch(sweep_sets, variants, config.evaluation.world_size, config.evaluation.master_port)
+    launch(sweep_sets, variants, evaluation.world_size, evaluation.master_port)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,12 @@ def test_table():
     ]
 
 
+def test_swept_values_are_checked_with_the_other_flags():
+    args = sweep.get_parser().parse_args(["--nbest", "8", *over("beam-size", 8, 16)])
+    configs = [sweep.with_values(args, one) for one in sweep.combinations(args.sweep)]
+    assert [(one.search.beam_size, one.search.nbest) for one in configs] == [(8, 8), (16, 8)]
+
+
 # ---- the program
 
 

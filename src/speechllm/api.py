@@ -115,7 +115,7 @@ def _source(audio: Audio, sampling_rate: int) -> tuple[str, Iterable[Tensor]]:
     if isinstance(audio, str | PathLike):
         return fspath(audio), audio_blocks(fspath(audio))
     if isinstance(audio, np.ndarray):
-        audio = torch.from_numpy(audio)
+        audio = torch.from_numpy(np.ascontiguousarray(audio))
     if not isinstance(audio, Tensor):
         raise TypeError(f"expected a path, an array or a tensor, got {type(audio).__name__}")
     if audio.dim() != 1:
@@ -124,5 +124,7 @@ def _source(audio: Audio, sampling_rate: int) -> tuple[str, Iterable[Tensor]]:
         audio = audio / 32768
     if not audio.is_floating_point():
         raise InputError(f"samples are {audio.dtype}: expected floats from -1 to 1, or int16")
-    blocks = audio.float().cpu().split(10 * sampling_rate)
-    return "array", resampled(blocks, sampling_rate, "array")
+    if sampling_rate < 1 or sampling_rate != int(sampling_rate):
+        raise InputError(f"sampling_rate is {sampling_rate}: expected a whole number of Hz")
+    blocks = audio.float().cpu().split(10 * int(sampling_rate))
+    return "array", resampled(blocks, int(sampling_rate), "array")

@@ -237,6 +237,12 @@ def test_fallback_uses_the_ctc_text_if_beam_search_is_flagged(recognize):
     assert answer.flags[0] == "repetition"
 
 
+def test_fallback_works_with_relaxed_acceptance_of_drafts(recognize):
+    options = {"guard": "fallback", "method": "draft", "draft_accept_prob": 0.5}
+    answer = recognize(LOOP, "caca", **options)
+    assert (answer.text, answer.source) == ("caca", "CTC")
+
+
 @pytest.mark.parametrize("ctc_text", ["abc", None])
 def test_text_of_a_stationary_sound_is_flagged(recognize, ctc_text):
     table = LOOP | {"c": {"end": 20}}

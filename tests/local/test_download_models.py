@@ -12,6 +12,8 @@ import fetch
 import huggingface_hub.file_download as hub
 import pytest
 
+from speechllm.models.config import MOSE, ONE_ENCODER, load_model_config
+
 SCRIPT = Path(__file__).resolve().parents[2] / "local" / "download_models.sh"
 BLOCK = 1 << 20
 LARGE = 3 * BLOCK + 17
@@ -88,7 +90,7 @@ def download(mirror: Mirror, root: Path, *groups: str) -> None:
 
 
 def files_in(root: Path) -> dict[str, bytes]:
-    paths = [path for path in root.rglob("*") if path.is_file()]
+    paths = [path for path in root.rglob("*") if path.is_file() and path.name != "model.json"]
     return {str(path.relative_to(root)): path.read_bytes() for path in paths}
 
 
@@ -109,6 +111,9 @@ def test_groups_are_downloaded_and_existing_files_are_kept(mirror, tmp_path):
     mirror.requests.clear()
     download(mirror, tmp_path, *fetch.GROUPS)
     assert mirror.requests == []
+    for name, config in (("mose_", MOSE), ("", ONE_ENCODER)):
+        exp_dir = tmp_path / "exp" / f"asr_librispeech_zipformer_{name}qwen2_1.5B"
+        assert load_model_config(exp_dir) == config
 
 
 @pytest.mark.parametrize("content", [b"my own", b"y" * 100])

@@ -239,6 +239,7 @@ class Recognizer:
         search = replace(
             self.search,
             method="beam",
+            draft_accept_prob=1.0,  # a beam has no draft
             beam_size=max(FALLBACK_BEAM, self.search.beam_size),
             ctc_weight=self.search.ctc_weight or FALLBACK_CTC_WEIGHT,
         )

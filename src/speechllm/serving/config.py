@@ -1,9 +1,11 @@
 """ServerConfig: address, limits and token of the HTTP server."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from speechllm.cli import check_range, option
+from speechllm.cli import check_range, flag_name, option
+from speechllm.errors import InputError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -39,4 +41,6 @@ class ServerConfig:
             "max_upload_mb", "max_audio_seconds", "max_concurrent_requests", "max_queued_seconds",
         ):  # fmt: skip
             check_range(name, getattr(self, name), 0, above=True)
+            if math.isinf(getattr(self, name)):
+                raise InputError(f"{flag_name(name)} inf must be finite")
         check_range("port", self.port, 0, 65535)

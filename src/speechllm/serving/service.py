@@ -76,7 +76,7 @@ class Service:
           ApiError: 401.
         """
         scheme, _, token = authorization.partition(" ")
-        sent = token.strip().encode("latin-1")  # the bytes of the header, as starlette decodes it
+        sent = token.strip(" \t").encode("latin-1")  # the header's bytes: starlette decodes so
         right = hmac.compare_digest(sent, (self.token or "").encode())
         if self.token is not None and not (scheme.lower() == "bearer" and right):
             raise ApiError(401, "missing or wrong token: send Authorization: Bearer TOKEN")
