@@ -7,7 +7,6 @@ those that the mirror publishes; existing files that match are kept.
 """
 
 import hashlib
-import logging
 import os
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import _path  # noqa: F401
 
 from speechllm.cli import Parser
 from speechllm.errors import InputError, exit_on_user_error, first_line, redact_secrets
-from speechllm.io import check_space
 from speechllm.models.config import MODEL_FILE, MOSE, ONE_ENCODER, save_model_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,38 +21,33 @@ LLM_FILES = (
     "LICENSE", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "vocab.json",
 )  # fmt: skip
+LLM = {f"models/qwen2-1.5b-instruct/{name}": ("Qwen/Qwen2-1.5B-Instruct", name)
+       for name in LLM_FILES}  # fmt: skip
+ZIPFORMER = "models/zipformer/librispeech"
 ICEFALL = "Zengwei/icefall-asr-librispeech-zipformer-large"
 ENCODERS = {
-    "transducer_large": f"{ICEFALL}-2023-05-16",
-    "aed_crctc_large": f"{ICEFALL}-cr-ctc-aed-20241020",
-    "crctc_large": f"{ICEFALL}-cr-ctc-20241018",
-    "transducer_crctc_large": f"{ICEFALL}-transducer-with-CR-CTC-20241019",
+    f"{ZIPFORMER}/{name}/pretrained.pt": (f"{ICEFALL}-{repo}", "exp/pretrained.pt")
+    for name, repo in (
+        ("transducer_large", "2023-05-16"),
+        ("aed_crctc_large", "cr-ctc-aed-20241020"),
+        ("crctc_large", "cr-ctc-20241018"),
+        ("transducer_crctc_large", "transducer-with-CR-CTC-20241019"),
+    )
 }
-ZIPFORMER = "models/zipformer/librispeech"
-BPE = (f"{ZIPFORMER}/bpe.model", ENCODERS["transducer_crctc_large"], "data/lang_bpe_500/bpe.model")
-
-
-def encoder(name: str) -> tuple[str, str, str]:
-    return f"{ZIPFORMER}/{name}/pretrained.pt", ENCODERS[name], "exp/pretrained.pt"
-
-
-def checkpoint(name: str) -> tuple[str, str, str]:
-    return f"exp/{name}/epoch-10-avg-5.pt", f"zhu-han/{name}", "epoch-10-avg-5.pt"
-
-
-GROUPS = {  # (file below the root, repository, file in the repository)
-    "llm": [
-        (f"models/qwen2-1.5b-instruct/{name}", "Qwen/Qwen2-1.5B-Instruct", name)
-        for name in LLM_FILES
-    ],
-    "encoder": [encoder("transducer_crctc_large"), BPE],
-    "encoders": [*map(encoder, ENCODERS), BPE],
-    "baseline": [checkpoint("asr_librispeech_zipformer_qwen2_1.5B")],
-    "mose": [checkpoint("asr_librispeech_zipformer_mose_qwen2_1.5B")],
+ENCODER = f"{ZIPFORMER}/transducer_crctc_large/pretrained.pt"
+BPE = {f"{ZIPFORMER}/bpe.model": (ENCODERS[ENCODER][0], "data/lang_bpe_500/bpe.model")}
+BASELINE, MOSE_EXP = (
+    {f"exp/{name}/epoch-10-avg-5.pt": (f"zhu-han/{name}", "epoch-10-avg-5.pt")}
+    for name in (f"asr_librispeech_zipformer_{kind}qwen2_1.5B" for kind in ("", "mose_"))
+)
+GROUPS = {  # file below the root: repository, file in the repository
+    "llm": LLM,
+    "encoder": {ENCODER: ENCODERS[ENCODER], **BPE},
+    "encoders": ENCODERS | BPE,
+    "baseline": BASELINE,
+    "mose": MOSE_EXP,
+    "all": LLM | ENCODERS | BPE | BASELINE | MOSE_EXP,
 }
-GROUPS["all"] = [file for group in GROUPS.values() for file in group]
-
-logger = logging.getLogger(__name__)
 
 
 def matches(path: Path, size: int, etag: str) -> bool:
@@ -73,12 +66,10 @@ def fetch(url: str, size: int, etag: str, dest: Path) -> None:
     Raises:
       InputError: size or hash differ; the download is removed.
     """
-    from huggingface_hub.file_download import http_get
+    from huggingface_hub.file_download import http_get  # hf_hub_download resumes no killed one
 
-    part = part_of(dest)
+    part = dest.with_name(f"{dest.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    if part.exists() and part.stat().st_size > size:
-        part.unlink()
     with open(part, "ab") as to:
         if to.tell() < size:
             http_get(url, to, resume_size=to.tell(), expected_size=size)
@@ -86,46 +77,33 @@ def fetch(url: str, size: int, etag: str, dest: Path) -> None:
         part.unlink()
         raise InputError(f"{url} differs in size or hash from the published ones: removed")
     os.replace(part, dest)
+    print(f"{dest}: {size} bytes, hash checked")
 
 
-def part_of(dest: Path) -> Path:
-    return dest.with_name(f"{dest.name}.part")
-
-
-def fetch_all(mirror: str, files: list[tuple[str, str, str]], root: Path) -> None:
+def fetch_all(mirror: str, files: dict[str, tuple[str, str]], root: Path) -> None:
     """Download the missing files to `root`.
 
     Raises:
-      InputError: a different file exists at a destination, or the disk has too little space.
+      InputError: a different file exists at a destination.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     missing = []
-    for name, repo, file in files:
+    for name, (repo, file) in files.items():
         dest, url = root / name, hf_hub_url(repo, file, endpoint=mirror)
         found = get_hf_file_metadata(url, token=False)
         if not dest.exists():
             missing.append((url, found.size, found.etag, dest))
-        elif matches(dest, found.size, found.etag):
-            logger.info("%s exists, hash checked", dest)
-        else:
+        elif not matches(dest, found.size, found.etag):
             raise InputError(
                 f"{dest} differs from {url}: move it away to download that, or leave out its group"
             )
-    parts = [part for *_, dest in missing if (part := part_of(dest)).exists()]
-    sizes = sum(size for _, size, *_ in missing) - sum(part.stat().st_size for part in parts)
-    check_space(root, sizes, "the downloads")
-    for url, size, etag, dest in missing:
-        fetch(url, size, etag, dest)
-        logger.info("%s: %d bytes, hash checked", dest, size)
-
-
-def describe_checkpoints(files: list[tuple[str, str, str]], root: Path) -> None:
-    """Write model.json next to published checkpoints: --exp-dir alone describes them then."""
-    for name, *_ in files:
+    for one in missing:
+        fetch(*one)
+    for name in {**BASELINE, **MOSE_EXP}.keys() & files.keys():  # --exp-dir alone is enough then
         folder = (root / name).parent
-        if name.startswith("exp/") and not (folder / MODEL_FILE).exists():
-            save_model_config(MOSE if "mose" in name else ONE_ENCODER, folder)
+        if not (folder / MODEL_FILE).exists():
+            save_model_config(MOSE if name in MOSE_EXP else ONE_ENCODER, folder)
 
 
 @exit_on_user_error
@@ -137,17 +115,16 @@ def main(argv: list[str] | None = None) -> None:
         help="address to download from; by default HF_ENDPOINT or huggingface.co")  # fmt: skip
     add("--root", type=Path, default=ROOT, help="directory of models/ and exp/")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    mirror = args.mirror.rstrip("/")
-    files = list(dict.fromkeys(file for group in args.groups for file in GROUPS[group]))
+    mirror, files = args.mirror.rstrip("/"), {}
+    for group in args.groups:
+        files |= GROUPS[group]
     try:
         fetch_all(mirror, files, args.root)
-        describe_checkpoints(files, args.root)
     except InputError:
         raise
-    except Exception as error:  # connection, HTTP or invalid-response errors
+    except Exception as error:  # connection, HTTP or invalid-response errors, a full disk
         by_hand = "; ".join(f"{mirror}/{repo}/resolve/main/{file} to {name}"
-                            for name, repo, file in files)  # fmt: skip
+                            for name, (repo, file) in files.items())  # fmt: skip
         raise SystemExit(redact_secrets(
             f"download from {mirror} failed: {first_line(error)}. Try another mirror (--mirror "
             "https://hf-mirror.com), run this again to resume, or fetch these on a machine with "

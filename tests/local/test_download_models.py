@@ -17,7 +17,7 @@ from speechllm.models.config import MOSE, ONE_ENCODER, load_model_config
 SCRIPT = Path(__file__).resolve().parents[2] / "local" / "download_models.sh"
 BLOCK = 1 << 20
 LARGE = 3 * BLOCK + 17
-ENCODER, BPE = (name for name, _, _ in fetch.GROUPS["encoder"])
+ENCODER, BPE = fetch.GROUPS["encoder"]
 
 
 class Mirror:
@@ -31,7 +31,7 @@ class Mirror:
         self.corrupt = False
         self.files = {  # (repo, path): content
             (repo, path): bytes([i]) * (LARGE if path.endswith((".pt", ".safetensors")) else 100)
-            for i, (_, repo, path) in enumerate(fetch.GROUPS["all"])
+            for i, (repo, path) in enumerate(fetch.GROUPS["all"].values())
         }
 
 
@@ -95,7 +95,7 @@ def files_in(root: Path) -> dict[str, bytes]:
 
 
 def expected(mirror: Mirror, group: str) -> dict[str, bytes]:
-    return {name: mirror.files[repo, path] for name, repo, path in fetch.GROUPS[group]}
+    return {name: mirror.files[one] for name, one in fetch.GROUPS[group].items()}
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_failures_have_instructions_for_a_manual_download_without_passwords(
         fetch.main(["--mirror", f"{url}/", "--root", str(tmp_path), "encoder"])
     (text,) = str(stop.value).splitlines()
     assert text.startswith(f"download from {url} failed: ")
-    for name, repo, file in fetch.GROUPS["encoder"]:
+    for name, (repo, file) in fetch.GROUPS["encoder"].items():
         assert f"{url}/{repo}/resolve/main/{file} to {name}" in text
     assert f"put them into {tmp_path}" in text and files_in(tmp_path) == {}
 
