@@ -62,6 +62,7 @@ FLAGS = {
     "--port": Change("8001", lambda s: s.port),
     "--model-name": Change("whisper-1", server),
     "--token-file": Change("{tmp}/token", lambda s: s.service.token),
+    "--allow-origin": Change("*", server),
     "--max-upload-mb": Change("1.5", server),
     "--max-audio-seconds": Change("60", server),
     "--max-concurrent-requests": Change(

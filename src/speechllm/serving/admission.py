@@ -78,10 +78,14 @@ class AdmissionController:
 
 
 class Slot:
-    """A request in progress: its audio in memory, and its batcher.Job once it is submitted."""
+    """A request in progress: its audio in memory, and its batcher.Job once it is submitted.
+
+    warnings: parts of the audio that could not be read.
+    """
 
     def __init__(self, controller: AdmissionController):
         self.controller, self.samples, self.job = controller, 0, None
+        self.warnings: list[str] = []
 
     @property
     def seconds(self) -> float:

@@ -4,18 +4,16 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-from fastapi import Depends, FastAPI, Form, Request, UploadFile
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
-from speechllm.errors import InputError
 from speechllm.longform.transcript import word_separator
 from speechllm.longform.writers import FORMATS
 from speechllm.serving import openai_format
@@ -27,6 +25,7 @@ from speechllm.serving.admission import (
     error_body,
     error_response,
 )
+from speechllm.serving.form import TranscriptionForm, check_form, check_model, read_form
 from speechllm.serving.middleware import TRANSCRIPTIONS, AdmissionMiddleware
 from speechllm.serving.service import Service
 
@@ -39,29 +38,11 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-Format = Literal["json", "text", "verbose_json", "srt", "vtt"]
-Granularity = Literal["segment", "word"]
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies
+EXPOSED_HEADERS = ("Retry-After", "X-Ignored", "X-Warnings")  # to scripts of other origins
 
 
-@dataclass
-class TranscriptionForm:
-    """Fields of a transcription request besides the file.
-
-    `prompt` is the LLM's context; for a model without contexts the response has X-Ignored.
-    """
-
-    model: Annotated[str, Form()]
-    response_format: Annotated[Format, Form()] = "json"
-    stream: Annotated[bool, Form()] = False
-    granularities: Annotated[list[Granularity], Form(alias="timestamp_granularities[]")] = (
-        "segment",
-    )
-    language: Annotated[str, Form()] = ""
-    temperature: Annotated[float, Form()] = 0.0
-    prompt: Annotated[str, Form()] = ""
-
-
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service) -> ASGIApp:
     """Return the app with its routes; the service stops when the app shuts down."""
 
     @asynccontextmanager
@@ -72,37 +53,38 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="Transcription", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(AdmissionMiddleware, service=service)
     app.add_exception_handler(StarletteHTTPException, lambda _, error: error_response(error))
-    app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(Exception, _on_exception)
 
     @app.post(TRANSCRIPTIONS, response_model=None)
-    async def transcriptions(
-        request: Request, file: UploadFile, form: Annotated[TranscriptionForm, Depends()]
-    ) -> Response:
-        _check_model(service, form.model)
-        _check_format(service, form)
-        context = _check_options(service, form)
-        ignored = {"X-Ignored": "prompt"} if form.prompt and not context else {}
-        slot = request.scope["slot"]
-        await _unless_disconnected(request, service.submit(file, slot, context))
+    async def transcriptions(request: Request) -> Response:
+        raw, slot = await read_form(request), request.scope["slot"]
+        try:
+            form, ignored = check_form(raw, service.config.model_name, service.transcriber)
+            await _unless_disconnected(request, service.submit(form.file, slot, form.context))
+        finally:
+            await raw.close()
+        headers = {"X-Ignored": _ascii(", ".join(ignored))} if ignored else {}
+        if slot.warnings:
+            headers["X-Warnings"] = _ascii("; ".join(slot.warnings))
         if form.stream:
             events = _events(service, slot, form.response_format == "verbose_json")
-            return StreamingResponse(events, media_type="text/event-stream", headers=ignored)
+            headers |= STREAM_HEADERS
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         response = await _unless_disconnected(request, _response(service, slot, form))
-        response.headers.update(ignored)
+        response.headers.update(headers)
         return response
 
     @app.get("/v1/models")
     def models() -> dict:
         return {"object": "list", "data": [model(service.config.model_name)]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict:
-        _check_model(service, name)
+        check_model(name, service.config.model_name)
         created = service.started
         return {"id": name, "object": "model", "created": created, "owned_by": "this server"}
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     def health() -> JSONResponse:
         works = service.worker.thread.is_alive() and not service.admission.closed
         return JSONResponse({"status": "ok" if works else "stopping"}, 200 if works else 503)
@@ -111,47 +93,20 @@ def create_app(service: Service) -> FastAPI:
     def metrics() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(service.metrics.registry))
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(), headers=PAGE_HEADERS)
 
-    return app
-
-
-# ---- checks of a request; each raises ApiError
-
-
-def _check_model(service: Service, name: str) -> None:
-    if name != (served := service.config.model_name):
-        raise ApiError(404, f"model {name!r} does not exist, this server has {served!r}", "model")
-
-
-def _check_options(service: Service, form: TranscriptionForm) -> str:
-    """Check the other options; return the context, "" if the model takes none."""
-    of_model = service.transcriber.language
-    if form.language and of_model and form.language != of_model:
-        message = f"language {form.language!r}: this model is for {of_model!r}"
-        raise ApiError(400, message, "language")
-    if form.temperature:
-        raise ApiError(400, "temperature must be 0: decoding is deterministic", "temperature")
-    if not service.transcriber.takes_context:
-        return ""
-    try:
-        service.transcriber.check_context(form.prompt)
-    except InputError as error:
-        raise ApiError(400, str(error), "prompt") from None
-    return form.prompt
-
-
-def _check_format(service: Service, form: TranscriptionForm) -> None:
-    name = form.response_format
-    if form.stream and name not in ("json", "verbose_json"):
-        raise ApiError(400, f"response_format {name!r} cannot be streamed", "response_format")
-    if "word" in form.granularities and name != "verbose_json":
-        message = f"word times need response_format 'verbose_json', not {name!r}"
-        raise ApiError(400, message, "timestamp_granularities")
-    if "word" in form.granularities and not service.transcriber.has_word_times:
-        raise ApiError(400, "this model has no word times", "timestamp_granularities")
+    if not service.config.allow_origin:
+        return app
+    return CORSMiddleware(  # around everything: errors and requests without a token too
+        app,
+        allow_origins=service.config.origins,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),
+        expose_headers=EXPOSED_HEADERS,
+        allow_private_network=True,
+    )
 
 
 # ---- responses
@@ -163,7 +118,9 @@ async def _response(service: Service, slot: Slot, form: TranscriptionForm) -> Re
     if name == "json":
         return JSONResponse(openai_format.plain_json(transcript))
     if name == "verbose_json":
-        return JSONResponse(openai_format.verbose_json(transcript, form.granularities))
+        granularities = form.timestamp_granularities
+        verbose = openai_format.verbose_json(transcript, granularities, slot.warnings)
+        return JSONResponse(verbose)
     if name == "text":
         return PlainTextResponse(f"{transcript.text}\n")
     return PlainTextResponse(FORMATS[name](transcript))
@@ -186,7 +143,9 @@ async def _events(service: Service, slot: Slot, verbose: bool) -> AsyncIterator[
         yield openai_format.event(**error_body(error.status_code, error.detail))
         return
     transcript = service.transcript(slot, segments)
-    extra = {"srt": FORMATS["srt"](transcript)} if verbose else {}
+    extra = {}
+    if verbose:
+        extra = {"srt": FORMATS["srt"](transcript), "warnings": slot.warnings}
     yield openai_format.event(type="transcript.text.done", text=text, **extra)
 
 
@@ -212,16 +171,12 @@ async def _unless_disconnected(request: Request, work: Coroutine):
         disconnected.cancel()
 
 
+def _ascii(text: str) -> str:
+    """Return text for a header, with `?` for other characters."""
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)
+
+
 # ---- errors
-
-
-async def _on_invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    param = str(first["loc"][-1])
-    message = f"{param}: {first['msg']}"
-    if isinstance(first.get("input"), str):
-        message += f", not {first['input'][:100]!r}"
-    return error_response(ApiError(400, message, param))
 
 
 async def _on_exception(_: Request, error: Exception) -> JSONResponse:

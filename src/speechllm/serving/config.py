@@ -1,10 +1,11 @@
 """ServerConfig: address, limits and token of the HTTP server."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from speechllm.cli import check_range, flag_name, option
+from speechllm.cli import check_range, comma_list, flag_name, option
 from speechllm.errors import InputError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -26,6 +27,10 @@ class ServerConfig:
     token_file: Path | None = option(
         None, "file with the bearer token that clients must send", group="server"
     )
+    allow_origin: str = option(
+        "", "origins of web pages that may use the server, comma-separated; * for all",
+        group="server",
+    )  # fmt: skip
     max_upload_mb: float = option(100.0, "maximum request size in MB", group="server")
     max_audio_seconds: float = option(
         7200.0, "maximum audio duration per request in seconds", group="server"
@@ -44,3 +49,11 @@ class ServerConfig:
             if math.isinf(getattr(self, name)):
                 raise InputError(f"{flag_name(name)} inf must be finite")
         check_range("port", self.port, 0, 65535)
+        for origin in self.origins:
+            if not re.fullmatch(r"\*|null|[a-z][\w+.-]*://[^/?#\s]+", origin):
+                raise InputError(f"--allow-origin {origin} must be * or like https://example.com")
+
+    @property
+    def origins(self) -> list[str]:
+        """Origins as browsers send them: lower case, without a slash at the end."""
+        return [origin.lower().rstrip("/") for origin in comma_list(self.allow_origin)]

@@ -1,12 +1,14 @@
 """Transcripts in the response formats of OpenAI's API.
 
-Additional fields: `confidence` of words and segments, and `flags` of segments (signs of a
-hallucination). `no_speech_prob` is 1 or 0; `tokens` is always [] and `seek` 0.
+Additional fields: `confidence` of words and segments, `flags` of segments (signs of a
+hallucination), and `warnings` if a part of the file could not be read. `no_speech_prob` is 1 or 0;
+`tokens` is always [] and `seek` 0.
 """
 
 import json
 import math
 import zlib
+from collections.abc import Sequence
 
 from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript
 from speechllm.longform.writers import word_json
@@ -22,7 +24,9 @@ def plain_json(transcript: Transcript) -> dict:
     }
 
 
-def verbose_json(transcript: Transcript, granularities: list[str]) -> dict:
+def verbose_json(
+    transcript: Transcript, granularities: list[str], warnings: Sequence[str] = ()
+) -> dict:
     """Return the body of verbose_json with the times of segments, words or both."""
     verbose = {
         "task": "transcribe",
@@ -30,6 +34,8 @@ def verbose_json(transcript: Transcript, granularities: list[str]) -> dict:
         "duration": round(transcript.duration, 3),
         **plain_json(transcript),
     }
+    if warnings:
+        verbose["warnings"] = list(warnings)
     if "segment" in granularities:
         verbose["segments"] = [
             segment_json(i, segment) for i, segment in enumerate(transcript.segments)

@@ -85,8 +85,10 @@ class Service:
 def decode_upload(file: BinaryIO, name: str, max_audio_seconds: float, slot: Slot) -> deque[Tensor]:
     """Decode an audio file to blocks of samples (N,) at 16 kHz, counted by `slot`; blocking.
 
+    What precedes damage is kept, with a warning in `slot`.
+
     Raises:
-      ApiError: 400, not an audio file; 413, too long; 503, too much audio is queued; 499.
+      ApiError: 400, nothing can be read; 413, too long; 503, too much audio is queued; 499.
     """
     blocks, samples = deque(), 0
     try:
@@ -97,7 +99,9 @@ def decode_upload(file: BinaryIO, name: str, max_audio_seconds: float, slot: Slo
             slot.add(len(block))
             blocks.append(block)
     except InputError as error:
-        raise ApiError(400, str(error), "file") from None
+        if not samples:
+            raise ApiError(400, str(error), "file") from None
+        slot.warnings.append(str(error))
     if not samples:
         raise ApiError(400, f"{name} contains no audio", "file")
     return blocks

@@ -1,0 +1,177 @@
+"""Form of a transcription request: each of OpenAI's fields is honoured, refused or ignored by name.
+
+Lists may be `name[]`, `name[0]`, `name` several times, or separated by commas. Values that cannot
+change the answer, such as `seed`, are ignored and named in the response's X-Ignored.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import Request
+from pydantic import BaseModel, BeforeValidator, ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+from speechllm.errors import InputError
+from speechllm.longform.transcriber import Transcriber
+from speechllm.serving.admission import CLIENT_CLOSED_REQUEST, ApiError
+
+# Many clients have no other model names; answered by the served model.
+ALIASES = ("whisper-1", "gpt-transcribe", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
+UNSUPPORTED = {
+    "include": "token log-probabilities are unavailable; verbose_json has confidences",
+    "known_speaker_names": "speakers are not recognized",
+    "known_speaker_references": "speakers are not recognized",
+}
+
+
+def _split(values: list) -> list[str]:
+    return [part.strip() for value in values for part in str(value).split(",") if part.strip()]
+
+
+Texts = Annotated[list[str], BeforeValidator(_split)]
+Granularities = Annotated[list[Literal["segment", "word"]], BeforeValidator(_split)]
+
+
+class TranscriptionForm(BaseModel):
+    """Fields of a transcription request; `prompt` and `keywords` are the LLM's context."""
+
+    file: Any
+    model: str
+    response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
+    stream: bool = False
+    timestamp_granularities: Granularities = ["segment"]
+    language: str = ""
+    languages: Texts = []
+    temperature: float = 0.0
+    prompt: str = ""
+    keywords: Texts = []
+    chunking_strategy: str = "auto"
+
+    @property
+    def context(self) -> str:
+        return " ".join(filter(None, (self.prompt, ", ".join(self.keywords))))
+
+
+LISTS = ("timestamp_granularities", "languages", "keywords")
+
+
+class _Parser(MultiPartParser):
+    """Reads the part `file` as a file also if it has no file name."""
+
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        _, options = parse_options_header(part.content_disposition)
+        if options.get(b"name") == b"file" and b"filename" not in options:
+            part.content_disposition += b'; filename=""'
+        super().on_headers_finished()
+
+
+async def read_form(request: Request) -> FormData:
+    """Read the body of a request.
+
+    Raises:
+      ApiError: 400, not a form; 499, the client disconnected.
+    """
+    kind = request.headers.get("content-type", "")
+    if not kind.startswith("multipart/form-data"):
+        raise ApiError(400, f"expected multipart/form-data with file and model, not {kind!r}")
+    try:
+        return await _Parser(request.headers, request.stream()).parse()
+    except MultiPartException as error:
+        raise ApiError(400, error.message) from None
+    except ClientDisconnect:
+        raise ApiError(CLIENT_CLOSED_REQUEST, "the client disconnected") from None
+
+
+def check_form(
+    raw: FormData, model_name: str, transcriber: Transcriber
+) -> tuple[TranscriptionForm, list[str]]:
+    """Return the fields and the names of those that are ignored.
+
+    Raises:
+      ApiError: 400, a field is missing, invalid or unsupported; 404, another model.
+    """
+    fields: dict[str, list] = {}
+    for name, value in raw.multi_items():
+        if value != "":  # as if it were not sent
+            fields.setdefault(name.partition("[")[0], []).append((name, value))
+    for name in UNSUPPORTED.keys() & fields.keys():
+        raise ApiError(400, f"{name}: {UNSUPPORTED[name]}", name)
+    form = _validated(fields)
+    check_model(form.model, model_name)
+    if form.temperature:
+        raise ApiError(400, "temperature must be 0: decoding is deterministic", "temperature")
+    if form.chunking_strategy != "auto":
+        raise ApiError(400, "chunking_strategy must be 'auto'", "chunking_strategy")
+    ignored = [name for name in fields if name not in TranscriptionForm.model_fields]
+    ignored += _check_language(form, transcriber.language)
+    ignored += _check_format(form, "timestamp_granularities" in fields, transcriber)
+    if not transcriber.takes_context:
+        ignored += [name for name in ("prompt", "keywords") if name in fields]
+        return form.model_copy(update={"prompt": "", "keywords": []}), ignored
+    try:
+        transcriber.check_context(form.context)
+    except InputError as error:
+        raise ApiError(400, str(error), "prompt") from None
+    return form, ignored
+
+
+def check_model(name: str, served: str) -> None:
+    """Check the name of a model; ALIASES are accepted too.
+
+    Raises:
+      ApiError: 404.
+    """
+    if name not in (served, *ALIASES):
+        raise ApiError(404, f"model {name!r} does not exist, this server has {served!r}", "model")
+
+
+def _validated(fields: dict[str, list]) -> TranscriptionForm:
+    values = {}
+    for name, found in fields.items():
+        last_name, last = found[-1]
+        values[name] = [value for _, value in found] if name in LISTS else last
+        if name == "chunking_strategy" and last_name != name:
+            values[name] = last_name  # such as chunking_strategy[type]
+    if "file" in values and not isinstance(values["file"], UploadFile):
+        raise ApiError(400, "file: expected an audio file", "file")
+    try:
+        return TranscriptionForm(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = str(first["loc"][0])
+        shown = f", not {first['input'][:100]!r}" if isinstance(first["input"], str) else ""
+        raise ApiError(400, f"{param}: {first['msg']}{shown}", param) from None
+
+
+def _check_language(form: TranscriptionForm, of_model: str | None) -> list[str]:
+    for name, wanted in (("language", [form.language]), ("languages", form.languages)):
+        codes = {language_code(one) for one in wanted} - {"", "auto"}
+        if of_model and codes and language_code(of_model) not in codes:
+            message = f"{name} {', '.join(wanted)!r}: this model is for {of_model!r}"
+            raise ApiError(400, message, name)
+    if of_model:
+        return []
+    return [name for name in ("language", "languages") if getattr(form, name)]
+
+
+def language_code(name: str) -> str:
+    """`en-US`, `EN` or `English` -> `en`."""
+    name = name.strip().lower()
+    return TO_LANGUAGE_CODE.get(name) or re.split(r"[-_]", name)[0]
+
+
+def _check_format(form: TranscriptionForm, asked: bool, transcriber: Transcriber) -> list[str]:
+    name, words = form.response_format, "word" in form.timestamp_granularities
+    if form.stream and name not in ("json", "verbose_json"):
+        raise ApiError(400, f"response_format {name!r} cannot be streamed", "response_format")
+    if words and name != "verbose_json":
+        message = f"word times need response_format 'verbose_json', not {name!r}"
+        raise ApiError(400, message, "timestamp_granularities")
+    if words and not transcriber.has_word_times:
+        raise ApiError(400, "this model has no word times", "timestamp_granularities")
+    return ["timestamp_granularities"] if asked and name != "verbose_json" else []
