@@ -197,6 +197,32 @@ def test_a_token_is_requested_and_a_stopped_server_is_reported(visit, transcribe
     expect_status(page, f"^{clip.name}: the server does not respond$")
 
 
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_only_pages_of_allowed_origins_can_use_the_api(browser, url, transcriber, clip, is_allowed):
+    origins = {"allow_origin": url} if is_allowed else {}
+    with running(service_of(transcriber, "s3same", **origins)) as api:
+        page = browser.new_page()
+        page.goto(f"{url}/health")  # a page of another origin, without a content policy
+        found = page.evaluate(
+            """async ([url, content]) => {
+              const form = new FormData();
+              form.append("model", "whisper-1");
+              form.append("seed", "1");
+              const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+              form.append("file", new Blob([bytes]));
+              const headers = { Authorization: "Bearer s3same" };
+              try {
+                const response = await fetch(url, { method: "POST", body: form, headers });
+                return [(await response.json()).text, response.headers.get("X-Ignored")];
+              } catch (error) { return [String(error), null]; }
+            }""",
+            [api + TRANSCRIPTIONS, base64.b64encode(clip.read_bytes()).decode()],
+        )
+        page.close()
+    expected = [posted(url, clip).json()["text"], "seed"]
+    assert found == (expected if is_allowed else ["TypeError: Failed to fetch", None])
+
+
 # ---- the microphone
 
 

@@ -85,7 +85,7 @@ class Service:
 def decode_upload(file: BinaryIO, name: str, max_audio_seconds: float, slot: Slot) -> deque[Tensor]:
     """Decode an audio file to blocks of samples (N,) at 16 kHz, counted by `slot`; blocking.
 
-    What precedes damage is kept, with a warning in `slot`.
+    Audio before damage is kept, and the damage becomes one of the slot's warnings.
 
     Raises:
       ApiError: 400, nothing can be read; 413, too long; 503, too much audio is queued; 499.
