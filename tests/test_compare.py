@@ -74,12 +74,7 @@ def test_differing_utterances_are_listed_side_by_side(run):
     assert [d.text for d in found["u5"].all("p")[1].all("del")] == ["one"]
     keys = [o.attrs["value"] for o in page.all("select")[0].all("option")]
     assert all(f"data-{key}" in one.attrs for key in keys for one in found.values())
-    lengths, changed = (table.rows() for table in page.all("table"))
-    assert lengths[1:] == [
-        ["1", "3", "3", "0.00 %", "0.00 %", "0.00"],
-        ["2–3", "6", "15", "20.00 %", "20.00 %", "0.00"],
-        ["4–7", "3", "12", "8.33 %", "8.33 %", "0.00"],
-    ]
+    (changed,) = (table.rows() for table in page.all("table"))
     assert changed[1:] == [["one → six", "4", "2"], ["one → *", "0", "1"], ["one → ten", "0", "1"]]
 
 

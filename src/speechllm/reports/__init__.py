@@ -8,8 +8,6 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from speechllm.scoring.wer import ErrorCounts
-
 
 def page(template: str, **values) -> str:
     """Render a template of this folder, such as `report.html`."""
@@ -27,11 +25,6 @@ def signed(value: float) -> str:
     return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "\N{MINUS SIGN}")
 
 
-def change(before: ErrorCounts, after: ErrorCounts) -> str:
-    """Return the signed change of the WER over the same words."""
-    return signed(after.wer - before.wer) if before.errors != after.errors else signed(0.0)
-
-
 def duration(seconds: float) -> str:
     """`5.4 h`, `12.0 min` or `8.0 s`."""
     for unit, size in (("h", 3600), ("min", 60)):
@@ -44,5 +37,5 @@ _templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-_templates.filters.update(percent=percent, signed=signed, change=change, duration=duration)
+_templates.filters.update(percent=percent, signed=signed, duration=duration)
 _templates.filters["thousands"] = "{:,}".format

@@ -10,7 +10,7 @@ from speechllm.errors import InputError
 from speechllm.io import atomic_write
 from speechllm.reports import page, signed
 from speechllm.reports.diff import marks
-from speechllm.reports.tables import MAX_ROWS, WORDS, Row, buckets, error_name, row
+from speechllm.reports.tables import MAX_ROWS, Row, error_name, row
 from speechllm.scoring.bootstrap import Difference, paired_bootstrap
 from speechllm.scoring.files import read_recogs
 from speechllm.scoring.wer import Pair, ScoredUtterance, count_pairs
@@ -62,7 +62,6 @@ def compare(a_path: Path, b_path: Path, html: Path | None = None) -> None:
         "comparison.html",
         title=f"{a_path.stem}, {b_path.stem}",
         names=(a_path, b_path),
-        lengths=by_length(a, b),
         changed=changed[:MAX_ROWS],
         left_out=len(changed[MAX_ROWS:]),
         utterances=utterances,
@@ -113,14 +112,6 @@ def summary(
         f"B is better in {changes['better']} utterances and worse in {changes['worse']}; "
         f"other {units} but as many errors in {changes['other']}, the same {units} in {same}",
     ])  # fmt: skip
-
-
-def by_length(
-    a: Sequence[ScoredUtterance], b: Sequence[ScoredUtterance]
-) -> list[tuple[str, Row, Row]]:
-    """Return (name, A, B) for each group of sentence lengths."""
-    groups = buckets(zip(a, b, strict=True), lambda pair: len(pair[0].ref), WORDS, step=1)
-    return [(name, *(row(name, side) for side in zip(*group))) for name, group in groups.items()]
 
 
 def changed_errors(a: Counter[Pair], b: Counter[Pair]) -> list[tuple[str, int, int]]:

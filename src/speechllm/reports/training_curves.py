@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
-from matplotlib.artist import Artist
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from speechllm.errors import InputError
 from speechllm.io import atomic_write
 from speechllm.reports import page
 
-# Title of a panel -> its curves, the thick one first.
-PANELS = {
+PANELS = {  # title of a panel: its curves
     "loss": ("tot_loss", "valid_loss", "current_loss"),
     "accuracy": ("tot_acc", "valid_acc", "current_acc"),
     "WER %": ("valid_wer",),
@@ -28,11 +25,9 @@ LOGARITHMIC = ("loss", "gradient norm", "gradient scale")
 COLUMNS = {  # table columns: the curve, min or max for its best value, the format
     "epoch": ("epoch", None, ".0f"),
     "loss": ("tot_loss", None, ".4f"),
-    "accuracy": ("tot_acc", None, ".2%"),
     "best validation loss": ("valid_loss", min, ".4f"),
     "best validation accuracy": ("valid_acc", max, ".2%"),
     "best validation WER %": ("valid_wer", min, ".2f"),
-    "learning rate": ("learning_rate", None, ".2e"),
     "audio s/s": ("audio_seconds_per_second", None, ".1f"),
 }
 STYLES = {  # by the part of a name before the _
@@ -72,65 +67,35 @@ def one_curve(points: Iterable[tuple[int, float]]) -> Curve:
 
 def plot(trainings: dict[str, dict[str, Curve]]) -> Figure:
     """Plot each of PANELS that has a curve, with a color for each training, given by name."""
-    drawn = [
-        title
-        for title, names in PANELS.items()
-        if any(name in curves for curves in trainings.values() for name in names)
-    ]
+    found = {name for curves in trainings.values() for name in curves}
+    drawn = [title for title, names in PANELS.items() if found & set(names)]
     height = max(1, math.ceil(len(drawn) / 2))
     figure = Figure(figsize=(11, 3.2 * height), layout="constrained")
     for k, title in enumerate(drawn):
-        axes = figure.add_subplot(height, 2, k + 1)
-        _style_axes(axes, title)
-        labels = {}
+        axes = figure.add_subplot(height, 2, k + 1, facecolor="none")
+        axes.set_title(title, color=GREY)
+        axes.set_yscale("log" if title in LOGARITHMIC else "linear")
+        axes.tick_params(which="both", labelsize=8, color=GREY)
+        axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
         for i, (training, curves) in enumerate(trainings.items()):
-            name = training if len(trainings) > 1 else ""
-            labels |= _draw(axes, PANELS[title], curves, f"C{i}", name)
-        legend = axes.legend(list(labels), list(labels.values()), fontsize=8, frameon=False)
-        for text in legend.get_texts():
+            for name in PANELS[title]:
+                if name in curves:
+                    kind = name.split("_")[0]
+                    label = f"{training} {kind}" if len(PANELS[title]) > 1 else training
+                    axes.plot(*zip(*curves[name]), color=f"C{i}", label=label,
+                              **STYLES.get(kind, {}))  # fmt: skip
+        for text in axes.legend(fontsize=8, frameon=False).get_texts():
             text.set_parse_math(False)  # a $ in a folder's name is not math
     return figure
 
 
-def _draw(
-    axes, names: tuple[str, ...], curves: dict[str, Curve], color: str, training: str
-) -> dict[Artist, str]:
-    """Draw a training's curves of a panel; return their labels."""
-    labels = {}
-    for name in names:
-        if name in curves:
-            kind = name.split("_")[0] if len(names) > 1 else ""
-            style = STYLES.get(kind, {"linewidth": 1.5})
-            (line,) = axes.plot(*zip(*curves[name]), color=color, **style)
-            if label := f"{training} {kind}".strip():
-                labels[line] = label
-    return labels
-
-
-def _style_axes(axes, title: str) -> None:
-    if title in LOGARITHMIC:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel("batches", fontsize=8)
-    axes.tick_params(which="both", labelsize=8, color=GREY)
-    axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.patch.set_alpha(0)
-
-
 def rows(trainings: dict[str, dict[str, Curve]]) -> list[list[str]]:
     """Return the table: column names, then a row for each training."""
-    names = {name for curves in trainings.values() for name in curves}
-    columns = {title: column for title, column in COLUMNS.items() if column[0] in names}
-    return [
-        ["training", *columns],
-        *([training, *(_cell(curves.get(name, []), *kind) for name, *kind in columns.values())]
-          for training, curves in trainings.items()),
-    ]  # fmt: skip
+    table = [["training", *COLUMNS]]
+    for training, curves in trainings.items():
+        cells = [_cell(curves.get(name, []), *kind) for name, *kind in COLUMNS.values()]
+        table.append([training, *cells])
+    return table
 
 
 def _cell(curve: Curve, choose: Callable | None, form: str) -> str:
