@@ -88,11 +88,13 @@ VARIANTS = {
 
 
 class Speaker(NamedTuple):
-    accent: str  # an espeak voice
-    variant: str  # modifies formants, pitch and breath of the voice
-    rate: int  # words per minute
-    pitch: int  # 0–99
-    pitch_range: int  # 0–99, 0 is monotonous
+    """An accent, a variant of the voice, words per minute, pitch and its range (0–99)."""
+
+    accent: str
+    variant: str
+    rate: int
+    pitch: int
+    pitch_range: int
 
     @property
     def name(self) -> str:
@@ -149,41 +151,33 @@ class EspeakEvent(ctypes.Structure):
     )  # fmt: skip
 
 
-SYNTH_CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(EspeakEvent)
-)
+# Constants of speak_lib.h
+SYNCHRONOUS, PHONEME_EVENTS, DONT_EXIT, UTF8 = 2, 1, 0x8000, 1
+LIST_TERMINATED, WORD = 0, 1  # types of events
+RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
 
 
 class Espeak:
     """espeak-ng, at most one instance per process; not thread-safe."""
 
-    # Constants of speak_lib.h
-    SYNCHRONOUS, PHONEME_EVENTS, DONT_EXIT, UTF8, POS_CHARACTER = 2, 1, 0x8000, 1, 1
-    LIST_TERMINATED, WORD = 0, 1
-    RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
-
     def __init__(self):
         import espeakng_loader
 
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
-        self.library.espeak_Synth.argtypes = (
-            ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint,
-            ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p,
-        )  # fmt: skip
         data_path = espeakng_loader.get_data_path().encode()
-        flags = self.PHONEME_EVENTS | self.DONT_EXIT
-        self.sampling_rate = self.library.espeak_Initialize(self.SYNCHRONOUS, 0, data_path, flags)
+        flags = PHONEME_EVENTS | DONT_EXIT
+        self.sampling_rate = self.library.espeak_Initialize(SYNCHRONOUS, 0, data_path, flags)
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # by default breath varies with time
-        self._samples: list[bytes] = []
-        self._events: list[tuple[int, int, bytes]] = []  # type, sample, phoneme
-        self._callback = SYNTH_CALLBACK(self._collect)  # espeak keeps no reference
+        event = ctypes.POINTER(EspeakEvent)
+        kinds = (ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, event)
+        self._callback = ctypes.CFUNCTYPE(*kinds)(self._collect)  # espeak keeps no reference
         self.library.espeak_SetSynthCallback(self._callback)
 
     def _collect(self, samples, num_samples: int, events) -> int:
         if num_samples:
             self._samples.append(ctypes.string_at(samples, 2 * num_samples))
         index = 0
-        while (event := events[index]).type != self.LIST_TERMINATED:
+        while (event := events[index]).type != LIST_TERMINATED:
             self._events.append((event.type, event.sample, event.phoneme))
             index += 1
         return 0  # continue
@@ -200,27 +194,26 @@ class Espeak:
         voice = f"{speaker.accent}+{speaker.variant}"
         if self.library.espeak_SetVoiceByName(voice.encode()):
             raise InputError(f"espeak-ng has no voice {voice}")
-        self.library.espeak_SetParameter(self.RATE, speaker.rate, 0)
-        self.library.espeak_SetParameter(self.VOLUME, 30, 0)  # some variants clip at 100
-        self.library.espeak_SetParameter(self.PITCH, speaker.pitch, 0)
-        self.library.espeak_SetParameter(self.RANGE, speaker.pitch_range, 0)
+        for kind, value in (
+            (RATE, speaker.rate), (VOLUME, 30),  # some variants clip at 100
+            (PITCH, speaker.pitch), (RANGE, speaker.pitch_range),
+        ):  # fmt: skip
+            self.library.espeak_SetParameter(kind, value, 0)
         self._samples, self._events = [], []
         # A word joiner keeps the dictionary from merging pairs such as "in the" into one word.
         spoken = "\u2060 ".join(text.split()).encode()
-        self.library.espeak_Synth(
-            spoken, len(spoken) + 1, 0, self.POS_CHARACTER, 0, self.UTF8, None, None
-        )
-        self.library.espeak_Synchronize()
+        size = ctypes.c_size_t(len(spoken) + 1)
+        self.library.espeak_Synth(spoken, size, 0, 1, 0, UTF8, None, None)
         samples = np.frombuffer(b"".join(self._samples), dtype=np.int16) / 32768
         return samples, self._word_times(text.split(), len(samples))
 
     def _word_times(self, words: list[str], num_samples: int) -> list[TimedWord]:
         starts, ends = [], []
-        for kind, sample, phoneme in [*self._events, (self.WORD, num_samples, b"")]:
-            is_word = kind == self.WORD
-            if (is_word or phoneme.startswith(b"_")) and len(ends) < len(starts):
+        for kind, sample, phoneme in [*self._events, (WORD, num_samples, b"")]:
+            is_pause = phoneme.startswith(b"_")
+            if (kind == WORD or is_pause) and len(ends) < len(starts):
                 ends.append(sample)
-            if is_word:
+            if kind == WORD:
                 starts.append(sample)
         rate = self.sampling_rate
         return [(w, a / rate, b / rate) for w, a, b in zip(words, starts[:-1], ends, strict=True)]
@@ -234,8 +227,8 @@ def noise(num_samples: int, pink: bool, rng: np.random.Generator) -> np.ndarray:
     spectrum = np.fft.rfft(white)
     spectrum[0] = 0
     spectrum[1:] /= np.sqrt(np.arange(1, len(spectrum)))
-    coloured = np.fft.irfft(spectrum, num_samples)
-    return coloured / coloured.std()
+    pink_noise = np.fft.irfft(spectrum, num_samples)
+    return pink_noise / pink_noise.std()
 
 
 def place_in_room(speech: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:

@@ -77,6 +77,7 @@ def plot(trainings: dict[str, dict[str, Curve]]) -> Figure:
         axes.set_yscale("log" if title in LOGARITHMIC else "linear")
         axes.tick_params(which="both", labelsize=8, color=GREY)
         axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
+        axes.spines[:].set_color(GREY)
         for i, (training, curves) in enumerate(trainings.items()):
             for name in PANELS[title]:
                 if name in curves:
