@@ -12,7 +12,6 @@ has. Most of these turns have random words, so that copying is more useful than 
 """
 
 import json
-import logging
 import math
 import random
 from collections.abc import Iterator
@@ -25,12 +24,12 @@ from speechllm.cli import Parser
 from speechllm.errors import InputError, exit_on_user_error
 from speechllm.io import atomic_directory
 
-SIZES = {  # field of Qwen2Config: flag, default, help
-    "hidden_size": ("--hidden-size", 256, "hidden size"),
-    "num_hidden_layers": ("--num-layers", 4, "transformer layers"),
-    "num_attention_heads": ("--num-heads", 4, "attention heads"),
-    "num_key_value_heads": ("--num-kv-heads", 2, "key and value heads"),
-    "intermediate_size": ("--intermediate-size", 768, "hidden size of the feed-forward layers"),
+SIZES = {  # field of Qwen2Config: flag, default
+    "hidden_size": ("--hidden-size", 256),
+    "num_hidden_layers": ("--num-layers", 4),
+    "num_attention_heads": ("--num-heads", 4),
+    "num_key_value_heads": ("--num-kv-heads", 2),
+    "intermediate_size": ("--intermediate-size", 768),
 }
 VOCAB_SIZE = 1000
 BATCH_SIZE = 32
@@ -40,7 +39,6 @@ REPEAT_PROB = 0.9  # share of user turns with the words of the answer
 RANDOM_PROB = 0.9  # share of random words in these
 
 Example = tuple[list[int], list[int]]  # ids and labels of one chat, of equal length
-logger = logging.getLogger(__name__)
 
 
 def read_transcripts(path: Path) -> list[str]:
@@ -169,19 +167,19 @@ def train(model, examples: Iterator[Example], max_steps: int) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1 - step / max_steps)
     )
-    for step in range(1, max_steps + 1):
+    for step in range(max_steps):
         loss = mean_loss(model, list(islice(examples, BATCH_SIZE)))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == max_steps:
-            logger.info("step %d: loss %.3f", step, loss.item())
+        if step % 50 == 49:
+            print(f"step {step + 1}: loss {loss.item():.3f}")
 
 
 def make_llm(transcripts: list[str], max_steps: int, sizes: dict[str, int]) -> tuple:
-    """Train tokenizer and model on nine tenths of the transcripts, and log the perplexity."""
+    """Train tokenizer and model on nine tenths of the transcripts, and print the perplexity."""
     import torch
 
     torch.manual_seed(0)
@@ -190,7 +188,6 @@ def make_llm(transcripts: list[str], max_steps: int, sizes: dict[str, int]) -> t
     held_out, training = shuffled[:num_held_out], shuffled[num_held_out:]
     tokenizer = train_tokenizer(training)
     model = build_model(tokenizer, sizes)
-    logger.info("%d tokens, %d parameters", len(tokenizer), model.num_parameters())
     train(model, training_examples(tokenizer, training), max_steps)
     rng = random.Random(0)
     examples = [
@@ -198,7 +195,7 @@ def make_llm(transcripts: list[str], max_steps: int, sizes: dict[str, int]) -> t
     ]
     with torch.no_grad():
         perplexity = math.exp(mean_loss(model.eval(), examples))
-    logger.info("held-out perplexity per token after the answer's words: %.2f", perplexity)
+    print(f"{model.num_parameters()} parameters, held-out perplexity {perplexity:.2f} per token")
     return tokenizer, model
 
 
@@ -208,11 +205,10 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--text", type=Path, required=True, help="a cut file, or a table (its split train)")
     add("--out", type=Path, required=True, help="directory to write")
-    for field, (flag, default, text) in SIZES.items():
-        add(flag, type=int, dest=field, default=default, help=text)
+    for field, (flag, default) in SIZES.items():
+        add(flag, type=int, dest=field, default=default, help=f"{field} of Qwen2Config")
     add("--max-steps", type=int, default=600, help="number of steps")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if args.out.exists():
         raise InputError(f"{args.out} exists: remove it or choose another --out")
     sizes = {field: getattr(args, field) for field in SIZES}

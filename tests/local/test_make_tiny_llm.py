@@ -61,8 +61,7 @@ def test_labels_cover_the_answer_and_its_closing_token(tokenizer):
     assert labels == [IGNORED] * 9 + ids[9:] and tokenizer.decode(ids[9:]) == "h i<|im_end|>"
 
 
-def test_the_directory_loads_as_qwen2_with_rows_for_speech_tokens(tmp_path, caplog):
-    caplog.set_level("INFO")
+def test_the_directory_loads_as_qwen2_with_rows_for_speech_tokens(tmp_path, capsys):
     rng = random.Random(0)
     texts = [" ".join(rng.choices(LETTERS, k=4)) for _ in range(60)]
     table = write_table(tmp_path / "a.tsv", texts)
@@ -70,7 +69,7 @@ def test_the_directory_loads_as_qwen2_with_rows_for_speech_tokens(tmp_path, capl
     assert model.config.model_type == "qwen2"
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert "held-out perplexity" in caplog.text
+    assert "held-out perplexity" in capsys.readouterr().out
     tokenizer.add_tokens(SPEECH_TOKENS, special_tokens=True)
     rows = model.get_input_embeddings().num_embeddings
     assert rows > max(tokenizer.convert_tokens_to_ids(SPEECH_TOKENS)) and rows % 64 == 0
