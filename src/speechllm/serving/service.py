@@ -8,8 +8,8 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-import prometheus_client as prometheus
 from fastapi import UploadFile
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from torch import Tensor
 
 from speechllm.audio.fbank import SAMPLING_RATE
@@ -111,28 +111,22 @@ class Metrics:
     """Metrics of one server for Prometheus."""
 
     def __init__(self, admission: AdmissionController):
-        self.registry = prometheus.CollectorRegistry()
-
-        def metric(kind: type, name: str, text: str, **options):
-            return kind(name, text, registry=self.registry, **options)
-
-        self.requests = metric(
-            prometheus.Counter, "asr_requests",
-            "Transcriptions by status; 499: client disconnected", labelnames=["status"],
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "asr_requests", "Transcriptions by status; 499: client disconnected", ["status"],
+            registry=registry,
         )  # fmt: skip
-        self.request_seconds = metric(
-            prometheus.Histogram, "asr_request_seconds",
-            "Time from the first byte received to the last byte sent", buckets=SECONDS,
-        )  # fmt: skip
-        self.audio_seconds = metric(
-            prometheus.Counter, "asr_audio_seconds", "Seconds of audio transcribed"
+        text = "Time from the first byte received to the last byte sent"
+        self.request_seconds = Histogram(
+            "asr_request_seconds", text, registry=registry, buckets=SECONDS
         )
-        self.batch_parts = metric(
-            prometheus.Histogram, "asr_batch_parts", "Chunks of recordings per batch",
-            buckets=CHUNKS,
-        )  # fmt: skip
-        gauge = metric(prometheus.Gauge, "asr_requests_in_progress", "Requests that hold a slot")
+        text = "Seconds of audio transcribed"
+        self.audio_seconds = Counter("asr_audio_seconds", text, registry=registry)
+        text = "Chunks of recordings per batch"
+        self.batch_parts = Histogram("asr_batch_parts", text, registry=registry, buckets=CHUNKS)
+        gauge = Gauge("asr_requests_in_progress", "Requests that hold a slot", registry=registry)
         gauge.set_function(lambda: len(admission.slots))
-        gauge = metric(prometheus.Gauge, "asr_waiting_audio_seconds", "Seconds of audio in memory")
+        text = "Seconds of audio in memory"
+        gauge = Gauge("asr_waiting_audio_seconds", text, registry=registry)
         gauge.set_function(lambda: admission.seconds)
-        prometheus.ProcessCollector(registry=self.registry)
+        ProcessCollector(registry=registry)
