@@ -85,6 +85,12 @@ def test_ignored_fields_are_named(send):
     assert sorted(names) == ["keywords", "seed", "timestamp_granularities", "vad_filter"]
 
 
+def test_the_language_is_ignored_by_a_model_of_unknown_language(send, transcriber, monkeypatch):
+    monkeypatch.setattr(transcriber, "language", None)
+    assert send("language=de").headers["x-ignored"] == "language"
+    assert "x-ignored" not in send("language=auto").headers
+
+
 @pytest.mark.parametrize("name", ["whisper-1", "gpt-4o-transcribe", "gpt-transcribe"])
 def test_openais_model_names_are_aliases(send, client, name):
     assert send(f"model={name}").status_code == 200
@@ -100,7 +106,7 @@ def test_a_model_name_may_contain_slashes(transcriber):
         assert httpx.get(f"{url}/v1/models/me%2Fmy").status_code == 404
 
 
-@pytest.mark.parametrize("path", ["/health", "/"])
+@pytest.mark.parametrize("path", ["/health", "/", "/metrics", "/v1/models", "/v1/models/tiny"])
 def test_head_is_allowed(url, path):
     assert httpx.head(url + path).status_code == 200
 
@@ -122,6 +128,13 @@ def test_a_file_without_a_name_is_read(url, clip, tmp_path):
         response = httpx.post(url + TRANSCRIPTIONS, content=body, headers=headers, timeout=60)
         assert response.status_code == 200 and response.json()["text"]
     assert len(content) > 1 << 20
+
+
+def test_a_second_value_of_a_field_is_refused(send, url, clip):
+    assert send("language=en", "language=de").json()["error"]["param"] == "language"
+    files = [("file", clip.read_bytes()), ("file", clip.read_bytes())]
+    response = httpx.post(url + TRANSCRIPTIONS, files=files, data={"model": "tiny"})
+    assert response.json()["error"]["message"] == "file: expected one value, not 2"
 
 
 def test_a_body_that_is_not_a_form_is_400(url, clip):

@@ -84,7 +84,7 @@ def create_app(service: Service) -> ASGIApp:
         created = service.started
         return {"id": name, "object": "model", "created": created, "owned_by": "this server"}
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.get("/health")
     def health() -> JSONResponse:
         works = service.worker.thread.is_alive() and not service.admission.closed
         return JSONResponse({"status": "ok" if works else "stopping"}, 200 if works else 503)
@@ -93,10 +93,13 @@ def create_app(service: Service) -> ASGIApp:
     def metrics() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(service.metrics.registry))
 
-    @app.api_route("/", methods=["GET", "HEAD"])
+    @app.get("/")
     def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(), headers=PAGE_HEADERS)
 
+    for route in app.routes:
+        if "GET" in route.methods:
+            route.methods.add("HEAD")  # FastAPI does not, as Starlette does
     if not service.config.allow_origin:
         return app
     return CORSMiddleware(  # around everything: errors and requests without a token too

@@ -49,7 +49,6 @@ class TranscriptionForm(BaseModel):
     temperature: float = 0.0
     prompt: str = ""
     keywords: Texts = []
-    chunking_strategy: str = "auto"
 
     @property
     def context(self) -> str:
@@ -77,7 +76,7 @@ async def read_form(request: Request) -> FormData:
       ApiError: 400, not a form; 499, the client disconnected.
     """
     kind = request.headers.get("content-type", "")
-    if not kind.startswith("multipart/form-data"):
+    if not kind.lower().startswith("multipart/form-data"):
         raise ApiError(400, f"expected multipart/form-data with file and model, not {kind!r}")
     try:
         return await _Parser(request.headers, request.stream()).parse()
@@ -98,15 +97,15 @@ def check_form(
     fields: dict[str, list] = {}
     for name, value in raw.multi_items():
         if value != "":  # as if it were not sent
-            fields.setdefault(name.partition("[")[0], []).append((name, value))
+            fields.setdefault(name.partition("[")[0], []).append(value)
     for name in UNSUPPORTED.keys() & fields.keys():
         raise ApiError(400, f"{name}: {UNSUPPORTED[name]}", name)
+    if any(value != "auto" for value in fields.pop("chunking_strategy", [])):
+        raise ApiError(400, "chunking_strategy must be 'auto'", "chunking_strategy")
     form = _validated(fields)
     check_model(form.model, model_name)
     if form.temperature:
         raise ApiError(400, "temperature must be 0: decoding is deterministic", "temperature")
-    if form.chunking_strategy != "auto":
-        raise ApiError(400, "chunking_strategy must be 'auto'", "chunking_strategy")
     ignored = [name for name in fields if name not in TranscriptionForm.model_fields]
     ignored += _check_language(form, transcriber.language)
     ignored += _check_format(form, "timestamp_granularities" in fields, transcriber)
@@ -131,12 +130,10 @@ def check_model(name: str, served: str) -> None:
 
 
 def _validated(fields: dict[str, list]) -> TranscriptionForm:
-    values = {}
-    for name, found in fields.items():
-        last_name, last = found[-1]
-        values[name] = [value for _, value in found] if name in LISTS else last
-        if name == "chunking_strategy" and last_name != name:
-            values[name] = last_name  # such as chunking_strategy[type]
+    values = {name: found if name in LISTS else found[0] for name, found in fields.items()}
+    for name in fields.keys() & TranscriptionForm.model_fields.keys() - set(LISTS):
+        if (number := len(fields[name])) > 1:
+            raise ApiError(400, f"{name}: expected one value, not {number}", name)
     if "file" in values and not isinstance(values["file"], UploadFile):
         raise ApiError(400, "file: expected an audio file", "file")
     try:
@@ -149,14 +146,15 @@ def _validated(fields: dict[str, list]) -> TranscriptionForm:
 
 
 def _check_language(form: TranscriptionForm, of_model: str | None) -> list[str]:
+    ignored = []
     for name, wanted in (("language", [form.language]), ("languages", form.languages)):
         codes = {language_code(one) for one in wanted} - {"", "auto"}
-        if of_model and codes and language_code(of_model) not in codes:
+        if not of_model and codes:
+            ignored.append(name)
+        elif codes and language_code(of_model) not in codes:
             message = f"{name} {', '.join(wanted)!r}: this model is for {of_model!r}"
             raise ApiError(400, message, name)
-    if of_model:
-        return []
-    return [name for name in ("language", "languages") if getattr(form, name)]
+    return ignored
 
 
 def language_code(name: str) -> str:
