@@ -25,14 +25,13 @@ def read_ctm(path: Path) -> dict[str, list[Timed]]:
     """Read the words of each recording; `;;` starts a comment."""
     recordings = defaultdict(list)
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        if not line.strip() or line.startswith(";;"):
-            continue
-        try:
-            recording, _, begin, duration, word = line.split()[:5]
-            timed = word.lower(), float(begin), float(begin) + float(duration)
-        except ValueError:
-            raise InputError(f"{path}, line {number}: {line!r} is not a line of a CTM") from None
-        recordings[recording].append(timed)
+        if line.strip() and not line.startswith(";;"):
+            try:
+                recording, _, begin, duration, word = line.split()[:5]
+                timed = word.lower(), float(begin), float(begin) + float(duration)
+            except ValueError:
+                raise InputError(f"{path}, line {number}: {line!r} is not CTM") from None
+            recordings[recording].append(timed)
     return recordings
 
 
@@ -48,13 +47,12 @@ def time_errors(found: list[Timed], true: list[Timed]) -> list[tuple[float, floa
     """Return the errors of start and end in ms for each pair of equal words."""
     from speechllm.scoring.wer import align
 
-    true_words, found_words = ([word for word, _, _ in words] for words in (true, found))
+    pairs = align([word for word, _, _ in true], [word for word, _, _ in found])
     true, found, errors = iter(true), iter(found), []
-    for true_word, found_word in align(true_words, found_words):
-        _, *expected = next(true) if true_word else ("",)
-        _, *times = next(found) if found_word else ("",)
+    for true_word, found_word in pairs:
+        expected, times = (next(true) if true_word else ()), (next(found) if found_word else ())
         if true_word == found_word:
-            errors.append(tuple(1000 * (t - e) for t, e in zip(times, expected, strict=True)))
+            errors.append(tuple(1000 * (t - e) for t, e in zip(times[1:], expected[1:])))
     return errors
 
 

@@ -55,7 +55,7 @@ end         3      10     202     -83   66.7%   66.7%   66.7%   66.7%
 @pytest.mark.parametrize(
     ("ctm", "message"),
     [
-        ("u1 1 0.1 one\n", "x.ctm, line 1: 'u1 1 0.1 one' is not a line of a CTM"),
+        ("u1 1 0.1 one\n", "x.ctm, line 1: 'u1 1 0.1 one' is not CTM"),
         ("u9 1 0 1 six\n", "recordings of the CTM have no reference: u9"),
         ("u1 1 0 1 six\n", "no word of the CTM can be compared"),
     ],
