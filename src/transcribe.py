@@ -107,18 +107,6 @@ def open_recordings(names: list[str]) -> Iterator[tuple[str, Iterable]]:
             yield name, audio_blocks(name)
 
 
-def with_progress(results: Iterable[tuple], bar) -> Iterator:
-    """Yield the transcripts; the bar advances by segments, then by the rest of the recording."""
-    done = Counter()
-    for name, result in results:
-        is_transcript = hasattr(result, "segments")
-        seconds = result.duration - done[name] if is_transcript else result.end - result.start
-        done[name] += seconds
-        bar.advance(seconds)
-        if is_transcript:
-            yield result
-
-
 def write(transcript, formats: list[str], files: dict, prefix_names: bool) -> None:
     """Write to the files, or to standard output, with the name in each line if `prefix_names`."""
     from speechllm.longform.writers import FORMATS
@@ -146,17 +134,18 @@ def write_stdout(content: str) -> None:
 
 def transcribe(transcriber, names: list[str], context: str, formats: list[str], files: dict):
     """Transcribe and write; returns the transcripts with an error."""
-    from speechllm.audio.reader import audio_duration
-    from speechllm.progress import ProgressBar
+    from tqdm import tqdm
 
     failed, recognizer = [], transcriber.recognizer
-    bar = ProgressBar("transcribing", sum(audio_duration(name) for name in names if name != STDIN))
+    bar = tqdm(unit=" s of speech", disable=None)  # disabled without a terminal
     recognizer.start_counting()
-    for transcript in with_progress(transcriber.stream(open_recordings(names), context), bar):
-        if transcript.error:
-            failed.append(transcript)
+    for _, result in transcriber.stream(open_recordings(names), context):
+        if not hasattr(result, "segments"):
+            bar.update(round(result.end - result.start))
+        elif result.error:
+            failed.append(result)
         else:
-            write(transcript, formats, files, prefix_names=len(names) > 1)
+            write(result, formats, files, prefix_names=len(names) > 1)
     bar.close()
     counts = recognizer.stop_counting()
     print(", ".join(f"{what}: {value:.2f}" for what, value in counts.items()), file=sys.stderr)

@@ -53,16 +53,11 @@ class _Recording:
     """A recording in progress."""
 
     name: str
-    samples: int = 0  # read so far
+    samples: int = 0  # in chunks so far
     pending: int = 0  # chunks in recognition
     ended: bool = False
     error: str | None = None
     segments: list[Segment] = field(default_factory=list)
-
-    def counted(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        for block in blocks:
-            self.samples += len(block)
-            yield block
 
 
 class Transcriber:
@@ -92,8 +87,8 @@ class Transcriber:
 
     def __call__(self, recordings: Recordings, context: str = "") -> list[Transcript]:
         """Transcribe recordings, in order; see `stream`."""
-        results = (result for _, result in self.stream(recordings, context))
-        return [result for result in results if isinstance(result, Transcript)]
+        results = self.stream(recordings, context)
+        return [result for _, result in results if isinstance(result, Transcript)]
 
     def stream(
         self, recordings: Recordings, context: str = ""
@@ -124,14 +119,10 @@ class Transcriber:
 
     def recognize(self, chunks: list[AudioChunk]) -> list[Segment]:
         """Recognize chunks as one batch; returns their segments."""
-        with_speech, recognitions = [c for c in chunks if c.features is not None], iter(())
-        if with_speech:
-            [(_, batch)] = self.recognizer([_collate(with_speech)])
-            recognitions = iter(batch)
-        return [
-            _segment(chunk, None if chunk.features is None else next(recognitions))
-            for chunk in chunks
-        ]
+        with_speech = [chunk for chunk in chunks if chunk.features is not None]
+        batches = self.recognizer([_collate(with_speech)] if with_speech else [])
+        found = iter([one for _, batch in batches for one in batch])
+        return [_segment(one, None if one.features is None else next(found)) for one in chunks]
 
     def _transcript(self, recording: _Recording) -> Transcript:
         duration = recording.samples / SAMPLING_RATE
@@ -171,7 +162,8 @@ class Transcriber:
             recording = _Recording(name)
             open_recordings.append(recording)
             try:
-                for chunk in self.split(recording.counted(blocks)):
+                for chunk in self.split(blocks):
+                    recording.samples = chunk.start + len(chunk.samples)
                     if chunk.features is None:
                         recording.segments.append(_segment(chunk))
                     else:
