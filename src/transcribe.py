@@ -15,6 +15,7 @@ speechllm/longform/transcript.py describes the JSON fields, speechllm/api.py the
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ from speechllm.longform.config import FORMAT_SUFFIXES, LongformConfig
 from speechllm.models.config import ModelConfig, model_config
 
 STDIN = "-"
+LONGEST_STEM = 200  # bytes; suffixes and those of temporary files follow
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -65,11 +67,18 @@ def find_recordings(names: list[str]) -> list[str]:
         files = [name]
         if path.is_dir():
             inside = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            files = sorted(str(file) for file in inside if file.is_file())
+            files = sorted(
+                str(file) for file in inside if file.is_file() and not is_hidden(file, path)
+            )
         if not files:
             raise InputError(f"{name} has no audio files ({' '.join(SUFFIXES)})")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Return true for `.Trash/a.wav` and `._a.wav` within the folder."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[str, str], Path]:
@@ -84,6 +93,9 @@ def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[
     owners, files = {}, {}
     for name, stem in stems.items():
         stem = Path(name).name if stem in shared else stem
+        if len(os.fsencode(stem)) > LONGEST_STEM:  # file systems allow 255 bytes
+            digest = hashlib.sha1(os.fsencode(name)).hexdigest()[:8]
+            stem = os.fsencode(stem)[: LONGEST_STEM - 9].decode(errors="ignore") + "-" + digest
         if (other := owners.setdefault(stem, name)) != name:
             raise InputError(f"--out {out}: {other} and {name} would both be written to {stem}.*")
         for kind in formats:
@@ -142,9 +154,10 @@ def transcribe(transcriber, names: list[str], context: str, formats: list[str], 
     for _, result in transcriber.stream(open_recordings(names), context):
         if not hasattr(result, "segments"):
             bar.update(round(result.end - result.start))
-        elif result.error:
+            continue
+        if result.error:
             failed.append(result)
-        else:
+        if not result.error or result.text:
             write(result, formats, files, prefix_names=len(names) > 1)
     bar.close()
     counts = recognizer.stop_counting()

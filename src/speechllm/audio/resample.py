@@ -46,11 +46,20 @@ def audio_blocks(path: str | Path) -> Iterator[Tensor]:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      InputError: it cannot be decoded; also between blocks.
+      InputError: it cannot be decoded; also after the last block, if it is damaged.
     """
-    sound = open_sound(path)
-    blocks = (torch.from_numpy(block).mean(dim=1) for block in sound.blocks)
-    yield from resampled(blocks, sound.sampling_rate, path)
+    sound, errors = open_sound(path), []
+
+    def mono() -> Iterator[Tensor]:
+        try:
+            for block in sound.blocks:
+                yield torch.from_numpy(block).mean(dim=1)
+        except InputError as error:  # raised after the samples that the resampler holds
+            errors.append(error)
+
+    yield from resampled(mono(), sound.sampling_rate, path)
+    if errors:
+        raise errors[0]
 
 
 def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from speechllm.data.manifests import speech_embeddings
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.decoding.load import TrainedModel
 from speechllm.decoding.recognizer import Recognition, Recognizer
-from speechllm.errors import InputError
+from speechllm.errors import InputError, first_line
 from speechllm.longform.chunker import AudioChunk, Chunker
 from speechllm.longform.config import LongformConfig
 from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript, Word
@@ -59,6 +59,16 @@ class _Recording:
     error: str | None = None
     segments: list[Segment] = field(default_factory=list)
 
+    def until_error(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield blocks; an exception ends them and becomes the error."""
+        try:
+            yield from blocks
+        except (InputError, FileNotFoundError) as error:
+            self.error = str(error)
+        except Exception as error:  # one recording never ends the others
+            logging.exception(f"{self.name} failed")
+            self.error = f"{self.name}: unexpected {type(error).__name__}: {first_line(error)}"
+
 
 class Transcriber:
     """Transcribes recordings of any length with a recognizer."""
@@ -95,8 +105,8 @@ class Transcriber:
     ) -> Iterator[tuple[str, Segment | Transcript]]:
         """Yield the name with each segment with speech once it is recognized, then the transcript.
 
-        Transcripts are in the order of the recordings. An InputError or FileNotFoundError raised by
-        the blocks of a recording ends this recording alone and becomes its `error`.
+        Transcripts are in the order of the recordings. An exception raised by the blocks of
+        a recording ends this recording alone and becomes its `error`; what was read is recognized.
 
         Args:
           recordings: names with blocks of samples (N,), float32 at 16 kHz, such as
@@ -161,16 +171,13 @@ class Transcriber:
         for name, blocks in recordings:
             recording = _Recording(name)
             open_recordings.append(recording)
-            try:
-                for chunk in self.split(blocks):
-                    recording.samples = chunk.start + len(chunk.samples)
-                    if chunk.features is None:
-                        recording.segments.append(_segment(chunk))
-                    else:
-                        recording.pending += 1
-                        yield recording, chunk._replace(context=context)
-            except (InputError, FileNotFoundError) as error:
-                recording.error = str(error)
+            for chunk in self.split(recording.until_error(blocks)):
+                recording.samples = chunk.start + len(chunk.samples)
+                if chunk.features is None:
+                    recording.segments.append(_segment(chunk))
+                else:
+                    recording.pending += 1
+                    yield recording, chunk._replace(context=context)
             recording.ended = True
 
     # ---- what the model supports
