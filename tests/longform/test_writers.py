@@ -61,6 +61,7 @@ def test_names_that_are_not_utf8_are_written():
     named = replace(SMALL, name=os.fsdecode(b"caf\xe9.wav"))
     assert json.loads(as_json(named).encode())["name"] == "caf?.wav"
     assert as_ctm(named).encode().startswith(b"caf?.wav 1 0.500")
+    assert as_ctm(replace(SMALL, name=";;x.wav")).startswith("_;;x.wav 1 0.500")
 
 
 @pytest.mark.parametrize("has_times", [True, False])

@@ -72,6 +72,8 @@ def as_ctm(transcript: Transcript) -> str:
         for word in transcript.words
     ]
     recording = "_".join(_printable_name(transcript).split())
+    if recording.startswith(";;"):  # a comment line
+        recording = "_" + recording
     return "".join(f"{line}\n" for line in ctm_lines(recording, "1", 0.0, words))
 
 
