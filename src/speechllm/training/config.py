@@ -88,7 +88,7 @@ class TrainConfig:
         for name in ("start_epoch", "num_epochs", "log_interval", "valid_interval", "grad_accum",
                      "keep_last_k"):
             check_range(name, getattr(self, name), 1)
-        for name in ("save_every_n", "save_every_minutes", "max_skipped_steps"):
+        for name in ("save_every_n", "save_every_minutes", "max_skipped_steps", "base_lr"):
             check_range(name, getattr(self, name), 0)
         for name in ("lr_batches", "lr_epochs"):
             check_range(name, getattr(self, name), 0, above=True)

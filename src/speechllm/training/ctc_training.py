@@ -10,7 +10,7 @@ import sentencepiece
 import torch
 from torch import Tensor, nn
 
-from speechllm.checkpoints import average_epochs, epoch_path, load_checkpoint
+from speechllm.checkpoints import average_epochs, load_checkpoint
 from speechllm.data.config import TrainDataConfig
 from speechllm.data.dataset import TextOptions
 from speechllm.data.manifests import read_cuts
@@ -20,7 +20,7 @@ from speechllm.errors import InputError
 from speechllm.io import atomic_write
 from speechllm.models.zipformer.checkpoint import encoder_from_state, save_encoder
 from speechllm.models.zipformer.config import SIZES
-from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, ctc_loss
+from speechllm.models.zipformer.ctc_head import ctc_greedy, ctc_loss
 from speechllm.models.zipformer.encoder import ZipformerEncoder, encoder_out_lens
 from speechllm.models.zipformer.flat_start import flat_start_loss
 from speechllm.training.config import EncoderConfig, TrainConfig
@@ -129,7 +129,6 @@ def train_encoder(encoder: EncoderConfig, data: TrainDataConfig, config: TrainCo
 def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
     """Train in one process of `launch`."""
     config, options, start = training.config, training.model, begin(training, dist_env)
-    _check_average(options.avg, config, start)
     bpe = prepare_bpe(training, start, dist_env)
     encoder = make_encoder(options, bpe.vocab_size(), start)
     logging.info(f"Number of model parameters: {count(encoder)}")
@@ -182,17 +181,6 @@ def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> Zipfor
     return encoder
 
 
-def _check_average(avg: int, config: TrainConfig, start: Start) -> None:
-    """Check that the epochs to average exist or will be trained."""
-    first = max(1, config.num_epochs - avg + 1)
-    for epoch in range(first, start.state.next_epoch):
-        if not epoch_path(config.exp_dir, epoch).is_file():
-            raise FileNotFoundError(
-                f"epoch-{epoch}.pt is missing in {config.exp_dir}: "
-                f"--num-epochs {config.num_epochs} --avg {avg} needs it"
-            )
-
-
 # ---- BPE model
 
 
@@ -212,17 +200,13 @@ def prepare_bpe(
         if start.path:
             model = path.read_bytes()
         else:
-            texts = (text for _, text in _training_texts(training.data))
-            model = train_bpe(texts, training.model.vocab_size)
+            model = train_bpe(_training_texts(training.data), training.model.vocab_size)
             if not training.config.dry_run:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(path) as partial:
                     partial.write_bytes(model)
     model, *_ = dist_env.gather_objects(model)
-    bpe = sentencepiece.SentencePieceProcessor(model_proto=model)
-    if dist_env.is_main:
-        _report_too_dense(bpe, training)
-    return bpe
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -253,26 +237,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _training_texts(data: TrainingData) -> Iterator[tuple[float, str]]:
-    """Yield duration (s) and upper-case text of each training cut with a valid text."""
+def _training_texts(data: TrainingData) -> Iterator[str]:
+    """Yield the upper-case text of each training cut with a valid text."""
     for path in data.train_paths:
         for cut in read_cuts(path):
             if not any(text_errors(cut)):
-                yield cut.duration, " ".join(s.text for s in cut.supervisions).upper()
-
-
-def _report_too_dense(bpe: sentencepiece.SentencePieceProcessor, training: Training) -> None:
-    """Print how many utterances have more tokens than CTC can align."""
-    used = too_dense = 0
-    limits = training.data.config
-    for seconds, text in _training_texts(training.data):
-        if limits.min_duration <= seconds <= limits.max_utterance_duration:
-            used += 1
-            frames = int(encoder_out_lens(round(seconds * 100)))
-            too_dense += ctc_frames_needed(bpe.encode(text)) > frames
-    if too_dense:
-        print(f"{too_dense} of {used} utterances have more text than CTC can align: "
-              "they add nothing to the loss")  # fmt: skip
+                yield " ".join(s.text for s in cut.supervisions).upper()
 
 
 def _describe(training: Training) -> Iterator[str]:
