@@ -21,7 +21,6 @@ from speechllm.data.manifests import context_of, speech_embeddings
 from speechllm.data.validation import CutError, max_characters
 from speechllm.errors import InputError
 from speechllm.models.prompt import ChatTemplate, encode_contexts, encode_transcripts
-from speechllm.scoring.normalize import lower_case
 
 MIN_CUTS_IN_BUCKET = 20  # small sets get fewer buckets
 CUTS_IN_BUFFER = 7000  # per bucket
@@ -46,7 +45,7 @@ class LLMPositions:
         """
         if new_tokens is None:
             text = " ".join(supervision.text or "" for supervision in cut.supervisions)
-            [ids] = encode_transcripts(self.tokenizer, [lower_case(text)])
+            [ids] = encode_transcripts(self.tokenizer, [self.chat.spelled(text)])
             new_tokens = len(ids) + 1
         contexts = [context_of(cut)] if self.chat.use_context else None
         [context] = encode_contexts(self.tokenizer, self.chat, contexts) or [[]]

@@ -58,6 +58,9 @@ class ModelConfig:
         False, "append each utterance's `context` (a custom field of its supervision, such as "
         "hotwords) to the instruction",
     )  # fmt: skip
+    lowercase: bool = _option(
+        True, "lower-case the transcripts; false trains a model that writes true case"
+    )
     use_lora: bool = _option(True, "train LoRA matrices instead of the LLM itself")
     unfreeze_llm: bool = _option(True, "false: keep the LLM frozen")
     unfreeze_encoder: bool = _option(False, "also train the encoders")

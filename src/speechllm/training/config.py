@@ -116,6 +116,8 @@ class EncoderConfig:
     encoder_size: str = _encoder(
         "medium", "size of the encoder (models/zipformer/config.py)", choices=SIZES)
     vocab_size: int = _encoder(500, "maximum number of BPE pieces; small corpora give fewer")
+    uppercase: bool = _encoder(False, "upper-case the texts, as the published encoders have them")
+    lowercase: bool = _encoder(False, "lower-case the texts; by default they keep their case")
     dropout: float = _encoder(0.1, "dropout in the encoder and before the CTC head")
     flat_start_batches: int = _encoder(
         400, "first batches, trained on evenly spaced tokens instead of with CTC")
@@ -125,3 +127,5 @@ class EncoderConfig:
 
     def __post_init__(self):
         check_range("avg", self.avg, 1)
+        if self.uppercase and self.lowercase:
+            raise InputError("--uppercase true and --lowercase true exclude each other")
