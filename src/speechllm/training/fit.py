@@ -74,7 +74,8 @@ def launch_training(
 def _launch(run, training: Training, describe, writes: bool) -> None:
     data, config = training.data, training.config
     data.check_invalid(config.exp_dir, write=writes)
-    lines = [f"Training cuts: {data.train}", f"Validation cuts: {data.valid}"]
+    lines = [f"Training cuts: {data.train}", *data.describe_corpora()]
+    lines.append(f"Validation cuts: {data.valid}")
     if config.dry_run:
         lines = list(describe(training))
     if is_first_process():
@@ -137,7 +138,7 @@ def fit(
         with fork_rng("memory"):  # concatenated cuts get random ids
             scan_memory(engine, loss, data)
     loaders = Loaders(
-        data.train_loader(dist_env), data.valid_loader(dist_env, config.exp_dir), data.train.seconds
+        data.train_loader(dist_env), data.valid_loader(dist_env, config.exp_dir), data.epoch_seconds
     )
     Trainer(
         config=config, engine=engine, schedule=schedule, loss=loss, loaders=loaders,

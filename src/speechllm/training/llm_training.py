@@ -18,7 +18,7 @@ from speechllm.data.manifests import share_of_cuts, size_of_share
 from speechllm.data.sampler import LLMPositions
 from speechllm.data.validation import read_errors
 from speechllm.distributed import DistEnv
-from speechllm.errors import InputError
+from speechllm.errors import InputError, first_line
 from speechllm.models.build import BuildOptions, build_model
 from speechllm.models.config import (
     ModelConfig,
@@ -168,7 +168,24 @@ def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[Spe
     return model, replace(training, data=data)
 
 
-def _describe(training: Training) -> Iterator[str]:
+def _describe(training: Training) -> list[str]:
+    """Return the lines of --dry-run, after a forward and backward pass on the model's shapes.
+
+    Raises:
+      InputError: the LLM is not supported, or as in training.
+    """
+    try:
+        return list(_description(training))
+    except (FileNotFoundError, InputError):
+        raise
+    except Exception as error:  # of whatever an unknown architecture lacks
+        raise InputError(
+            f"--llm-path {training.model.llm_path} cannot be trained: a forward and backward pass "
+            f"on its shapes fails with {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _description(training: Training) -> Iterator[str]:
     start = find_start(training.config)
     if start.path:
         check_same_model(training.model, training.config.exp_dir)

@@ -25,9 +25,9 @@ from speechllm.training.config import TrainConfig
 
 REQUIRED = ("optimizer", "scheduler", "grad_scaler")  # entries without which resuming fails
 ORDER_OPTIONS = (  # options that determine the batches of an epoch
-    "train_cuts", "shar_dir", "max_duration", "max_batch_tokens", "bucketing_sampler",
-    "num_buckets", "shuffle", "drop_last", "min_duration", "max_utterance_duration",
-    "concatenate_cuts",
+    "train_cuts", "corpus_weights", "shar_dir", "max_duration", "max_batch_tokens",
+    "bucketing_sampler", "num_buckets", "shuffle", "drop_last", "min_duration",
+    "max_utterance_duration", "concatenate_cuts",
 )  # fmt: skip
 FORMER_NAMES = {  # former names of options, as in older checkpoints
     "max_tokens": "max_batch_tokens",
