@@ -1,4 +1,4 @@
-"""Identity of encoders and LLMs: the content of their files, wherever these are."""
+"""Identity of encoders and LLMs: the content of their files, not their paths."""
 
 import hashlib
 from functools import cache

@@ -30,12 +30,7 @@ from speechllm.training.data import scan_training_data
 from speechllm.training.dry_run import count, describe_training
 from speechllm.training.engine import Engine
 from speechllm.training.fit import Training, begin, fit, launch_training
-from speechllm.training.resume import (
-    Start,
-    TrainState,
-    archive_later_checkpoints,
-    find_start,
-)
+from speechllm.training.resume import Start, TrainState, find_start
 from speechllm.training.validate import validate
 
 BPE_TEXTS = 1_000_000  # more are sampled: sentencepiece holds them in memory
@@ -147,9 +142,6 @@ def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
     loss = CtcLoss(bpe, dist_env.device, options.flat_start_batches, start.state)
     text = TextOptions(tokenizer=CtcTokenizer(bpe))
     training = replace(training, data=replace(training.data, text=text))
-
-    if config.resume == "never" and dist_env.is_main:
-        archive_later_checkpoints(config.exp_dir, start.state)
 
     def model_state(full_param) -> dict[str, Tensor]:
         return {name: full_param(tensor) for name, tensor in encoder.state_dict().items()}

@@ -23,6 +23,7 @@ from speechllm.training.oom_scan import scan_memory
 from speechllm.training.optim import make_optimizer, make_schedule
 from speechllm.training.resume import (
     Start,
+    archive_later_checkpoints,
     check_optimizer,
     check_room,
     find_start,
@@ -167,5 +168,7 @@ def _make_engine(
 def _prepare_exp_dir(model: nn.Module, start: Start, config: TrainConfig) -> None:
     """Make room in --exp-dir for the checkpoints to come."""
     remove_partial_checkpoints(config.exp_dir)
+    if config.resume == "never":
+        archive_later_checkpoints(config.exp_dir, start.state)
     num_files = config.num_epochs - start.state.epoch + config.keep_last_k
     check_room(config.exp_dir, model.parameters(), num_files)

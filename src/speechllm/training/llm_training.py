@@ -87,7 +87,7 @@ def run_llm_training(dist_env: DistEnv, training: Training) -> None:
     model, training = _prepare(training, start)
     dist_env.barrier()  # all ranks have read the checkpoint to start from
     if dist_env.is_main:
-        if config.resume == "never":
+        if config.resume == "never" and not start.path:  # with the model.json of those
             archive_later_checkpoints(config.exp_dir, start.state)
         save_model_config(with_hashes(training.model), config.exp_dir)
     model.to(dist_env.device)
