@@ -20,7 +20,7 @@ from pathlib import Path
 from speechllm.cli import TRAINING_EXIT_CODES, Parser, add_options, from_args
 from speechllm.data.config import TrainDataConfig
 from speechllm.errors import exit_on_user_error, redact_secrets
-from speechllm.models.config import ONE_ENCODER, ModelConfig
+from speechllm.models.config import ONE_ENCODER, ModelConfig, with_exported_parts
 from speechllm.training.config import TrainConfig
 
 EXP_DIR = Path("exp/asr_librispeech_zipformer_qwen2_1.5B")
@@ -42,7 +42,7 @@ def main(
     args = parser.parse_args(argv)
     command = redact_secrets(shlex.join(sys.argv))
     configs = (
-        from_args(model, args, command=command),
+        from_args(with_exported_parts(args.pretrained_model_path, model), args, command=command),
         from_args(TrainDataConfig, args),
         from_args(default, args),
     )

@@ -40,6 +40,8 @@ def another_value(config, field):
     kind = next((part for part in get_args(kind) if part is not type(None)), kind)
     if field.name == "speech_encoder_type":
         return "medium"
+    if field.name == "corpus_weights":
+        return "2"
     if field.metadata["choices"]:
         return next(one for one in field.metadata["choices"] if one != field.default)
     if kind is bool:
@@ -151,6 +153,7 @@ CHANGES = {
     "--encoder-projector-ds-rate": Change("2", lambda r: r.model.encoder_projector[0].ds_rate),
     "--instruction": Change("write it", lambda r: r.model.chat.prompt(1)),
     "--use-context": Change("true", lambda r: [batch.get("contexts") for batch in train_loader(r)]),
+    "--lowercase": Change("false", lambda r: r.model.chat.spelled("One")),
     "--use-flash-attn": Change(
         "true", lambda r: r.message or r.model.llm.config._attn_implementation
     ),
@@ -172,7 +175,7 @@ ELSEWHERE = {  # files under tests/training that use the option's name
         "manifest_dir train_cuts valid_cuts shar_dir max_duration bucketing_sampler num_buckets "
         "on_the_fly_feats shuffle drop_last min_duration max_utterance_duration enable_musan "
         "enable_spec_aug spec_aug_time_warp_factor concatenate_cuts duration_factor gap "
-        "max_invalid_fraction",
+        "max_invalid_fraction corpus_weights",
     "../conftest.py": "exp-dir",
     "../test_find_ctc_weight.py": "speech-encoder-bpe-path",  # training only saves it
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """pretrain_encoder.py: train, resume, average, decode test sets; options and errors."""
 
+import pickle
 import re
 import shutil
 from types import SimpleNamespace
@@ -79,7 +80,7 @@ def resumable(trained, tmp_path):
 def test_files_and_log(trained):
     assert {path.name for path in trained.iterdir()} == {
         "bpe.model", "epoch-1.pt", "epoch-2.pt", "epoch-2-avg-2.pt", "best-train-loss.pt",
-        "best-valid-loss.pt", "pretrained.pt", "log", "tensorboard", "decode",
+        "best-valid-loss.pt", "pretrained.pt", "log", "tensorboard", "decode", ".lock",
     }  # fmt: skip
     assert {path.name for path in (trained / "decode").iterdir()} == {
         f"{kind}-tiny_test-ctc-greedy.txt" for kind in ("recogs", "errs", "wer-summary")
@@ -99,12 +100,42 @@ def test_pretrained_is_the_average_and_loads_with_its_ctc_head(trained, encoder_
         torch.testing.assert_close(value, (one[name] + two[name]) / 2)
 
 
-def test_bpe_has_icefalls_ids_and_upper_case(trained):
+def test_bpe_has_icefalls_ids_and_the_case_of_the_texts(trained):
     bpe = read_bpe(trained)
     assert [bpe.id_to_piece(i) for i in range(3)] == ["<blk>", "<sos/eos>", "<unk>"]
-    ids = bpe.encode("SEVEN ONE")
-    assert bpe.decode(ids) == "SEVEN ONE" and min(ids) > 2
-    assert bpe.encode("seven")[-1] == 2
+    ids = bpe.encode("seven one")
+    assert bpe.decode(ids) == "seven one" and min(ids) > 2
+    assert bpe.encode("SEVEN")[-1] == 2
+
+
+@pytest.mark.parametrize("text", [
+    "Die Straße ist Weiß", "ısı ılık", "น้ำตกทำให้", "می\u200cخواهم", "e\u0301tait", "½ of １２",
+])  # fmt: skip
+def test_decoding_the_ids_of_a_text_gives_the_text(text):
+    model = ctc_training.train_bpe([text] * 5, 60)
+    bpe = sentencepiece.SentencePieceProcessor(model_proto=model)
+    [ids] = pickle.loads(pickle.dumps(ctc_training.CtcTokenizer(bpe))).training_batch([text])[
+        "targets"
+    ]
+    assert bpe.decode(ids) == text
+
+
+@pytest.mark.parametrize(("flag", "text"), [
+    ("--uppercase", "SEVEN"), ("--lowercase", "seven"), ("--seed", "Seven"),
+])  # fmt: skip
+def test_flags_select_the_case_of_the_pieces(flags, tiny_corpus, tmp_path, reached, flag, text):
+    cuts = load_manifest(tiny_corpus / "tiny_cuts_train.jsonl.gz").to_eager()
+    for cut in cuts:
+        cut.supervisions[0].text = cut.supervisions[0].text.title()
+    cuts.to_file(tmp_path / "cuts.jsonl.gz")
+    reached(**{"--train-cuts": tmp_path / "cuts.jsonl.gz", flag: 1})
+    bpe = read_bpe(tmp_path)
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_one_case_can_be_selected(flags, tmp_path):
+    message = error_of(flags, tmp_path, **{"--uppercase": "true", "--lowercase": "true"})
+    assert message == "--uppercase true and --lowercase true exclude each other"
 
 
 # ---- resuming
@@ -180,15 +211,6 @@ def first_stack(parts):
 def test_flags_that_reach_the_training(reached, flag, value, seen):
     assert seen(reached()) != value
     assert seen(reached(**{flag: value})) == value
-
-
-def test_texts_that_ctc_cannot_align_are_counted(reached, tiny_corpus, tmp_path, capsys):
-    cuts = load_manifest(tiny_corpus / "tiny_cuts_train.jsonl.gz").to_eager()
-    for i in (1, 2):  # the first of them is too long to be trained on
-        cuts[i].supervisions[0].text = "one two three " * 20
-    cuts.to_file(tmp_path / "dense.jsonl.gz")
-    reached(**{"--train-cuts": tmp_path / "dense.jsonl.gz"})
-    assert "1 of 6 utterances have more text than CTC can align" in capsys.readouterr().out
 
 
 # ---- test sets and errors

@@ -32,7 +32,7 @@ def test_files_of_a_training(request, exp, n):
     names = {path.name for path in exp_dir.iterdir()} - {"decode"}  # other tests decode with it
     assert names == {
         "epoch-1.pt", "epoch-2.pt", "best-train-loss.pt", "best-valid-loss.pt", "log",
-        "tensorboard", "model.json",
+        "tensorboard", "model.json", ".lock",
     }  # fmt: skip
     (log_file,) = (exp_dir / "log").iterdir()
     assert re.fullmatch(r"log-train-[\d-]+", log_file.name)
@@ -98,7 +98,7 @@ def test_initial_parameters_come_from_another_model(request, exp, n, tiny_train_
     train.main([*argv, "--pretrained-model-path", str(tmp_path / "epoch-2-avg-1.pt")])
     assert validation_losses(tmp_path / "exp")[0] == validation_losses(start)[-1]
     assert re.search(
-        r"Initialized from .*avg-1.pt; ignored: prompt_embedding.weight, llm.base_model.model.lm_h",
+        r"Initialized from .*avg-1.pt: .*LoRA; starts fresh: nothing; ignored: prompt_embedding.we",
         log(tmp_path / "exp"),
     )
 
@@ -291,9 +291,12 @@ def test_resuming_with_another_model(error_of, tiny_exp, tmp_path, flags, messag
 
 def test_initial_parameters_of_another_model(error_of, tiny_exp, tmp_path):
     assert error_of("--pretrained-model-path", tmp_path / "x.pt") == f"{tmp_path}/x.pt is missing"
-    start = tiny_exp / "epoch-1.pt"
-    message = error_of("--pretrained-model-path", start, n=2)
-    assert str(start) in message and "missing key" in message and "encoder_projector.0" in message
+    torch.save({"model": {"layer.weight": torch.zeros(2)}}, tmp_path / "y.pt")
+    message = error_of("--pretrained-model-path", tmp_path / "y.pt")
+    assert f"{tmp_path}/y.pt does not fit this model: projector 1 (not in the checkpo" in message
+    assert "the checkpoint has LLM" in message
+    message = error_of("--pretrained-model-path", tiny_exp)
+    assert message.startswith(f"--pretrained-model-path {tiny_exp} is not an exported model")
 
 
 def test_cuts_that_are_unusable(error_of, tiny_corpus, tmp_path):

@@ -248,12 +248,9 @@ def llm_trainer(exp_dir, dtype, factor=1e5, state=None):
     )  # fmt: skip
 
 
-def test_qwen2_overflowing_float16_ends_the_training_at_once(tmp_path):
-    with pytest.raises(InputError, match="step 0: the loss is not finite in float16.*--use-bf16"):
-        llm_trainer(tmp_path, torch.float16).run()
-    assert not list(tmp_path.glob("*.pt"))
+def test_qwen2_overflowing_float16_ends_the_training_with_advice(tmp_path):
     with pytest.raises(InputError, match="too many skipped.* --use-bf16 true instead of fp16"):
-        llm_trainer(tmp_path, torch.float16, state=TrainState(batch_idx_train=10)).run()
+        llm_trainer(tmp_path, torch.float16).run()
 
 
 def test_gradients_beyond_float16_lower_the_scale_without_counting(tmp_path):

@@ -124,6 +124,34 @@ def test_every_option_changes_the_batches(data_config, option, value, context):
     assert before != content(batches(data_config(**{**context, option: value})))
 
 
+@pytest.mark.parametrize("weights, share", [(None, 12 / 108), ("1,1", 0.5), ("3,1", 0.25)])
+def test_files_are_spread_evenly_over_the_epoch(data_config, weights, share):
+    config = data_config(
+        train_cuts="tiny_cuts_many,tiny_cuts_train", corpus_weights=weights, num_buckets=0,
+        shuffle=False, drop_last=False,
+    )  # fmt: skip
+    first, second = (ids_of(batches(config, epoch)) for epoch in (1, 2))
+    small = ["copy" not in name for name in first]
+    assert len(first) == 108
+    for start in range(0, 108, 27):
+        assert sum(small[start : start + 27]) == pytest.approx(27 * share, abs=1.1)
+    assert (first == second) == (weights is None)
+    if weights == "1,1":  # 54 of 96 in each epoch, the second goes on where the first ended
+        assert {name for name in first + second if "copy" in name} == set(
+            ids_of(batches(data_config(num_buckets=0, shuffle=False, drop_last=False)))
+        )
+    assert ids_of(batches(config, skip=3)[3:]) == ids_of(batches(config)[3:])
+
+
+@pytest.mark.parametrize("weights, message", [
+    ("1", "has 1 values, --train-cuts 2 files"), ("1,x", "could not convert"),
+    ("1,0", "each weight must be above 0"), ("1,nan", "each weight must be above 0"),
+])  # fmt: skip
+def test_invalid_corpus_weights_are_named(data_config, weights, message):
+    with pytest.raises(InputError, match=f"--corpus-weights {weights}.*{message}"):
+        data_config(train_cuts="a,b", corpus_weights=weights)
+
+
 # ---- shards
 
 

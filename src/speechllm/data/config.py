@@ -1,10 +1,11 @@
 """DataConfig and TrainDataConfig: which cuts are read, and how they become batches."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from speechllm.cli import check_range, option
+from speechllm.cli import check_range, comma_list, option
 from speechllm.errors import InputError
 
 _data = partial(option, group="data")
@@ -45,6 +46,10 @@ class TrainDataConfig(DataConfig):
     train_cuts: str = _train(
         "librispeech_cuts_train-all-shuf", "cut files in --manifest-dir, comma-separated"
     )
+    corpus_weights: str | None = _train(
+        None, "share of each file of --train-cuts in an epoch, such as 0.7,0.3; small files are "
+        "repeated", unset="by size",
+    )  # fmt: skip
     valid_cuts: str = _train(
         "librispeech_cuts_dev-clean,librispeech_cuts_dev-other",
         "cut files in --manifest-dir, comma-separated",
@@ -85,8 +90,28 @@ class TrainDataConfig(DataConfig):
         super().__post_init__()
         check_range("max_invalid_fraction", self.max_invalid_fraction, 0, 1)
         check_range("max_batch_tokens", self.max_batch_tokens, 0)
+        if self.corpus_weights is not None:
+            self._check_weights(len(comma_list(self.train_cuts)))
         if self.max_batch_tokens and self.concatenate_cuts:
             raise InputError(
                 f"--max-batch-tokens {self.max_batch_tokens} cannot be used with "
                 "--concatenate-cuts true: the number of tokens is unknown before concatenation"
             )
+
+    @property
+    def weights(self) -> list[float]:
+        """Values of --corpus-weights; empty without them."""
+        return [float(weight) for weight in comma_list(self.corpus_weights or "")]
+
+    def _check_weights(self, num_files: int) -> None:
+        flag = f"--corpus-weights {self.corpus_weights}"
+        try:
+            weights = self.weights
+        except ValueError as error:
+            raise InputError(f"{flag}: {error}") from None
+        if self.shar_dir:
+            raise InputError(f"{flag} needs cut files, not shards (--shar-dir {self.shar_dir})")
+        if len(weights) != num_files:
+            raise InputError(f"{flag} has {len(weights)} values, --train-cuts {num_files} files")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise InputError(f"{flag}: each weight must be above 0")

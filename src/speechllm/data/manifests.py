@@ -38,6 +38,7 @@ class CutStatistics:
     too_long: int
     longest: float = 0.0  # seconds, of the kept cuts
     errors: CutErrors = field(default_factory=dict)
+    files: dict[Path, tuple[int, float]] = field(default_factory=dict)  # kept cuts and seconds
 
     @property
     def total(self) -> int:
@@ -164,8 +165,10 @@ def scan_manifests(
         cut is skipped.
     """
     lengths, too_short, too_long = [], 0, 0
+    files: dict[Path, tuple[int, float]] = {}
     invalid: CutErrors = {path: {} for path in paths}
     for path in paths:
+        before = len(lengths)
         for number, cut, errors in _checked(path, need_text, need_features, extra_check):
             if errors and not tolerate:
                 raise InputError(f"{path}: {errors[0].message}")
@@ -177,9 +180,10 @@ def scan_manifests(
                 too_long += 1
             else:
                 lengths.append(cut.duration)
+        files[path] = len(lengths) - before, sum(lengths[before:])
     longest = max(lengths, default=0.0)
     statistics = CutStatistics(
-        len(lengths), sum(lengths), too_short, too_long, longest, invalid
+        len(lengths), sum(lengths), too_short, too_long, longest, invalid, files
     )
     if not lengths and (need_text or statistics.invalid_cuts or not too_short):
         raise InputError(f"{', '.join(map(str, paths))}: no usable cuts: {statistics}")

@@ -1,11 +1,13 @@
 """Batch sampling: at most N seconds and M LLM positions per batch, padding included."""
 
+import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, repeat
+from operator import itemgetter
 
 import numpy as np
 from lhotse import CutSet
@@ -21,7 +23,6 @@ from speechllm.data.manifests import context_of, speech_embeddings
 from speechllm.data.validation import CutError, max_characters
 from speechllm.errors import InputError
 from speechllm.models.prompt import ChatTemplate, encode_contexts, encode_transcripts
-from speechllm.scoring.normalize import lower_case
 
 MIN_CUTS_IN_BUCKET = 20  # small sets get fewer buckets
 CUTS_IN_BUFFER = 7000  # per bucket
@@ -46,7 +47,7 @@ class LLMPositions:
         """
         if new_tokens is None:
             text = " ".join(supervision.text or "" for supervision in cut.supervisions)
-            [ids] = encode_transcripts(self.tokenizer, [lower_case(text)])
+            [ids] = encode_transcripts(self.tokenizer, [self.chat.spelled(text)])
             new_tokens = len(ids) + 1
         contexts = [context_of(cut)] if self.chat.use_context else None
         [context] = encode_contexts(self.tokenizer, self.chat, contexts) or [[]]
@@ -87,6 +88,37 @@ class TooManyPositions:
             f"the LLM has {self.limit}"
         )
         return [CutError(cut.id, "positions", message)] if needed > self.limit else []
+
+
+@dataclass(frozen=True)
+class EvenMix:
+    """Cuts of several corpora, each spread evenly over an epoch, in the same order every time.
+
+    A corpus of which an epoch takes fewer cuts than it has continues in the next epoch where this
+    one ends; a corpus of which it takes more is repeated.
+
+    Attributes:
+      corpora: the cuts of each corpus, which can be iterated over repeatedly.
+      sizes: their numbers of cuts.
+      counts: cuts to take from each in an epoch.
+      epoch: counted from 1.
+    """
+
+    corpora: list[CutSet]
+    sizes: list[int]
+    counts: list[int]
+    epoch: int = 1
+
+    def __iter__(self) -> Iterator[Cut]:
+        streams = map(self._placed, self.corpora, self.sizes, self.counts)
+        return (cut for _, cut in heapq.merge(*streams, key=itemgetter(0)))
+
+    def _placed(self, cuts: CutSet, size: int, count: int) -> Iterator[tuple[float, Cut]]:
+        """Yield the cuts of a corpus with their places, from 0 to 1, in the epoch."""
+        first = (self.epoch - 1) * count % size
+        repeated = chain.from_iterable(repeat(cuts))
+        for i, cut in enumerate(islice(repeated, first, first + count)):
+            yield (i + 0.5) / count, cut
 
 
 def with_positions(cuts: CutSet, count_positions: Callable[[Cut], int]) -> CutSet:

@@ -10,18 +10,20 @@ from torch import Tensor
 
 from speechllm.errors import InputError
 from speechllm.models.speech_llm import SpeechLLM
+from speechllm.models.zipformer.bpe import case_of
 from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, ctc_loss
 
 
 class BpeTokenizer:
-    """Case-insensitive BPE tokenizer: its pieces are in one case."""
+    """BPE tokenizer of texts in any case, if its pieces are in one case."""
 
-    def __init__(self, bpe: sentencepiece.SentencePieceProcessor):
-        self.bpe = bpe
-        pieces = map(bpe.id_to_piece, range(bpe.vocab_size()))
-        letters = "".join(piece for piece in pieces if not piece.startswith("<"))  # <blk>, <unk>
-        cases = [case for case in (str.upper, str.lower) if letters == case(letters)]
-        self.case = cases[0] if len(cases) == 1 else str
+    def __init__(self, bpe: sentencepiece.SentencePieceProcessor, lowercase: bool = True):
+        """
+        Args:
+          lowercase: false keeps the case of texts, unless all pieces are in upper case.
+        """
+        self.bpe, self.case = bpe, case_of(bpe)
+        self.lowercase = lowercase or self.case is str.upper
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the pieces in the vocabulary; commas, for example, may have none."""
@@ -32,8 +34,9 @@ class BpeTokenizer:
         return self.bpe.id_to_piece(piece).startswith("▁")
 
     def decode(self, pieces: list[int]) -> str:
-        """Return the text in lower case."""
-        return self.bpe.decode(pieces).lower()
+        """Return the text, by default in lower case."""
+        text = self.bpe.decode(pieces)
+        return text.lower() if self.lowercase else text
 
 
 class CtcOutput:
@@ -44,7 +47,7 @@ class CtcOutput:
 
     @cached_property
     def text(self) -> str:
-        """Text of the best path, in lower case."""
+        """Text of the best path."""
         (best,) = ctc_greedy(self.log_probs[None], torch.tensor([len(self.log_probs)]))
         return self.tokenizer.decode(best)
 
@@ -100,7 +103,7 @@ def find_ctc_decoder(model: SpeechLLM, bpe_paths: list[str]) -> CtcDecoder | Non
         if bpe.vocab_size() != head.vocab_size:
             pieces = f"{bpe.vocab_size()} pieces, encoder {k + 1}'s CTC head {head.vocab_size}"
             raise InputError(f"{path} has {pieces}")
-        return CtcDecoder(model, k, BpeTokenizer(bpe))
+        return CtcDecoder(model, k, BpeTokenizer(bpe, model.chat.lowercase))
     return None
 
 

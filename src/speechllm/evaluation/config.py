@@ -24,8 +24,9 @@ class EvalConfig:
 
     test_cuts: str = _eval(TEST_CUTS, "cut files in --manifest-dir, comma-separated")
     normalize: str = _eval(
-        "none", "text normalization before scoring, besides lower-casing",
-        choices=("none", "basic", "english"),
+        "none", "text normalization before scoring; none: lower-casing alone, or, with a model of "
+        "true case, nothing (cased)",
+        choices=("none", "cased", "basic", "english"),
     )  # fmt: skip
     error_unit: str = _eval(
         "auto", "auto: characters for languages written without spaces, else words",

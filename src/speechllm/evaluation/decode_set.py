@@ -2,7 +2,7 @@
 
 import logging
 from collections import ChainMap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from speechllm.cli import comma_list
 from speechllm.data.manifests import frames_needed
@@ -70,7 +70,10 @@ def decode_set(
     errors = None
     if dist_env.is_main:
         decoded, names = merge_results(cuts, results), (cuts.name, suffix)
-        errors = write_results(decoded, config.out_dir, *names, config.evaluation, measurements)
+        evaluation = config.evaluation
+        if not config.model.lowercase and evaluation.normalize == "none":
+            evaluation = replace(evaluation, normalize="cased")
+        errors = write_results(decoded, config.out_dir, *names, evaluation, measurements)
     errors, *_ = dist_env.gather_objects(errors)
     logging.info(log_line(cuts.name, errors))
     logging.info(", ".join(f"{name}: {value:.2f}" for name, value in measurements.items()))

@@ -42,7 +42,9 @@ def build_model(
         model = SpeechLLM(
             encoders,
             llm,
-            build_chat_template(tokenizer, config.instruction, config.use_context),
+            build_chat_template(
+                tokenizer, config.instruction, config.use_context, config.lowercase
+            ),
             ds_rate=config.encoder_projector_ds_rate,
             encoder_feature_mask=options.encoder_feature_mask,
         )

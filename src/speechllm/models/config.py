@@ -7,6 +7,7 @@ written by export.py has a model.json with a `checkpoint`, and paths relative to
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,17 @@ from typing import get_args, get_type_hints
 from speechllm.cli import check_range, comma_list, flag_name, from_args, option, spelled
 from speechllm.errors import InputError
 from speechllm.io import atomic_write
+from speechllm.models.identity import content_hashes
 from speechllm.models.zipformer.config import SIZES
 
 MODEL_FILE = "model.json"
 REPOSITORY = Path(__file__).resolve().parents[3]
 PATHS = ("llm_path", "speech_encoder_path", "speech_encoder_bpe_path")
-MAY_CHANGE = ("speech_encoder_bpe_path", "language", "command", "checkpoint")  # when resuming
+MAY_CHANGE = (  # when resuming; the shapes of the encoders' weights give their types
+    "speech_encoder_type", "speech_encoder_bpe_path", "language", "command", "checkpoint",
+    "llm_hash", "encoder_hashes",
+)  # fmt: skip
+HASHES = {"llm_path": "llm_hash", "speech_encoder_path": "encoder_hashes"}
 ENCODERS = ("transducer_large", "aed_crctc_large", "crctc_large", "transducer_crctc_large")
 _option = partial(option, group="model")
 
@@ -52,12 +58,17 @@ class ModelConfig:
         False, "append each utterance's `context` (a custom field of its supervision, such as "
         "hotwords) to the instruction",
     )  # fmt: skip
+    lowercase: bool = _option(
+        True, "lower-case the transcripts; false trains a model that writes true case"
+    )
     use_lora: bool = _option(True, "train LoRA matrices instead of the LLM itself")
     unfreeze_llm: bool = _option(True, "false: keep the LLM frozen")
     unfreeze_encoder: bool = _option(False, "also train the encoders")
     language: str | None = _option(None, "language of the transcripts, such as en")
     command: str | None = None  # the training command
     checkpoint: str | None = None  # file in the directory of an exported model
+    llm_hash: str | None = None  # identity of the LLM and the encoders (see identity.py)
+    encoder_hashes: str | None = None  # comma-separated
 
     def __post_init__(self):
         paths, sizes = comma_list(self.speech_encoder_path), comma_list(self.speech_encoder_type)
@@ -138,6 +149,17 @@ def load_model_config(exp_dir: Path, default: ModelConfig = ONE_ENCODER) -> Mode
         raise InputError(f"{path}: {error}") from None
 
 
+def with_exported_parts(path: str | None, default: ModelConfig) -> ModelConfig:
+    """Return `default` with the LLM and encoders of an exported directory, if `path` is one."""
+    if not path or not Path(path, MODEL_FILE).is_file():
+        return default
+    exported = load_model_config(Path(path), default)
+    trained = {"use_lora", "unfreeze_llm", "unfreeze_encoder", "command", "checkpoint"}
+    if exported.num_encoders != default.num_encoders:
+        trained |= {"speech_encoder_type", "speech_encoder_path", "speech_encoder_bpe_path"}
+    return dataclasses.replace(exported, **{name: getattr(default, name) for name in trained})
+
+
 def save_model_config(config: ModelConfig, folder: Path) -> None:
     """Write `<folder>/model.json`; entries that are None are omitted."""
     stored = {name: v for name, v in dataclasses.asdict(config).items() if v is not None}
@@ -152,13 +174,36 @@ def check_same_model(config: ModelConfig, exp_dir: Path) -> None:
       InputError: a flag differs from model.json.
     """
     before = load_model_config(exp_dir) or config
+    for name in _differing(config, before):
+        flag, now, then = flag_name(name), getattr(config, name), getattr(before, name)
+        raise InputError(
+            f"{flag} {spelled(now)}: the training in {exp_dir} was started with "
+            f"{flag} {spelled(then)}"
+        )
+
+
+def is_same_model(config: ModelConfig, exp_dir: Path) -> bool:
+    """Return whether model.json in `exp_dir`, if it exists, describes the same model."""
+    return not [*_differing(config, load_model_config(exp_dir) or config)]
+
+
+def with_hashes(config: ModelConfig) -> ModelConfig:
+    """Return the config with the hashes of the LLM and the encoders."""
+    hashes = {entry: content_hashes(getattr(config, name)) for name, entry in HASHES.items()}
+    return dataclasses.replace(config, **hashes)
+
+
+def _differing(config: ModelConfig, before: ModelConfig) -> Iterator[str]:
+    """Yield the fields in which the models differ; files count by content, not by path."""
     for name, now in dataclasses.asdict(config).items():
-        flag, then = flag_name(name), getattr(before, name)
-        if now != then and name not in MAY_CHANGE:
-            raise InputError(
-                f"{flag} {spelled(now)}: the training in {exp_dir} was started with "
-                f"{flag} {spelled(then)}"
-            )
+        then = getattr(before, name)
+        if now == then or name in MAY_CHANGE:
+            continue
+        if name in HASHES:
+            saved = getattr(before, HASHES[name]) or content_hashes(then)
+            if saved and saved == content_hashes(now):
+                continue
+        yield name
 
 
 def check_model_files(config: ModelConfig) -> None:

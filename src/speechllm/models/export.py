@@ -75,6 +75,8 @@ def write_model(
         unfreeze_llm=False,
         unfreeze_encoder=False,
         checkpoint=PROJECTOR,
+        llm_hash=None,
+        encoder_hashes=None,
     )
     save_model_config(exported, folder)
     for licence in Path(config.llm_path).glob("LICENSE*"):

@@ -48,6 +48,11 @@ class ChatTemplate:
     pad: int  # equals `end` in some tokenizers: only leading pad tokens are padding
     instruction: tuple[int, ...] = ()
     use_context: bool = False  # append each utterance's context to the instruction
+    lowercase: bool = True  # transcripts are in lower case
+
+    def spelled(self, text: str) -> str:
+        """Return a transcript in the case that the model is trained with."""
+        return lower_case(text) if self.lowercase else text
 
     @property
     def speech(self) -> int:
@@ -83,7 +88,10 @@ def add_speech_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -
 
 
 def build_chat_template(
-    tokenizer: PreTrainedTokenizerBase, instruction: str = "", use_context: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    instruction: str = "",
+    use_context: bool = False,
+    lowercase: bool = True,
 ) -> ChatTemplate:
     """Tokenize the fixed parts of a chat; the tokenizer has the speech tokens."""
     before, after = chat_prompt(SPEECH).split(SPEECH)
@@ -97,6 +105,7 @@ def build_chat_template(
         pad=end if pad is None else pad,
         instruction=tuple(_encode(tokenizer, instruction.strip())),
         use_context=use_context,
+        lowercase=lowercase,
     )
 
 
@@ -166,7 +175,7 @@ class ChatTokenizer:
             encoders = sample_encoders(self.num_encoders, len(texts))
         else:
             encoders = [list(range(self.num_encoders)) for _ in texts]
-        transcripts = encode_transcripts(self.tokenizer, list(map(lower_case, texts)))
+        transcripts = encode_transcripts(self.tokenizer, list(map(self.template.spelled, texts)))
         context_ids = encode_contexts(self.tokenizer, self.template, contexts)
         num_groups = [len(groups) for groups in encoders]
         input_ids, labels = training_ids(self.template, transcripts, num_groups, context_ids)

@@ -24,6 +24,7 @@ def normalize_english(text: str) -> str:
 
 NORMALIZERS: dict[str, Callable[[str], str]] = {
     "none": lower_case,
+    "cased": str,  # for models trained with --lowercase false
     "basic": normalize_basic,
     "english": normalize_english,
 }

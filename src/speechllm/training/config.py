@@ -88,7 +88,7 @@ class TrainConfig:
         for name in ("start_epoch", "num_epochs", "log_interval", "valid_interval", "grad_accum",
                      "keep_last_k"):
             check_range(name, getattr(self, name), 1)
-        for name in ("save_every_n", "save_every_minutes", "max_skipped_steps"):
+        for name in ("save_every_n", "save_every_minutes", "max_skipped_steps", "base_lr"):
             check_range(name, getattr(self, name), 0)
         for name in ("lr_batches", "lr_epochs"):
             check_range(name, getattr(self, name), 0, above=True)
@@ -116,6 +116,8 @@ class EncoderConfig:
     encoder_size: str = _encoder(
         "medium", "size of the encoder (models/zipformer/config.py)", choices=SIZES)
     vocab_size: int = _encoder(500, "maximum number of BPE pieces; small corpora give fewer")
+    uppercase: bool = _encoder(False, "upper-case the texts, as the published encoders have them")
+    lowercase: bool = _encoder(False, "lower-case the texts; by default they keep their case")
     dropout: float = _encoder(0.1, "dropout in the encoder and before the CTC head")
     flat_start_batches: int = _encoder(
         400, "first batches, trained on evenly spaced tokens instead of with CTC")
@@ -125,3 +127,5 @@ class EncoderConfig:
 
     def __post_init__(self):
         check_range("avg", self.avg, 1)
+        if self.uppercase and self.lowercase:
+            raise InputError("--uppercase true and --lowercase true exclude each other")

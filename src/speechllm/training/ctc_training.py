@@ -2,15 +2,16 @@
 
 import io
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import kaldialign
 import sentencepiece
 import torch
 from torch import Tensor, nn
 
-from speechllm.checkpoints import average_epochs, epoch_path, load_checkpoint
+from speechllm.checkpoints import average_epochs, load_checkpoint
 from speechllm.data.config import TrainDataConfig
 from speechllm.data.dataset import TextOptions
 from speechllm.data.manifests import read_cuts
@@ -18,13 +19,14 @@ from speechllm.data.validation import text_errors
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.io import atomic_write
+from speechllm.models.zipformer.bpe import case_of
 from speechllm.models.zipformer.checkpoint import encoder_from_state, save_encoder
 from speechllm.models.zipformer.config import SIZES
-from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, ctc_loss
+from speechllm.models.zipformer.ctc_head import ctc_greedy, ctc_loss
 from speechllm.models.zipformer.encoder import ZipformerEncoder, encoder_out_lens
 from speechllm.models.zipformer.flat_start import flat_start_loss
 from speechllm.training.config import EncoderConfig, TrainConfig
-from speechllm.training.data import TrainingData, scan_training_data
+from speechllm.training.data import scan_training_data
 from speechllm.training.dry_run import count, describe_training
 from speechllm.training.engine import Engine
 from speechllm.training.fit import Training, begin, fit, launch_training
@@ -37,13 +39,17 @@ BPE_FILE = "bpe.model"
 
 @dataclass(frozen=True)
 class CtcTokenizer:
-    """Upper-cased texts to BPE ids, for use in the data loader's processes (picklable)."""
+    """Texts in the case of the BPE pieces to ids, in the data loader's processes (picklable)."""
 
     bpe: sentencepiece.SentencePieceProcessor
 
+    @cached_property
+    def case(self) -> Callable[[str], str]:
+        return case_of(self.bpe)
+
     def training_batch(self, texts: list[str], contexts=None, sample: bool = False) -> dict:
         """Return `targets`, the ids of each utterance."""
-        return {"targets": self.bpe.encode([text.upper() for text in texts])}
+        return {"targets": self.bpe.encode([_spaced(self.case(text)) for text in texts])}
 
 
 class CtcModel(nn.Module):
@@ -81,7 +87,7 @@ class CtcLoss:
         flat_start_batches: int = 0,
         state: TrainState = TrainState(),
     ):
-        self.bpe, self.device = bpe, device
+        self.bpe, self.device, self.case = bpe, device, case_of(bpe)
         self.flat_start_batches, self.state = flat_start_batches, state
         pieces = [bpe.id_to_piece(i).replace("\u2581", "") for i in range(bpe.vocab_size())]
         self.num_letters = torch.tensor([max(1, len(piece)) for piece in pieces])
@@ -103,7 +109,7 @@ class CtcLoss:
         sums = {"loss": loss, "frames": lens.sum()}
         if not model.training:
             hypotheses = self.bpe.decode(ctc_greedy(log_probs, lens))
-            sums |= _word_errors([text.upper() for text in batch["texts"]], hypotheses)
+            sums |= _word_errors(list(map(self.case, batch["texts"])), hypotheses)
         return sums
 
 
@@ -129,7 +135,6 @@ def train_encoder(encoder: EncoderConfig, data: TrainDataConfig, config: TrainCo
 def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
     """Train in one process of `launch`."""
     config, options, start = training.config, training.model, begin(training, dist_env)
-    _check_average(options.avg, config, start)
     bpe = prepare_bpe(training, start, dist_env)
     encoder = make_encoder(options, bpe.vocab_size(), start)
     logging.info(f"Number of model parameters: {count(encoder)}")
@@ -182,17 +187,6 @@ def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> Zipfor
     return encoder
 
 
-def _check_average(avg: int, config: TrainConfig, start: Start) -> None:
-    """Check that the epochs to average exist or will be trained."""
-    first = max(1, config.num_epochs - avg + 1)
-    for epoch in range(first, start.state.next_epoch):
-        if not epoch_path(config.exp_dir, epoch).is_file():
-            raise FileNotFoundError(
-                f"epoch-{epoch}.pt is missing in {config.exp_dir}: "
-                f"--num-epochs {config.num_epochs} --avg {avg} needs it"
-            )
-
-
 # ---- BPE model
 
 
@@ -212,21 +206,19 @@ def prepare_bpe(
         if start.path:
             model = path.read_bytes()
         else:
-            texts = (text for _, text in _training_texts(training.data))
-            model = train_bpe(texts, training.model.vocab_size)
+            model = train_bpe(_training_texts(training), training.model.vocab_size)
             if not training.config.dry_run:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(path) as partial:
                     partial.write_bytes(model)
     model, *_ = dist_env.gather_objects(model)
-    bpe = sentencepiece.SentencePieceProcessor(model_proto=model)
-    if dist_env.is_main:
-        _report_too_dense(bpe, training)
-    return bpe
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a sentencepiece model with icefall's ids: 0 blank, 2 unknown.
+
+    Texts keep their characters: decoding the ids of a training text gives the same text.
 
     Raises:
       InputError: `vocab_size` is below the number of characters.
@@ -241,6 +233,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
             input_sentence_size=BPE_TEXTS,
             hard_vocab_limit=False,
             character_coverage=1.0,
+            normalization_rule_name="identity",  # NFKC would change ß, ½ and others
             user_defined_symbols=["<blk>", "<sos/eos>"],
             unk_id=2,
             bos_id=-1,
@@ -253,26 +246,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _training_texts(data: TrainingData) -> Iterator[tuple[float, str]]:
-    """Yield duration (s) and upper-case text of each training cut with a valid text."""
-    for path in data.train_paths:
+def _training_texts(training: Training) -> Iterator[str]:
+    """Yield the text of each training cut with a valid text, in the case that flags select."""
+    options = training.model
+    case = str.upper if options.uppercase else str.lower if options.lowercase else str
+    for path in training.data.train_paths:
         for cut in read_cuts(path):
             if not any(text_errors(cut)):
-                yield cut.duration, " ".join(s.text for s in cut.supervisions).upper()
+                yield _spaced(case(" ".join(s.text for s in cut.supervisions)))
 
 
-def _report_too_dense(bpe: sentencepiece.SentencePieceProcessor, training: Training) -> None:
-    """Print how many utterances have more tokens than CTC can align."""
-    used = too_dense = 0
-    limits = training.data.config
-    for seconds, text in _training_texts(training.data):
-        if limits.min_duration <= seconds <= limits.max_utterance_duration:
-            used += 1
-            frames = int(encoder_out_lens(round(seconds * 100)))
-            too_dense += ctc_frames_needed(bpe.encode(text)) > frames
-    if too_dense:
-        print(f"{too_dense} of {used} utterances have more text than CTC can align: "
-              "they add nothing to the loss")  # fmt: skip
+def _spaced(text: str) -> str:
+    """Return the words with single spaces between them."""
+    return " ".join(text.split())
 
 
 def _describe(training: Training) -> Iterator[str]:

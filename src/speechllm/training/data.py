@@ -36,7 +36,7 @@ from speechllm.data.manifests import (
     size_of_share,
     within,
 )
-from speechllm.data.sampler import LLMPositions, TooManyPositions
+from speechllm.data.sampler import EvenMix, LLMPositions, TooManyPositions
 from speechllm.data.shar import Shards, check_shards, read_shards
 from speechllm.data.validation import (
     CutError,
@@ -87,6 +87,37 @@ class TrainingData:
             self.train_paths, **_limits(self.config, self.min_frames), skip=self.train.errors
         )
 
+    @property
+    def epoch_counts(self) -> list[int]:
+        """Cuts of each file in an epoch: all, or as --corpus-weights divides their number."""
+        weights = self.config.weights
+        if not weights:
+            return [kept for kept, _ in self.train.files.values()] or [self.train.kept]
+        return [max(1, round(w / sum(weights) * self.train.kept)) for w in weights]
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Audio in an epoch."""
+        if not self.config.weights:
+            return self.train.seconds
+        files = zip(self.epoch_counts, self.train.files.values())
+        return sum(count * seconds / kept for count, (kept, seconds) in files)
+
+    def _mixed_cuts(self, epoch: int) -> CutSet:
+        limits = _limits(self.config, self.min_frames)
+        corpora = [cuts_within([p], **limits, skip=self.train.errors) for p in self.train.files]
+        sizes = [kept for kept, _ in self.train.files.values()]
+        return CutSet(EvenMix(corpora, sizes, self.epoch_counts, epoch))
+
+    def describe_corpora(self) -> list[str]:
+        """Return a line with the cuts of each file in an epoch, if there are several."""
+        counts, files = self.epoch_counts, self.train.files.items()
+        shares = [
+            f"{count} from {path.name} (of {kept}, {count / sum(counts):.1%})"
+            for count, (path, (kept, _)) in zip(counts, files)
+        ]
+        return [f"Training cuts per epoch: {', '.join(shares)}"] if len(shares) > 1 else []
+
     def valid_cuts(self) -> CutSet:
         """Return the valid validation cuts, lazily."""
         paths = _paths(self.config.manifest_dir, "--valid-cuts", self.config.valid_cuts)
@@ -102,9 +133,10 @@ class TrainingData:
 
     def source(self, epoch: int) -> CutSource:
         """Return the cuts to sample from in an epoch; shards come in a new order in each."""
-        num_cuts, seconds = self.train.kept, self.train.seconds
+        num_cuts, seconds = sum(self.epoch_counts), self.epoch_seconds
         if not self.config.shar_dir:
-            return CutSource(self.train_cuts(), num_cuts, seconds)
+            cuts = self._mixed_cuts(epoch) if len(self.epoch_counts) > 1 else self.train_cuts()
+            return CutSource(cuts, num_cuts, seconds)
         shards, limits = _shards(self.config), _limits(self.config, self.min_frames)
         cuts = shards.cuts(self.seed + epoch if self.config.shuffle else None)
         sample = within(shards.sample(), **limits)
@@ -273,6 +305,8 @@ def scan_training_data(
         train = check_shards(_shards(config), **limits, **options)
     else:
         train = scan_manifests(_train_paths(config), **limits, **options, extra_check=check)
+        if empty := [str(path) for path, (kept, _) in train.files.items() if not kept]:
+            raise InputError(f"{', '.join(empty)}: no usable cuts (see --min-duration and others)")
     valid_paths = _paths(config.manifest_dir, "--valid-cuts", config.valid_cuts)
     valid = scan_manifests(valid_paths, min_frames=min_frames, **options, extra_check=check)
     noise = _scan_noise(config, options) if config.enable_musan else None

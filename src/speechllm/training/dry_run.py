@@ -37,10 +37,11 @@ def describe_training(
     total, num_trained = count(model), sum(p.numel() for p in trained(model))
     yield f"Parameters: {total:,}, trainable: {num_trained:,} ({num_trained / total:.2%})"
     yield f"Training cuts: {data.train}"
+    yield from data.describe_corpora()
     yield f"Validation cuts: {data.valid}"
     batches = list(data.sample_batches())  # a sample for shards
     seconds = sum(cut.duration for cuts in batches for cut in cuts)
-    number = max(1, round(len(batches) * data.train.seconds / seconds))
+    number = max(1, round(len(batches) * data.epoch_seconds / seconds))
     steps = max(1, number // (ranks * config.grad_accum))
     yield (
         f"Batches: about {number:,} per epoch, of at most {data.config.max_duration:g} s; "

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from speechllm.training.config import EncoderConfig, TrainConfig
 from speechllm.training.data import TrainingData
 from speechllm.training.deepspeed import ZeroEngine
 from speechllm.training.engine import Engine
+from speechllm.training.exp_dir_lock import exclusive
 from speechllm.training.invalid_utterances import INVALID_CUTS, InvalidUtteranceTracker
 from speechllm.training.oom_scan import scan_memory
 from speechllm.training.optim import make_optimizer, make_schedule
@@ -61,18 +63,26 @@ def launch_training(
     """Run a training in all processes, or describe it with --dry-run (returns False).
 
     Raises:
-      InputError: too many cuts are invalid, or `run` raised it.
+      InputError: another training uses --exp-dir, too many cuts are invalid, or `run` raised it.
     """
+    config = training.config
+    writes = is_first_process() and not config.dry_run
+    with exclusive(config.exp_dir) if writes else nullcontext():
+        _launch(run, training, describe, writes)
+    return not config.dry_run
+
+
+def _launch(run, training: Training, describe, writes: bool) -> None:
     data, config = training.data, training.config
-    data.check_invalid(config.exp_dir, write=is_first_process() and not config.dry_run)
-    lines = [f"Training cuts: {data.train}", f"Validation cuts: {data.valid}"]
+    data.check_invalid(config.exp_dir, write=writes)
+    lines = [f"Training cuts: {data.train}", *data.describe_corpora()]
+    lines.append(f"Validation cuts: {data.valid}")
     if config.dry_run:
         lines = list(describe(training))
     if is_first_process():
         print("\n".join(lines))
     if not config.dry_run:
         launch(run, training, config.world_size, config.master_port)
-    return not config.dry_run
 
 
 def begin(training: Training, dist_env: DistEnv) -> Start:
@@ -129,7 +139,7 @@ def fit(
         with fork_rng("memory"):  # concatenated cuts get random ids
             scan_memory(engine, loss, data)
     loaders = Loaders(
-        data.train_loader(dist_env), data.valid_loader(dist_env, config.exp_dir), data.train.seconds
+        data.train_loader(dist_env), data.valid_loader(dist_env, config.exp_dir), data.epoch_seconds
     )
     Trainer(
         config=config, engine=engine, schedule=schedule, loss=loss, loaders=loaders,
@@ -159,7 +169,6 @@ def _prepare_exp_dir(model: nn.Module, start: Start, config: TrainConfig) -> Non
     """Make room in --exp-dir for the checkpoints to come."""
     remove_partial_checkpoints(config.exp_dir)
     if config.resume == "never":
-        if folder := archive_later_checkpoints(config.exp_dir, start.state):
-            logging.warning(f"Moved later checkpoints of an earlier training to {folder}")
+        archive_later_checkpoints(config.exp_dir, start.state)
     num_files = config.num_epochs - start.state.epoch + config.keep_last_k
     check_room(config.exp_dir, model.parameters(), num_files)

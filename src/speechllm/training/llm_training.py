@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from speechllm.checkpoints import load_checkpoint
 from speechllm.data.config import TrainDataConfig
 from speechllm.data.dataloader import evaluation_loader
 from speechllm.data.dataset import TextOptions, usable_batches
@@ -19,13 +18,15 @@ from speechllm.data.manifests import share_of_cuts, size_of_share
 from speechllm.data.sampler import LLMPositions
 from speechllm.data.validation import read_errors
 from speechllm.distributed import DistEnv
-from speechllm.errors import InputError
+from speechllm.errors import InputError, first_line
 from speechllm.models.build import BuildOptions, build_model
 from speechllm.models.config import (
     ModelConfig,
     check_model_files,
     check_same_model,
+    is_same_model,
     save_model_config,
+    with_hashes,
 )
 from speechllm.models.int8 import INT8_FILE
 from speechllm.models.prompt import ChatTokenizer
@@ -39,7 +40,8 @@ from speechllm.training.deepspeed import deepspeed_config
 from speechllm.training.dry_run import count, describe_training, model_lines
 from speechllm.training.engine import trained
 from speechllm.training.fit import Training, begin, fit, launch_training
-from speechllm.training.resume import Start, find_start
+from speechllm.training.resume import Start, archive_later_checkpoints, find_start
+from speechllm.training.warm_start import initialize
 
 
 class LlmLoss:
@@ -71,6 +73,8 @@ def train_llm(model: ModelConfig, data: TrainDataConfig, config: TrainConfig) ->
       FileNotFoundError, InputError: a file is missing or invalid, or options contradict each other.
     """
     zero = _check_options(model, data, config)
+    if starts_new_stage(model, config):
+        config = replace(config, resume="never")
     scanned = scan_training_data(data, seed=config.seed, ds_rate=model.encoder_projector_ds_rate)
     launch_training(run_llm_training, Training(model, scanned, config, zero), _describe)
 
@@ -81,8 +85,11 @@ def run_llm_training(dist_env: DistEnv, training: Training) -> None:
     if start.path:
         check_same_model(training.model, config.exp_dir)
     model, training = _prepare(training, start)
+    dist_env.barrier()  # all ranks have read the checkpoint to start from
     if dist_env.is_main:
-        save_model_config(training.model, config.exp_dir)
+        if config.resume == "never" and not start.path:  # with the model.json of those
+            archive_later_checkpoints(config.exp_dir, start.state)
+        save_model_config(with_hashes(training.model), config.exp_dir)
     model.to(dist_env.device)
     logging.info(f"Number of model parameters: {count(model)}")
     logging.info(f"Number of trainable parameters: {sum(p.numel() for p in trained(model))}")
@@ -92,6 +99,12 @@ def run_llm_training(dist_env: DistEnv, training: Training) -> None:
         training = replace(training, data=replace(training.data, encoder_cache=cache))
     loss = LlmLoss(dist_env.device)
     fit(training, model, loss, partial(trainable_state, model), start, dist_env)
+
+
+def starts_new_stage(model: ModelConfig, config: TrainConfig) -> bool:
+    """Return whether --pretrained-model-path starts another model than --exp-dir has."""
+    warm = config.pretrained_model_path and config.resume == "auto"
+    return bool(warm) and not is_same_model(model, config.exp_dir)
 
 
 def _check_options(model: ModelConfig, data: TrainDataConfig, config: TrainConfig) -> dict | None:
@@ -143,7 +156,10 @@ def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[Spe
             device=device,
         ),
     )
-    _load_initial_parameters(model, start, config.pretrained_model_path)
+    if start.path:
+        load_trainable_state(model, start.checkpoint["model"], str(start.path))
+    elif config.pretrained_model_path:
+        initialize(model, training.model, Path(config.pretrained_model_path))
     num_encoders = len(model.encoder)
     positions = LLMPositions(tokenizer, model.chat, num_encoders, model.ds_rate)
     data = with_llm_positions(training.data, positions, model.llm.config.max_position_embeddings)
@@ -152,19 +168,24 @@ def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[Spe
     return model, replace(training, data=data)
 
 
-def _load_initial_parameters(
-    model: SpeechLLM, start: Start, pretrained_model_path: str | None
-) -> None:
-    if start.path:
-        load_trainable_state(model, start.checkpoint["model"], str(start.path))
-    elif pretrained_model_path:
-        state = load_checkpoint(pretrained_model_path)["model"]
-        ignored = load_trainable_state(model, state, pretrained_model_path)
-        names = ", ".join(ignored) or "nothing"
-        logging.info(f"Initialized from {pretrained_model_path}; ignored: {names}")
+def _describe(training: Training) -> list[str]:
+    """Return the lines of --dry-run, after a forward and backward pass on the model's shapes.
+
+    Raises:
+      InputError: the LLM is not supported, or as in training.
+    """
+    try:
+        return list(_description(training))
+    except (FileNotFoundError, InputError):
+        raise
+    except Exception as error:  # of whatever an unknown architecture lacks
+        raise InputError(
+            f"--llm-path {training.model.llm_path} cannot be trained: a forward and backward pass "
+            f"on its shapes fails with {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
-def _describe(training: Training) -> Iterator[str]:
+def _description(training: Training) -> Iterator[str]:
     start = find_start(training.config)
     if start.path:
         check_same_model(training.model, training.config.exp_dir)

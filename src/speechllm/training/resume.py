@@ -20,13 +20,14 @@ from speechllm.data.config import TrainDataConfig
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.io import atomic_write, check_space
+from speechllm.models.config import MODEL_FILE
 from speechllm.training.config import TrainConfig
 
 REQUIRED = ("optimizer", "scheduler", "grad_scaler")  # entries without which resuming fails
 ORDER_OPTIONS = (  # options that determine the batches of an epoch
-    "train_cuts", "shar_dir", "max_duration", "max_batch_tokens", "bucketing_sampler",
-    "num_buckets", "shuffle", "drop_last", "min_duration", "max_utterance_duration",
-    "concatenate_cuts",
+    "train_cuts", "corpus_weights", "shar_dir", "max_duration", "max_batch_tokens",
+    "bucketing_sampler", "num_buckets", "shuffle", "drop_last", "min_duration",
+    "max_utterance_duration", "concatenate_cuts",
 )  # fmt: skip
 FORMER_NAMES = {  # former names of options, as in older checkpoints
     "max_tokens": "max_batch_tokens",
@@ -104,7 +105,7 @@ def remove_partial_checkpoints(exp_dir: Path) -> None:
 def archive_later_checkpoints(exp_dir: Path, state: TrainState) -> Path | None:
     """Move checkpoints beyond `state` to a new folder `former-N`, and return it.
 
-    Otherwise a later --resume auto would find them.
+    Otherwise a later --resume auto would find them. The folder gets a copy of model.json.
     """
     epochs, checkpoints = (numbered_files(exp_dir, kind) for kind in ("epoch", "checkpoint"))
     later = [path for number, path in epochs.items() if number > state.epoch]
@@ -115,6 +116,9 @@ def archive_later_checkpoints(exp_dir: Path, state: TrainState) -> Path | None:
     folder.mkdir()
     for path in later:
         path.rename(folder / path.name)
+    if (exp_dir / MODEL_FILE).is_file():
+        shutil.copyfile(exp_dir / MODEL_FILE, folder / MODEL_FILE)
+    logging.warning(f"Moved later checkpoints of an earlier training to {folder}")
     return folder
 
 

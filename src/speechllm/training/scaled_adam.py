@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from speechllm.errors import InputError
-
 SIZE_PERIOD = 4  # steps between two updates of a tensor's size
 SIZE_LR = 0.1  # learning rate of sizes and of one-element tensors, relative to lr
 MIN_RMS, MAX_RMS = 1e-5, 3.0  # a tensor's size is learnt between these
@@ -44,7 +42,6 @@ class ScaledAdam(torch.optim.Optimizer):
         and no protection from non-finite gradients.
 
     Raises:
-      InputError: lr, betas, eps or clipping_scale is out of range.
       RuntimeError: from `step`, when most recent gradients of a group were not finite.
     """
 
@@ -56,14 +53,6 @@ class ScaledAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         clipping_scale: float | None = 2.0,
     ):
-        if not lr >= 0:
-            raise InputError(f"lr must not be negative, got {lr}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise InputError(f"betas must lie in [0, 1), got {betas}")
-        if not eps > 0:
-            raise InputError(f"eps must be positive, got {eps}")
-        if clipping_scale is not None and not clipping_scale > 0:
-            raise InputError(f"clipping_scale must be positive or None, got {clipping_scale}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "clipping_scale": clipping_scale}
         # Torch saves and loads the state of clipping with its group.
         progress = {"clip_step": 0, "clip_norms": None, "clip_threshold": math.inf}

@@ -14,7 +14,6 @@ from speechllm.training.resume import TrainState
 
 OUT_OF_MEMORY, LOSS, GRADIENTS = "out of memory", "loss not finite", "gradients not finite"
 STEPS_PER_SKIP = 100  # successful steps that offset a skipped one
-FIRST_STEPS = 10  # a non-finite loss in these: the model exceeds float16
 
 
 def step_status(metrics: Metrics | None, engine: Engine) -> Tensor:
@@ -106,16 +105,6 @@ def _advice(reason: str, dtype: torch.dtype) -> str:
     return (
         f"Try {bf16}a lower --base-lr, and --inf-check true, which names the first module whose "
         "output is not finite"
-    )
-
-
-def float16_overflow(reason: str, state: TrainState, dtype: torch.dtype) -> str:
-    """Return a message if training fails at once because Qwen2's activations exceed float16."""
-    if reason != LOSS or dtype != torch.float16 or state.batch_idx_train >= FIRST_STEPS:
-        return ""
-    return (
-        f"step {state.batch_idx_train}: the loss is not finite in float16, whose range Qwen2's "
-        "activations exceed: use --use-bf16 true"
     )
 
 

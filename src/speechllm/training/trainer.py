@@ -33,7 +33,6 @@ from speechllm.training.skipped_steps import (
     count_skip,
     decay_skips,
     describe,
-    float16_overflow,
     skip_reason,
     step_status,
 )
@@ -232,8 +231,6 @@ class Trainer:
 
         Returns:
           This rank's sums; None if all ranks skipped the step.
-        Raises:
-          InputError: the loss exceeds the range of float16.
         """
         try:
             metrics = self._gradients(batches, tokens)
@@ -268,8 +265,6 @@ class Trainer:
     def _skip(self, reason: str, status: Tensor, batches: list[dict]) -> None:
         """Skip the step on all ranks; without a reason DeepSpeed has skipped it already."""
         state, engine = self.state, self.engine
-        if message := float16_overflow(reason, state, engine.dtype):
-            raise InputError(message)
         self.last_skip = describe(reason or GRADIENTS, status, batches, engine.module)
         if reason:
             engine.skip_step()

@@ -1,0 +1,17 @@
+"""Case of a BPE model: published ones are in upper case, others as their training texts."""
+
+from collections.abc import Callable
+
+from sentencepiece import SentencePieceProcessor
+
+
+def case_of(bpe: SentencePieceProcessor) -> Callable[[str], str]:
+    """Return the function that brings texts to the case of the pieces.
+
+    It is `str.upper` or `str.lower` if all pieces are in that case, else `str`, which changes
+    nothing.
+    """
+    pieces = map(bpe.id_to_piece, range(bpe.vocab_size()))
+    letters = "".join(piece for piece in pieces if not piece.startswith("<"))  # <blk>, <unk>
+    cases = [case for case in (str.upper, str.lower) if letters == case(letters)]
+    return cases[0] if len(cases) == 1 else str

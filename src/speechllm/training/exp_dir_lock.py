@@ -1,0 +1,43 @@
+"""Lock on --exp-dir: one training at a time."""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from speechllm.errors import InputError
+
+LOCK = ".lock"  # stays, with the last training's host and process
+
+
+@contextmanager
+def exclusive(exp_dir: Path) -> Iterator[None]:
+    """Hold the lock of an experiment directory; it ends with this process, however that ends.
+
+    Raises:
+      InputError: another process holds it.
+    """
+    exp_dir.mkdir(parents=True, exist_ok=True)
+    with open(exp_dir / LOCK, "a+") as file:
+        try:
+            # A lock of the process: dataloader workers, which outlive it for a moment, lack it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                logging.warning(f"{exp_dir} cannot be locked: {error.strerror}")
+            else:
+                file.seek(0)
+                holder = file.read().strip() or "unknown process"
+                raise InputError(
+                    f"--exp-dir {exp_dir} is in use by another training ({holder}): wait for it, "
+                    "or choose another directory"
+                ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,147 @@
+"""Warm starts: initial parameters from another model's checkpoint, as far as they fit.
+
+Parts fit as a whole: each projector, each encoder, LoRA, the LLM. Resuming is strict instead (see
+models/state_dict.py).
+"""
+
+import logging
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.checkpoints import load_checkpoint
+from speechllm.errors import InputError
+from speechllm.models.config import ModelConfig, load_model_config
+from speechllm.models.identity import content_hash
+from speechllm.models.speech_llm import SpeechLLM
+from speechllm.models.state_dict import IGNORED_KEYS
+
+Parts = dict[str, dict[str, Tensor]]  # by name of the part, then by key
+NUMBERED = re.compile(r"(encoder_projector|encoder)\.(\d+\.)?(?=\D)")
+
+
+def initialize(model: SpeechLLM, config: ModelConfig, path: Path) -> None:
+    """Load the parts of a checkpoint, or of an exported directory, that fit; log all parts.
+
+    The projector of an encoder goes to the same encoder in `model`, found by the content of its
+    file; without such an encoder to the one at the same position.
+
+    Raises:
+      FileNotFoundError: the checkpoint is missing.
+      InputError: it cannot be read, or no part of it fits.
+    """
+    path, described = _find_checkpoint(path)
+    saved = _parts(load_checkpoint(path)["model"])
+    own = _parts({name: p for name, p in model.named_parameters() if p.requires_grad})
+    places = _places(saved, config, described)
+    saved = {_moved(part, places): (part, state) for part, state in saved.items()}
+    loaded, fresh = [], []
+    for part, parameters in own.items():
+        origin, state = saved.pop(part, (part, {}))
+        if reason := _difference(parameters, state):
+            fresh.append(f"{part} ({reason})")
+            continue
+        _copy(parameters, state)
+        loaded.append(part if origin == part else f"{part} (from {origin})")
+    unused = [origin for origin, _ in saved.values()]
+    if not loaded:
+        raise InputError(
+            f"--pretrained-model-path {path} does not fit this model: {'; '.join(fresh)}; "
+            f"the checkpoint has {', '.join(unused) or 'nothing else'}"
+        )
+    logging.info(
+        f"Initialized from {path}: {', '.join(loaded)}; starts fresh: "
+        f"{', '.join(fresh) or 'nothing'}; ignored: {', '.join(unused) or 'nothing'}"
+    )
+    if trained := [part for part in unused if part not in IGNORED_KEYS]:
+        logging.warning(
+            f"{path} also holds {', '.join(trained)}, which this training does not use: export "
+            "that model and start from the directory to keep them"
+        )
+
+
+def _find_checkpoint(path: Path) -> tuple[Path, ModelConfig | None]:
+    """Return the file, and the configuration of its model if it is known."""
+    if path.is_dir():
+        described = load_model_config(path)
+        if described is None or described.checkpoint is None:
+            raise InputError(
+                f"--pretrained-model-path {path} is not an exported model: name a file in it, such "
+                "as epoch-1.pt"
+            )
+        return path / described.checkpoint, described
+    if not path.is_file():  # a later stage in the same --exp-dir moves it to a new folder
+        former = sorted(path.parent.glob(f"former-*/{path.name}"), key=_number_of_folder)
+        path = former[-1] if former else path
+    return path, load_model_config(path.parent)
+
+
+def _number_of_folder(path: Path) -> int:
+    number = path.parent.name.removeprefix("former-")
+    return int(number) if number.isdecimal() else 0
+
+
+def _parts(state: dict[str, Tensor]) -> Parts:
+    """Group a state dict, with or without encoder numbers, by parts such as "projector 1"."""
+    parts: Parts = defaultdict(dict)
+    for key, value in state.items():
+        if key in IGNORED_KEYS and key != "llm.lm_head.weight":
+            parts[key][key] = value
+        elif match := NUMBERED.match(key):
+            number = 1 + int((match[2] or "0.")[:-1])
+            kind = "projector" if match[1] == "encoder_projector" else "encoder"
+            parts[f"{kind} {number}"][key[match.end() :]] = value
+        else:
+            parts["LoRA" if ".lora_" in key else "LLM"][key] = value
+    return dict(parts)
+
+
+def _places(saved: Parts, config: ModelConfig, described: ModelConfig | None) -> dict[int, int]:
+    """Return, for each encoder number of the checkpoint, that of the same encoder in the model."""
+    numbers = sorted({int(part.split()[1]) for part in saved if part[-1].isdecimal()})
+    own = [content_hash(path) for path, _ in config.encoder_files]
+    others = [content_hash(path) for path, _ in described.encoder_files] if described else []
+    if described and described.encoder_hashes:
+        others = described.encoder_hashes.split(",")
+    places: dict[int, int] = {}
+    for number in numbers:
+        content = others[number - 1] if number <= len(others) else None
+        same = [k for k, one in enumerate(own, 1) if one == content and k not in places.values()]
+        if content and same:
+            places[number] = same[0]
+    for number in numbers:
+        if number not in places and number not in places.values():
+            places[number] = number
+    return places
+
+
+def _moved(part: str, places: dict[int, int]) -> str:
+    kind, _, number = part.partition(" ")
+    if not number:
+        return part
+    place = places.get(int(number))
+    return f"{kind} {place}" if place else f"{part} of the checkpoint"
+
+
+def _difference(parameters: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """Return why a part of the checkpoint does not fit, or ""."""
+    if not state:
+        return "not in the checkpoint"
+    missing, unexpected = parameters.keys() - state.keys(), state.keys() - parameters.keys()
+    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            return f"{len(keys)} {kind} keys, e.g. {min(keys)}"
+    for key, parameter in parameters.items():
+        if state[key].shape != parameter.shape:
+            shapes = f"{tuple(state[key].shape)} in the checkpoint, {tuple(parameter.shape)} here"
+            return f"{key} has shape {shapes}"
+    return ""
+
+
+@torch.no_grad()
+def _copy(parameters: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
+    for key, parameter in parameters.items():
+        parameter.copy_(state[key])

@@ -1,0 +1,37 @@
+"""The lock on --exp-dir: a second training is refused, a killed one leaves none."""
+
+import multiprocessing
+import os
+import socket
+
+import pytest
+
+from speechllm.errors import InputError
+from speechllm.training.exp_dir_lock import exclusive
+
+
+def hold(exp_dir, locked, child):
+    with exclusive(exp_dir):
+        if child:
+            os.fork()  # such as a dataloader worker
+        locked.set()
+        multiprocessing.Event().wait(60)
+
+
+@pytest.mark.parametrize("child", [False, True])
+def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path, child):
+    fork = multiprocessing.get_context("fork")
+    locked = fork.Event()
+    first = fork.Process(target=hold, args=(tmp_path / "exp", locked, child))
+    first.start()
+    assert locked.wait(30)
+    with pytest.raises(InputError) as error, exclusive(tmp_path / "exp"):
+        pass
+    assert str(error.value).startswith(
+        f"--exp-dir {tmp_path}/exp is in use by another training (process {first.pid} on "
+        f"{socket.gethostname()}): "
+    )
+    first.kill()
+    os.waitpid(first.pid, 0)
+    with exclusive(tmp_path / "exp"):
+        pass

@@ -1,0 +1,146 @@
+"""Warm starts: which parts of a checkpoint are loaded, and what the log names."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from exp_dirs import log
+
+import export
+import train
+import train_mose
+from speechllm.checkpoints import load_checkpoint
+from speechllm.errors import InputError
+from speechllm.models.config import ModelConfig, check_same_model, load_model_config
+from speechllm.training.warm_start import _difference, _parts, _places
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
+
+def model_of(path):
+    return load_checkpoint(path)["model"]
+
+
+@pytest.fixture
+def still(tiny_train_argv):
+    """A function (exp_dir, n, *flags) -> flags of an epoch that changes next to nothing."""
+
+    def flags(exp_dir, *more, n=1):
+        return [*tiny_train_argv(exp_dir, n), "--num-epochs", "1", "--base-lr", "0",
+                "--tensorboard", "false", *map(str, more)]  # fmt: skip
+
+    return flags
+
+
+def test_a_second_stage_in_the_same_directory_adds_lora(still, tmp_path):
+    exp_dir = tmp_path / "exp"
+    train.main(still(exp_dir, "--unfreeze-llm", "false", "--use-lora", "false"))
+    first = model_of(exp_dir / "epoch-1.pt")
+    second = still(exp_dir, "--pretrained-model-path", exp_dir / "epoch-1.pt")
+    train.main(second)
+    loaded = model_of(exp_dir / "epoch-1.pt")
+    assert all(torch.equal(loaded[name], value) for name, value in first.items())
+    assert loaded.keys() - first.keys() and all("lora_" in k for k in loaded.keys() - first.keys())
+    assert re.search(
+        r"epoch-1.pt: projector 1; starts fresh: LoRA \(not in the checkpoint\); ignored: nothing",
+        log(exp_dir),
+    )
+    assert model_of(exp_dir / "former-1" / "epoch-1.pt").keys() == first.keys()
+    assert load_model_config(exp_dir / "former-1").use_lora is False
+    train.main([*second, "--num-epochs", "2"])
+    assert "Resuming from" in log(exp_dir) and (exp_dir / "epoch-2.pt").is_file()
+    (exp_dir / "epoch-1.pt").unlink()
+    (exp_dir / "epoch-2.pt").unlink()
+    train.main(second)  # killed before its first checkpoint, it finds that of the first stage
+    assert "Initialized from " + str(exp_dir / "former-1") in log(exp_dir)
+
+
+@pytest.mark.slow
+def test_the_projector_of_one_encoder_goes_to_the_same_encoder_of_several(
+    still, tiny_exp, tiny_encoder_dir, tmp_path
+):
+    other, same = tiny_encoder_dir / "b.pt", shutil.copy(tiny_encoder_dir / "a.pt", tmp_path)
+    train_mose.main(still(
+        tmp_path / "exp", "--pretrained-model-path", tiny_exp / "epoch-2.pt",
+        "--speech-encoder-path", f"{other},{same}", n=2,
+    ))  # fmt: skip
+    first, loaded = model_of(tiny_exp / "epoch-2.pt"), model_of(tmp_path / "exp" / "epoch-1.pt")
+    one, two = "encoder_projector.proj.1.weight", "encoder_projector.1.proj.1.weight"
+    assert torch.equal(loaded[two], first[one])
+    assert not torch.equal(loaded[two.replace("1", "0", 1)], first[one])
+    assert "epoch-2.pt: projector 2 (from projector 1), LoRA; starts fresh: projector 1" in log(
+        tmp_path / "exp"
+    )
+
+
+@pytest.mark.slow
+def test_an_export_gives_projector_and_merged_llm_to_new_lora(
+    tiny_exp, tiny_corpus, still, tmp_path
+):
+    shutil.copytree(tiny_exp, tmp_path / "exp")
+    exported = tmp_path / "exported"
+    export.main(["--exp-dir", str(tmp_path / "exp"), "--epoch", "2", "--avg", "1", "--out",
+                 str(exported)])  # fmt: skip
+    argv = still(tmp_path / "new", "--pretrained-model-path", exported)
+    for flag in ("--llm-path", "--speech-encoder-path"):
+        place = argv.index(flag)
+        del argv[place : place + 2]
+    train.main(argv)
+    before, after = model_of(tiny_exp / "epoch-2.pt"), model_of(tmp_path / "new" / "epoch-1.pt")
+    for name, value in after.items():
+        if "lora_" in name:
+            assert "lora_B" not in name or not value.any()
+        else:
+            assert torch.equal(value, before[name])
+    assert load_model_config(tmp_path / "new").llm_path == str(exported)
+
+
+def test_parts_fit_as_a_whole():
+    projector = {"proj.1.weight": torch.zeros(2, 3), "proj.1.bias": torch.zeros(2)}
+    assert _difference(projector, projector) == ""
+    assert _difference(projector, {}) == "not in the checkpoint"
+    assert "1 missing keys, e.g. proj.1.bias" in _difference(
+        projector, {"proj.1.weight": torch.zeros(2, 3)}
+    )
+    wider = {**projector, "proj.1.weight": torch.zeros(2, 6)}
+    assert "shape (2, 6) in the checkpoint, (2, 3) here" in _difference(projector, wider)
+    state = {"encoder_projector.1.proj.3.bias": 0, "encoder.encoder_embed.conv.0.bias": 0}
+    assert _parts(state).keys() == {"projector 2", "encoder 1"}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Paths of three different encoders."""
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    return {name: str(tmp_path / name) for name in "abc"}
+
+
+def config(*paths, **options):
+    return ModelConfig(speech_encoder_path=",".join(paths), speech_encoder_type="large", **options)
+
+
+def test_places_follow_content_then_position(files):
+    saved = {"projector 1": {}, "projector 2": {}, "LoRA": {}}
+    a, b, c = files.values()
+    assert _places(saved, config(b, a), config(a, b)) == {1: 2, 2: 1}
+    assert _places(saved, config(c, a, b), config(a, b)) == {1: 2, 2: 3}
+    assert _places(saved, config(c, b), None) == {1: 1, 2: 2}
+    assert _places({"projector 1": {}}, config(b, c), config(a)) == {1: 1}
+
+
+def test_models_are_the_same_by_content(files, tmp_path):
+    from speechllm.models.config import save_model_config, with_hashes
+
+    folder = tmp_path / "exp"
+    folder.mkdir()
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "model.safetensors").write_text("weights")
+    used = with_hashes(config(files["a"], llm_path=str(tmp_path / "llm")))
+    save_model_config(used, folder)
+    moved = shutil.move(files["a"], tmp_path / "moved")
+    llm = shutil.copytree(tmp_path / "llm", tmp_path / "copy")
+    check_same_model(config(str(moved), llm_path=str(llm)), folder)
+    with pytest.raises(InputError, match="--speech-encoder-path .*/b: the training in .* /.*|b: "):
+        check_same_model(config(files["b"], llm_path=str(llm)), folder)
