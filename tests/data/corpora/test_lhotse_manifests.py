@@ -15,7 +15,7 @@ def cut(tmp_path, write_audio):
     supervisions = [
         SupervisionSegment("s1", "r", 0.0, 0.8, channel=1, text="one", speaker="ann", language="de",
                            custom={"context": "Ann"}),
-        SupervisionSegment("s2", "r", 0.9, 1.2, channel=1, text="two"),  # longer than the cut
+        SupervisionSegment("s2", "r", 0.9, 1.1, channel=1, text="two"),
     ]  # fmt: skip
     return MonoCut("c", 1.0, 2.0, 1, recording=recording, supervisions=supervisions)
 

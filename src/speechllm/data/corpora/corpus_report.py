@@ -19,6 +19,7 @@ def corpus_report(
     """Build the content of report.json.
 
       splits: utterances, hours, speakers, seconds (quantiles); cuts include speed perturbation
+      given: number of utterances in the source, and how many of them are used
       shared_speakers: speakers in several splits -> these splits
       languages: language -> number of utterances
       text: words, different_words
@@ -32,6 +33,7 @@ def corpus_report(
     supervisions = [cut.supervisions[0] for cuts in originals.values() for cut in cuts]
     return {
         "source": source,
+        "given": {"utterances": len(supervisions) + len(errors), "used": len(supervisions)},
         "splits": {split: _statistics(originals[split], cuts) for split, cuts in splits.items()},
         "shared_speakers": _shared_speakers(originals),
         "languages": dict(Counter(one.language or "unknown" for one in supervisions)),
@@ -74,6 +76,18 @@ def _text_statistics(texts: list[str]) -> dict:
     return {"words": words.total(), "different_words": len(words)}
 
 
+def merge_reports(former: dict, added: dict, source_hash: str) -> dict:
+    """Add the splits of another source to a report; the rest describes the last source."""
+    kept = former.get("splits", {})
+    finished = {
+        made_from: splits
+        for made_from, splits in former.get("finished", {}).items()
+        if not set(splits) & set(added["splits"])
+    }
+    finished[source_hash] = list(added["splits"])
+    return {**added, "splits": kept | added["splits"], "finished": finished}
+
+
 # ---- as text
 
 
@@ -96,6 +110,8 @@ def report_text(report: Mapping) -> str:
     if shared := report["shared_speakers"]:
         named = (f"{speaker} ({', '.join(names)})" for speaker, names in shared.items())
         lines.append(f"{len(shared)} speakers are in several splits: {shorten(named, '; ')}")
+    given = report["given"]
+    lines.append(f"{report['source']}: {given['used']} of {given['utterances']} utterances used")
     skipped = report["skipped"]
     if messages := [error["message"] for error in skipped["utterances"]]:
         counts = format_counts(skipped["counts"])
