@@ -5,9 +5,9 @@
 
   --table PATH        TSV or CSV with a header, or JSON lines, or a folder of one for each split;
                       paths are relative to it
-  --folder DIR        a corpus whose --layout is recognized: LibriSpeech, Common Voice, AISHELL, MLS,
-                      LJSpeech, VCTK, TED-LIUM, VoxPopuli, or one of the others here; else audio
-                      and a text file for each: [train/][anna/]1.wav, [train/][anna/]1.txt
+  --folder DIR        a corpus whose --layout is recognized: LibriSpeech, Common Voice, AISHELL,
+                      MLS, LJSpeech, VCTK, TED-LIUM, VoxPopuli, or one of the others here; else
+                      audio and a text file for each: [train/][anna/]1.wav, [train/][anna/]1.txt
   --kaldi DIR         wav.scp, text, [segments, utt2spk, utt2lang, reco2file_and_channel]
   --huggingface DIR   a dataset written by save_to_disk, or its parquet files (needs pyarrow)
   --lhotse PATH       a cut file, or a folder of cut files or of recordings and supervisions
@@ -20,8 +20,8 @@ Writes <manifest-dir>/<corpus>_cuts_<split>.jsonl.gz with the features next to i
 and skipped utterances to <corpus>_report.json and .txt. Formats that lhotse cannot read are copied
 to FLAC in <corpus>_audio-…. The training split also gets copies at speed 0.9 and 1.1. All
 utterances are checked before features are computed; invalid ones are an error unless
---skip-invalid true. Texts without a word (<NOISE>, [music], "...") are always left out. A split made
-from the same files with the same flags is kept; other sources add splits to the corpus.
+--skip-invalid true. Texts without a word (<NOISE>, [music], "...") are always left out. A split
+made from the same files with the same flags is kept; other sources add splits to the corpus.
 """
 
 import logging

@@ -25,8 +25,8 @@ from speechllm.data.corpora.corpus_report import (
 from speechllm.data.corpora.folder import audio_and_texts, read_folder
 from speechllm.data.corpora.huggingface import huggingface_files, read_huggingface
 from speechllm.data.corpora.kaldi import kaldi_files, read_kaldi
-from speechllm.data.corpora.lhotse_manifests import manifest_files, read_manifests
 from speechllm.data.corpora.layouts import layout_files, read_layout, recognize
+from speechllm.data.corpora.lhotse_manifests import manifest_files, read_manifests
 from speechllm.data.corpora.splits import assign_splits
 from speechllm.data.corpora.table import read_table, table_files
 from speechllm.data.corpora.to_cuts import has_words, to_cut, utterance_error, without_tags
@@ -136,7 +136,8 @@ def _write(path: Path, text: str) -> None:
 def _remove_former_copies(copies: Path, corpus: str, sources: set[str]) -> None:
     used = {source[:8] for source in sources}
     for folder in copies.parent.glob(f"{corpus}_audio-*"):
-        if folder.name[-8:] not in used and re.fullmatch(rf"{corpus}_audio-[0-9a-f]{{8}}", folder.name):
+        is_ours = re.fullmatch(rf"{corpus}_audio-[0-9a-f]{{8}}", folder.name)
+        if is_ours and folder.name[-8:] not in used:
             shutil.rmtree(folder)
 
 
@@ -169,8 +170,8 @@ def _read_with_copies(
         if taken:
             paths = [str(cuts_path(config.manifest_dir, config.corpus, one)) for one in taken]
             raise InputError(
-                f"{', '.join(paths)} was made from other files or flags: --overwrite true "
-                "replaces it, --split NAME adds another split"
+                f"made earlier from other files or flags: {', '.join(paths)}; --overwrite true "
+                "replaces them, --split NAME adds another split"
             )
         return corpus
     except BaseException:

@@ -9,12 +9,14 @@ from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.data.corpora.audio_files import AudioFile, Problem
 from speechllm.data.corpora.utterance import Utterance
 from speechllm.data.security import check_safe
-from speechllm.data.validation import CutError, shown_id, validate_cut
+from speechllm.data.validation import LOST, CutError, shown_id, validate_cut
 from speechllm.errors import InputError
 
 MIN_DURATION = 0.025  # s, one fbank window
-NOISE = "noise|music|laugh(s|ter)?|applause|silence|inaudible|unintelligible|cough(s|ing)?|breath"
-TAG = re.compile(rf"<[^<>]*>|\[[^\[\]]*\]|\{{[^{{}}]*\}}|\(({NOISE})\)|\*({NOISE})\*", re.IGNORECASE)
+NOISE = "(noise|music|laugh(s|ter)?|applause|silence|inaudible|unintelligible|cough(s|ing)?|breath)"
+TAG = re.compile(
+    rf"<[^<>]*>|\[[^\[\]]*\]|\{{[^{{}}]*\}}|\(\(?{NOISE}\)?\)|\*{NOISE}\*", re.IGNORECASE
+)
 OVERSHOOT = 0.5  # s that a segment may exceed its file, as in Kaldi
 
 
@@ -68,7 +70,7 @@ def _field_problem(utterance: Utterance) -> Problem | None:
         return "invalid-id", "empty id"
     if not utterance.text.strip():
         return "no-text", "empty text"
-    if not has_words(utterance.text):
+    if not has_words(utterance.text) and not LOST.search(utterance.text):
         return "no-words", f"text without a word: {ascii(utterance.text[:40])}"
     if utterance.speaker == "":  # None is an unknown speaker
         return "malformed", "empty speaker"
