@@ -222,7 +222,9 @@ def test_the_hint_names_the_written_files(table, tmp_path, caplog):
     assert "--train-cuts toy_cuts_train --valid-cuts toy_cuts_validation" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["<NOISE>", "[music] ...", '""', "\u200b\u200e", "(Laughter)", "♪"])
+@pytest.mark.parametrize(
+    "text", ["<NOISE>", "[music] ...", '""', "\u200b\u200e", "(Laughter)", "♪"]
+)
 def test_texts_without_words_are_left_out_and_counted(table, tmp_path, text):
     table.write_text(table.read_text().replace("MAYBE", text))
     prepare(table, tmp_path)

@@ -93,7 +93,8 @@ def test_other_files_are_an_error(prepare, tmp_path, name, content, message):
 
 def test_every_supervision_is_counted(cut, prepare, tmp_path):
     recording = {**cut.recording.to_dict(), "id": "r"}
-    times = {"fine": ("r", 0, 1), "early": ("r", -0.02, 1), "late": ("r", 2, 4), "gone": ("q", 0, 1)}
+    times = {"fine": ("r", 0, 1), "early": ("r", -0.02, 1), "late": ("r", 2, 4)}
+    times["gone"] = ("q", 0, 1)
     lines = [
         json.dumps({"id": name, "recording_id": of, "start": start, "duration": end - start,
                     "channel": 1, "text": "x"})

@@ -72,7 +72,9 @@ def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
         logger.info("%s was prepared from the same files with the same flags", config.corpus)
         return report.read_text("utf-8"), list(former)
     copies = folder / f"{config.corpus}_audio-{source[:8]}"
-    corpus = _read_with_copies(config, copies, former if not config.overwrite else {}, source)
+    finished = content.get("finished", former.values() if content else ())
+    kept = {one: made_from for one, made_from in former.items() if made_from in finished}
+    corpus = _read_with_copies(config, copies, {} if config.overwrite else kept, source)
     folder.mkdir(parents=True, exist_ok=True)
     for split, cuts in corpus.splits.items():
         if former.get(split) != source:
