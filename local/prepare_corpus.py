@@ -3,8 +3,11 @@
   python local/prepare_corpus.py --table corpora/an4/transcripts.tsv --corpus an4 \\
     --manifest-dir data/fbank --num-jobs 4
 
-  --table FILE        TSV or CSV with a header, or JSON lines; paths are relative to it
-  --folder DIR        audio and a text file for each: [train/][anna/]1.wav, [train/][anna/]1.txt
+  --table PATH        TSV or CSV with a header, or JSON lines, or a folder of one for each split;
+                      paths are relative to it
+  --folder DIR        a corpus whose --layout is recognized: LibriSpeech, Common Voice, AISHELL,
+                      MLS, LJSpeech, VCTK, TED-LIUM, VoxPopuli, or one of the others here; else
+                      audio and a text file for each: [train/][anna/]1.wav, [train/][anna/]1.txt
   --kaldi DIR         wav.scp, text, [segments, utt2spk, utt2lang, reco2file_and_channel]
   --huggingface DIR   a dataset written by save_to_disk, or its parquet files (needs pyarrow)
   --lhotse PATH       a cut file, or a folder of cut files or of recordings and supervisions
@@ -17,7 +20,8 @@ Writes <manifest-dir>/<corpus>_cuts_<split>.jsonl.gz with the features next to i
 and skipped utterances to <corpus>_report.json and .txt. Formats that lhotse cannot read are copied
 to FLAC in <corpus>_audio-…. The training split also gets copies at speed 0.9 and 1.1. All
 utterances are checked before features are computed; invalid ones are an error unless
---skip-invalid true. A split made from the same files with the same flags is kept.
+--skip-invalid true. Texts without a word (<NOISE>, [music], "...") are always left out. A split
+made from the same files with the same flags is kept; other sources add splits to the corpus.
 """
 
 import logging
@@ -49,17 +53,29 @@ def main(argv: list[str] | None = None) -> None:
     # heavy imports come after the flags are read
     import torch
 
-    from speechllm.data.corpora.prepare import prepare
+    from speechllm.data.corpora.prepare import is_training, prepare
 
     torch.set_num_threads(1)
     try:
-        print(prepare(config), end="")
+        report, splits = prepare(config)
     except OSError as error:
         raise InputError(str(error)) from error
-    logging.info(
-        f"Train with --manifest-dir {config.manifest_dir} --train-cuts {config.corpus}_cuts_train "
-        f"--valid-cuts {config.corpus}_cuts_dev, decode with --test-cuts {config.corpus}_cuts_test"
-    )
+    print(report, end="")
+    train = [split for split in splits if is_training(split, config.train_split)]
+    logging.info(usage_hint(config, train, [split for split in splits if split not in train]))
+
+
+def usage_hint(config: PrepareConfig, train: list[str], others: list[str]) -> str:
+    """Return the flags that select the written cut files in training and decoding."""
+    valid = [split for split in others if split.startswith(("dev", "val"))] or others[:1]
+    test = [split for split in others if split not in valid] or valid
+    flags = [("train-cuts", train), ("valid-cuts", valid[:1]), ("test-cuts", test)]
+    words = [
+        f"--{flag} {','.join(f'{config.corpus}_cuts_{split}' for split in splits)}"
+        for flag, splits in flags
+        if splits
+    ]
+    return f"Use --manifest-dir {config.manifest_dir} {' '.join(words)}"
 
 
 if __name__ == "__main__":

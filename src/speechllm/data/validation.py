@@ -4,12 +4,14 @@
     invalid-id            empty, or unprintable
     duplicate-id          an earlier cut of the file has the same id
     no-text               no supervision, or a missing or blank text
+    no-words              a text of tags, punctuation or invisible characters alone
     not-unicode           a lone surrogate or U+FFFD: characters were lost
     long-text             more characters than can be spoken in the duration
     supervision-outside   the supervision exceeds the cut
     no-features, feature-dim, frame-shift, no-audio, sampling-rate, channels
     wrong-length          the number of frames or samples does not match the manifest
     unreadable-features, unreadable-audio, not-finite
+    (not-finite also counts audio files whose floats are at the scale of int16)
     positions             more positions than the LLM has
     not-cached            missing from the encoder cache
 """
@@ -31,7 +33,7 @@ from speechllm.audio.fbank import FRAME_SHIFT, NUM_MEL_BINS, SAMPLING_RATE
 from speechllm.errors import InputError, first_line
 
 REASONS = (  # in the order of reports; see above
-    "malformed", "invalid-id", "duplicate-id", "no-text", "not-unicode", "long-text",
+    "malformed", "invalid-id", "duplicate-id", "no-text", "no-words", "not-unicode", "long-text",
     "supervision-outside", "no-features", "feature-dim", "frame-shift", "no-audio",
     "sampling-rate", "channels", "wrong-length", "unreadable-features", "unreadable-audio",
     "not-finite", "positions", "not-cached",

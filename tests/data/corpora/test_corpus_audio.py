@@ -78,3 +78,21 @@ def test_names_are_neither_options_nor_addresses(tmp_path, monkeypatch):
         shutil.copy("a.m4a", f"./{name}")
         assert isinstance(check_file(Path(name), Path("copies")), AudioFile), name
     assert not Path("x).m4a").exists() and not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "NaN or infinity"), (np.inf, "NaN or infinity"), (20000.0, "reach 20000, not -1")],
+)
+def test_unusable_samples_are_named_with_their_time(tmp_path, value, message):
+    samples = tone(2.0)
+    samples[RATE + RATE // 2] = value
+    soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
+    reason, text = check_file(tmp_path / "a.wav", tmp_path / "copies")
+    assert reason == "not-finite" and f"{message}" in text and text.endswith("at 1.50 s")
+
+
+def test_gsm_in_wav_is_copied(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(rate=8000), 8000, subtype="GSM610")
+    found = check_file(tmp_path / "a.wav", tmp_path / "copies")
+    assert found.path.suffix == ".flac" and found.num_samples == pytest.approx(8000, abs=400)

@@ -15,7 +15,7 @@ def cut(tmp_path, write_audio):
     supervisions = [
         SupervisionSegment("s1", "r", 0.0, 0.8, channel=1, text="one", speaker="ann", language="de",
                            custom={"context": "Ann"}),
-        SupervisionSegment("s2", "r", 0.9, 1.2, channel=1, text="two"),  # longer than the cut
+        SupervisionSegment("s2", "r", 0.9, 1.1, channel=1, text="two"),
     ]  # fmt: skip
     return MonoCut("c", 1.0, 2.0, 1, recording=recording, supervisions=supervisions)
 
@@ -79,7 +79,7 @@ def test_unsafe_manifests_are_rejected(cut, prepare, tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("cuts.jsonl", "{}\n", "cuts.jsonl cannot be read beyond cut 0"),
+        ("cuts.jsonl", "{}\n", "cuts.jsonl line 1, .no id.: not a cut"),
         ("x_recordings.jsonl", "{}\n", "x_supervisions.jsonl cannot be read"),
         ("else.txt", "", "has neither .cuts.*jsonl.gz nor"),
     ],
@@ -89,3 +89,21 @@ def test_other_files_are_an_error(prepare, tmp_path, name, content, message):
     (tmp_path / "in" / name).write_text(content)
     with pytest.raises(SystemExit, match=message):
         prepare("--lhotse", tmp_path / "in")
+
+
+def test_every_supervision_is_counted(cut, prepare, tmp_path):
+    recording = {**cut.recording.to_dict(), "id": "r"}
+    times = {"fine": ("r", 0, 1), "early": ("r", -0.02, 1), "late": ("r", 2, 4)}
+    times["gone"] = ("q", 0, 1)
+    lines = [
+        json.dumps({"id": name, "recording_id": of, "start": start, "duration": end - start,
+                    "channel": 1, "text": "x"})
+        for name, (of, start, end) in times.items()
+    ]  # fmt: skip
+    (tmp_path / "x_recordings_dev.jsonl").write_text(json.dumps(recording) + "\n")
+    (tmp_path / "x_supervisions_dev.jsonl").write_text("\n".join([*lines, "{"]))
+    cuts, report = prepare("--lhotse", tmp_path, "--skip-invalid", "true")
+    assert list(cuts) == ["fine"] and report["given"] == {"utterances": 5, "used": 1}
+    reasons = [(one["id"], one["reason"]) for one in report["skipped"]["utterances"]]
+    assert reasons == [("early", "supervision-outside"), ("late", "supervision-outside"),
+                       ("gone", "no-audio"), ("", "malformed")]  # fmt: skip

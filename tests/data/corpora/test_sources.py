@@ -113,6 +113,7 @@ def write_recordings(rows, folder: Path) -> Path:
 def prepare(folder: Path, *flags) -> dict[str, CutSet]:
     """Run prepare_corpus.py into `folder`/out; return the cuts of each split."""
     argv = [*flags, "--corpus", "x", "--manifest-dir", folder / "out", "--num-jobs", "1"]
+    argv += ["--overwrite", "true"]
     prepare_corpus.main([*map(str, argv), "--speed-perturb", "false"])
     found = (folder / "out").glob("x_cuts_*.jsonl.gz")
     return {path.name[7:-9]: load_manifest(path) for path in found}

@@ -8,6 +8,10 @@ from speechllm.cli import check_range, option
 from speechllm.errors import InputError
 
 SOURCES = ("table", "folder", "kaldi", "huggingface", "lhotse")
+LAYOUTS = (
+    "librispeech", "common-voice", "aishell", "mls", "ljspeech", "vctk", "tedlium", "voxpopuli",
+    "kaldi", "huggingface", "lhotse", "table", "folder",
+)  # fmt: skip
 MIX = "mix"  # value of --channel
 SIDES = {"A": 1, "B": 2}  # channel names in telephone corpora
 
@@ -26,6 +30,16 @@ class PrepareConfig:
     corpus: str = option("", "name of the corpus in file names")
     manifest_dir: Path = option(Path("data/fbank"), "directory of the written cut files")
     train_split: str = option("train", "name of the training split in the corpus")
+    split: str = option("", "split of all utterances; adds it to the corpus")
+    layout: str = option(
+        "auto", "layout of --folder: recognized by its files, or " + ", ".join(LAYOUTS)
+        + ", or the name of a recipe of lhotse, such as thchs_30",
+    )  # fmt: skip
+    audio_dir: Path | None = option(None, "folder of the audio of --table, if it is another one")
+    text_column: str | None = option(None, "column of the text", unset="by name")
+    path_column: str | None = option(None, "column of the audio's path", unset="by name")
+    drop_tags: bool = option(False, "remove tags such as <NOISE> and [music] within texts")
+    overwrite: bool = option(False, "replace splits that were made from other files or flags")
     language: str | None = option(
         None, "language of utterances that have none, such as en; zh, ja, th and others without "
         "spaces are scored by characters",
@@ -42,6 +56,10 @@ class PrepareConfig:
         check_range("num_jobs", self.num_jobs, 1)
         if not re.fullmatch(r"[\w-]+", self.corpus):
             raise InputError(f"--corpus {self.corpus!r} may have letters, digits, _ and - only")
+        if not re.fullmatch(r"[\w.-]*", self.split):
+            raise InputError(f"--split {self.split!r} cannot be part of a file name")
+        if self.audio_dir and not self.audio_dir.is_dir():
+            raise InputError(f"--audio-dir {self.audio_dir} is not a directory")
         try:
             self.channel_index
         except ValueError:
@@ -49,6 +67,12 @@ class PrepareConfig:
             raise InputError(f"--channel {self.channel!r}: expected {allowed}") from None
         if not self.path.exists():
             raise FileNotFoundError(f"--{self.source} {self.path} does not exist")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that flags name, by field."""
+        given = {"text": self.text_column, "path": self.path_column}
+        return {field: name for field, name in given.items() if name}
 
     @property
     def mix(self) -> bool:

@@ -1,6 +1,5 @@
 """Statistics of a prepared corpus and the skipped utterances, as JSON and as text."""
 
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -12,12 +11,6 @@ from speechllm.data.features import has_perturbed_speed
 from speechllm.data.validation import CutError, count_reasons, format_counts
 
 SHOWN = 50  # items of a list in the text; the JSON has all
-KINDS = {  # kinds of characters, by their Unicode category
-    "have_digits": lambda category: category[0] == "N",
-    "have_punctuation": lambda category: category[0] in "PS",
-    "have_upper_case": lambda category: category == "Lu",
-    "have_lower_case": lambda category: category == "Ll",
-}
 
 
 def corpus_report(
@@ -26,10 +19,10 @@ def corpus_report(
     """Build the content of report.json.
 
       splits: utterances, hours, speakers, seconds (quantiles); cuts include speed perturbation
+      given: number of utterances in the source, and how many of them are used
       shared_speakers: speakers in several splits -> these splits
       languages: language -> number of utterances
-      text: words, different_words, characters (count of each), and the number of utterances that
-        have_digits, have_punctuation, have_upper_case and have_lower_case
+      text: words, different_words
       audio: files, and number of files by rate (Hz) and channels
       skipped: counts by reason; id, reason and message of each utterance
     """
@@ -40,6 +33,7 @@ def corpus_report(
     supervisions = [cut.supervisions[0] for cuts in originals.values() for cut in cuts]
     return {
         "source": source,
+        "given": {"utterances": len(supervisions) + len(errors), "used": len(supervisions)},
         "splits": {split: _statistics(originals[split], cuts) for split, cuts in splits.items()},
         "shared_speakers": _shared_speakers(originals),
         "languages": dict(Counter(one.language or "unknown" for one in supervisions)),
@@ -79,13 +73,19 @@ def _shared_speakers(splits: Mapping[str, list[Cut]]) -> dict[str, list[str]]:
 
 def _text_statistics(texts: list[str]) -> dict:
     words = Counter(word for text in texts for word in text.split())
-    categories = [set(map(unicodedata.category, text)) for text in texts]
-    return {
-        "words": words.total(),
-        "different_words": len(words),
-        "characters": dict(Counter("".join(texts)).most_common()),
-        **{kind: sum(any(map(test, one)) for one in categories) for kind, test in KINDS.items()},
+    return {"words": words.total(), "different_words": len(words)}
+
+
+def merge_reports(former: dict, added: dict, source_hash: str) -> dict:
+    """Add the splits of another source to a report; the rest describes the last source."""
+    kept = former.get("splits", {})
+    finished = {
+        made_from: splits
+        for made_from, splits in former.get("finished", {}).items()
+        if not set(splits) & set(added["splits"])
     }
+    finished[source_hash] = list(added["splits"])
+    return {**added, "splits": kept | added["splits"], "finished": finished}
 
 
 # ---- as text
@@ -103,12 +103,15 @@ def report_text(report: Mapping) -> str:
             f"{', '.join(f'{value:.1f}' for value in one['seconds'].values())}; "
             f"{one['cuts']} cuts, {one['cuts_hours']:.2f} hours"
         )
-    lines += [_audio_text(report["audio"]), *_text_lines(report["text"])]
+    words, different = report["text"].values()
+    lines += [_audio_text(report["audio"]), f"text: {words} words, {different} different"]
     languages = (f"{language} {count}" for language, count in report["languages"].items())
     lines.append(f"languages: {', '.join(languages)}")
     if shared := report["shared_speakers"]:
         named = (f"{speaker} ({', '.join(names)})" for speaker, names in shared.items())
         lines.append(f"{len(shared)} speakers are in several splits: {shorten(named, '; ')}")
+    given = report["given"]
+    lines.append(f"{report['source']}: {given['used']} of {given['utterances']} utterances used")
     skipped = report["skipped"]
     if messages := [error["message"] for error in skipped["utterances"]]:
         counts = format_counts(skipped["counts"])
@@ -124,17 +127,6 @@ def shorten(texts: Iterable[str], separator: str) -> str:
     texts = list(texts)
     more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
     return separator.join(texts[:SHOWN] + more)
-
-
-def _text_lines(text: Mapping) -> list[str]:
-    kinds = (f"{text[kind]} {kind.replace('_', ' ')}" for kind in KINDS)
-    characters = "".join(text["characters"])
-    more = f" and {len(characters) - SHOWN} more" if len(characters) > SHOWN else ""
-    return [
-        f"text: {text['words']} words, {text['different_words']} different; of the utterances "
-        + ", ".join(kinds),
-        f"characters, {len(characters)}, the most frequent first: {characters[:SHOWN]!r}{more}",
-    ]
 
 
 def _audio_text(audio: Mapping) -> str:

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from speechllm.audio.reader import SUFFIXES
-from speechllm.data.corpora.utterance import Utterance
+from speechllm.data.corpora.utterance import SPLITS, Utterance
 from speechllm.errors import InputError
 
-SPLITS = ("train", "training", "dev", "valid", "validation", "eval", "test")
 TEXTS = (".txt", ".lab")
 
 
@@ -51,7 +50,7 @@ def read_folder(folder: Path) -> Iterator[Utterance]:
 
 def _utterance(path: Path, folder: Path, text_file: Path | None) -> Utterance:
     *folders, _ = path.relative_to(folder).parts
-    split = folders.pop(0) if folders and folders[0] in SPLITS else ""
+    split = folders.pop(0) if folders and folders[0].lower() in SPLITS else ""
     text, problem = "", None
     try:
         text = text_file.read_text("utf-8-sig") if text_file else ""

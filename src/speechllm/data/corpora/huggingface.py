@@ -4,7 +4,7 @@ Needs pyarrow but not datasets. Embedded audio is written to files.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from speechllm.data.corpora.utterance import Utterance, as_text, find_columns, from_fields
@@ -41,20 +41,24 @@ def huggingface_files(folder: Path) -> list[Path]:
     return [path for _, path in dataset_files(folder)]
 
 
-def read_huggingface(folder: Path, copies: Path) -> Iterator[Utterance]:
+def read_huggingface(
+    folder: Path, copies: Path, chosen: Mapping[str, str] | None = None
+) -> Iterator[Utterance]:
     """Read the utterances of a dataset.
 
     Args:
       copies: folder for embedded audio; created if needed.
+      chosen: names of columns, by field.
 
     Raises:
       InputError: pyarrow is missing, a file cannot be read, or a required column is missing.
     """
     rows = ((split, path, row) for split, path in dataset_files(folder) for row in _rows(path))
     for number, (split, path, row) in enumerate(rows):
-        columns = find_columns(list(row), path)
+        columns = find_columns(list(row), path, chosen)
         # If there is `audio`, `path` is only the original location.
-        audio = row["audio" if "audio" in row else columns["path"]]
+        is_chosen = "path" in (chosen or {})
+        audio = row["audio" if "audio" in row and not is_chosen else columns["path"]]
         content = audio if isinstance(audio, dict) else {"path": audio}
         name = as_text(content.get("path"))
         fields = {k: as_text(row[column]) for k, column in columns.items() if k != "path"}

@@ -1,11 +1,14 @@
 """Read a Kaldi data directory, or a folder of such (https://kaldi-asr.org/doc/data_prep.html).
 
 Uses wav.scp and text, and if they exist segments, utt2spk, utt2lang and reco2file_and_channel,
-which selects the channel of multi-channel files.
+which selects the channel of multi-channel files. As in Kaldi, segments may have a fifth column,
+the channel from 0.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from speechllm.data.corpora.config import channel_number
 from speechllm.data.corpora.utterance import Utterance, seconds
@@ -33,63 +36,104 @@ def kaldi_files(folder: Path) -> list[Path]:
 
 
 def read_kaldi(folder: Path) -> Iterator[Utterance]:
-    """Read the utterances; a segment without text, or the reverse, is a problem.
+    """Read the utterances; each bad line is a problem of its utterance alone.
 
     Raises:
-      InputError: a file is missing or malformed, or wav.scp has a command.
+      InputError: a file is missing, or wav.scp has a command.
     """
     for directory, split in data_directories(folder).items():
         yield from _read_directory(directory, split)
 
 
+class Line(NamedTuple):
+    """A line `key value`; `repeated` if an earlier line has the key."""
+
+    key: str
+    value: str
+    place: str
+    repeated: bool
+
+
+class Table(dict):
+    """The first value of each key of a file, and the keys that occur twice."""
+
+    def __init__(self, lines: list[Line]):
+        super().__init__((line.key, line.value) for line in lines if not line.repeated)
+        self.name = lines[0].place.split(" ")[0] if lines else ""
+        self.repeated = {line.key for line in lines if line.repeated}
+
+
 def _read_directory(directory: Path, split: str) -> Iterator[Utterance]:
-    audio, texts = _audio(directory / "wav.scp"), _read(directory / "text")
-    speakers, languages, segments, sides = (
-        _read(directory / name) if (directory / name).is_file() else {}
-        for name in ("utt2spk", "utt2lang", "segments", "reco2file_and_channel")
+    audio, texts = (Table(_read(directory / name)) for name in ("wav.scp", "text"))
+    _check_commands(audio, directory / "wav.scp")
+    speakers, languages, sides = (
+        Table(_read(directory / name) if (directory / name).is_file() else [])
+        for name in ("utt2spk", "utt2lang", "reco2file_and_channel")
     )
-    channels = {recording: _channel(recording, side) for recording, side in sides.items()}
-    for utt, segment in (segments or {name: f"{name} 0 -1" for name in audio}).items():
-        recording, start, end = _segment(utt, segment)
-        yield Utterance(
+    if (directory / "segments").is_file():
+        segments = _read(directory / "segments")
+    else:
+        segments = [one._replace(value=f"{one.key} 0 -1") for one in _read(directory / "wav.scp")]
+    seen = set()
+    for line in segments:
+        utt, recording = line.key, line.value.split(" ")[0]
+        one = Utterance(
             id=utt,
-            text=texts.pop(utt, ""),
-            path=audio.get(recording, directory),
+            text=texts.get(utt, ""),
+            path=Path(audio.get(recording, directory)),
             speaker=speakers.get(utt),
             split=split,
             language=languages.get(utt),
-            channel=channels.get(recording),
-            start=start,
-            end=end,
             recording=recording,
-            problem=None if recording in audio else ("no-audio", f"{recording} is not in wav.scp"),
+            place=line.place,
         )
-    for utt, text in texts.items():
+        try:
+            one.recording, one.start, one.end, one.channel = _segment(line.value)
+            one.path = Path(audio.get(one.recording, directory))
+            if one.channel is None and one.recording in sides:
+                one.channel = _channel(one.recording, sides[one.recording])
+        except ValueError as error:
+            one.problem = "malformed", str(error)
+        one.problem = one.problem or _problem(one, audio, (texts, speakers, sides))
+        seen.add(utt)
+        yield one
+    for utt in [utt for utt in texts if utt not in seen]:
         problem = "no-audio", f"only in {directory / 'text'}"
-        yield Utterance(utt, text, directory, split=split, problem=problem)
+        yield Utterance(utt, texts[utt], directory, split=split, problem=problem)
 
 
-def _audio(wav_scp: Path) -> dict[str, Path]:
-    """Read recording -> file; as in Kaldi, paths are relative to the current directory."""
-    entries = _read(wav_scp)
-    for recording, name in entries.items():
+def _problem(one: Utterance, audio: Table, tables: tuple[Table, ...]) -> tuple[str, str] | None:
+    """Explain why an utterance cannot be used."""
+    if one.recording not in audio:
+        return "no-audio", f"{one.recording} is not in wav.scp"
+    for table, key in ((audio, one.recording), *((table, one.id) for table in tables)):
+        if key in table.repeated:
+            return "duplicate-id", f"{table.name} has {key} twice"
+    if re.search(r"\.ark:[0-9]+$", str(one.path)):
+        what = f"{one.path} is a position in a Kaldi archive, which is not supported"
+        return "no-audio", f"{what}: write it to a file (wav-copy)"
+    return None
+
+
+def _check_commands(audio: Table, wav_scp: Path) -> None:
+    for recording, name in audio.items():
         if name.startswith("|") or name.endswith("|"):
             raise InputError(
                 f"{wav_scp} has a command for {recording}, which is not supported: {name!r}; "
                 "write its output to a file and list that"
             )
-    return {recording: Path(name) for recording, name in entries.items()}
 
 
-def _segment(utt: str, segment: str) -> tuple[str, float, float | None]:
-    """Parse recording, start, end (s); -1 is the end of the recording."""
-    try:
-        recording, start, end = segment.split()
-        return recording, seconds(start), None if end == "-1" else seconds(end)
-    except ValueError:
-        raise InputError(
-            f"segments: {utt} has {segment!r}, not `recording start end`"
-        ) from None
+def _segment(segment: str) -> tuple[str, float, float | None, int | None]:
+    """Parse recording, start, end (s) and channel; -1 is the end of the recording."""
+    recording, *numbers = segment.split()
+    if len(numbers) not in (2, 3):
+        raise ValueError(f"{segment!r} is not `recording start end [channel]`")
+    start, end = numbers[:2]
+    channel = int(numbers[2]) if numbers[2:] and numbers[2].isdecimal() else None
+    if numbers[2:] and channel is None:
+        channel = channel_number(numbers[2])
+    return recording, seconds(start), None if float(end) == -1 else seconds(end), channel
 
 
 def _channel(recording: str, side: str) -> int | None:
@@ -97,27 +141,25 @@ def _channel(recording: str, side: str) -> int | None:
         _, channel = side.split()
         return channel_number(channel)
     except ValueError:
-        raise InputError(
+        raise ValueError(
             f"reco2file_and_channel: {recording} has {side!r}, not `file channel` with 1, 2, A or B"
         ) from None
 
 
-def _read(path: Path) -> dict[str, str]:
-    """Read key -> rest of the line.
+def _read(path: Path) -> list[Line]:
+    """Read the lines of a file.
 
     Raises:
-      InputError: the file is missing or not UTF-8, or a key occurs twice.
+      InputError: the file is missing.
     """
-    found: dict[str, str] = {}
-    try:
-        lines = path.read_text("utf-8").split("\n")
+    try:  # undecodable bytes become U+FFFD, which is an error of the utterance
+        lines = path.read_text("utf-8-sig", errors="replace").split("\n")
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error}") from None
-    for line in filter(str.strip, lines):
-        key, *rest = line.split(maxsplit=1)
-        if key in found:
-            raise InputError(f"{path} has {key} twice")
-        found[key] = rest[0].strip() if rest else ""
+    found, keys = [], set()
+    for number, line in enumerate(lines, start=1):
+        if words := line.split(maxsplit=1):
+            key, value = words[0], words[1].strip() if words[1:] else ""
+            found.append(Line(key, value, f"{path.name} line {number}", key in keys))
+            keys.add(key)
     return found

@@ -4,15 +4,17 @@ Each file of a folder is a split: `an4_cuts_dev.jsonl.gz`, or `an4_recordings_de
 `an4_supervisions_dev.jsonl.gz`, is dev. Stored features are ignored.
 """
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from lhotse import CutSet, MonoCut, SupervisionSegment, load_manifest
+from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.augmentation import Resample
 from lhotse.cut import Cut
+from lhotse.serialization import open_best
 
 from speechllm.data.corpora.utterance import Utterance
-from speechllm.data.manifests import read_cuts
+from speechllm.data.manifests import read_lines
 from speechllm.data.security import check_safe
 from speechllm.data.validation import TOLERANCE
 from speechllm.errors import InputError, first_line
@@ -33,10 +35,10 @@ def manifest_files(path: Path) -> list[Path]:
 
 
 def read_manifests(path: Path) -> Iterator[Utterance]:
-    """Read an utterance from each supervision.
+    """Read an utterance from each supervision; what cannot be read is a problem.
 
     Raises:
-      InputError: a file is not a manifest, or a cut is unsafe.
+      InputError: a file is missing or truncated.
     """
     for file in manifest_files(path):
         if "supervisions" in file.name:
@@ -44,13 +46,7 @@ def read_manifests(path: Path) -> Iterator[Utterance]:
         kind = "recordings" if "recordings" in file.name else "cuts"
         stem = file.name.split(".jsonl")[0]
         split = stem.partition(kind)[2].strip("_-") if path.is_dir() else ""
-        for number, cut in enumerate(_cuts(file), start=1):
-            place = f"{file.name} cut {number}"
-            if not cut.supervisions:
-                problem = "no-text", "no supervision"
-                yield Utterance(cut.id, "", Path(), place=place, problem=problem)
-            for supervision in cut.supervisions:
-                yield _utterance(cut, supervision, split, place)
+        yield from (_read_recordings if kind == "recordings" else _read_cuts)(file, split)
 
 
 def _with_supervisions(file: Path) -> list[Path]:
@@ -59,31 +55,78 @@ def _with_supervisions(file: Path) -> list[Path]:
     return [file, file.with_name(file.name.replace("recordings", "supervisions"))]
 
 
-def _cuts(file: Path) -> Iterable[Cut]:
-    if "recordings" not in file.name:
-        return read_cuts(file)
-    paths = _with_supervisions(file)
+def _read_cuts(file: Path, split: str) -> Iterator[Utterance]:
+    for number, cut in enumerate(read_lines(file), start=1):
+        place = f"{file.name} line {number}"
+        if isinstance(cut, str):
+            yield Utterance("", "", Path(), place=place, problem=("malformed", cut))
+        elif not cut.supervisions:
+            problem = "no-text", "no supervision"
+            yield Utterance(cut.id, "", Path(), place=place, problem=problem)
+        else:
+            yield from (_utterance(cut, one, split, place) for one in cut.supervisions)
+
+
+def _read_recordings(file: Path, split: str) -> Iterator[Utterance]:
+    """Read the supervisions beside a file of recordings, each on its own."""
+    _, supervisions = _with_supervisions(file)
+    recordings, unread = {}, {}
+    for number, one in _items(file, Recording):
+        if isinstance(one, str):
+            unread[number] = one
+        else:
+            recordings.setdefault(one.id, one)
+    for number, message in unread.items():
+        place = f"{file.name} line {number}"
+        yield Utterance("", "", Path(), place=place, problem=("malformed", message))
+    for number, one in _items(supervisions, SupervisionSegment):
+        place = f"{supervisions.name} line {number}"
+        if isinstance(one, str):
+            yield Utterance("", "", Path(), place=place, problem=("malformed", one))
+        elif one.recording_id not in recordings:
+            problem = "no-audio", f"its recording {one.recording_id} is not in {file.name}"
+            yield Utterance(one.id, "", Path(), place=place, problem=problem)
+        else:
+            recording = recordings[one.recording_id]
+            channel = one.channel if isinstance(one.channel, int) else recording.channel_ids[0]
+            cut = MonoCut(one.id, 0.0, recording.duration, channel, recording=recording)
+            yield _utterance(cut, one, split, place)
+
+
+def _items(file: Path, kind: type) -> Iterator[tuple[int, object]]:
+    """Yield line number and the recording or supervision, or an error message."""
     try:
-        recordings, supervisions = map(load_manifest, paths)
-        cuts = CutSet.from_manifests(recordings=recordings, supervisions=supervisions)
-        return [check_safe(cut) for cut in cuts]
-    except InputError:
-        raise
+        with open_best(file, "r") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield number, _item(line, kind)
+    except Exception as error:  # gzip, zlib, decoders and file systems each have their own
+        raise InputError(f"{file} cannot be read: {first_line(error)}") from None
+
+
+def _item(line: str, kind: type) -> object:
+    try:
+        item = kind.from_dict(json.loads(line))
+        return check_safe(item) if kind is Recording else item
+    except InputError as error:
+        return str(error)
     except Exception as error:  # lhotse does not check the fields
-        names = " and ".join(map(str, paths))
-        raise InputError(f"{names} cannot be read: {first_line(error)}") from None
+        return f"not a {kind.__name__}: {first_line(error)}"
 
 
 def _utterance(cut: Cut, supervision: SupervisionSegment, split: str, place: str) -> Utterance:
     channel = cut.channel if isinstance(cut, MonoCut) else supervision.channel
-    if problem := _problem(cut, channel):
+    try:
+        problem = _problem(cut, channel) or _time_problem(cut, supervision)
+    except TypeError as error:  # lhotse does not check the fields
+        problem = "malformed", first_line(error)
+    if problem:
         return Utterance(supervision.id, "", Path(), place=place, problem=problem)
     source = cut.recording.sources[0]
     if isinstance(channel, int):
         source = next(one for one in cut.recording.sources if channel in one.channels)
     start = cut.start + max(0.0, supervision.start)
-    end = cut.start + min(cut.duration, supervision.end)
-    is_whole = start <= TOLERANCE and end >= cut.recording.duration - TOLERANCE
+    end = cut.start + supervision.end
+    is_whole = start <= TOLERANCE and abs(end - cut.recording.duration) <= TOLERANCE
     return Utterance(
         id=supervision.id,
         text=supervision.text or "",
@@ -98,6 +141,13 @@ def _utterance(cut: Cut, supervision: SupervisionSegment, split: str, place: str
         recording=cut.recording_id,
         place=place,
     )
+
+
+def _time_problem(cut: Cut, supervision: SupervisionSegment) -> tuple[str, str] | None:
+    if -TOLERANCE <= supervision.start and supervision.end <= cut.duration + TOLERANCE:
+        return None
+    times = f"from {supervision.start:g} to {supervision.end:g} s"
+    return "supervision-outside", f"lasts {times}, its audio from 0 to {cut.duration:g} s"
 
 
 def _problem(cut: Cut, channel: int | list[int] | None) -> tuple[str, str] | None:

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,71 +16,116 @@ from lhotse.cut import Cut
 
 from speechllm.data.corpora.audio_files import AudioFile, check_files
 from speechllm.data.corpora.config import PrepareConfig
-from speechllm.data.corpora.corpus_report import corpus_report, report_text, shorten
+from speechllm.data.corpora.corpus_report import (
+    corpus_report,
+    merge_reports,
+    report_text,
+    shorten,
+)
 from speechllm.data.corpora.folder import audio_and_texts, read_folder
 from speechllm.data.corpora.huggingface import huggingface_files, read_huggingface
 from speechllm.data.corpora.kaldi import kaldi_files, read_kaldi
+from speechllm.data.corpora.layouts import layout_files, read_layout, recognize
 from speechllm.data.corpora.lhotse_manifests import manifest_files, read_manifests
 from speechllm.data.corpora.splits import assign_splits
-from speechllm.data.corpora.table import read_table
-from speechllm.data.corpora.to_cuts import to_cut, utterance_error
+from speechllm.data.corpora.table import read_table, table_files
+from speechllm.data.corpora.to_cuts import has_words, to_cut, utterance_error, without_tags
 from speechllm.data.corpora.utterance import Utterance
 from speechllm.data.features import compute_fbank, cuts_path, with_perturbed_speed
 from speechllm.data.validation import CutError, count_reasons, format_counts, shown_id
 from speechllm.errors import InputError
 from speechllm.io import atomic_write
 
-READERS: dict[str, tuple[Callable, Callable]] = {  # source: reader, and its input files
-    "table": (read_table, lambda path: [path]),
+READERS: dict[str, tuple[Callable, Callable]] = {  # layout: reader, and its input files
+    "table": (read_table, table_files),
     "folder": (read_folder, audio_and_texts),
     "kaldi": (read_kaldi, kaldi_files),
     "huggingface": (read_huggingface, huggingface_files),
     "lhotse": (read_manifests, manifest_files),
 }
+WITHOUT_HASH = ("source", "path", "manifest_dir", "num_jobs", "overwrite")
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: PrepareConfig) -> str:
-    """Prepare a corpus unless this was done before; return the report as text.
+def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
+    """Prepare a corpus unless this was done before; return the report and the names of all splits.
 
-    `.<corpus>.json` next to the cut files lists the finished splits and what they were made from.
+    `.<corpus>.json` next to the cut files has the hash of the source of each finished split.
 
     Raises:
-      InputError: the source cannot be read, or has invalid utterances.
+      InputError: the source cannot be read, has invalid utterances, or its splits exist.
     """
+    config = with_layout(config)
     folder, source = config.manifest_dir, source_hash(config)
     stamp, report = folder / f".{config.corpus}.json", folder / f"{config.corpus}_report.txt"
-    former = json.loads(stamp.read_text()) if stamp.is_file() else {"source": "", "splits": []}
-    is_done = {
-        split: former["source"] == source and cuts_path(folder, config.corpus, split).is_file()
-        for split in former["splits"]
+    former = _read_stamp(stamp)
+    former = {
+        split: made_from
+        for split, made_from in former.items()
+        if cuts_path(folder, config.corpus, split).is_file()
     }
-    if is_done and all(is_done.values()) and report.is_file():
+    content = _read_report(report.with_suffix(".json"))
+    if source in content.get("finished", {}) and all(
+        former.get(split) == source for split in content["finished"][source]
+    ):
         logger.info("%s was prepared from the same files with the same flags", config.corpus)
-        return report.read_text("utf-8")
+        return report.read_text("utf-8"), list(former)
     copies = folder / f"{config.corpus}_audio-{source[:8]}"
-    corpus = _read_with_copies(config, copies)
+    finished = content.get("finished", former.values() if content else ())
+    kept = {one: made_from for one, made_from in former.items() if made_from in finished}
+    corpus = _read_with_copies(config, copies, {} if config.overwrite else kept, source)
     folder.mkdir(parents=True, exist_ok=True)
-    report.unlink(missing_ok=True)  # without it the corpus is unfinished
-    finished = [split for split in corpus.splits if is_done.get(split)]
     for split, cuts in corpus.splits.items():
-        if split not in finished:
+        if former.get(split) != source:
             compute_fbank(cuts, cuts_path(folder, config.corpus, split), config.num_jobs)
-            finished.append(split)
-        _write(stamp, json.dumps({"source": source, "splits": finished}))
-    content = corpus_report(str(config.path), corpus.splits, corpus.files, corpus.errors)
+            former[split] = source
+            _write(stamp, json.dumps(former))
+    added = corpus_report(str(config.path), corpus.splits, corpus.files, corpus.errors)
+    content = merge_reports(content, added, source)
     _write(report.with_suffix(".json"), json.dumps(content, ensure_ascii=False, indent=1))
     _write(report, report_text(content))
-    _remove_former_copies(copies, config.corpus)
-    return report.read_text("utf-8")
+    _remove_former_copies(copies, config.corpus, set(former.values()))
+    return report.read_text("utf-8"), list(former)
+
+
+def with_layout(config: PrepareConfig) -> PrepareConfig:
+    """Replace `folder` as the source by the layout that is given or recognized."""
+    if config.source != "folder":
+        return config
+    layout = config.layout
+    if layout == "auto":
+        layout = recognize(config.path)
+        logger.info("%s has the layout %s", config.path, layout)
+    return replace(config, source=layout)
+
+
+def _read_stamp(stamp: Path) -> dict[str, str]:
+    former = json.loads(stamp.read_text()) if stamp.is_file() else {}
+    if isinstance(former.get("splits"), list):  # written by earlier versions
+        return dict.fromkeys(former["splits"], former["source"])
+    return former
+
+
+def _read_report(report: Path) -> dict:
+    return json.loads(report.read_text("utf-8")) if report.is_file() else {}
 
 
 def source_hash(config: PrepareConfig) -> str:
-    """Hash the options, and names, sizes and times of the input files."""
-    options = {name: str(value) for name, value in asdict(config).items() if name != "num_jobs"}
-    _, input_files = READERS[config.source]
-    states = [(str(file), file.stat()) for file in input_files(config.path) if file.exists()]
+    """Hash the options that are not defaults, and names, sizes and times of the input files."""
+    options = {
+        one.name: str(value)
+        for one in fields(config)
+        if (value := getattr(config, one.name)) != one.default and one.name not in WITHOUT_HASH
+    }
+    if config.source in READERS:
+        _, list_files = READERS[config.source]
+        input_files = list_files(config.path)
+    else:
+        input_files = layout_files(config.source, config.path)
+    states = [
+        (os.path.relpath(file, config.path), file.stat()) for file in input_files if file.exists()
+    ]
     files = [(file, state.st_size, state.st_mtime_ns) for file, state in states]
     return hashlib.sha256(json.dumps([options, files]).encode()).hexdigest()
 
@@ -89,9 +135,11 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text, "utf-8")
 
 
-def _remove_former_copies(copies: Path, corpus: str) -> None:
+def _remove_former_copies(copies: Path, corpus: str, sources: set[str]) -> None:
+    used = {source[:8] for source in sources}
     for folder in copies.parent.glob(f"{corpus}_audio-*"):
-        if folder != copies and re.fullmatch(rf"{corpus}_audio-[0-9a-f]{{8}}", folder.name):
+        is_ours = re.fullmatch(rf"{corpus}_audio-[0-9a-f]{{8}}", folder.name)
+        if is_ours and folder.name[-8:] not in used:
             shutil.rmtree(folder)
 
 
@@ -104,11 +152,30 @@ class Corpus(NamedTuple):
     errors: list[CutError]  # errors of the skipped utterances
 
 
-def _read_with_copies(config: PrepareConfig, copies: Path) -> Corpus:
-    """Read as `read_corpus`, and remove new copies if that fails."""
+def is_training(split: str, train_split: str) -> bool:
+    """`train` and LibriSpeech's `train-clean-100` are training splits."""
+    return split.split("-")[0] == train_split.lower() or split == train_split.lower()
+
+
+def _read_with_copies(
+    config: PrepareConfig, copies: Path, former: Mapping[str, str], source: str
+) -> Corpus:
+    """Read as `read_corpus`, and remove new copies if that fails.
+
+    Raises:
+      InputError: as `read_corpus`; or a split exists that was made from another source.
+    """
     is_new = not copies.exists()
     try:
-        return read_corpus(config, copies)
+        corpus = read_corpus(config, copies)
+        taken = [one for one in corpus.splits if former.get(one, source) != source]
+        if taken:
+            paths = [str(cuts_path(config.manifest_dir, config.corpus, one)) for one in taken]
+            raise InputError(
+                f"made earlier from other files or flags: {', '.join(paths)}; --overwrite true "
+                "replaces them, --split NAME adds another split"
+            )
+        return corpus
     except BaseException:
         if is_new:
             shutil.rmtree(copies, ignore_errors=True)
@@ -124,22 +191,38 @@ def read_corpus(config: PrepareConfig, copies: Path) -> Corpus:
     Raises:
       InputError: utterances are invalid and --skip-invalid is false, or all are invalid.
     """
-    read, _ = READERS[config.source]
-    arguments = [config.path, copies] if config.source == "huggingface" else [config.path]
-    utterances = list(read(*arguments))
+    utterances = [_with_flags(one, config) for one in _read(config, copies)]
     paths = (one.path for one in utterances if not one.problem)
     files = check_files(paths, copies, config.mix, config.num_jobs)
     valid, errors = _to_cuts(utterances, files, config)
     _report_invalid(errors, config.skip_invalid)
     if not valid:
         raise InputError(f"{config.path} has no usable utterance")
-    by_split = assign_splits(valid, config.train_split)
+    by_split = assign_splits(valid, config.train_split.lower())
     splits = {split: CutSet.from_cuts(cuts) for split, cuts in by_split.items()}
-    if config.speed_perturb and config.train_split in splits:
-        splits[config.train_split] = with_perturbed_speed(splits[config.train_split])
-    elif config.speed_perturb:
+    train = [one for one in splits if is_training(one, config.train_split)]
+    for split in train if config.speed_perturb else ():
+        splits[split] = with_perturbed_speed(splits[split])
+    if config.speed_perturb and not train and not config.split:
         logger.warning("no split is named %s: no speed perturbation", config.train_split)
     return Corpus(splits, sorted({files[one.path] for one, _ in valid}), errors)
+
+
+def _read(config: PrepareConfig, copies: Path) -> Iterator[Utterance]:
+    if config.source == "huggingface":
+        return read_huggingface(config.path, copies, config.columns)
+    if config.source == "table":
+        return read_table(config.path, config.audio_dir, config.columns)
+    if config.source in READERS:
+        return READERS[config.source][0](config.path)
+    return read_layout(config.source, config.path)
+
+
+def _with_flags(utterance: Utterance, config: PrepareConfig) -> Utterance:
+    utterance.split = (config.split or utterance.split).lower()
+    if config.drop_tags and has_words(utterance.text):
+        utterance.text = without_tags(utterance.text)
+    return utterance
 
 
 def _to_cuts(
@@ -163,7 +246,7 @@ def _report_invalid(errors: list[CutError], skip: bool) -> None:
     if not errors:
         return
     counts = format_counts(count_reasons([error] for error in errors))
-    if skip:
+    if skip or all(error.reason == "no-words" for error in errors):
         logger.warning("skipping %d invalid utterances (%s)", len(errors), counts)
         return
     messages = shorten((f"  {error.message}" for error in errors), "\n")

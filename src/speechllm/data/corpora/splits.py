@@ -15,7 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def assign_splits(cuts: list[tuple[Utterance, Cut]], train_split: str) -> dict[str, list[Cut]]:
-    """Group cuts by split; utterances without a split get that of their speaker, or a new one."""
+    """Group cuts by split; utterances without a split get that of their speaker, or a new one.
+
+    Names of splits are lower-cased: `Train` and `TRAIN` are `train`.
+    """
     split_of = {_speaker(cut): one.split for one, cut in cuts if one.split}
     without = [cut for one, cut in cuts if not one.split]
     seconds = defaultdict(float)

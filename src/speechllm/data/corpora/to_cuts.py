@@ -1,6 +1,7 @@
 """Convert utterances to cuts, or to errors."""
 
 import re
+import unicodedata
 
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
@@ -8,10 +9,14 @@ from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.data.corpora.audio_files import AudioFile, Problem
 from speechllm.data.corpora.utterance import Utterance
 from speechllm.data.security import check_safe
-from speechllm.data.validation import CutError, shown_id, validate_cut
+from speechllm.data.validation import LOST, CutError, shown_id, validate_cut
 from speechllm.errors import InputError
 
 MIN_DURATION = 0.025  # s, one fbank window
+NOISE = "(noise|music|laugh(s|ter)?|applause|silence|inaudible|unintelligible|cough(s|ing)?|breath)"
+TAG = re.compile(
+    rf"<[^<>]*>|\[[^\[\]]*\]|\{{[^{{}}]*\}}|\(\(?{NOISE}\)?\)|\*{NOISE}\*", re.IGNORECASE
+)
 OVERSHOOT = 0.5  # s that a segment may exceed its file, as in Kaldi
 
 
@@ -42,6 +47,16 @@ def to_cut(
     return utterance_error(utterance, errors[0].reason, errors[0].message) if errors else cut
 
 
+def without_tags(text: str) -> str:
+    """Remove tags of noises, such as `<NOISE>`, `[music]`, `{breath}` and `(laughter)`."""
+    return " ".join(TAG.sub(" ", text).split())
+
+
+def has_words(text: str) -> bool:
+    """Check that a text has a letter or digit outside tags."""
+    return any(unicodedata.category(letter)[0] in "LN" for letter in without_tags(text))
+
+
 def utterance_error(utterance: Utterance, reason: str, what: str) -> CutError:
     """Build an error whose message starts with the utterance's location in the source."""
     return CutError(shown_id(utterance), reason, f"{utterance}: {what}")
@@ -55,6 +70,8 @@ def _field_problem(utterance: Utterance) -> Problem | None:
         return "invalid-id", "empty id"
     if not utterance.text.strip():
         return "no-text", "empty text"
+    if not has_words(utterance.text) and not LOST.search(utterance.text):
+        return "no-words", f"text without a word: {ascii(utterance.text[:40])}"
     if utterance.speaker == "":  # None is an unknown speaker
         return "malformed", "empty speaker"
     if not re.fullmatch(r"[\w.-]*", utterance.split):

@@ -23,6 +23,7 @@ COLUMNS = {  # field: accepted column names, in order of preference
     "duration": ("duration",),
 }
 REQUIRED = ("text", "path")
+SPLITS = ("train", "training", "dev", "val", "valid", "validation", "eval", "test")
 
 
 @dataclass
@@ -55,8 +56,10 @@ class Utterance:
         return f"{self.place}, {name}" if self.place else name
 
 
-def find_columns(header: list[str], source: Path) -> dict[str, str]:
-    """Map fields to the names of their columns.
+def find_columns(
+    header: list[str], source: Path, chosen: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Map fields to the names of their columns; those of `chosen` are given by flags.
 
     Raises:
       InputError: a required column is missing.
@@ -66,6 +69,12 @@ def find_columns(header: list[str], source: Path) -> dict[str, str]:
         for field, names in COLUMNS.items()
         if set(names) & set(header)
     }
+    for field, name in (chosen or {}).items():
+        if name not in header:
+            raise InputError(
+                f"{source} has no column {name} (--{field}-column); it has {', '.join(header)}"
+            )
+        found[field] = name
     if missing := [" or ".join(COLUMNS[field]) for field in REQUIRED if field not in found]:
         raise InputError(
             f"{source} has no column {', '.join(missing)}; it has {', '.join(header) or 'none'}"

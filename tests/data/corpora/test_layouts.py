@@ -1,0 +1,90 @@
+"""Layouts of published corpora: recognized, read, and counted."""
+
+import pytest
+
+LAYOUTS = {  # layout: transcripts, audio files, and text by split of what is read
+    "librispeech": (
+        {"dev-clean/1/2/1-2.trans.txt": "1-2-0 YES SIR\n1-2-1 NO\n"},
+        ["dev-clean/1/2/1-2-0.flac", "dev-clean/1/2/1-2-1.flac"],
+        {"dev-clean": {"YES SIR", "NO"}},
+    ),
+    "aishell": (
+        {"data_aishell/transcript/aishell_transcript_v0.8.txt": "B1 今 天\nB2 好\n"},
+        ["data_aishell/wav/train/S1/B1.wav", "data_aishell/wav/test/S2/B2.wav"],
+        {"train": {"今天"}, "test": {"好"}},
+    ),
+    "mls": (
+        {"train/transcripts.txt": "1_2_3\tja gut\n", "dev/transcripts.txt": "4_5_6\tnein\n"},
+        ["train/audio/1/2/1_2_3.flac", "dev/audio/4/5/4_5_6.flac"],
+        {"train": {"ja gut"}, "dev": {"nein"}},
+    ),
+    "ljspeech": (
+        {"metadata.csv": 'LJ1|No. "1"|number one\nLJ2|two|\nLJ3|3|three\n'},
+        ["wavs/LJ1.wav", "wavs/LJ2.wav", "wavs/LJ3.wav"],
+        {None: {"number one", "two", "three"}},
+    ),
+    "vctk": (
+        {"txt/p1/p1_001.txt": "yes\n", "txt/p2/p2_001.txt": "no\n"},
+        ["wav48_silence_trimmed/p1/p1_001_mic1.flac", "wav48_silence_trimmed/p1/p1_001_mic2.flac",
+         "wav48_silence_trimmed/p2/p2_001_mic1.flac"],
+        {None: {"yes", "no"}},
+    ),
+    "tedlium": (
+        {"legacy/dev/stm/Talk.stm": "Talk 1 Ann 0 0.5 <o,f0,male> so it 's\n"
+         "Talk 1 inter 0.5 0.9 <o,,> ignore_time_segment_in_scoring\n"},
+        ["legacy/dev/sph/Talk.wav"],
+        {"dev": {"so it 's"}},
+    ),
+    "voxpopuli": (
+        {"transcribed_data/en/asr_dev.tsv": "id\traw_text\tnormalized_text\tspeaker_id\tsplit\n"
+         "2009-x\tMr. A\tmister a\t7\tdev\n"},
+        ["transcribed_data/en/2009/2009-x.wav"],
+        {"dev": {"Mr. A"}},
+    ),
+    "common-voice": (
+        {"en/train.tsv": "client_id\tpath\tsentence\nann\ta.wav\tone\n",
+         "en/dev.tsv": "client_id\tpath\tsentence\nbob\tb\ttwo\n", "en/other.tsv": "junk\n"},
+        ["en/clips/a.wav", "en/clips/b.wav"],
+        {"train": {"one"}, "dev": {"two"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=LAYOUTS)
+def corpus(request, tmp_path, write_audio):
+    """A corpus in each layout: its name, folder and expected texts."""
+    texts, audio, expected = LAYOUTS[request.param]
+    for name, text in texts.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(text, "utf-8")
+    for name in audio:
+        write_audio(tmp_path / "in" / name)
+    return request.param, tmp_path / "in", expected
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_layouts_are_recognized_or_given(corpus, prepare, by_name):
+    layout, folder, expected = corpus
+    cuts, report = prepare("--folder", folder, *(["--layout", layout] if by_name else []))
+    texts = {cut.supervisions[0].text for cut in cuts.values()}
+    assert texts == set.union(*expected.values())
+    if None not in expected:
+        assert {split: one["utterances"] for split, one in report["splits"].items()} == {
+            split: len(found) for split, found in expected.items()}  # fmt: skip
+
+
+def test_differences_of_transcripts_and_audio_are_named(tmp_path, prepare, write_audio):
+    folder = tmp_path / "in/dev-clean/1/2"
+    write_audio(folder / "1-2-0.flac")
+    write_audio(folder / "1-2-9.flac")
+    (folder / "1-2.trans.txt").write_text("1-2-0 YES\n1-2-1 NO\n")
+    cuts, report = prepare("--folder", tmp_path / "in", "--skip-invalid", "true")
+    assert list(cuts) == ["1-2-0"] and report["given"] == {"utterances": 3, "used": 1}
+    assert report["skipped"]["counts"] == {"no-audio": 1, "no-text": 1}
+
+
+def test_unknown_layouts_are_an_error(tmp_path, prepare):
+    with pytest.raises(SystemExit, match="--layout nothing is not one of librispeech, .*lhotse"):
+        prepare("--folder", tmp_path, "--layout", "nothing")
+    with pytest.raises(SystemExit, match="not the layout of vctk"):
+        prepare("--folder", tmp_path, "--layout", "vctk")
