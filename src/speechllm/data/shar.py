@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from lhotse import CutSet
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MonoCut
 from lhotse.serialization import open_best
 from lhotse.shar import SharWriter
 from lhotse.utils import fastcopy, is_valid_url
@@ -73,6 +73,8 @@ def write_shards(
 
 
 def _write_cut(writer: SharWriter, cut: Cut, kind: str) -> None:
+    if not isinstance(cut, MonoCut):
+        raise InputError(f"cut {cut.id} is a {type(cut).__name__}: shards hold plain cuts only")
     try:
         if kind == "recording":
             writer.write(cut.drop_features())

@@ -82,7 +82,7 @@ class TracedDataset(Dataset):
 
     def _note(self, text: str) -> None:
         with suppress(OSError):  # such as a full disk
-            (self.folder / str(os.getpid())).write_text(text)
+            (self.folder / str(os.getpid())).write_text(text, "utf-8", "replace")
 
 
 def _cut_ids(cuts: CutSet | dict) -> list[str]:
@@ -140,7 +140,7 @@ class DiagnosticDataLoader(DataLoader):
     def _message(self, number: int, error: str) -> str:
         """Describe a worker that died, or else the worker that has been reading longest."""
         notes = sorted(self.traced.folder.iterdir(), key=lambda note: note.stat().st_mtime)
-        texts = {note.name: note.read_text() for note in notes}
+        texts = {note.name: note.read_text("utf-8") for note in notes}
         reading = {pid: cuts for pid, cuts in texts.items() if cuts}
         dead = re.findall(r"\d+", error.partition("pid")[2])
         pid = next(iter(dead or reading or texts), "unknown")  # a worker may hang between batches

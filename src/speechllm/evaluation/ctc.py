@@ -9,6 +9,7 @@ import torch
 
 from speechllm.checkpoints import load_checkpoint
 from speechllm.data.config import DataConfig
+from speechllm.distributed import DistEnv
 from speechllm.evaluation.eval_sets import (
     EvalSet,
     decode_shard,
@@ -19,6 +20,7 @@ from speechllm.evaluation.eval_sets import (
 from speechllm.models.zipformer.checkpoint import encoder_from_state
 from speechllm.models.zipformer.config import SIZES
 from speechllm.models.zipformer.ctc_head import ctc_greedy
+from speechllm.progress import setup_logging
 from speechllm.scoring.files import log_line, write_scores
 from speechllm.training.config import EncoderConfig
 from speechllm.training.ctc_training import BPE_FILE, CtcModel
@@ -30,6 +32,7 @@ def decode_with_ctc(
     """Decode with pretrained.pt and bpe.model in `exp_dir`; results go to its `decode/`."""
     if not test_sets:
         return
+    setup_logging(exp_dir / "decode" / "log-ctc-greedy", DistEnv())  # ranks have logged elsewhere
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bpe = sentencepiece.SentencePieceProcessor(model_file=str(exp_dir / BPE_FILE))
     state = load_checkpoint(exp_dir / "pretrained.pt")["model"]

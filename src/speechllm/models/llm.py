@@ -33,7 +33,7 @@ def load_llm(
         file or no spare rows for the speech tokens.
     """
     check_llm_path(path)
-    attention = "flash_attention_2" if use_flash_attn else "sdpa"
+    attention = "flash_attention_2" if use_flash_attn and device != "meta" else "sdpa"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if (Path(path) / INT8_FILE).is_file():

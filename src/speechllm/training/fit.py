@@ -24,7 +24,6 @@ from speechllm.training.optim import make_optimizer, make_schedule
 from speechllm.training.resume import (
     Start,
     archive_later_checkpoints,
-    check_optimizer,
     check_room,
     find_start,
     order_of,
@@ -121,8 +120,6 @@ def fit(
         config.exp_dir / INVALID_CUTS, data.train.total, data.config.max_invalid_fraction,
         dist_env, data.train.invalid_cuts,
     )  # fmt: skip
-    if start.path:
-        check_optimizer(start, config.optimizer, optimizer)
     engine = _make_engine(training, model, optimizer, dist_env)
     if start.path:
         engine.load_state_dict(start.checkpoint)

@@ -22,6 +22,7 @@ from speechllm.errors import InputError
 from speechllm.io import atomic_write, check_space
 from speechllm.models.config import MODEL_FILE
 from speechllm.training.config import TrainConfig
+from speechllm.training.optim import make_optimizer
 
 REQUIRED = ("optimizer", "scheduler", "grad_scaler")  # entries without which resuming fails
 ORDER_OPTIONS = (  # options that determine the batches of an epoch
@@ -167,7 +168,10 @@ def find_start(config: TrainConfig, dist_env: DistEnv = DistEnv()) -> Start:
     Raises:
       FileNotFoundError, InputError: a required checkpoint is missing, or none can be loaded.
     """
-    start = _choose(config) if dist_env.is_main else Start()
+    start = Start()
+    if dist_env.is_main:
+        start = _choose(config)
+        check_optimizer(start, config)
     path, *_ = dist_env.gather_objects(start.path)
     if path:
         logging.info(f"Resuming from {path}")
@@ -221,15 +225,20 @@ def _read(path: Path) -> Start:
     return Start(path, checkpoint, restore_state(checkpoint))
 
 
-def check_optimizer(start: Start, name: str, optimizer: torch.optim.Optimizer) -> None:
-    """Check that a checkpoint was written with the same optimizer.
+def check_optimizer(start: Start, config: TrainConfig) -> None:
+    """Check that the checkpoint, if there is one, was written with the same optimizer.
 
     Raises:
       InputError: it was written with another optimizer.
     """
+    if not start.path:
+        return
     saved = start.checkpoint["optimizer"]["param_groups"][0]
-    if saved.keys() - {*optimizer.param_groups[0], "initial_lr"}:
-        raise InputError(f"{start.path} was written with another optimizer than --optimizer {name}")
+    now = make_optimizer(config, [torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    if saved.keys() - {*now, "initial_lr"}:
+        raise InputError(
+            f"{start.path} was written with another optimizer than --optimizer {config.optimizer}"
+        )
 
 
 def order_of(data: TrainDataConfig, seed: int) -> dict[str, str]:
@@ -240,8 +249,9 @@ def order_of(data: TrainDataConfig, seed: int) -> dict[str, str]:
 def warn_if_order_changed(order: dict[str, str], start: Start) -> None:
     """Warn if the remaining batches differ from those of the original run."""
     saved = {
-        FORMER_NAMES.get(name, name): value or "None"  # options that were not set were empty
+        FORMER_NAMES.get(name, name): value
         for name, value in start.checkpoint.get("order", {}).items()
+        if value  # options that were not set were empty
     }
     changed = [
         f"--{name.replace('_', '-')} was {saved[name]}, now {value}"
