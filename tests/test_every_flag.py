@@ -286,6 +286,7 @@ DECODE = {
     "--encoder-projector-ds-rate": Change("2", files),
     "--instruction": Change("write it", files),
     "--use-context": Change("true", files),
+    "--lowercase": Change("false", lambda s: s.model.chat.spelled("One")),
     "--use-flash-attn": Change(
         "true", lambda s: s.message or s.model.llm.config._attn_implementation
     ),

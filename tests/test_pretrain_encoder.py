@@ -1,5 +1,7 @@
 """pretrain_encoder.py: train, resume, average, decode test sets; options and errors."""
 
+import multiprocessing
+import os
 import pickle
 import re
 import shutil
@@ -9,6 +11,7 @@ import pytest
 import sentencepiece
 import torch
 from exp_dirs import log
+from free_port import free_port
 from lhotse import load_manifest
 from same_checkpoints import differences
 
@@ -155,6 +158,28 @@ def test_resuming_within_an_epoch_and_scanning_memory_change_nothing(flags, tmp_
     main(flags, parts, **more, **{"--scan-oom": "true"})
     assert (parts / "checkpoint-5.pt").exists() and differences(parts, whole) == []
     assert "The largest batches fit into memory" in log(parts)
+
+
+def rank_of_two(rank, port, flags, exp_dir):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    main(flags, exp_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_two_ranks_train_one_encoder(flags, tmp_path):
+    fork, port = multiprocessing.get_context("fork"), free_port()
+    more = {**flags, "--max-duration": 3}
+    ranks = [fork.Process(target=rank_of_two, args=(r, port, more, tmp_path)) for r in range(2)]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join(120)
+    assert [one.exitcode for one in ranks] == [0, 0]
+    assert load_checkpoint(tmp_path / "epoch-1.pt")["sums"].size(0) == 2
+    assert "Average of the last 1 epochs, validation: loss=" in log(tmp_path)
+    assert weights(tmp_path, "pretrained.pt").keys() == weights(tmp_path).keys()
 
 
 def test_the_first_batches_use_the_flat_start_loss(flags, resumable, tmp_path, monkeypatch):
