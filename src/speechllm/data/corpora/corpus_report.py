@@ -77,7 +77,7 @@ def _text_statistics(texts: list[str]) -> dict:
 
 
 def merge_reports(former: dict, added: dict, source_hash: str) -> dict:
-    """Add the splits of another source to a report.
+    """Add the splits of a further source to a report.
 
     `sources` has what was given and skipped for each source by its hash; the other entries, except
     `splits`, describe the last source.
