@@ -15,6 +15,7 @@ speechllm/longform/transcript.py describes the JSON fields, speechllm/api.py the
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ from speechllm.longform.config import FORMAT_SUFFIXES, LongformConfig
 from speechllm.models.config import ModelConfig, model_config
 
 STDIN = "-"
+LONGEST_STEM = 200  # bytes; suffixes and those of temporary files follow
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -65,11 +67,18 @@ def find_recordings(names: list[str]) -> list[str]:
         files = [name]
         if path.is_dir():
             inside = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            files = sorted(str(file) for file in inside if file.is_file())
+            files = sorted(
+                str(file) for file in inside if file.is_file() and not is_hidden(file, path)
+            )
         if not files:
             raise InputError(f"{name} has no audio files ({' '.join(SUFFIXES)})")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Return true for `.Trash/a.wav` and `._a.wav` within the folder."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[str, str], Path]:
@@ -84,6 +93,9 @@ def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[
     owners, files = {}, {}
     for name, stem in stems.items():
         stem = Path(name).name if stem in shared else stem
+        if len(os.fsencode(stem)) > LONGEST_STEM:  # file systems allow 255 bytes
+            digest = hashlib.sha1(os.fsencode(name)).hexdigest()[:8]
+            stem = os.fsencode(stem)[: LONGEST_STEM - 9].decode(errors="ignore") + "-" + digest
         if (other := owners.setdefault(stem, name)) != name:
             raise InputError(f"--out {out}: {other} and {name} would both be written to {stem}.*")
         for kind in formats:
@@ -105,18 +117,6 @@ def open_recordings(names: list[str]) -> Iterator[tuple[str, Iterable]]:
             yield name, stream_blocks(sys.stdin.buffer, "standard input")
         else:
             yield name, audio_blocks(name)
-
-
-def with_progress(results: Iterable[tuple], bar) -> Iterator:
-    """Yield the transcripts; the bar advances by segments, then by the rest of the recording."""
-    done = Counter()
-    for name, result in results:
-        is_transcript = hasattr(result, "segments")
-        seconds = result.duration - done[name] if is_transcript else result.end - result.start
-        done[name] += seconds
-        bar.advance(seconds)
-        if is_transcript:
-            yield result
 
 
 def write(transcript, formats: list[str], files: dict, prefix_names: bool) -> None:
@@ -146,17 +146,19 @@ def write_stdout(content: str) -> None:
 
 def transcribe(transcriber, names: list[str], context: str, formats: list[str], files: dict):
     """Transcribe and write; returns the transcripts with an error."""
-    from speechllm.audio.reader import audio_duration
-    from speechllm.progress import ProgressBar
+    from tqdm import tqdm
 
     failed, recognizer = [], transcriber.recognizer
-    bar = ProgressBar("transcribing", sum(audio_duration(name) for name in names if name != STDIN))
+    bar = tqdm(unit=" s of speech", disable=None)  # disabled without a terminal
     recognizer.start_counting()
-    for transcript in with_progress(transcriber.stream(open_recordings(names), context), bar):
-        if transcript.error:
-            failed.append(transcript)
-        else:
-            write(transcript, formats, files, prefix_names=len(names) > 1)
+    for _, result in transcriber.stream(open_recordings(names), context):
+        if not hasattr(result, "segments"):
+            bar.update(round(result.end - result.start))
+            continue
+        if result.error:
+            failed.append(result)
+        if not result.error or result.text:
+            write(result, formats, files, prefix_names=len(names) > 1)
     bar.close()
     counts = recognizer.stop_counting()
     print(", ".join(f"{what}: {value:.2f}" for what, value in counts.items()), file=sys.stderr)

@@ -1,7 +1,13 @@
-"""Audio files of any format, decoded block by block with soundfile, else with PyAV (ffmpeg)."""
+"""Audio files of any format, decoded block by block with soundfile, else with PyAV (ffmpeg).
 
-import math
+soundfile reads the formats whose length is exact; PyAV reads all others. What can be read is
+yielded first, damage is raised at the end.
+"""
+
+import logging
+import mmap
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +19,22 @@ import soundfile
 from speechllm.errors import InputError, first_line
 
 SUFFIXES = (  # suffixes of audio files looked for in a folder
-    ".3gp", ".aac", ".aif", ".aiff", ".amr", ".au", ".avi", ".caf", ".flac", ".m4a", ".m4v",
-    ".mka", ".mkv", ".mov", ".mp3", ".mp4", ".mpeg", ".mpg", ".oga", ".ogg", ".opus", ".sph",
-    ".w64", ".wav", ".webm", ".wma",
+    ".3gp", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".ape", ".au", ".avi", ".caf", ".flac", ".flv",
+    ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpeg", ".mpg",
+    ".mpga", ".mts", ".oga", ".ogg", ".ogv", ".opus", ".rm", ".sph", ".ts", ".tta", ".voc", ".w64",
+    ".wav", ".webm", ".wma", ".wmv", ".wv",
 )  # fmt: skip
 BLOCK_SECONDS = 10
-END_TOLERANCE = 0.25  # s that may be missing at the end: PyAV's headers are not exact
+TIME_TOLERANCE = 0.25  # s: packet times and durations of containers are not exact
+LONGEST_GAP = 24 * 3600  # s; a larger step in time is a broken clock
+TIME_RESTARTS = 10.0  # s; in MPEG-TS and Ogg, whose parts may be joined, larger steps are no gap
+EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac")  # other headers estimate
+INEXACT_BY_SOUNDFILE = ("OGG", "MP3", "MPEG")  # it ends at the first link or Xing length
+SEEKABLE = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")  # subtypes that lhotse can seek in
+STREAM = "stream"
+LOUDEST = 1000.0  # float samples above are of another scale, such as int16's
+STREAM_SIZE = 0x7FFF0000  # and above, or 0: a WAV whose size was unknown when it was written
+TAGS = (b"ID3", b"TAG", b"APETAG", b"LYRICS")  # between joined MP3s
 FORMATS = (  # PyAV opens no others: a playlist would name further files to read
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,webm,mov,mp4,m4a,3gp,mp3,"
     "mpeg,mpegts,ogg,rm,tta,voc,w64,wav,wv"
@@ -28,14 +44,12 @@ FORMATS = (  # PyAV opens no others: a playlist would name further files to read
 class Sound(NamedTuple):
     """An open audio file.
 
-    seconds: duration according to the header, 0 if it has none.
-    blocks: samples, float32 (N, channels) each.
-    by_soundfile: true for soundfile, false for PyAV.
+    blocks: samples, float32 (N, channels) each; after the last one an InputError names damage.
+    by_soundfile: true if soundfile and lhotse read the same samples, at any offset.
     """
 
     sampling_rate: int  # Hz
     channels: int
-    seconds: float
     blocks: Iterator[np.ndarray]
     by_soundfile: bool
 
@@ -45,8 +59,8 @@ def open_sound(path: str | Path) -> Sound:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      InputError: it is not a supported audio file; also while its blocks are read, if it is
-        damaged or truncated.
+      InputError: it is not a supported audio file; also after its last block, if it is damaged,
+        truncated or has samples that are not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
@@ -54,24 +68,107 @@ def open_sound(path: str | Path) -> Sound:
         file = soundfile.SoundFile(os.fsencode(path))  # names need not be UTF-8
     except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless formats
         return _open_by_av(path)
-    rate, seconds = file.samplerate, file.frames / file.samplerate
-    blocks = _checked(path, _soundfile_blocks(file), rate, seconds, 0.0)
-    return Sound(rate, file.channels, seconds, blocks, True)
+    fault = None
+    if file.format in ("WAV", "WAVEX", "RIFX"):
+        fault = _wav_fault(path, file.samplerate)
+    is_unknown = fault == STREAM or (
+        file.format == "FLAC" and (not 0 < file.frames < 2**62 or _has_second_flac(path))
+    )
+    if file.format in INEXACT_BY_SOUNDFILE or is_unknown:
+        file.close()
+        return _open_by_av(path)
+    blocks = _joined(_soundfile_blocks(file, path, fault), BLOCK_SECONDS * file.samplerate)
+    blocks = _checked(path, blocks, file.samplerate)
+    return Sound(file.samplerate, file.channels, blocks, file.subtype.startswith(SEEKABLE))
 
 
-def audio_duration(path: str | Path) -> float:
-    """Return the duration in seconds according to the header; 0 if it is unknown."""
-    try:
-        return open_sound(path).seconds
-    except (FileNotFoundError, InputError):
-        return 0.0
+def _wav_fault(path: str | Path, rate: int) -> str | None:
+    """STREAM if a WAV's data size is unknown, a sentence if the file is shorter or longer."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        riff = file.read(12)
+        block_align = 1
+        while riff[:4] == b"RIFF" and len(header := file.read(8)) == 8:
+            name, length = struct.unpack("<4sI", header)
+            start = file.tell()
+            if name == b"data":
+                break
+            if name == b"fmt ":
+                block_align = struct.unpack("<H", file.read(14)[12:].ljust(2, b"\1"))[0] or 1
+            file.seek(start + length + length % 2)
+        else:
+            return None
+        if (length == 0 and size > start + 8) or (length >= STREAM_SIZE and start + length > size):
+            return STREAM
+        if start + length > size + block_align:
+            return (
+                f"{path} is truncated: {size - start} of {length} bytes of data, "
+                f"{(size - start) / block_align / rate:.1f} s of {length / block_align / rate:.1f} s"
+            )
+        file.seek(start + length + length % 2)
+        rest = file.read(4)
+        if rest == b"RIFF" or (len(rest) == 4 and not rest.isascii()):
+            return f"{path}: {size - start - length} bytes after its data were not read"
+    return None
 
 
-def _soundfile_blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+def _has_second_flac(path: str | Path) -> bool:
+    """Return true for joined FLAC files."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"fLaC\0\0\0\x22", 4) >= 0
+
+
+def _soundfile_blocks(
+    file: soundfile.SoundFile, path: str | Path, fault: str | None
+) -> Iterator[np.ndarray]:
+    read, rate = 0, file.samplerate
     with file:
-        size = BLOCK_SECONDS * file.samplerate
-        while len(block := file.read(size, "float32", always_2d=True)):
-            yield block
+        try:
+            while len(block := file.read(rate // 10 or 1, "float32", always_2d=True)):
+                read += len(block)
+                yield block
+        except soundfile.LibsndfileError as error:
+            fault = f"{path} is damaged after {read / rate:.1f} s: {_reason(error)}"
+        if fault is None and file.format == "FLAC" and read < file.frames:
+            fault = f"{path} is truncated after {read / rate:.1f} s of {file.frames / rate:.1f} s"
+    if fault and file.format == "FLAC":
+        yield from _rest_by_av(path, read)
+    if fault:
+        raise InputError(fault)
+
+
+def _rest_by_av(path: str | Path, read: int) -> Iterator[np.ndarray]:
+    """Yield what PyAV decodes behind damage where soundfile ends."""
+    try:
+        for block in _open_by_av(path).blocks:
+            yield block[read:]
+            read = max(0, read - len(block))
+    except InputError:  # the caller names the damage
+        return
+
+
+def _checked(path: str | Path, blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+    """Yield the blocks until samples are not finite or not in the range of a float format.
+
+    Raises:
+      InputError: with the time of the sample.
+    """
+    read = 0
+    for block in blocks:
+        if not np.isfinite(block).all():
+            first = int(np.argmin(np.isfinite(block).all(axis=1)))
+            if first:
+                yield block[:first]
+            time = (read + first) / rate
+            raise InputError(f"{path}: samples contain NaN or infinity at {time:.2f} s")
+        if len(block) and np.abs(block).max() > LOUDEST:
+            raise InputError(
+                f"{path}: samples of up to {np.abs(block).max():g} at {read / rate:.1f} s; "
+                "float samples must be from -1 to 1"
+            )
+        read += len(block)
+        yield block
 
 
 def _open_by_av(path: str | Path) -> Sound:
@@ -85,55 +182,134 @@ def _open_by_av(path: str | Path) -> Sound:
         container.close()
         fault = "unsupported audio codec" if stream else "the file has no audio stream"
         raise InputError(f"{path}: {fault}")
-    seconds = _stream_seconds(container, stream)
-    exact = container.format.name != "aac"  # raw AAC has no header: ffmpeg estimates
-    tolerance = END_TOLERANCE if exact else math.inf
-    blocks = _checked(path, _av_blocks(container, stream), stream.rate, seconds, tolerance)
-    blocks = _joined(blocks, BLOCK_SECONDS * stream.rate)
-    return Sound(stream.rate, stream.channels, seconds, blocks, False)
+    if not stream.rate or not stream.channels:
+        container.close()
+        raise InputError(f"{path}: sampling rate or channels are missing")
+    blocks = _joined(_av_blocks(path, container, stream), BLOCK_SECONDS * stream.rate)
+    return Sound(stream.rate, stream.channels, _checked(path, blocks, stream.rate), False)
 
 
 def _stream_seconds(container, stream) -> float:
-    """Duration of the audio stream, 0 if unknown; the video of a film may be longer."""
+    """Exact duration of the audio stream, 0 if unknown; the video of a film may be longer."""
+    if container.format.name not in EXACT_LENGTH:
+        return 0.0
     if stream.duration:
         return float(stream.duration * stream.time_base)
     return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
 
 
-def _av_blocks(container, stream) -> Iterator[np.ndarray]:
-    resampler = av.AudioResampler("fltp", stream.layout, stream.rate)  # only converts to float
+def _av_blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
+    """Yield blocks with the rate and channels of the beginning; gaps between packets are zeros.
+
+    Raises:
+      InputError: after the last block, with the time of the first damage.
+    """
+    rate, channels, seconds = stream.rate, stream.channels, _stream_seconds(container, stream)
+    restarts = container.format.name in ("mpegts", "ogg")
+    first_time = max(0, container.start_time or 0) / av.time_base
+    written, faults, gaps = 0, [], []
+    converter = _Converter(rate, channels)
     with container:
-        for frame in container.decode(stream):
-            for block in resampler.resample(frame):
-                yield block.to_ndarray().T
-
-
-def _checked(
-    path: str | Path, blocks: Iterable[np.ndarray], rate: int, seconds: float, tolerance: float
-) -> Iterator[np.ndarray]:
-    """Yield the blocks; raises InputError if they are damaged or end before `seconds`."""
-    read = 0
-    try:
-        for block in blocks:
-            read += len(block)
+        for frame in _frames(container, stream, lambda text: faults.append((written, text))):
+            if frame.time is not None:
+                step = frame.time - first_time - written / rate
+                if abs(step) > (TIME_RESTARTS if restarts and written else LONGEST_GAP) or step < -1:
+                    first_time += step
+                elif step > TIME_TOLERANCE:
+                    gaps.append(f"{written / rate:.1f} to {written / rate + step:.1f} s")
+                    for silence in _silence(round(step * rate), channels):
+                        written += len(silence)
+                        yield silence
+            block = converter(frame)
+            written += len(block)
             yield block
-    except (soundfile.LibsndfileError, av.FFmpegError, ValueError) as error:
-        text = f"{path} is damaged after {read / rate:.1f} s: {_reason(error)}"
-        raise InputError(text) from None
-    if read / rate < seconds - tolerance:
-        raise InputError(f"{path} is truncated after {read / rate:.1f} s of {seconds:.1f} s")
+        block = converter.flush()
+        written += len(block)
+        yield block
+        is_ogg = container.format.name == "ogg"
+    if gaps and not is_ogg:
+        logging.warning(f"{path}: silence instead of missing audio, {', '.join(gaps[:5])}")
+    if gaps and is_ogg:
+        faults.append((written, f"audio is missing from {gaps[0]}"))
+    if faults:
+        time, text = faults[0][0] / rate, faults[0][1]
+        raise InputError(f"{path} is damaged after {time:.1f} s ({len(faults)} places): {text}")
+    if written / rate < seconds - TIME_TOLERANCE:
+        raise InputError(f"{path} is truncated after {written / rate:.1f} s of {seconds:.1f} s")
+
+
+def _frames(container, stream, report) -> Iterator[av.AudioFrame]:
+    """Decode packet by packet; `report` is called with the reason for each that is damaged."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except (av.FFmpegError, ValueError) as error:
+            report(_reason(error))
+            return
+        try:
+            if packet.is_corrupt and container.format.name != "wav":  # its last one is short
+                report("corrupt packet")
+            yield from packet.decode()
+        except (av.FFmpegError, ValueError) as error:
+            if not bytes(packet).startswith(TAGS):
+                report(_reason(error))
+
+
+class _Converter:
+    """Converts frames to float32 (N, channels) at one rate, whatever they have."""
+
+    def __init__(self, rate: int, channels: int):
+        self.rate, self.channels = rate, channels
+        self.form, self.resampler = None, None
+
+    def __call__(self, frame: av.AudioFrame) -> np.ndarray:
+        form = frame.format.name, frame.layout.name, frame.sample_rate
+        parts = []
+        if form != self.form:
+            parts.append(self.flush())
+            self.form = form
+            self.resampler = av.AudioResampler("fltp", frame.layout, self.rate)
+        frame.pts = None  # the resampler would fill or cut by times
+        parts += [self._array(one) for one in self.resampler.resample(frame)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
+
+    def flush(self) -> np.ndarray:
+        """Return the samples that the resampler holds back."""
+        frames = self.resampler.resample(None) if self.resampler else []
+        parts = [self._array(frame) for frame in frames]
+        self.resampler = None
+        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
+
+    def _array(self, frame: av.AudioFrame) -> np.ndarray:
+        block = frame.to_ndarray().T
+        if block.shape[1] != self.channels:
+            block = np.repeat(block.mean(axis=1, keepdims=True), self.channels, axis=1)
+        return block
+
+
+def _silence(samples: int, channels: int) -> Iterator[np.ndarray]:
+    for start in range(0, samples, 100_000):
+        yield np.zeros((min(100_000, samples - start), channels), np.float32)
 
 
 def _joined(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Concatenate to blocks of at least `size` samples each, except the last."""
+    """Concatenate to blocks of at least `size` samples each, except the last or before an error."""
     held, samples = [], 0
-    for block in blocks:
-        held.append(block)
-        samples += len(block)
-        if samples >= size:
+    try:
+        for block in blocks:
+            held.append(block)
+            samples += len(block)
+            if samples >= size:
+                yield np.concatenate(held)
+                held, samples = [], 0
+    except InputError:
+        if samples:
             yield np.concatenate(held)
-            held, samples = [], 0
-    if held:
+        raise
+    if samples:
         yield np.concatenate(held)
 
 

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import torch
 from lhotse.augmentation import get_or_create_resampler
@@ -19,32 +19,26 @@ RESAMPLER_CONTEXT = 1  # s, much longer than its filter
 LARGEST_RESAMPLER = 10_000_000  # weights; 44.1 kHz needs 70560, 44.101 kHz 700 million
 
 
-class Window(NamedTuple):
-    """A part of a recording with context on both sides.
-
-    samples: (N,); the part itself is `samples[before : before + length]`.
-    """
-
-    samples: Tensor
-    before: int
-    length: int
-
-
-def windows(blocks: Iterable[Tensor], length: int, context: int) -> Iterator[Window]:
+def windows(
+    blocks: Iterable[Tensor], length: int, context: int
+) -> Iterator[tuple[Tensor, int, int]]:
     """Split a recording into parts of `length` samples; the last may differ by up to `context`.
 
     Args:
       blocks: (N,) each, of any sizes.
       context: samples on both sides, fewer at the ends; at most half of `length`.
+
+    Yields:
+      samples (N,), before, length; the part itself is `samples[before : before + length]`.
     """
     held, before = torch.zeros(0), 0
     for block in blocks:
         held = torch.cat([held, block])
         while len(held) > before + length + context:
-            yield Window(held[: before + length + context], before, length)
+            yield held[: before + length + context], before, length
             held, before = held[before + length - context :], context
     if len(held) > before:
-        yield Window(held, before, len(held) - before)
+        yield held, before, len(held) - before
 
 
 def audio_blocks(path: str | Path) -> Iterator[Tensor]:
@@ -52,11 +46,20 @@ def audio_blocks(path: str | Path) -> Iterator[Tensor]:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      InputError: it cannot be decoded; also between blocks.
+      InputError: it cannot be decoded; also after the last block, if it is damaged.
     """
-    sound = open_sound(path)
-    blocks = (torch.from_numpy(block).mean(dim=1) for block in sound.blocks)
-    yield from resampled(blocks, sound.sampling_rate, path)
+    sound, errors = open_sound(path), []
+
+    def mono() -> Iterator[Tensor]:
+        try:
+            for block in sound.blocks:
+                yield torch.from_numpy(block).mean(dim=1)
+        except InputError as error:  # raised after the samples that the resampler holds
+            errors.append(error)
+
+    yield from resampled(mono(), sound.sampling_rate, path)
+    if errors:
+        raise errors[0]
 
 
 def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:

@@ -107,11 +107,13 @@ class Chunker:
         per_batch = int(self.config.max_duration * SAMPLING_RATE / (WINDOW + 2 * WINDOW_CONTEXT))
         all_windows = windows(blocks, WINDOW, WINDOW_CONTEXT)
         while batch := list(islice(all_windows, max(1, per_batch))):
-            features = [self.fbank.extract(window.samples, SAMPLING_RATE) for window in batch]
-            for window, own, spikes in zip(batch, features, self._spikes(features)):
-                start, end = window.before // FRAME, (window.before + window.length) // FRAME
+            features = [self.fbank.extract(samples, SAMPLING_RATE) for samples, *_ in batch]
+            for (samples, before, length), own, spikes in zip(
+                batch, features, self._spikes(features)
+            ):
+                start, end = before // FRAME, (before + length) // FRAME
                 inside = [spike for spike in spikes or () if start <= spike.start < end]
-                yield window.samples[window.before :][: window.length], SegmenterState(
+                yield samples[before : before + length], SegmenterState(
                     smoothed_energies(own)[start:end],
                     [spike.shifted(-start) for spike in inside],
                     non_speech_mask(own, spikes)[start:end],

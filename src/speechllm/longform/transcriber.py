@@ -15,7 +15,7 @@ from speechllm.data.manifests import speech_embeddings
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.decoding.load import TrainedModel
 from speechllm.decoding.recognizer import Recognition, Recognizer
-from speechllm.errors import InputError
+from speechllm.errors import InputError, first_line
 from speechllm.longform.chunker import AudioChunk, Chunker
 from speechllm.longform.config import LongformConfig
 from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript, Word
@@ -53,16 +53,21 @@ class _Recording:
     """A recording in progress."""
 
     name: str
-    samples: int = 0  # read so far
+    samples: int = 0  # in chunks so far
     pending: int = 0  # chunks in recognition
     ended: bool = False
     error: str | None = None
     segments: list[Segment] = field(default_factory=list)
 
-    def counted(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        for block in blocks:
-            self.samples += len(block)
-            yield block
+    def until_error(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield blocks; an exception ends them and becomes the error."""
+        try:
+            yield from blocks
+        except (InputError, FileNotFoundError) as error:
+            self.error = str(error)
+        except Exception as error:  # one recording never ends the others
+            logging.exception(f"{self.name} failed")
+            self.error = f"{self.name}: unexpected {type(error).__name__}: {first_line(error)}"
 
 
 class Transcriber:
@@ -92,16 +97,16 @@ class Transcriber:
 
     def __call__(self, recordings: Recordings, context: str = "") -> list[Transcript]:
         """Transcribe recordings, in order; see `stream`."""
-        results = (result for _, result in self.stream(recordings, context))
-        return [result for result in results if isinstance(result, Transcript)]
+        results = self.stream(recordings, context)
+        return [result for _, result in results if isinstance(result, Transcript)]
 
     def stream(
         self, recordings: Recordings, context: str = ""
     ) -> Iterator[tuple[str, Segment | Transcript]]:
         """Yield the name with each segment with speech once it is recognized, then the transcript.
 
-        Transcripts are in the order of the recordings. An InputError or FileNotFoundError raised by
-        the blocks of a recording ends this recording alone and becomes its `error`.
+        Transcripts are in the order of the recordings. An exception raised by the blocks of
+        a recording ends this recording alone and becomes its `error`; what was read is recognized.
 
         Args:
           recordings: names with blocks of samples (N,), float32 at 16 kHz, such as
@@ -124,14 +129,10 @@ class Transcriber:
 
     def recognize(self, chunks: list[AudioChunk]) -> list[Segment]:
         """Recognize chunks as one batch; returns their segments."""
-        with_speech, recognitions = [c for c in chunks if c.features is not None], iter(())
-        if with_speech:
-            [(_, batch)] = self.recognizer([_collate(with_speech)])
-            recognitions = iter(batch)
-        return [
-            _segment(chunk, None if chunk.features is None else next(recognitions))
-            for chunk in chunks
-        ]
+        with_speech = [chunk for chunk in chunks if chunk.features is not None]
+        batches = self.recognizer([_collate(with_speech)] if with_speech else [])
+        found = iter([one for _, batch in batches for one in batch])
+        return [_segment(one, None if one.features is None else next(found)) for one in chunks]
 
     def _transcript(self, recording: _Recording) -> Transcript:
         duration = recording.samples / SAMPLING_RATE
@@ -170,15 +171,13 @@ class Transcriber:
         for name, blocks in recordings:
             recording = _Recording(name)
             open_recordings.append(recording)
-            try:
-                for chunk in self.split(recording.counted(blocks)):
-                    if chunk.features is None:
-                        recording.segments.append(_segment(chunk))
-                    else:
-                        recording.pending += 1
-                        yield recording, chunk._replace(context=context)
-            except (InputError, FileNotFoundError) as error:
-                recording.error = str(error)
+            for chunk in self.split(recording.until_error(blocks)):
+                recording.samples = chunk.start + len(chunk.samples)
+                if chunk.features is None:
+                    recording.segments.append(_segment(chunk))
+                else:
+                    recording.pending += 1
+                    yield recording, chunk._replace(context=context)
             recording.ended = True
 
     # ---- what the model supports
