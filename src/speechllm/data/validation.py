@@ -10,8 +10,7 @@
     supervision-outside   the supervision exceeds the cut
     no-features, feature-dim, frame-shift, no-audio, sampling-rate, channels
     wrong-length          the number of frames or samples does not match the manifest
-    unreadable-features, unreadable-audio
-    not-finite            NaN or infinity; also floats at the scale of int16 in an audio file
+    unreadable-features, unreadable-audio, not-finite
     positions             more positions than the LLM has
     not-cached            missing from the encoder cache
 """
