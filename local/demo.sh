@@ -140,7 +140,7 @@ table=${table:-$data/corpus/transcripts.tsv}
 
 if due 2 "features of $table"; then
   quietly features.log $python local/prepare_corpus.py --table "$table" --corpus "$name" \
-    --manifest-dir "$data/fbank" --speed-perturb $speed_perturb --num-jobs 2
+    --manifest-dir "$data/fbank" --speed-perturb $speed_perturb --num-jobs 2 --overwrite true
   finished 2
 fi
 

@@ -26,10 +26,10 @@ SMALL = Transcript(
 OUTPUTS = {
     "text": "a <b> & c\nend\n",
     "srt": "1\n00:00:00,500 --> 00:00:01,300\na <b> &\n\n"
-    "2\n00:00:02,500 --> 00:00:02,900\nc\n\n"
+    "2\n00:00:02,500 --> 00:00:03,300\nc\n\n"
     "3\n01:01:02,000 --> 01:01:03,000\nend\n\n",
     "vtt": "WEBVTT\n\n00:00:00.500 --> 00:00:01.300\na &lt;b&gt; &amp;\n\n"
-    "00:00:02.500 --> 00:00:02.900\nc\n\n"
+    "00:00:02.500 --> 00:00:03.300\nc\n\n"
     "01:01:02.000 --> 01:01:03.000\nend\n\n",
     "ctm": "my_talk.wav 1 0.500 0.500 a 0.900\n"
     "my_talk.wav 1 1.000 0.200 <b> 0.800\n"
@@ -92,3 +92,12 @@ def test_subtitles_have_every_word_once_within_the_limits(has_times):
         lines = text.split("\n")
         assert len(lines) <= 2 and end - start <= 7.0
         assert all(len(line) <= 42 or " " not in line for line in lines)
+
+
+def test_short_subtitles_are_shown_long_enough_to_read():
+    words = [Word(1.0, 1.1, "yes", 1.0), Word(2.5, 2.6, "no", 1.0), Word(30.0, 30.2, "a" * 34, 1.0)]
+    segments = tuple(Segment(one.start, one.end, one.text, (one,)) for one in words)
+    segments += (Segment(30.3, 30.4, "end", (Word(30.3, 30.4, "end", 1.0),)),)
+    shown = list(subtitles(Transcript("a", 40.0, segments)))
+    assert [end - start for start, end, _ in shown] == pytest.approx([0.8, 0.8, 38 / 17])
+    assert [text for *_, text in shown] == ["yes", "no", "a" * 34 + " end"]

@@ -252,8 +252,7 @@ def _frames(container, stream, report) -> Iterator[av.AudioFrame]:
         try:
             if packet.is_corrupt and container.format.name != "wav":  # its last one is short
                 report("corrupt packet")
-            for frame in packet.decode():
-                yield frame
+            yield from packet.decode()
         except (av.FFmpegError, ValueError) as error:
             if not bytes(packet).startswith(TAGS):
                 report(_reason(error))
@@ -279,7 +278,8 @@ class _Converter:
 
     def flush(self) -> np.ndarray:
         """Return the samples that the resampler holds back."""
-        parts = [self._array(one) for one in self.resampler.resample(None)] if self.resampler else []
+        frames = self.resampler.resample(None) if self.resampler else []
+        parts = [self._array(frame) for frame in frames]
         self.resampler = None
         return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
 
@@ -296,7 +296,7 @@ def _silence(samples: int, channels: int) -> Iterator[np.ndarray]:
 
 
 def _joined(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Concatenate to blocks of at least `size` samples each, except the last; also before errors."""
+    """Concatenate to blocks of at least `size` samples each, except the last or before an error."""
     held, samples = [], 0
     try:
         for block in blocks:

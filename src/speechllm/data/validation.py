@@ -11,7 +11,6 @@
     no-features, feature-dim, frame-shift, no-audio, sampling-rate, channels
     wrong-length          the number of frames or samples does not match the manifest
     unreadable-features, unreadable-audio, not-finite
-    (not-finite also counts audio files whose floats are at the scale of int16)
     positions             more positions than the LLM has
     not-cached            missing from the encoder cache
 """

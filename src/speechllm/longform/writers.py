@@ -7,7 +7,7 @@ which speechllm/longform/transcript.py describes; the text of a word is `word`.
 import json
 from collections.abc import Iterator
 from html import escape
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from textwrap import wrap
 
 from speechllm.decoding.alignment import TimedWord, ctm_lines
@@ -17,6 +17,8 @@ from speechllm.scoring.wer import by_characters, units
 LINE_LENGTH, MAX_LINES = 42, 2  # characters and lines of a subtitle, as broadcasters use
 WIDE_LINE_LENGTH = LINE_LENGTH // 2  # in languages without spaces, whose characters are wide
 MAX_SUBTITLE_SECONDS = 7.0
+MIN_SUBTITLE_SECONDS = 0.8
+CHARACTERS_PER_SECOND = 17
 SUBTITLE_GAP = 0.8  # s; a longer pause starts a new subtitle
 
 
@@ -83,13 +85,37 @@ FORMATS = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm"
 def subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
     """Yield start, end and text, of up to MAX_LINES lines each.
 
-    A word that is longer than a line has a line of its own.
+    A word that is longer than a line has a line of its own. A subtitle that is too short to read is
+    shown longer, up to the next one; one that has no time for that is joined with the next.
     """
     space = word_separator(transcript.language)
+    groups: list[list[Word]] = []
     for segment in transcript.segments:
         parts = list(_with_times(segment, by_characters(transcript.language)))
         for words in _groups(parts, space):
-            yield words[0].start, words[-1].end, "\n".join(_lines(words, space))
+            if groups and _joins(groups[-1], words, space):
+                groups[-1] = groups[-1] + words
+            else:
+                groups.append(words)
+    for words, later in zip_longest(groups, groups[1:]):
+        start, end = words[0].start, max(words[-1].end, words[0].start + _seconds_to_read(words))
+        limit = later[0].start if later else transcript.duration
+        yield start, max(words[-1].end, min(end, limit)), "\n".join(_lines(words, space))
+
+
+def _seconds_to_read(words: list[Word]) -> float:
+    letters = sum(len(word.text) + 1 for word in words) - 1
+    return max(MIN_SUBTITLE_SECONDS, letters / CHARACTERS_PER_SECOND)
+
+
+def _joins(words: list[Word], later: list[Word], space: str) -> bool:
+    """True if the next words start before these can be read, and both fit into one subtitle."""
+    time = max(later[-1].end - words[0].start, _seconds_to_read(words + later))
+    return (
+        later[0].start - words[0].start < _seconds_to_read(words)
+        and len(_lines(words + later, space)) <= MAX_LINES
+        and time <= MAX_SUBTITLE_SECONDS
+    )
 
 
 def _with_times(segment: Segment, characters: bool) -> Iterator[Word]:

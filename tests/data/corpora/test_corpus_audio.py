@@ -1,5 +1,6 @@
 """Audio files of a corpus: decoding, copies, errors."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from speechllm.data.corpora.audio_files import AudioFile, check_file, check_file
 RATE = 16000
 
 
-@pytest.mark.parametrize("ending", ["wav", "flac", "mp3"])
+@pytest.mark.parametrize("ending", ["wav", "flac"])
 def test_formats_of_soundfile_are_not_copied(tmp_path, ending):
     path = tmp_path / f"a.{ending}"
     soundfile.write(path, tone(rate=8000, channels=2), 8000)
@@ -23,7 +24,9 @@ def test_formats_of_soundfile_are_not_copied(tmp_path, ending):
     assert not (tmp_path / "copies").exists()
 
 
-@pytest.mark.parametrize(("ending", "codec"), [("m4a", "aac"), ("webm", "libopus")])
+@pytest.mark.parametrize(
+    ("ending", "codec"), [("m4a", "aac"), ("webm", "libopus"), ("mp3", "libmp3lame")]
+)
 def test_other_formats_are_copied_to_flac(tmp_path, ending, codec):
     path, rate = tmp_path / f"a.{ending}", 48000
     write_by_av(path, tone(rate=rate, channels=2), rate, codec)
@@ -43,7 +46,7 @@ def test_formats_that_lhotse_gives_to_a_shell_are_copied(tmp_path, ending):
     path = tmp_path / f"a.{ending}"
     soundfile.write(path, tone(), RATE, format=kind[0], subtype=kind[1])
     found = check_file(path, tmp_path / "copies")
-    assert found.path.suffix == ".flac" and found.num_samples == pytest.approx(RATE, abs=700)
+    assert found.path.suffix == ".flac" and found.duration == pytest.approx(1.0, abs=0.05)
 
 
 def test_mix_copies_the_mean_of_the_channels(tmp_path):
@@ -82,14 +85,14 @@ def test_names_are_neither_options_nor_addresses(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(np.nan, "NaN or infinity"), (np.inf, "NaN or infinity"), (20000.0, "reach 20000, not -1")],
+    [(np.nan, "NaN or infinity at 1.5"), (np.inf, "infinity at 1.5"), (20000.0, "up to 20000")],
 )
 def test_unusable_samples_are_named_with_their_time(tmp_path, value, message):
     samples = tone(2.0)
     samples[RATE + RATE // 2] = value
     soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
     reason, text = check_file(tmp_path / "a.wav", tmp_path / "copies")
-    assert reason == "not-finite" and f"{message}" in text and text.endswith("at 1.50 s")
+    assert reason == "unreadable-audio" and re.search(message, text)
 
 
 def test_gsm_in_wav_is_copied(tmp_path):

@@ -1,6 +1,8 @@
 """Layouts of published corpora: recognized, read, and counted."""
 
+import lhotse.recipes
 import pytest
+from lhotse import Recording, RecordingSet, SupervisionSegment, SupervisionSet
 
 LAYOUTS = {  # layout: transcripts, audio files, and text by split of what is read
     "librispeech": (
@@ -81,6 +83,32 @@ def test_differences_of_transcripts_and_audio_are_named(tmp_path, prepare, write
     cuts, report = prepare("--folder", tmp_path / "in", "--skip-invalid", "true")
     assert list(cuts) == ["1-2-0"] and report["given"] == {"utterances": 3, "used": 1}
     assert report["skipped"]["counts"] == {"no-audio": 1, "no-text": 1}
+
+
+def test_other_layouts_are_read_by_lhotse_recipes(tmp_path, prepare, write_audio, monkeypatch):
+    def prepare_toy(corpus_dir, output_dir):
+        recording = Recording.from_file(corpus_dir / "a.wav")
+        one = SupervisionSegment("u", "a", 0.0, 1.0, text="yes")
+        parts = {"recordings": RecordingSet.from_recordings([recording])}
+        return {"en": {"dev": parts | {"supervisions": SupervisionSet.from_segments([one])}}}
+
+    monkeypatch.setattr(lhotse.recipes, "prepare_toy", prepare_toy, raising=False)
+    write_audio(tmp_path / "in/a.wav")
+    cuts, report = prepare("--folder", tmp_path / "in", "--layout", "toy")
+    assert list(cuts) == ["u"] and list(report["splits"]) == ["dev"]
+    with pytest.raises(SystemExit, match="lhotse's recipe of toy failed: .*b.wav"):
+        (tmp_path / "in/a.wav").rename(tmp_path / "in/b.wav")
+        monkeypatch.setattr(lhotse.recipes, "prepare_toy", lambda corpus_dir: open("b.wav"))
+        prepare("--folder", tmp_path / "in", "--layout", "toy")
+
+
+@pytest.mark.parametrize("name", ["clips/x.txt", "metadata.csv"])
+def test_common_names_alone_are_not_a_layout(tmp_path, prepare, write_audio, name):
+    write_audio(tmp_path / "in/a.wav").with_suffix(".txt").write_text("yes")
+    (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "in" / name).write_text("file_name,text\n")
+    cuts, _ = prepare("--folder", tmp_path / "in", "--skip-invalid", "true")
+    assert list(cuts) == ["a"]
 
 
 def test_unknown_layouts_are_an_error(tmp_path, prepare):

@@ -77,15 +77,24 @@ def _text_statistics(texts: list[str]) -> dict:
 
 
 def merge_reports(former: dict, added: dict, source_hash: str) -> dict:
-    """Add the splits of another source to a report; the rest describes the last source."""
-    kept = former.get("splits", {})
-    finished = {
-        made_from: splits
-        for made_from, splits in former.get("finished", {}).items()
-        if not set(splits) & set(added["splits"])
+    """Add the splits of a further source to a report.
+
+    `sources` has what was given and skipped for each source by its hash; the other entries, except
+    `splits`, describe the last source.
+    """
+    splits = former.get("splits", {}) | added["splits"]
+    sources = {
+        name: one
+        for name, one in former.get("sources", {}).items()
+        if not set(one["splits"]) & set(added["splits"])
     }
-    finished[source_hash] = list(added["splits"])
-    return {**added, "splits": kept | added["splits"], "finished": finished}
+    sources[source_hash] = {
+        "source": added["source"],
+        "splits": list(added["splits"]),
+        **added["given"],
+        "skipped": added["skipped"]["counts"],
+    }
+    return {**added, "splits": splits, "sources": sources}
 
 
 # ---- as text
@@ -110,8 +119,10 @@ def report_text(report: Mapping) -> str:
     if shared := report["shared_speakers"]:
         named = (f"{speaker} ({', '.join(names)})" for speaker, names in shared.items())
         lines.append(f"{len(shared)} speakers are in several splits: {shorten(named, '; ')}")
-    given = report["given"]
-    lines.append(f"{report['source']}: {given['used']} of {given['utterances']} utterances used")
+    for one in report["sources"].values():
+        counts = f" ({format_counts(one['skipped'])})" if one["skipped"] else ""
+        used = f"{one['used']} of {one['utterances']} utterances used"
+        lines.append(f"{one['source']}: {used}{counts}")
     skipped = report["skipped"]
     if messages := [error["message"] for error in skipped["utterances"]]:
         counts = format_counts(skipped["counts"])

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,20 +70,28 @@ RECOGNIZED = {  # other layouts by their files
     "lhotse": ("*cuts*.jsonl*", "*recordings*.jsonl*"),
     "voxpopuli": ("**/asr_*.tsv",),
     "common-voice": ("clips", "*/clips"),
-    "table": tuple(f"{split}{ending}" for split in SPLITS for ending in TABLES),
+}
+TABLE_NAMES = tuple(f"{split}{ending}" for split in SPLITS for ending in TABLES)
+CONFIRMED = {  # checks of files that other corpora may have too
+    "common-voice": lambda clips: any((clips.parent / f"{one}.tsv").is_file() for one in SPLITS),
+    "ljspeech": lambda metadata: _has_bars(metadata),
 }
 IGNORED_STM = ("ignore_time_segment_in_scoring", "inter_segment_gap")
 
 
 def recognize(folder: Path) -> str:
     """Return the name of a folder's layout; `folder` if no other fits."""
-    kaldi_first = {name: RECOGNIZED[name] for name in ("kaldi", "huggingface", "lhotse")}
-    patterns = kaldi_first | {name: one.patterns for name, one in TRANSCRIPTS.items()} | RECOGNIZED
-    return next((name for name in patterns if _any(folder, patterns[name])), "folder")
+    others = {name: one.patterns for name, one in TRANSCRIPTS.items()}
+    for name, patterns in (RECOGNIZED | others | {"table": TABLE_NAMES}).items():
+        found = [path for pattern in patterns for path in islice(folder.glob(pattern), 1)]
+        if found and (name not in CONFIRMED or CONFIRMED[name](found[0])):
+            return name
+    return "folder"
 
 
-def _any(folder: Path, patterns: tuple[str, ...]) -> bool:
-    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+def _has_bars(metadata: Path) -> bool:
+    with open(metadata, encoding="utf-8-sig", errors="replace") as lines:
+        return "|" in lines.readline()
 
 
 def layout_files(layout: str, folder: Path) -> list[Path]:

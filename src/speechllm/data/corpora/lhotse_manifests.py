@@ -68,7 +68,7 @@ def _read_cuts(file: Path, split: str) -> Iterator[Utterance]:
 
 
 def _read_recordings(file: Path, split: str) -> Iterator[Utterance]:
-    """Read the supervisions beside a file of recordings, each on its own."""
+    """Read the supervisions next to a file of recordings, one by one."""
     _, supervisions = _with_supervisions(file)
     recordings, unread = {}, {}
     for number, one in _items(file, Recording):

@@ -66,13 +66,12 @@ def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
         if cuts_path(folder, config.corpus, split).is_file()
     }
     content = _read_report(report.with_suffix(".json"))
-    if source in content.get("finished", {}) and all(
-        former.get(split) == source for split in content["finished"][source]
-    ):
+    done = content.get("sources", {}).get(source)
+    if done and all(former.get(split) == source for split in done["splits"]):
         logger.info("%s was prepared from the same files with the same flags", config.corpus)
         return report.read_text("utf-8"), list(former)
     copies = folder / f"{config.corpus}_audio-{source[:8]}"
-    finished = content.get("finished", former.values() if content else ())
+    finished = content.get("sources", former.values() if content else ())
     kept = {one: made_from for one, made_from in former.items() if made_from in finished}
     corpus = _read_with_copies(config, copies, {} if config.overwrite else kept, source)
     folder.mkdir(parents=True, exist_ok=True)

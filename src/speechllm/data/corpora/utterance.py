@@ -112,7 +112,7 @@ def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
         text=fields["text"],
         path=base / path,
         speaker=fields.get("speaker"),
-        split=fields.get("split", ""),
+        split=fields.get("split", "").lower(),
         language=fields.get("language") or None,
         context=fields.get("context") or None,
         recording=stem if start or times.get("end") else None,
