@@ -20,8 +20,8 @@ from speechllm.errors import InputError, first_line
 
 SUFFIXES = (  # suffixes of audio files looked for in a folder
     ".3gp", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".ape", ".au", ".avi", ".caf", ".flac", ".flv",
-    ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpeg", ".mpg",
-    ".mpga", ".mts", ".oga", ".ogg", ".ogv", ".opus", ".rm", ".sph", ".ts", ".tta", ".voc", ".w64",
+    ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpeg",
+    ".mpg", ".mpga", ".mts", ".oga", ".ogg", ".ogv", ".opus", ".rm", ".sph", ".ts", ".tta", ".voc", ".w64",
     ".wav", ".webm", ".wma", ".wmv", ".wv",
 )  # fmt: skip
 BLOCK_SECONDS = 10
@@ -213,7 +213,8 @@ def _av_blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
         for frame in _frames(container, stream, lambda text: faults.append((written, text))):
             if frame.time is not None:
                 step = frame.time - first_time - written / rate
-                if abs(step) > (TIME_RESTARTS if restarts and written else LONGEST_GAP) or step < -1:
+                longest = TIME_RESTARTS if restarts and written else LONGEST_GAP
+                if abs(step) > longest or step < -1:
                     first_time += step
                 elif step > TIME_TOLERANCE:
                     gaps.append(f"{written / rate:.1f} to {written / rate + step:.1f} s")
