@@ -38,6 +38,8 @@ def another_value(config, field):
     """Return a valid value other than the default."""
     kind = get_type_hints(config)[field.name]
     kind = next((part for part in get_args(kind) if part is not type(None)), kind)
+    if field.name in ("num_heads", "encoder_unmasked_dim"):
+        return "8"
     if field.name == "speech_encoder_type":
         return "medium"
     if field.metadata["choices"]:

@@ -54,7 +54,8 @@ def load_llm(
     if missing:
         raise InputError(f"the LLM in {path} lacks {len(missing)} weights, e.g. {min(missing)}")
     if not hasattr(llm.config, "max_position_embeddings"):
-        raise InputError(f"the LLM in {path} is multimodal ({llm.config.model_type}): use a text LLM")
+        kind = llm.config.model_type
+        raise InputError(f"the LLM in {path} is multimodal ({kind}): use a text LLM")
     rows = add_speech_tokens(tokenizer)
     if rows > llm.get_input_embeddings().num_embeddings:
         add_embedding_rows(llm, rows)

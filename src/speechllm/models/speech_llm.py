@@ -276,7 +276,8 @@ class SpeechLLM(nn.Module):
         # So does eager attention.
         layer_types = {*(getattr(decoder.config, "layer_types", None) or ())}
         is_causal = decoder.config._attn_implementation in ("sdpa", "flash_attention_2")
-        no_mask = {"full_attention": None} if {"full_attention"} == layer_types and is_causal else None
+        can_omit = is_causal and layer_types == {"full_attention"}
+        no_mask = {"full_attention": None} if can_omit else None
         out = decoder(inputs_embeds=embeds, attention_mask=no_mask, use_cache=False)
         return out.last_hidden_state[rows, before], targets
 
