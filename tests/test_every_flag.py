@@ -148,10 +148,7 @@ CHANGES = {
     "--llm-path": Change("{tmp}/llm", parameter("llm.base_model.model.model.norm.weight")),
     "--speech-encoder-type": Change("medium", message),
     "--num-heads": Change("7", message, ("--speech-encoder-type", "auto")),
-    "--encoder-unmasked-dim": Change(
-        "3", lambda r: r.model.encoder[0].config.encoder_unmasked_dim,
-        ("--speech-encoder-type", "auto"),
-    ),
+    "--encoder-unmasked-dim": Change("x", message),
     "--speech-encoder-path": Change(
         "{tmp}/other.pt", parameter("encoder.0.encoder_embed.conv.0.bias")
     ),
@@ -285,8 +282,8 @@ DECODE = {
     "--unfreeze-encoder": Change("true", files),
     "--llm-path": Change("{tmp}/llm", files),
     "--speech-encoder-type": Change("medium", files),
-    "--num-heads": Change("2", files),
-    "--encoder-unmasked-dim": Change("3", files),
+    "--num-heads": Change("x", lambda s: s.message),
+    "--encoder-unmasked-dim": Change("x", lambda s: s.message),
     "--speech-encoder-path": Change("{tmp}/other.pt", files),
     "--speech-encoder-bpe-path": Change("{tmp}/bpe.model", names),
     "--encoder-projector-ds-rate": Change("2", files),
