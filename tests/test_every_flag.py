@@ -38,6 +38,8 @@ def another_value(config, field):
     """Return a valid value other than the default."""
     kind = get_type_hints(config)[field.name]
     kind = next((part for part in get_args(kind) if part is not type(None)), kind)
+    if field.name in ("num_heads", "encoder_unmasked_dim"):
+        return "8"
     if field.name == "speech_encoder_type":
         return "medium"
     if field.name == "corpus_weights":
@@ -147,6 +149,8 @@ CHANGES = {
     "--language": Change("de", lambda r: load_model_config(r.exp_dir)),
     "--llm-path": Change("{tmp}/llm", parameter("llm.base_model.model.model.norm.weight")),
     "--speech-encoder-type": Change("medium", message),
+    "--num-heads": Change("7", message, ("--speech-encoder-type", "auto")),
+    "--encoder-unmasked-dim": Change("x", message),
     "--speech-encoder-path": Change(
         "{tmp}/other.pt", parameter("encoder.0.encoder_embed.conv.0.bias")
     ),
@@ -281,6 +285,8 @@ DECODE = {
     "--unfreeze-encoder": Change("true", files),
     "--llm-path": Change("{tmp}/llm", files),
     "--speech-encoder-type": Change("medium", files),
+    "--num-heads": Change("x", lambda s: s.message),
+    "--encoder-unmasked-dim": Change("x", lambda s: s.message),
     "--speech-encoder-path": Change("{tmp}/other.pt", files),
     "--speech-encoder-bpe-path": Change("{tmp}/bpe.model", names),
     "--encoder-projector-ds-rate": Change("2", files),

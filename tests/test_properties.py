@@ -106,7 +106,7 @@ def test_arbitrary_bytes_as_a_cut_file_are_an_input_error(tmp_path, garbage):
 @pytest.fixture(scope="module")
 def tokenizer(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    add_speech_tokens(tokenizer, 10_000)
+    add_speech_tokens(tokenizer)
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import mmap
+import sys
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -14,6 +15,11 @@ from speechllm.errors import InputError, first_line
 from speechllm.io import atomic_write
 
 DEFAULT_AVG = 5  # epochs or checkpoints averaged by default
+HARMLESS = ("pathlib", "argparse", "datetime", "numpy", "icefall", "lhotse", "k2")  # packages
+CONVERT = (
+    "; if you trust the file, convert it: python -c \"import torch; "
+    "torch.save({{'model': torch.load('{path}', weights_only=False)['model']}}, '{out}')\""
+)
 UNREADABLE = "cannot be read as a checkpoint of tensors"
 
 
@@ -37,6 +43,8 @@ def load_checkpoint(path: str | Path) -> dict:
         if Path(path).suffix == ".safetensors":
             return {"model": load_file(path)}
         checkpoint = _load_checked(path)
+    except InputError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # unreadable or damaged
         raise InputError(f"{path} {UNREADABLE}: {first_line(error)}") from None
     except Exception:  # unpickling raises any class, with torch's advice to trust the file
@@ -69,7 +77,31 @@ def _load_checked(path: str | Path) -> object:
             if damaged := archive.testzip():
                 raise RuntimeError(f"wrong checksum of {damaged}")
         content.seek(0)
-        return torch.load(content, map_location="cpu", weights_only=True)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+        if refused := [name for name in names if name.split(".")[0] not in HARMLESS]:
+            reason = f"it contains {min(refused)}{_advice(path, refused)}"
+            raise InputError(f"{path} {UNREADABLE}: {reason}")
+        unused = [(_Unused, name) for name in names]
+        content.seek(0)
+        with torch.serialization.safe_globals(unused):
+            return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def _advice(path: str | Path, names: list[str]) -> str:
+    """Return how to convert a file with objects of these classes; no advice for Python's own."""
+    if any(name.split(".")[0] in sys.stdlib_module_names for name in names):
+        return ""
+    return CONVERT.format(path=path, out=Path(path).with_name(f"{Path(path).stem}-model.pt"))
+
+
+class _Unused:
+    """Placeholder of an object in icefall's `epoch-N.pt`, such as a path; no code of it runs."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
 
 
 class _Mapped(mmap.mmap):

@@ -16,8 +16,6 @@ import measure
 
 from speechllm.errors import exit_on_user_error
 
-QWEN2_ROWS = 151936  # rows of the embedding
-
 
 def llm_positions(path: str, num_encoders: int):
     from transformers import AutoTokenizer
@@ -26,7 +24,7 @@ def llm_positions(path: str, num_encoders: int):
     from speechllm.models.prompt import add_speech_tokens, build_chat_template
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    add_speech_tokens(tokenizer, QWEN2_ROWS)
+    add_speech_tokens(tokenizer)
     return LLMPositions(tokenizer, build_chat_template(tokenizer), num_encoders)
 
 

@@ -28,7 +28,7 @@ def augmented(tiny_corpus, tiny_llm_dir):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llm_dir)
-    add_speech_tokens(tokenizer, 1000)
+    add_speech_tokens(tokenizer)
     chat = ChatTokenizer(tokenizer, build_chat_template(tokenizer), num_encoders=3)
     return replace(musan(tiny_corpus), text=TextOptions(tokenizer=chat, sample_encoders=True))
 

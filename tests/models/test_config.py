@@ -48,7 +48,7 @@ def parse(*flags) -> argparse.Namespace:
 
 def test_one_size_applies_to_all_encoders():
     config = ModelConfig(speech_encoder_path="a.pt, b.pt", speech_encoder_bpe_path="")
-    assert config.encoder_files == [("a.pt", "large"), ("b.pt", "large")]
+    assert config.encoder_files == [("a.pt", "auto"), ("b.pt", "auto")]
     assert config.num_encoders == 2 and config.bpe_paths == []
     assert (ONE_ENCODER.num_encoders, MOSE.num_encoders) == (1, 4)
 
@@ -59,7 +59,7 @@ def test_one_size_applies_to_all_encoders():
         ({"speech_encoder_path": "a,b", "speech_encoder_type": "tiny,tiny,tiny"},
          "--speech-encoder-type names 3 encoders, --speech-encoder-path 2"),
         ({"speech_encoder_type": "huge"},
-         "unknown encoder size 'huge': choose from tiny, small, medium, large"),
+         "unknown encoder size 'huge': choose from auto, tiny, small, medium, large"),
         ({"encoder_projector_ds_rate": 0}, "--encoder-projector-ds-rate 0 must be at least 1"),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.speculative import token_scores
-from speechllm.models.speech_llm import SpeechLLM, positions
+from speechllm.models.speech_llm import SpeechLLM
 
 
 @torch.no_grad()
@@ -78,14 +78,8 @@ def score_hypotheses(
     is_token = torch.arange(width, device=mask.device) < lens[:, None]
     inputs = torch.cat([embeds, model.llm.get_input_embeddings()(padded[:, :-1])], dim=1)
     full_mask = torch.cat([mask.bool(), is_token[:, 1:]], dim=1)
-    hidden = model.base_llm.get_decoder()(
-        inputs_embeds=inputs,
-        attention_mask=full_mask.long(),
-        position_ids=positions(full_mask),
-        use_cache=False,
-    ).last_hidden_state[:, -width:]
-    head = model.base_llm.get_output_embeddings()
-    scores = token_scores(head, hidden[is_token], padded[is_token].tolist())
+    hidden = model.run_llm(inputs, full_mask)[:, -width:]
+    scores = token_scores(model, hidden[is_token], padded[is_token].tolist())
     log_probs = iter([log_prob for _, _, log_prob in scores])
     return [
         Hypothesis(ids, [next(log_probs) for _ in scored], passes=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from speechllm.decoding.hypothesis import Hypothesis
-from speechllm.models.speech_llm import SpeechLLM, positions
+from speechllm.models.speech_llm import SpeechLLM
 
 # Fixed cost of a forward pass, in tokens: reading the weights.
 FORWARD_COST = {"cpu": 64, "cuda": 1024}
@@ -135,6 +135,10 @@ class _Search:
         self.max_new_tokens, self.should_stop = max_new_tokens, should_stop
         self.embedding = model.llm.get_input_embeddings()
         self.hypotheses = [Hypothesis() for _ in drafts]
+        # Rejected tokens in the cache would count for a sliding window that is exceeded.
+        window = getattr(model.base_llm.config, "sliding_window", None) or math.inf
+        if mask.size(1) + max_new_tokens + sum(len(ids or ()) + 1 for ids in drafts) > window:
+            drafts = [None] * len(drafts)
         self.drafts = [Draft([] if ids is None else [*ids, model.chat.end]) for ids in drafts]
         self.active = list(range(len(drafts)))
         self.cache = DynamicCache()
@@ -171,13 +175,7 @@ class _Search:
             self.inputs = torch.cat([self.inputs, embeds], dim=1)
             is_token = torch.arange(width, device=lens.device) < lens[:, None]
             self.mask = torch.cat([self.mask, is_token], dim=1)
-        return self.model.base_llm.get_decoder()(
-            inputs_embeds=self.inputs,
-            attention_mask=self.mask.long(),
-            position_ids=positions(self.mask)[:, -self.inputs.size(1) :],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1 - width :]
+        return self.model.run_llm(self.inputs, self.mask, self.cache)[:, -1 - width :]
 
     def _extend(self, b: int, num_proposed: int, new: list[tuple[int, float]]) -> bool:
         """Append new tokens to a hypothesis; return false at its end."""
@@ -229,7 +227,6 @@ def _verify(
     Logits are large: they are computed for each row's first token, then for the rest of the
     proposals whose first token is right.
     """
-    head = model.base_llm.get_output_embeddings()
     new: list[list[tuple[int, float]]] = [[] for _ in proposals]
     open_rows = set(range(len(proposals)))
     cells = [(row, 0) for row in sorted(open_rows)]
@@ -237,7 +234,7 @@ def _verify(
         rows, columns = map(list, zip(*cells))
         drafted = [(*remaining[row], None)[column] for row, column in cells]
         to_score = [model.chat.end if token is None else token for token in drafted]
-        scores = token_scores(head, hidden[rows, columns], to_score)
+        scores = token_scores(model, hidden[rows, columns], to_score)
         for (row, column), token, (best, best_log_prob, log_prob) in zip(cells, drafted, scores):
             if row not in open_rows:
                 continue
@@ -250,17 +247,17 @@ def _verify(
 
 
 def token_scores(
-    head: torch.nn.Module, hidden: Tensor, tokens: list[int]
+    model: SpeechLLM, hidden: Tensor, tokens: list[int]
 ) -> list[tuple[int, float, float]]:
     """Return the best token, its log-probability and the given token's, at each of N positions.
 
     Args:
-      head: from hidden states (N, D) to logits (N, V), computed for LOGITS_AT_ONCE at a time.
+      hidden: (N, D); their logits (N, V) are computed for LOGITS_AT_ONCE at a time.
     """
     scores = []
     given = torch.tensor(tokens, device=hidden.device).split(LOGITS_AT_ONCE)
     for states, given in zip(hidden.split(LOGITS_AT_ONCE), given):
-        logits = head(states).float()
+        logits = model.logits(states)
         highest, best = logits.max(dim=1)
         chosen = logits.gather(1, given[:, None])[:, 0]
         total = highest + logits.sub_(highest[:, None]).exp_().sum(dim=1).log()  # in place

@@ -31,7 +31,8 @@ def build_model(
     Raises:
       FileNotFoundError, InputError: a file is missing, damaged or does not match the config.
     """
-    encoders = [load_encoder(*file).to(options.device) for file in config.encoder_files]
+    files = zip(config.encoder_files, config.encoder_shapes)
+    encoders = [load_encoder(*file, *shapes).to(options.device) for file, shapes in files]
     if not config.unfreeze_encoder:
         encoders = [encoder.freeze(options.encoder_dtype) for encoder in encoders]
     llm, tokenizer = load_llm(

@@ -11,23 +11,30 @@ from torch import Tensor
 CHUNK_SIZE = 128
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def cap_logits(logits: Tensor, cap: float | None) -> Tensor:
+    """Bound logits smoothly to -cap … cap, in place; unchanged if `cap` is None."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the summed cross entropy (nats) of N labels, and how many have the largest logit.
 
     Args:
       hidden: (N, D) hidden states that predict the labels; weight: (V, D) of the LLM's head.
-      labels: (N,).
+      labels: (N,); cap: bound of the logits (see `cap_logits`).
     """
     if not torch.is_grad_enabled():  # the Function would compute gradients all the same
         hidden, weight = hidden.detach(), weight.detach()
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, cap)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes both gradients in the forward pass, while the logits exist."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx, hidden, weight, labels, cap):
         dtype = (hidden[:1] @ weight[:1].t()).dtype  # autocast's
         needed = ctx.needs_input_grad
         head, grads = weight.to(dtype), []
@@ -36,7 +43,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         correct = labels.new_zeros(())
         for chunk, targets in zip(hidden.split(CHUNK_SIZE), labels.split(CHUNK_SIZE)):
             chunk, targets = chunk.to(dtype), targets[:, None]
-            logits = (chunk @ head.t()).float()  # (n, V)
+            logits = cap_logits((chunk @ head.t()).float(), cap)  # (n, V)
+            slope = None if cap is None else 1 - (logits / cap).square()  # of cap_logits
             highest, best = logits.max(dim=1, keepdim=True)
             correct += (best == targets).sum()
             logits -= highest
@@ -46,7 +54,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if any(needed):
                 logits /= total
                 logits.scatter_add_(1, targets, logits.new_full((1, 1), -1.0).expand_as(targets))
-                grad = logits.to(dtype)
+                grad = (logits if slope is None else logits * slope).to(dtype)
                 grads.append((grad @ head).to(hidden.dtype))
                 if needed[1]:
                     grad_weight += grad.t() @ chunk
@@ -57,4 +65,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
-        return *(None if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors), None
+        return *(None if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors), None, None

@@ -17,7 +17,7 @@ from speechllm.cli import check_range, comma_list, flag_name, from_args, option,
 from speechllm.errors import InputError
 from speechllm.io import atomic_write
 from speechllm.models.identity import content_hashes
-from speechllm.models.zipformer.config import SIZES
+from speechllm.models.zipformer.config import AUTO, SIZES
 
 MODEL_FILE = "model.json"
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -42,7 +42,17 @@ class ModelConfig:
     llm_path: str = _option(
         "models/qwen2-1.5b-instruct", "directory or Hugging Face hub name of the LLM"
     )
-    speech_encoder_type: str = _option("large", f"{'|'.join(SIZES)}, comma-separated for several")
+    speech_encoder_type: str = _option(
+        AUTO, f"{AUTO} (from the checkpoint), {', '.join(SIZES)}; comma-separated for several"
+    )
+    num_heads: str | None = _option(
+        None, "with auto: attention heads of each stack, such as 4,4,4,8,4,4, if the head "
+        "dimensions are not icefall's defaults; several encoders separated by +",
+    )  # fmt: skip
+    encoder_unmasked_dim: str | None = _option(
+        None, "with auto: channels of each stack that are never masked in training, by default "
+        "the smallest stack's; several encoders separated by +",
+    )  # fmt: skip
     speech_encoder_path: str = _option(
         _pretrained(ENCODERS[-1]), "pretrained.pt, comma-separated for several encoders"
     )
@@ -80,8 +90,10 @@ class ModelConfig:
                 f"--speech-encoder-path {len(paths)}"
             )
         for size in sizes:
-            if size not in SIZES:
-                raise InputError(f"unknown encoder size {size!r}: choose from {', '.join(SIZES)}")
+            if size not in (AUTO, *SIZES):
+                known = ", ".join((AUTO, *SIZES))
+                raise InputError(f"unknown encoder size {size!r}: choose from {known}")
+        self._per_encoder("num_heads"), self._per_encoder("encoder_unmasked_dim")
         check_range("encoder_projector_ds_rate", self.encoder_projector_ds_rate, 1)
 
     @property
@@ -89,6 +101,21 @@ class ModelConfig:
         """Path and size of each encoder; a single size applies to all."""
         paths, sizes = comma_list(self.speech_encoder_path), comma_list(self.speech_encoder_type)
         return list(zip(paths, sizes * len(paths) if len(sizes) == 1 else sizes))
+
+    @property
+    def encoder_shapes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Heads and unmasked channels of each encoder's stacks, () where they are not given."""
+        return [*zip(self._per_encoder("num_heads"), self._per_encoder("encoder_unmasked_dim"))]
+
+    def _per_encoder(self, name: str) -> list[tuple[int, ...]]:
+        given, number = getattr(self, name), len(comma_list(self.speech_encoder_path))
+        try:
+            values = [tuple(map(int, comma_list(one))) for one in (given or "").split("+")]
+        except ValueError:
+            raise InputError(f"{flag_name(name)} {given} must be numbers such as 4,4,8") from None
+        if len(values) not in (1, number) or any(n < 1 for stacks in values for n in stacks):
+            raise InputError(f"{flag_name(name)} {given} must be positive, for {number} encoders")
+        return values * number if len(values) == 1 else values
 
     @property
     def num_encoders(self) -> int:
@@ -107,7 +134,6 @@ class ModelConfig:
 
 ONE_ENCODER = ModelConfig()
 MOSE = ModelConfig(
-    speech_encoder_type=",".join(["large"] * len(ENCODERS)),
     speech_encoder_path=",".join(map(_pretrained, ENCODERS)),
 )
 

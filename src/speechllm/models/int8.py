@@ -46,14 +46,15 @@ class Int8Linear(nn.Module):
 class Int8Embedding(nn.Module):
     """ids (…) -> rows (…, K) of an int8 weight, in `dtype`."""
 
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype):
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, embed_scale: float = 1.0):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.dtype = rows, columns, dtype
+        self.embed_scale = embed_scale  # Gemma's factor
         self.register_buffer("weight", torch.empty(rows, columns, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.empty(rows, 1))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return (self.weight[ids] * self.weight_scale[ids]).to(self.dtype)
+        return (self.weight[ids] * self.weight_scale[ids]).to(self.dtype) * self.embed_scale
 
 
 def int8_state(llm: nn.Module) -> dict[str, Tensor]:
@@ -67,7 +68,7 @@ def int8_state(llm: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_int8(path: str, dtype: torch.dtype, attention: str) -> nn.Module:
+def load_int8(path: str, dtype: torch.dtype, attention: str | None) -> nn.Module:
     """Load the LLM of a directory with INT8_FILE; norms and embeddings are computed in `dtype`."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with no_init_weights():
@@ -79,7 +80,8 @@ def load_int8(path: str, dtype: torch.dtype, attention: str) -> nn.Module:
             rows, columns = module.weight.shape
             llm.set_submodule(name, Int8Linear(rows, columns, module.bias is not None))
         elif isinstance(module, nn.Embedding):
-            llm.set_submodule(name, Int8Embedding(*module.weight.shape, dtype))
+            scale = getattr(module, "scalar_embed_scale", 1.0)
+            llm.set_submodule(name, Int8Embedding(*module.weight.shape, dtype, scale))
     state = load_file(f"{path}/{INT8_FILE}")
     if config.tie_word_embeddings:
         for name in ("weight", "weight" + SCALE):

@@ -29,11 +29,12 @@ def load_llm(
 
     Raises:
       FileNotFoundError: the directory is missing.
-      InputError: the LLM is incomplete, not a causal LLM, needs custom code, has no safetensors
-        file or no spare rows for the speech tokens.
+      InputError: the LLM is incomplete, not a causal LLM of text, needs custom code, or has no
+        safetensors file or no ChatML tokens.
     """
     check_llm_path(path)
-    attention = "flash_attention_2" if use_flash_attn and device != "meta" else "sdpa"
+    # None: sdpa where the LLM supports it; flash-attn does not run on "meta"
+    attention = "flash_attention_2" if use_flash_attn and device != "meta" else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if (Path(path) / INT8_FILE).is_file():
@@ -53,10 +54,25 @@ def load_llm(
         raise InputError(f"the LLM cannot be loaded from {path}: {first_line(error)}") from None
     if missing:
         raise InputError(f"the LLM in {path} lacks {len(missing)} weights, e.g. {min(missing)}")
-    add_speech_tokens(tokenizer, llm.get_input_embeddings().num_embeddings)
+    if not hasattr(llm.config, "max_position_embeddings"):
+        kind = llm.config.model_type
+        raise InputError(f"the LLM in {path} is multimodal ({kind}): use a text LLM")
+    rows = add_speech_tokens(tokenizer)
+    if rows > llm.get_input_embeddings().num_embeddings:
+        add_embedding_rows(llm, rows)
     # Drop an instruct model's sampling and repetition penalty, which would change transcripts.
     llm.generation_config = GenerationConfig()
     return llm, tokenizer
+
+
+def add_embedding_rows(llm: nn.Module, rows: int) -> None:
+    """Extend embedding and head to `rows` rows, each new one the mean of the old ones."""
+    old = llm.get_input_embeddings().num_embeddings
+    logging.info(f"LLM: the embedding has {old} rows; {rows - old} are added for the speech tokens")
+    llm.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].float().mean(dim=0)
 
 
 def prepare_llm(llm: nn.Module, unfreeze: bool, use_lora: bool) -> nn.Module:

@@ -69,22 +69,20 @@ class ChatTemplate:
         return [*self.before, *groups, *self.instruction, *context, *self.after]
 
 
-def add_speech_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
-    """Add the five speech tokens; they use spare rows of the LLM's `embedding_rows` rows.
+def add_speech_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Add the five speech tokens; return the embedding rows that the LLM needs for them.
 
     Raises:
-      InputError: the embedding has too few spare rows, or the tokenizer lacks ChatML tokens.
+      InputError: the tokenizer lacks ChatML tokens.
     """
     for token in (IM_START, IM_END):
         if token not in tokenizer.get_vocab():
-            raise InputError(f"tokenizer {tokenizer.name_or_path} has no token {token}")
+            raise InputError(
+                f"tokenizer {tokenizer.name_or_path} has no token {token}: "
+                "use an LLM that was trained with ChatML"
+            )
     tokenizer.add_special_tokens({"additional_special_tokens": SPEECH_TOKENS})
-    highest = max(tokenizer.convert_tokens_to_ids(SPEECH_TOKENS))
-    if highest >= embedding_rows:
-        raise InputError(
-            f"tokenizer {tokenizer.name_or_path} has no room for the speech tokens: "
-            f"they need ids up to {highest}, the LLM has {embedding_rows} embedding rows"
-        )
+    return max(tokenizer.convert_tokens_to_ids(SPEECH_TOKENS)) + 1
 
 
 def build_chat_template(

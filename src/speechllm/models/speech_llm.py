@@ -5,12 +5,14 @@ C channels of an encoder.
 """
 
 import copy
+import inspect
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
-from speechllm.models.chunked_cross_entropy import chunked_cross_entropy
+from speechllm.models.chunked_cross_entropy import cap_logits, chunked_cross_entropy
 from speechllm.models.prompt import IGNORED, ChatTemplate, prompt_ids
 from speechllm.models.zipformer.encoder import ZipformerEncoder
 from speechllm.models.zipformer.swoosh import swoosh_r
@@ -100,7 +102,9 @@ class SpeechLLM(nn.Module):
         for encoder in self.encoder:
             if not encoder.frozen:
                 encoder.checkpoint_activations()
-        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        llm = self.base_llm  # the new name came with transformers 5.23
+        new = getattr(llm, "activation_checkpointing_enable", None)
+        (new or llm.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def compile_layers(self) -> None:
         """Compile each layer with torch.compile, for variable lengths."""
@@ -113,6 +117,34 @@ class SpeechLLM(nn.Module):
     def base_llm(self) -> nn.Module:
         """The LLM without peft's wrapper; its layers contain the LoRA matrices."""
         return self.llm.get_base_model() if hasattr(self.llm, "peft_config") else self.llm
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Bound of Gemma 2's logits, cap * tanh(logits / cap); None for other LLMs."""
+        return getattr(self.base_llm.config, "final_logit_softcapping", None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the LLM's logits (N, V) in float32 for hidden states (N, D)."""
+        return cap_logits(self.base_llm.get_output_embeddings()(hidden).float(), self.logit_cap)
+
+    def run_llm(self, embeds: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the hidden states (B, N, D) of the last N positions, whose embeddings are given.
+
+        Args:
+          embeds: (B, N, D); mask: (B, L) of all positions, those in the cache first.
+          cache: extended by the N positions.
+        """
+        decoder = self.base_llm.get_decoder()
+        # transformers 5.22 calls it `cache`, and drops the old name in 5.40.
+        names = inspect.signature(decoder.forward).parameters
+        name = "cache" if "cache" in names else "past_key_values"
+        return decoder(
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            position_ids=positions(mask)[:, -embeds.size(1) :],
+            use_cache=cache is not None,
+            **{name: cache},
+        ).last_hidden_state
 
     def all_encoders(self, batch_size: int) -> list[list[int]]:
         """Return all encoders in order for each utterance, as validation and decoding use them."""
@@ -226,7 +258,7 @@ class SpeechLLM(nn.Module):
         embeds, _, labels = self.merge(input_ids, labels, speech)
         hidden, targets = self.label_hidden_states(embeds, labels)
         weight = self.base_llm.get_output_embeddings().weight
-        loss, correct = chunked_cross_entropy(hidden, weight, targets)
+        loss, correct = chunked_cross_entropy(hidden, weight, targets, self.logit_cap)
         return {"loss": loss, "correct": correct}
 
     def label_hidden_states(self, embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,8 +272,12 @@ class SpeechLLM(nn.Module):
         rows, before, targets = (_to(embeds.device, t) for t in (rows, columns - 1, targets))
         decoder = self.base_llm.get_decoder()
         # Causal attention needs no mask for right padding; an entry for each layer type keeps
-        # transformers from building one.
-        no_mask = dict.fromkeys(decoder.config.layer_types)
+        # transformers from building one. Sliding windows (Gemma, Mistral) need transformers' mask.
+        # So does eager attention.
+        layer_types = {*(getattr(decoder.config, "layer_types", None) or ())}
+        is_causal = decoder.config._attn_implementation in ("sdpa", "flash_attention_2")
+        can_omit = is_causal and layer_types == {"full_attention"}
+        no_mask = {"full_attention": None} if can_omit else None
         out = decoder(inputs_embeds=embeds, attention_mask=no_mask, use_cache=False)
         return out.last_hidden_state[rows, before], targets
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from speechllm.errors import InputError
+from speechllm.models.zipformer import checkpoint
 from speechllm.models.zipformer.checkpoint import load_encoder, save_encoder
 from speechllm.models.zipformer.config import SIZES
 from speechllm.models.zipformer.encoder import ZipformerEncoder
@@ -73,3 +74,46 @@ def test_keys_that_do_not_match_are_an_error(encoder, path, changes, sentence):
     save_with(encoder, path, **changes)
     with pytest.raises(InputError, match=f"{path} is not a Zipformer of size 'mini': {sentence}"):
         load_encoder(path, "mini")
+
+
+# ---- encoders of any size
+
+
+class Scheduler:
+    """An object that icefall could store beside the model."""
+
+
+def test_auto_reads_the_sizes_from_the_shapes(encoder, path):
+    save_encoder(encoder, path)
+    config = encoder.config
+    SIZES.pop("mini")
+    loaded = load_encoder(path, heads=config.num_heads, unmasked=config.encoder_unmasked_dim)
+    assert loaded.config == config
+    SIZES["mini"] = config
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "medium", "large"])
+def test_auto_recognizes_the_released_sizes(size):
+    with torch.device("meta"):
+        state = ZipformerEncoder(SIZES[size]).state_dict()
+    assert checkpoint._read_config(state, (), ()) is SIZES[size]
+
+
+def test_icefalls_epoch_with_paths_and_the_prefix_of_ddp_loads(encoder, path, tmp_path):
+    state = {f"module.{key}": value for key, value in encoder.state_dict().items()}
+    torch.save({"model": state, "exp_dir": tmp_path, "sampler": {"epoch": 3}}, path)
+    loaded = load_encoder(path, heads=(2,))
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_another_object_is_refused_with_the_command_that_converts(encoder, path):
+    torch.save({"model": encoder.state_dict(), "scheduler": Scheduler()}, path)
+    with pytest.raises(InputError, match=r"convert it: python -c \"import torch; .*-model.pt'\)"):
+        load_encoder(path)
+
+
+def test_heads_that_do_not_fit_are_an_error(encoder, path):
+    save_encoder(encoder, path)
+    with pytest.raises(InputError, match="cannot be read as a Zipformer: stack 1 cannot have 7"):
+        load_encoder(path, heads=(7,))

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -9,29 +10,51 @@ from torch import Tensor
 
 from speechllm.checkpoints import copy_to_cpu, load_checkpoint, write_checkpoint
 from speechllm.errors import InputError
-from speechllm.models.zipformer.config import SIZES, ZipformerConfig
+from speechllm.models.zipformer.config import AUTO, SIZES, ZipformerConfig, config_from_shapes
 from speechllm.models.zipformer.encoder import ZipformerEncoder
 
 UNUSED_HEADS = ("decoder", "joiner", "simple_am_proj", "simple_lm_proj", "attention_decoder")
 CTC_WEIGHT = "ctc_output.1.weight"
 
 
-def load_encoder(path: str | Path, size: str) -> ZipformerEncoder:
-    """Load an encoder of a size in `SIZES`, with its CTC head if it has one, from pretrained.pt.
+def load_encoder(
+    path: str | Path, size: str = AUTO, heads: tuple[int, ...] = (), unmasked: tuple[int, ...] = ()
+) -> ZipformerEncoder:
+    """Load an encoder, with its CTC head if it has one, from pretrained.pt or icefall's epoch-N.pt.
+
+    Args:
+      size: one of `SIZES`, or "auto".
+      heads, unmasked: with "auto", what the shapes do not contain (see `config_from_shapes`).
 
     Raises:
       FileNotFoundError: the file is missing.
       InputError: not a checkpoint, another size, or unexpected keys.
     """
     state = load_checkpoint(path)["model"]
+    state = {key.removeprefix("module."): value for key, value in state.items()}  # DDP's prefix
     try:
-        encoder = encoder_from_state(state, SIZES[size])
+        config = _read_config(state, heads, unmasked) if size == AUTO else SIZES[size]
+        encoder = encoder_from_state(state, config)
     except InputError as error:
         others = [name for name in SIZES if not _difference(state, SIZES[name], None, "encoder.")]
         hint = f"; its shapes match size {others[0]!r}" if others and size not in others else ""
+        if size == AUTO:
+            raise InputError(f"{path} cannot be read as a Zipformer: {error}") from None
         raise InputError(f"{path} is not a Zipformer of size {size!r}: {error}{hint}") from None
     logging.info(f"{path}: {describe_unused(state)}")
     return encoder
+
+
+def _read_config(
+    state: dict[str, Tensor], heads: tuple[int, ...], unmasked: tuple[int, ...]
+) -> ZipformerConfig:
+    """Return the size in `SIZES` with these shapes if there is one, or else a new one."""
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    for size in () if heads or unmasked else SIZES.values():
+        with suppress(InputError):
+            if config_from_shapes(shapes, size.num_heads, size.encoder_unmasked_dim) == size:
+                return size
+    return config_from_shapes(shapes, heads, unmasked)
 
 
 def encoder_from_state(

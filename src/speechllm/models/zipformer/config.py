@@ -3,6 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
+from speechllm.cli import flag_name
+from speechllm.errors import InputError
+
 Frames = TypeVar("Frames")  # int, numpy array or tensor of int64
 MIN_FEATURE_FRAMES = 9  # needed for a single output frame
 
@@ -44,6 +47,7 @@ class ZipformerConfig:
 
 _COMMON = dict(downsampling_factor=(1, 2, 4, 8, 4, 2), cnn_module_kernel=(31, 31, 15, 15, 15, 31))
 
+AUTO = "auto"  # read the sizes from the checkpoint
 SIZES = {
     "tiny": ZipformerConfig(
         num_encoder_layers=(1, 1, 1),
@@ -80,3 +84,70 @@ SIZES = {
         **_COMMON,
     ),
 }
+
+
+def config_from_shapes(
+    shapes: dict[str, tuple[int, ...]],
+    num_heads: tuple[int, ...] = (),
+    encoder_unmasked_dim: tuple[int, ...] = (),
+) -> ZipformerConfig:
+    """Read the sizes of an encoder from the shapes of its parameters.
+
+    Args:
+      num_heads: of each stack, or of all; by default those of the usual head dimensions.
+      encoder_unmasked_dim: by default the smallest dimension of a stack.
+
+    Raises:
+      InputError: the shapes are not those of a Zipformer, or the heads do not divide them.
+    """
+    number = len({key.split(".")[2] for key in shapes if key.startswith("encoder.encoders.")})
+    try:
+        stacks = [_stack_sizes(shapes, i, num_heads) for i in range(number)]
+        channels = shapes["encoder_embed.conv.7.weight"][0]
+        frequencies = shapes["encoder_embed.out.weight"][1] // channels  # see Frontend
+        sizes = {name: tuple(stack[name] for stack in stacks) for name in stacks[0]}
+    except (IndexError, KeyError) as error:
+        raise InputError(f"its parameters are not those of a Zipformer ({error})") from None
+    [pos_dim, *_] = sizes.pop("pos_dim")
+    unmasked = encoder_unmasked_dim or (min(sizes["encoder_dim"]),)
+    for name, given in (("num_heads", num_heads), ("encoder_unmasked_dim", unmasked)):
+        if given and len(given) not in (1, number):
+            raise InputError(f"{flag_name(name)} has {len(given)} numbers for {number} stacks")
+    return ZipformerConfig(
+        **sizes,
+        encoder_unmasked_dim=unmasked,
+        frontend_channels=channels,
+        pos_dim=pos_dim,
+        feature_dim=4 * frequencies + 4,
+    )
+
+
+def _stack_sizes(
+    shapes: dict[str, tuple[int, ...]], stack: int, num_heads: tuple[int, ...]
+) -> dict[str, int]:
+    prefix = f"encoder.encoders.{stack}."
+    factor = shapes.get(f"{prefix}downsample.bias", (1,))[0]
+    layers = f"{prefix}layers." if factor == 1 else f"{prefix}encoder.layers."
+    first = f"{layers}0."
+    pos, pos_dim = shapes[f"{first}self_attn_weights.linear_pos.weight"]
+    all_queries = shapes[f"{first}self_attn_weights.in_proj.weight"][0] - pos
+    values = shapes[f"{first}self_attn1.in_proj.weight"][0]
+    heads = num_heads[min(stack, len(num_heads) - 1)] if num_heads else pos // 4
+    usual = (heads * 64, heads * 12) == (all_queries, values)
+    if heads < 1 or any(n % heads for n in (pos, all_queries // 2, values)):
+        raise InputError(f"stack {stack + 1} cannot have {heads} heads: see --num-heads")
+    if not num_heads and not usual:
+        raise InputError("its heads do not have the usual dimensions: give --num-heads")
+    return {
+        "num_encoder_layers": len({key[len(layers):].split(".")[0]
+                                   for key in shapes if key.startswith(layers)}),
+        "downsampling_factor": factor,
+        "feedforward_dim": shapes[f"{first}feed_forward2.in_proj.weight"][0],
+        "num_heads": heads,
+        "encoder_dim": shapes[f"{first}norm.bias"][0],
+        "cnn_module_kernel": shapes[f"{first}conv_module1.depthwise_conv.weight"][-1],
+        "query_head_dim": all_queries // 2 // heads,
+        "value_head_dim": values // heads,
+        "pos_head_dim": pos // heads,
+        "pos_dim": pos_dim,
+    }  # fmt: skip
