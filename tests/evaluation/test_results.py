@@ -8,7 +8,7 @@ from lhotse import load_manifest
 from parsed_html import parsed
 
 from speechllm.decoding.alignment import TimedWord
-from speechllm.decoding.hypothesis import Hypothesis, NBestHypothesis
+from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.recognizer import Recognition
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut
@@ -46,7 +46,7 @@ def test_word_times_are_relative_to_the_recording(cuts, tmp_path):
 
 
 def test_guard_and_nbest_files_are_strict_json(cuts, tmp_path):
-    flagged = result(flags=["low probability"], nbest=[NBestHypothesis("a b", -1.5, 3, None)])
+    flagged = result(flags=["low probability"], nbest=[Hypothesis(log_probs=[-0.5] * 3, text="a b")])
     flagged.hypothesis.log_probs = [math.nan]
     write([DecodedCut(cuts[0], flagged)], tmp_path)
 
@@ -78,7 +78,7 @@ def test_unpaired_surrogates_become_question_marks(cuts, tmp_path):
 def test_languages_without_spaces_are_scored_by_characters(cuts, tmp_path):
     for cut, text, language in zip(cuts, ("今天 天气", "很好", "a b"), ("zh", "zh-CN", "en")):
         cut.supervisions[0].text, cut.supervisions[0].language = text, language
-    best = [NBestHypothesis("今天天", -1.5, 3, None)]
+    best = [Hypothesis(log_probs=[-0.5] * 3, text="今天天")]
     decoded = [
         DecodedCut(cuts[0], result("今天天", nbest=best)),
         DecodedCut(cuts[1], result("很好")),
