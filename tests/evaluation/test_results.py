@@ -46,7 +46,8 @@ def test_word_times_are_relative_to_the_recording(cuts, tmp_path):
 
 
 def test_guard_and_nbest_files_are_strict_json(cuts, tmp_path):
-    flagged = result(flags=["low probability"], nbest=[Hypothesis(log_probs=[-0.5] * 3, text="a b")])
+    nbest = [Hypothesis(log_probs=[-0.5] * 3, text="a b")]
+    flagged = result(flags=["low probability"], nbest=nbest)
     flagged.hypothesis.log_probs = [math.nan]
     write([DecodedCut(cuts[0], flagged)], tmp_path)
 
@@ -73,6 +74,14 @@ def test_unpaired_surrogates_become_question_marks(cuts, tmp_path):
     cuts[0].supervisions[0].speaker = "\ud800x"
     write([DecodedCut(cuts[0], result())], tmp_path)
     assert "?x" in (tmp_path / "report-x-y.html").read_text(encoding="utf-8")
+
+
+def test_texts_are_compared_in_one_unicode_form(cuts, tmp_path, caplog):
+    caplog.set_level("INFO")
+    cuts[0].supervisions[0].text = "cafe\u0301"
+    errors = write([DecodedCut(cuts[0], result("caf\u00e9"))], tmp_path)
+    assert (errors.errors, errors.ref_words) == (0, 1)
+    assert "Scoring in Unicode NFC: 1 texts were in another form" in caplog.text
 
 
 def test_languages_without_spaces_are_scored_by_characters(cuts, tmp_path):
