@@ -109,22 +109,19 @@ decoding=(--epoch $llm_epochs --avg $avg --max-duration 120 --max-new-tokens 100
 
 # decode_twice EXP PROGRAM FLAGS…: decode greedily, and with beam search rescored by CTC.
 decode_twice() {
-  local out=$1 run=("$python" "src/$2.py" "${decoding[@]}" "${@:3}" --exp-dir "$exp/$1")
+  local run=("$python" "src/$2.py" "${decoding[@]}" "${@:3}" --exp-dir "$exp/$1")
   local test=(--test-cuts "${name}_cuts_test") weight
   quietly "$2.log" "${run[@]}" "${test[@]}" --method draft
   quietly "$2-dev.log" "${run[@]}" --test-cuts "${name}_cuts_dev" --beam-size 4 --nbest 4
-  # An untrained encoder's CTC head aligns no hypothesis; the weight is 0 then.
-  $python src/find_ctc_weight.py >"$exp/log/$out-ctc-weight.log" 2>&1 \
-    "$exp/$out/decode/nbest-${name//-/_}_dev-decode-beam4-nbest4-$suffix.jsonl" ||
-    grep -q "no hypothesis has a CTC" "$exp/log/$out-ctc-weight.log" ||
-    { cat "$exp/log/$out-ctc-weight.log"; return 1; }
-  weight=$(ctc_weight "$out")
+  weight=$(ctc_weight "$1")
   quietly "$2-ctc.log" "${run[@]}" "${test[@]}" --beam-size 4 --ctc-weight "$weight"
 }
 suffix=epoch-$llm_epochs-avg-$avg-max100
+# ctc_weight EXP: print the best weight on the dev set; 0 for an untrained encoder's CTC head.
 ctc_weight() {
   local best
-  best=$(sed -n '$s/^best --ctc-weight \([0-9.]*\):.*/\1/p' "$exp/log/$1-ctc-weight.log")
+  best=$(sed -n 's/^best --ctc-weight: \([0-9.]*\) .*/\1/p' \
+    "$exp/$1/decode/wer-summary-${name//-/_}_dev-decode-beam4-nbest4-$suffix.txt")
   echo "${best:-0}"
 }
 

@@ -34,10 +34,7 @@ def get_parser() -> Parser:
 
 
 def combinations(swept: list[list[str]]) -> list[dict[str, str]]:
-    """Return all combinations, from flag to value; the last flag changes fastest.
-
-    Args:
-      swept: flags, each followed by its values.
+    """Return all combinations, from flag to value; `swept` are flags, each followed by its values.
 
     Raises:
       InputError: a flag cannot be swept, has no values or is given twice.

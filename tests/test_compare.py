@@ -91,7 +91,7 @@ def test_user_errors(recogs, tmp_path):
     a, fewer = recogs("a", A), recogs("fewer", B[:7])
     html = tmp_path / "x.html"
     for argv, sentence in (
-        ((a, fewer), "5 are only in the first, such as u10"),
+        ((a, fewer), "5 are in one decoding only, such as u10"),
         ((a, tmp_path / "none.txt"), "none.txt is missing"),
         ((a, __file__), "test_compare.py line 1: expected `id"),
     ):

@@ -93,6 +93,14 @@ def test_drafts_and_word_times_are_the_default_with_a_ctc_head(
     assert sorted(words) == sorted(found) != []
 
 
+def test_names_of_results_tell_the_precision(copies, run_decode):
+    exp_dir = copies()
+    for flags, suffix in (((), GREEDY), (("--use-bf16", "true"), f"{GREEDY}-bfloat16")):
+        run_decode(exp_dir, *flags)
+        assert hypotheses(exp_dir, suffix)
+    assert len(list((exp_dir / "decode").glob("recogs-*"))) == 2
+
+
 # ---- user errors, before decoding
 
 

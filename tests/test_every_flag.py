@@ -181,7 +181,7 @@ ELSEWHERE = {  # files under tests/training that use the option's name
         "enable_spec_aug spec_aug_time_warp_factor concatenate_cuts duration_factor gap "
         "max_invalid_fraction corpus_weights",
     "../conftest.py": "exp-dir",
-    "../test_find_ctc_weight.py": "speech-encoder-bpe-path",  # training only saves it
+    "../test_decode.py": "speech-encoder-bpe-path",  # training only saves it
 }  # fmt: skip
 
 

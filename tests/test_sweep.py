@@ -8,7 +8,7 @@ import pytest
 import decode_mose
 import sweep
 from speechllm import distributed
-from speechllm.evaluation.sweep import SweepRow, align_columns, best_rows, table
+from speechllm.evaluation.sweep import SweepRow, best_rows, table
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 TOKENS = 4  # an untrained LLM generates up to the limit
@@ -45,7 +45,7 @@ def read_table(path):
 
 
 def row(name, wer, rtfx, rate="WER"):
-    return SweepRow((name,), wer, rtfx, {"from CTC %": "0.0"}, rate)
+    return SweepRow((name,), wer, rtfx, rate)
 
 
 # ---- parts
@@ -65,10 +65,10 @@ def test_best_rows_are_the_pareto_front(points, best):
 
 def test_table():
     rows = [row("1", 9.25, 33.333), row("0.5", 10, 20)]
-    assert align_columns(table(["draft-accept-prob"], rows)).splitlines() == [
-        "draft-accept-prob  WER %  RTFx  from CTC %  best",
-        "                1   9.25  33.3         0.0     *",
-        "              0.5  10.00  20.0         0.0     -",
+    assert table(["draft-accept-prob"], rows) == [
+        ["draft-accept-prob", "WER %", "RTFx", "best"],
+        ["1", "9.25", "33.3", "*"],
+        ["0.5", "10.00", "20.0", "-"],
     ]
 
 
@@ -99,8 +99,7 @@ def test_subsets_of_encoders_give_the_files_of_decode_mose(argv, out_dir, capsys
     for one, suffix in zip(rows, suffixes):
         errs = (out_dir / f"errs-tiny_test-{suffix}-max4.txt").read_text()
         assert errs.startswith(f"%WER = {one['WER %']}\n")
-        assert float(one["RTFx"]) > 0 and one["forward passes per utterance"] == "4.00"
-        assert (one["accepted %"], one["from CTC %"]) == ("-", "0.0")
+        assert float(one["RTFx"]) > 0
     assert "*" in {one["best"] for one in rows}
     png = out_dir / "sweep-tiny_test-epoch-2-avg-2-use-encoders.png"
     assert png.read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ from lhotse import load_manifest
 from parsed_html import parsed
 
 from speechllm.decoding.alignment import TimedWord
-from speechllm.decoding.hypothesis import Hypothesis, NBestHypothesis
+from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.recognizer import Recognition
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut
@@ -46,7 +46,8 @@ def test_word_times_are_relative_to_the_recording(cuts, tmp_path):
 
 
 def test_guard_and_nbest_files_are_strict_json(cuts, tmp_path):
-    flagged = result(flags=["low probability"], nbest=[NBestHypothesis("a b", -1.5, 3, None)])
+    nbest = [Hypothesis(log_probs=[-0.5] * 3, text="a b")]
+    flagged = result(flags=["low probability"], nbest=nbest)
     flagged.hypothesis.log_probs = [math.nan]
     write([DecodedCut(cuts[0], flagged)], tmp_path)
 
@@ -75,10 +76,18 @@ def test_unpaired_surrogates_become_question_marks(cuts, tmp_path):
     assert "?x" in (tmp_path / "report-x-y.html").read_text(encoding="utf-8")
 
 
+def test_texts_are_compared_in_one_unicode_form(cuts, tmp_path, caplog):
+    caplog.set_level("INFO")
+    cuts[0].supervisions[0].text = "cafe\u0301"
+    errors = write([DecodedCut(cuts[0], result("caf\u00e9"))], tmp_path)
+    assert (errors.errors, errors.ref_words) == (0, 1)
+    assert "Scoring in Unicode NFC: 1 texts were in another form" in caplog.text
+
+
 def test_languages_without_spaces_are_scored_by_characters(cuts, tmp_path):
     for cut, text, language in zip(cuts, ("今天 天气", "很好", "a b"), ("zh", "zh-CN", "en")):
         cut.supervisions[0].text, cut.supervisions[0].language = text, language
-    best = [NBestHypothesis("今天天", -1.5, 3, None)]
+    best = [Hypothesis(log_probs=[-0.5] * 3, text="今天天")]
     decoded = [
         DecodedCut(cuts[0], result("今天天", nbest=best)),
         DecodedCut(cuts[1], result("很好")),

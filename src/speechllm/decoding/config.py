@@ -5,7 +5,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from speechllm.cli import check_range, comma_list, option
+from speechllm.cli import check_range, comma_list, flag_name, option
 from speechllm.errors import InputError
 
 MAX_NEW_TOKENS = 200
@@ -95,14 +95,22 @@ class SearchConfig:
             )
 
     @property
+    def ctc_options(self) -> list[str]:
+        """The options given that need a CTC head; only for a resolved config."""
+        options = (
+            ("--method draft", self.method == "draft"),
+            ("--ctc-weight", self.ctc_weight),
+            ("--ctc-bypass-entropy", self.ctc_bypass_entropy),
+            ("--guard fallback", self.guard == "fallback"),
+        )
+        return [flag for flag, is_used in options if is_used]
+
+    @property
     def _beam_options(self) -> list[str]:
         """The options given that need a beam."""
-        values = (
-            ("--beam-size", self.beam_size or 1, 1),
-            ("--nbest", self.nbest, 1),
-            ("--ctc-weight", self.ctc_weight, 0),
-        )
-        return [f"{flag} {value}" for flag, value, least in values if value > least]
+        least = {"beam_size": 1, "nbest": 1, "ctc_weight": 0}
+        values = {name: getattr(self, name) or 0 for name in least}
+        return [f"{flag_name(name)} {x}" for name, x in values.items() if x > least[name]]
 
     def _method(self, has_ctc: bool) -> str:
         return self.method or ("beam" if self._beam_options else "draft" if has_ctc else "greedy")

@@ -22,7 +22,7 @@ from speechllm.decoding.hallucination import (
     hallucination_flags,
     spectral_variation,
 )
-from speechllm.decoding.hypothesis import Hypothesis, NBestHypothesis
+from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.speculative import speculative_decode
 from speechllm.errors import InputError
 from speechllm.models.prompt import (
@@ -35,6 +35,7 @@ from speechllm.models.speech_llm import SpeechLLM
 from speechllm.precision import autocast
 
 FALLBACK_BEAM, FALLBACK_CTC_WEIGHT = 4, 0.3
+NEEDS_CTC = "{}: no encoder has both a CTC head and a BPE model (--speech-encoder-bpe-path)"
 Item = TypeVar("Item")
 
 
@@ -60,7 +61,7 @@ class Recognition:
     source: str = "LLM"  # or CTC
     flags: list[str] = field(default_factory=list)  # see hallucination_flags, or "repetition"
     replaced_text: str | None = None  # flagged text that the fallback replaced
-    nbest: list[NBestHypothesis] = field(default_factory=list)
+    nbest: list[Hypothesis] = field(default_factory=list)
     words: list[TimedWord] | None = None  # None without a CTC head
 
     @property
@@ -84,8 +85,8 @@ class Recognizer:
         dtype: torch.dtype,
     ):
         """Take a resolved search; raise InputError if it needs a CTC head and there is none."""
-        if not ctc_decoder:
-            _check_needs_no_ctc(search)
+        if not ctc_decoder and search.ctc_options:
+            raise InputError(NEEDS_CTC.format(search.ctc_options[0]))
         self.model, self.tokenizer, self.ctc_decoder = model, tokenizer, ctc_decoder
         self.search, self.device, self.dtype = search, device, dtype
         self.start_counting()
@@ -185,8 +186,7 @@ class Recognizer:
         """Return the recognitions of some utterances of the batch."""
         if not rows:
             return {}
-        prompts = encoded.embeds[rows], encoded.mask[rows]
-        limit = search.max_new_tokens
+        prompts, limit = (encoded.embeds[rows], encoded.mask[rows]), search.max_new_tokens
 
         def is_repetition(i: int, ids: list[int]) -> bool:
             ctc_ids = encoded.ctc_ids[rows[i]]
@@ -208,29 +208,25 @@ class Recognizer:
         ctc, guarded = encoded.ctc[b], search.guard != "off"
         is_repetition = [guarded and _cut_repetition(one, encoded.ctc_ids[b]) for one in hypotheses]
         texts = decode_transcripts(self.tokenizer, [one.ids for one in hypotheses])
-        ctc_log_probs = [None] * len(texts)
-        if ctc and (search.ctc_weight or search.nbest > 1):
-            ctc_log_probs = [ctc.log_prob(text) for text in texts]
-        nbest = [
-            NBestHypothesis(text, sum(one.log_probs), len(one.log_probs), ctc_log_prob)
-            for text, one, ctc_log_prob in zip(texts, hypotheses, ctc_log_probs)
-        ]
-        scores = [one.score(search.ctc_weight) for one in nbest]
+        for one, text in zip(hypotheses, texts):
+            one.text = text
+            if ctc and (search.ctc_weight or search.nbest > 1):
+                one.ctc_log_prob = ctc.log_prob(text)
+        scores = [one.score(search.ctc_weight) for one in hypotheses]
         order = sorted(range(len(texts)), key=lambda i: (is_repetition[i], -scores[i]))
-        best = order[0]
-        flags = self._flags(encoded, b, texts[best], hypotheses[best].log_probs)
+        best = hypotheses[order[0]]
+        flags = self._flags(encoded, b, best.text, best.log_probs)
         return Recognition(
-            texts[best],
-            hypotheses[best],
+            best.text,
+            best,
             ctc.text if ctc else None,
-            flags=["repetition", *flags] if is_repetition[best] else flags,
-            nbest=[nbest[i] for i in order[: search.nbest]] if search.nbest > 1 else [],
+            flags=["repetition", *flags] if is_repetition[order[0]] else flags,
+            nbest=[hypotheses[i] for i in order[: search.nbest]] if search.nbest > 1 else [],
         )
 
     def _use_ctc(self, encoded: EncodedBatch, b: int) -> Recognition:
         text, hypothesis = encoded.ctc[b].text, Hypothesis(list(encoded.ctc_ids[b]))
-        flags = self._flags(encoded, b, text, [])
-        return Recognition(text, hypothesis, text, source="CTC", flags=flags)
+        return Recognition(text, hypothesis, text, "CTC", self._flags(encoded, b, text, []))
 
     def _replace_flagged(
         self, encoded: EncodedBatch, found: dict[int, Recognition], flagged: list[int]
@@ -271,18 +267,6 @@ class Recognizer:
             llm_log_probs = word_log_probs(self.tokenizer, hypothesis.ids, hypothesis.log_probs)
         posteriors = ctc.log_probs, encoded.seconds[b]
         return align_transcript(*posteriors, words, pieces, llm_log_probs, self.search.ctc_lag)
-
-
-def _check_needs_no_ctc(search: SearchConfig) -> None:
-    without = "no encoder has both a CTC head and a BPE model (--speech-encoder-bpe-path)"
-    for flag, is_used in (
-        ("--method draft", search.method == "draft"),
-        ("--ctc-weight", search.ctc_weight),
-        ("--ctc-bypass-entropy", search.ctc_bypass_entropy),
-        ("--guard fallback", search.guard == "fallback"),
-    ):
-        if is_used:
-            raise InputError(f"{flag}: {without}")
 
 
 def _cut_repetition(hypothesis: Hypothesis, ctc_ids: list[int] | None) -> bool:

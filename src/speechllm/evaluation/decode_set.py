@@ -4,6 +4,8 @@ import logging
 from collections import ChainMap
 from dataclasses import asdict, replace
 
+import torch
+
 from speechllm.cli import comma_list
 from speechllm.data.manifests import frames_needed
 from speechllm.data.sampler import LLMPositions, TooManyPositions
@@ -16,6 +18,7 @@ from speechllm.evaluation.config import DecodeConfig
 from speechllm.evaluation.eval_sets import EvalSet, decode_shard, merge_results, read_eval_sets
 from speechllm.evaluation.results import write_results
 from speechllm.models.config import check_model_files
+from speechllm.precision import autocast_dtype
 from speechllm.progress import setup_logging
 from speechllm.scoring.files import log_line
 from speechllm.scoring.wer import ErrorCounts
@@ -87,6 +90,7 @@ def result_suffix(config: DecodeConfig, search: SearchConfig, parameters_name: s
       search: resolved.
     """
     used, evaluation = config.checkpoint.use_encoders, config.evaluation
+    dtype = autocast_dtype(config.checkpoint.use_fp16, config.checkpoint.use_bf16)
     is_default = search.max_new_tokens == SearchConfig().max_new_tokens
     parts = [
         "decode",
@@ -94,6 +98,7 @@ def result_suffix(config: DecodeConfig, search: SearchConfig, parameters_name: s
         parameters_name,
         "encoders" + "+".join(comma_list(used)) if used else "",
         "" if is_default else f"max{search.max_new_tokens}",
+        "" if dtype == torch.float32 else str(dtype).removeprefix("torch."),
         evaluation.normalize.replace("none", ""),
         evaluation.error_unit.replace("auto", ""),
     ]

@@ -1,6 +1,7 @@
 """Test sets: read and validate a cut file once, recognize every cut once, score the results."""
 
 import logging
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,16 +174,22 @@ def score_cuts(
     normalize: str = "none",
     error_unit: str = "auto",
 ) -> list[ScoredUtterance]:
-    """Align one text per cut to its reference, both in lower case and normalized."""
-    function = NORMALIZERS[normalize]
+    """Align one text per cut to its reference, both lower-cased, normalized and in NFC."""
+    function, converted = NORMALIZERS[normalize], 0
 
     def split(text: str, one: DecodedCut) -> list[str]:
-        return units(function(text), one.by_characters(error_unit))
+        nonlocal converted
+        composed = unicodedata.normalize("NFC", text := function(text))
+        converted += composed != text
+        return units(composed, one.by_characters(error_unit))
 
-    return [
+    scored = [
         align_utterance(one.cut.id, split(one.reference, one), split(text, one))
         for one, text in zip(decoded, texts, strict=True)
     ]
+    if converted:
+        logging.info(f"Scoring in Unicode NFC: {converted} texts were in another form")
+    return scored
 
 
 def reasons(errors: Iterable[CutError]) -> str:

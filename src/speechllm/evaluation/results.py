@@ -12,8 +12,9 @@ from speechllm.evaluation.eval_sets import DecodedCut, error_rate, reasons, scor
 from speechllm.evaluation.report import report_html
 from speechllm.io import atomic_write
 from speechllm.scoring.files import write_scores
-from speechllm.scoring.wer import ErrorCounts
+from speechllm.scoring.wer import ErrorCounts, total_counts
 
+CTC_WEIGHTS = [k / 20 for k in range(21)]
 # Decimals of log-probabilities that do not depend on the batch: in float32 the sum over an
 # utterance's tokens differs by 0.00002 between batches (measured on AN4).
 DECIMALS = 2
@@ -42,6 +43,8 @@ def write_results(
     if invalid := [one.error for one in decoded if one.error]:
         extra["could not be decoded"] = f"{len(invalid)} ({reasons(invalid)})"
     found = sorted((one for one in decoded if one.result), key=lambda one: one.cut.id)
+    if weight := _best_ctc_weight([one for one in found if one.result.nbest], config):
+        extra["best --ctc-weight"] = weight
     name, unit = f"{set_name}-{suffix}", config.error_unit
     contents = {
         f"guard-{name}.jsonl": [_guard_line(one) for one in found if one.result.flags],
@@ -58,6 +61,26 @@ def write_results(
     report = report_html(decoded, utterances, out_dir, set_name, suffix, config)
     _write(out_dir / f"report-{name}.html", report.encode(errors="replace"))
     return errors
+
+
+def _best_ctc_weight(decoded: list[DecodedCut], config: EvalConfig) -> str | None:
+    """Return the --ctc-weight that chooses the fewest errors from n-best lists, with its WER."""
+    if all(h.ctc_log_prob is None for one in decoded for h in one.result.nbest):
+        return None
+    unit, lists = config.error_unit, [one.result.nbest for one in decoded]
+    scored = [
+        score_cuts([one] * len(nbest), [h.text for h in nbest], config.normalize, unit)
+        for one, nbest in zip(decoded, lists)
+    ]
+
+    def wer(weight: float) -> float:
+        scores = [[h.score(weight) for h in nbest] for nbest in lists]
+        best = (one[values.index(max(values))] for one, values in zip(scored, scores))
+        return total_counts(one.counts for one in best).wer
+
+    best = min(CTC_WEIGHTS, key=wer)  # the smallest one among equals
+    oracle = total_counts(min((h.counts for h in one), key=lambda n: n.errors) for one in scored)
+    return f"{best:g} (WER {wer(best):.2f}%, with 0 {wer(0):.2f}%, oracle {oracle.wer:.2f}%)"
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -86,9 +109,9 @@ def _nbest_line(one: DecodedCut, error_unit: str) -> str:
     hypotheses = [
         {
             "text": hypothesis.text,
-            "llm_log_prob": _rounded(hypothesis.llm_log_prob),
+            "llm_log_prob": _rounded(sum(hypothesis.log_probs)),
             "ctc_log_prob": _rounded(hypothesis.ctc_log_prob),
-            "num_tokens": hypothesis.num_tokens,
+            "num_tokens": len(hypothesis.log_probs),
         }
         for hypothesis in one.result.nbest
     ]

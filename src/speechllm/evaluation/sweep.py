@@ -26,7 +26,6 @@ class SweepRow:
     values: tuple[str, ...]  # values of the flags
     wer: float  # %
     rtfx: float
-    others: dict[str, str]  # further columns of the table
     rate: str = "WER"  # or CER or MER
 
 
@@ -43,8 +42,8 @@ def sweep_sets(dist_env: DistEnv, variants: list[Variant]) -> None:
         suffix = result_suffix(config, recognizer.search, model.parameters_name)
         for cuts in sets:
             errors = decode_set(cuts, recognizer, config, suffix, dist_env)
-            measured = errors.wer, recognizer.rtfx, _measures(recognizer), errors.rate
-            rows[cuts.name].append(SweepRow(tuple(one.values()), *measured))
+            row = SweepRow(tuple(one.values()), errors.wer, recognizer.rtfx, errors.rate)
+            rows[cuts.name].append(row)
     if dist_env.is_main:
         for name, of_set in rows.items():
             write_sweep(first.out_dir, name, model.parameters_name, list(values[0]), of_set)
@@ -60,16 +59,6 @@ def warm_up(cuts: EvalSet, recognizer: Recognizer, data: DataConfig) -> None:
     decode_shard(cuts, decode_one, replace(data, num_workers=0), min_frames=min_frames)
 
 
-def _measures(recognizer: Recognizer) -> dict[str, str]:
-    n, utterances = recognizer.counter, max(1, recognizer.counter["utterances"])
-    return {
-        "forward passes per utterance": f"{n['passes'] / utterances:.2f}",
-        "accepted %": f"{100 * n['accepted'] / n['drafted']:.1f}" if n["drafted"] else "-",
-        "from CTC %": f"{100 * n['from CTC'] / utterances:.1f}",
-        "flagged %": f"{100 * n['flagged'] / utterances:.1f}",
-    }
-
-
 def best_rows(rows: list[SweepRow]) -> list[SweepRow]:
     """Return the Pareto front: no other row is as good in WER and RTFx, and better in one."""
 
@@ -83,36 +72,20 @@ def table(flags: list[str], rows: list[SweepRow]) -> list[list[str]]:
     """Return the column names, and the cells of each row."""
     best = best_rows(rows)
     return [
-        [*flags, f"{rows[0].rate} %", "RTFx", *rows[0].others, "best"],
-        *(
-            [*row.values, f"{row.wer:.2f}", f"{row.rtfx:.1f}", *row.others.values(),
-             "*" if row in best else "-"]
-            for row in rows
-        ),
-    ]  # fmt: skip
-
-
-def align_columns(lines: list[list[str]]) -> str:
-    """Right-align the columns with spaces."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+        [*flags, f"{rows[0].rate} %", "RTFx", "best"],
+        *([*r.values, f"{r.wer:.2f}", f"{r.rtfx:.1f}", "*" if r in best else "-"] for r in rows),
+    ]
 
 
 def plot(title: str, rows: list[SweepRow]) -> Figure:
     """Plot WER against RTFx with a line through the best rows, and a label for each row."""
-    figure = Figure(figsize=(9, max(5, 0.3 * len(rows))), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    best = best_rows(rows)
-    axes.plot(*zip(*sorted((row.rtfx, row.wer) for row in best)), color="tab:red")
-    for i, row in enumerate(sorted(rows, key=lambda row: (row.wer, row.rtfx))):
-        point, label = (row.rtfx, row.wer), (1.05, (i + 0.5) / len(rows))  # label: axes fraction
-        color = "tab:red" if row in best else "0.4"
-        axes.plot(*point, "o", color=color)
-        arrow = {"arrowstyle": "-", "color": color, "alpha": 0.3, "relpos": (0, 0.5)}
-        style = {"textcoords": "axes fraction", "va": "center", "color": color, "arrowprops": arrow}
-        axes.annotate(", ".join(row.values), point, label, **style)
+    axes.plot(*zip(*sorted((row.rtfx, row.wer) for row in best_rows(rows))), color="tab:red")
+    for row in rows:
+        axes.plot(row.rtfx, row.wer, "o", color="0.4")
+        axes.annotate(" " + ", ".join(row.values), (row.rtfx, row.wer), size="small")
     axes.set(title=title, xlabel="RTFx (audio seconds per second)", ylabel=f"{rows[0].rate} %")
-    axes.grid(color="0.9")
     return figure
 
 
@@ -121,7 +94,9 @@ def write_sweep(
 ) -> None:
     """Print a set's table and write it, with the plot, to `out_dir`."""
     lines = table(flags, rows)
-    print(f"{name}\n{align_columns(lines)}\n")
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    aligned = ("  ".join(map(str.rjust, line, widths)) for line in lines)
+    print(name, *aligned, "", sep="\n")
     path = out_dir / f"sweep-{name}-{parameters_name}-{'+'.join(flags)}.tsv"
     with atomic_write(path) as partial:
         partial.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")

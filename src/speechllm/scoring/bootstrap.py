@@ -16,10 +16,7 @@ from speechllm.scoring.wer import ScoredUtterance
 def bootstrap_interval(
     utterances: Sequence[ScoredUtterance], samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95 % interval of the WER in percent, independent of the order.
-
-    Each sample draws as many utterances as there are, with replacement.
-    """
+    """Return the 95 % interval of the WER in percent, independent of the order."""
     if not utterances:
         return 0.0, 0.0
     errors, words = _resample(_errors_and_words(utterances), samples, seed).T
@@ -66,13 +63,13 @@ def _check_same_references(
     before: Sequence[ScoredUtterance], after: Sequence[ScoredUtterance]
 ) -> None:
     """Raise InputError without utterances, or if two decodings have different ones."""
-    if not before and not after:
-        raise InputError("no utterances to compare")
     one, other = ({u.id: u.ref for u in utterances} for utterances in (before, after))
-    for here, there, which in ((one, other, "first"), (other, one, "second")):
-        if alone := sorted(here.keys() - there.keys()):
-            only = f"{len(alone)} are only in the {which}, such as {alone[0]}"
-            raise InputError(f"the utterances differ: {only}")
+    if not one and not other:
+        raise InputError("no utterances to compare")
+    if alone := sorted(one.keys() ^ other.keys()):
+        raise InputError(
+            f"the utterances differ: {len(alone)} are in one decoding only, such as {alone[0]}"
+        )
     for cut_id in sorted(one):
         if one[cut_id] != other[cut_id]:
             raise InputError(

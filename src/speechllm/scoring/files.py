@@ -11,7 +11,7 @@ point.
 import ast
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 from speechllm.errors import InputError
@@ -30,7 +30,7 @@ from speechllm.scoring.wer import (
 
 
 def recogs_text(utterances: Sequence[ScoredUtterance]) -> str:
-    """Return the text of recogs-*.txt; raise InputError if two utterances have the same id."""
+    """Return the text of recogs-*.txt; raise as `sort_by_id`."""
     return "".join(
         f"{one.id}:\tref={one.ref}\n{one.id}:\thyp={one.hyp}\n" for one in sort_by_id(utterances)
     )
@@ -53,7 +53,7 @@ def read_recogs(path: Path) -> list[ScoredUtterance]:
             (ref_id, ref), (hyp_id, hyp) = map(_read_words, pair, ("ref", "hyp"))
             if ref_id != hyp_id:
                 raise ValueError
-        except ValueError:
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise InputError(
                 f"{path} line {number + 1}: expected `id:\tref=[words]` and `id:\thyp=[words]` "
                 "of one utterance, as in recogs-*.txt of decode.py"
@@ -63,11 +63,7 @@ def read_recogs(path: Path) -> list[ScoredUtterance]:
 
 
 def errs_text(utterances: Sequence[ScoredUtterance], rate: str = "WER") -> tuple[str, ErrorCounts]:
-    """Return the text of errs-*.txt, and the counts in its first two lines.
-
-    Raises:
-      InputError: two utterances have the same id.
-    """
+    """Return the text of errs-*.txt, and the counts in its first lines; raise as `sort_by_id`."""
     utterances = sort_by_id(utterances)
     pairs, counts = count_pairs(utterances), word_error_counts(utterances, rate)
     unit = "characters" if rate == "CER" else "words"
@@ -128,13 +124,7 @@ def write_scores(
     extra: Mapping[str, str | float] | None = None,
     rate: str = "WER",
 ) -> ErrorCounts:
-    """Write recogs-, errs- and wer-summary-<name>-<suffix>.txt into `out_dir`.
-
-    All three are computed before the first is written, so an error leaves the old files.
-
-    Raises:
-      InputError: two utterances have the same id.
-    """
+    """Write recogs-, errs- and wer-summary-<name>-<suffix>.txt; raise as `sort_by_id`, before."""
     errs, counts = errs_text(utterances, rate)
     contents = {
         "recogs": recogs_text(utterances).encode(),
@@ -158,19 +148,17 @@ def log_line(set_name: str, counts: ErrorCounts) -> str:
 
 def sort_by_id(utterances: Sequence[ScoredUtterance]) -> list[ScoredUtterance]:
     """Sort by cut id; raise InputError if two utterances have the same one."""
-    for cut_id, n in Counter(one.id for one in utterances).most_common(1):
-        if n > 1:
-            raise InputError(f"duplicate id {cut_id}: {n} results")
-    return sorted(utterances, key=lambda one: one.id)
+    in_order = sorted(utterances, key=lambda one: one.id)
+    for one, other in pairwise(in_order):
+        if one.id == other.id:
+            raise InputError(f"duplicate id {one.id}")
+    return in_order
 
 
 def _read_words(line: bytes, kind: str) -> tuple[str, list[str]]:
     """Return the id and the words of `id:\tref=['a', 'b']`."""
     cut_id, words = line.decode("utf-8").split(f":\t{kind}=", maxsplit=1)
-    try:
-        words = ast.literal_eval(words)
-    except (SyntaxError, TypeError, MemoryError, RecursionError):
-        raise ValueError from None
+    words = ast.literal_eval(words)
     if type(words) is not list or not all(type(word) is str for word in words):
         raise ValueError
     return cut_id, words

@@ -44,8 +44,8 @@ class ErrorCounts:
 
 def total_counts(counts: Iterable[ErrorCounts], rate: str = "WER") -> ErrorCounts:
     """Return the sum of the error counts of several utterances."""
-    parts = [(one.insertions, one.deletions, one.substitutions, one.ref_words) for one in counts]
-    return ErrorCounts(*map(sum, zip(*parts) if parts else [()] * 4), rate)
+    counts, fields = list(counts), ("insertions", "deletions", "substitutions", "ref_words")
+    return ErrorCounts(*(sum(getattr(one, name) for one in counts) for name in fields), rate)
 
 
 @dataclass(frozen=True)
