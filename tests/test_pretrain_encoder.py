@@ -85,13 +85,15 @@ def test_files_and_log(trained):
         "bpe.model", "epoch-1.pt", "epoch-2.pt", "epoch-2-avg-2.pt", "best-train-loss.pt",
         "best-valid-loss.pt", "pretrained.pt", "log", "tensorboard", "decode", ".lock",
     }  # fmt: skip
-    assert {path.name for path in (trained / "decode").iterdir()} == {
+    assert {path.name for path in (trained / "decode").glob("*.txt")} == {
         f"{kind}-tiny_test-ctc-greedy.txt" for kind in ("recogs", "errs", "wer-summary")
     }
     text = log(trained)
     assert re.search(r"Epoch 1, batch 0, loss\[loss=\d.*, over \d+\.00 frames\. \], tot_loss", text)
     assert re.search(r"Epoch 2, validation: loss=.*, wer=[\d.]+, over \d+\.00 frames", text)
     assert re.search(r"Average of the last 2 epochs, validation: loss=.*wer=", text)
+    [decoding_log] = (trained / "decode").glob("log-*")
+    text = decoding_log.read_text()
     assert re.search(r"\[tiny_test\] %WER [\d.]+% \[\d+ / \d+, ", text)
 
 

@@ -90,9 +90,8 @@ class TrainConfig:
             check_range(name, getattr(self, name), 1)
         for name in ("save_every_n", "save_every_minutes", "max_skipped_steps", "base_lr"):
             check_range(name, getattr(self, name), 0)
-        if self.lr_schedule == "eden":
-            for name in ("lr_batches", "lr_epochs"):
-                check_range(name, getattr(self, name), 0, above=True)
+        for name in ("lr_batches", "lr_epochs"):
+            check_range(name, getattr(self, name), 0, above=True)
         if self.start_epoch > self.num_epochs + 1:
             raise InputError(
                 f"--start-epoch {self.start_epoch} is beyond --num-epochs {self.num_epochs}")
