@@ -10,7 +10,7 @@ import torch
 from speechllm.audio.resample import audio_blocks
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.decoding.hypothesis import Hypothesis
-from speechllm.decoding.recognizer import Recognition
+from speechllm.decoding.recognizer import Recognition, one_ahead
 from speechllm.errors import InputError
 from speechllm.longform.chunker import AudioChunk
 from speechllm.longform.config import LongformConfig
@@ -196,6 +196,48 @@ def test_an_unreadable_recording_does_not_stop_the_others(recognizer):
     ]  # fmt: skip
     names = [name for name, one in results if isinstance(one, Segment)]
     assert names == sorted(names) and {"a", "c"} <= set(names)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["CPU", "one batch ahead"])
+def test_a_failing_segment_does_not_stop_the_others(recognizers, monkeypatch, caplog, ahead):
+    recognizer = recognizers[False]
+    decode = recognizer.decode
+
+    def fail(encoded):
+        if any(abs(seconds - 2.5) < 0.1 for seconds in encoded.seconds):
+            raise RuntimeError("out of luck")
+        return decode(encoded)
+
+    monkeypatch.setattr(recognizer, "decode", fail)
+    if ahead:
+        monkeypatch.setattr(type(recognizer), "__call__", recognized_one_ahead)
+    recordings = [("a", [bursts(2.0)]), ("b", [bursts(2.5)]), ("c", [bursts(2.0)])] * 2
+    transcripts = transcriber_of(recognizer, max_duration=7.0)(recordings)
+    expected = [("a", False), ("b", True), ("c", False)] * 2
+    assert [(one.name, bool(one.error)) for one in transcripts] == expected
+    assert all(one.text or one.error for one in transcripts)
+    assert transcripts[1].error == "b: unexpected RuntimeError from 0.0 to 2.5 s: out of luck"
+    assert "Traceback" in caplog.text
+
+
+def recognized_one_ahead(recognizer, batches):
+    """Recognize as on a GPU."""
+    for batch, encoded in one_ahead((batch, recognizer.encode(batch)) for batch in batches):
+        yield batch, recognizer.decode(encoded)
+
+
+def test_a_failing_split_does_not_stop_the_others(recognizers, monkeypatch):
+    transcriber = transcriber_of(recognizers[False])
+    extract = transcriber.split.fbank.extract
+
+    def fail(samples, rate):
+        if len(samples) == 2.5 * RATE:
+            raise RuntimeError("out of luck")
+        return extract(samples, rate)
+
+    monkeypatch.setattr(transcriber.split.fbank, "extract", fail)
+    transcripts = transcriber([("a", [bursts(2.5)]), ("b", [bursts(2.0)])])
+    assert [one.error for one in transcripts] == ["a: unexpected RuntimeError: out of luck", None]
 
 
 def test_segments_are_yielded_while_the_recording_is_read(recognizer):

@@ -7,7 +7,6 @@ yielded first, damage is raised at the end.
 import logging
 import mmap
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +15,14 @@ import av
 import numpy as np
 import soundfile
 
+from speechllm.audio.wav_header import STREAM, wav_fault
 from speechllm.errors import InputError, first_line
 
 SUFFIXES = (  # suffixes of audio files looked for in a folder
     ".3gp", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".ape", ".au", ".avi", ".caf", ".flac", ".flv",
     ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpeg",
-    ".mpg", ".mpga", ".mts", ".oga", ".ogg", ".ogv", ".opus", ".rm", ".sph", ".ts", ".tta", ".voc", ".w64",
-    ".wav", ".webm", ".wma", ".wmv", ".wv",
+    ".mpg", ".mpga", ".mts", ".oga", ".ogg", ".ogv", ".opus", ".rm", ".sph", ".ts", ".tta", ".voc",
+    ".w64", ".wav", ".webm", ".wma", ".wmv", ".wv",
 )  # fmt: skip
 BLOCK_SECONDS = 10
 TIME_TOLERANCE = 0.25  # s: packet times and durations of containers are not exact
@@ -30,10 +30,7 @@ LONGEST_GAP = 24 * 3600  # s; a larger step in time is a broken clock
 TIME_RESTARTS = 10.0  # s; in MPEG-TS and Ogg, whose parts may be joined, larger steps are no gap
 EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac")  # other headers estimate
 INEXACT_BY_SOUNDFILE = ("OGG", "MP3", "MPEG")  # it ends at the first link or Xing length
-SEEKABLE = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")  # subtypes that lhotse can seek in
-STREAM = "stream"
 LOUDEST = 1000.0  # float samples above are of another scale, such as int16's
-STREAM_SIZE = 0x7FFF0000  # and above, or 0: a WAV whose size was unknown when it was written
 TAGS = (b"ID3", b"TAG", b"APETAG", b"LYRICS")  # between joined MP3s
 FORMATS = (  # PyAV opens no others: a playlist would name further files to read
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,webm,mov,mp4,m4a,3gp,mp3,"
@@ -45,13 +42,11 @@ class Sound(NamedTuple):
     """An open audio file.
 
     blocks: samples, float32 (N, channels) each; after the last one an InputError names damage.
-    by_soundfile: true if soundfile and lhotse read the same samples, at any offset.
     """
 
     sampling_rate: int  # Hz
     channels: int
     blocks: Iterator[np.ndarray]
-    by_soundfile: bool
 
 
 def open_sound(path: str | Path) -> Sound:
@@ -70,7 +65,7 @@ def open_sound(path: str | Path) -> Sound:
         return _open_by_av(path)
     fault = None
     if file.format in ("WAV", "WAVEX", "RIFX"):
-        fault = _wav_fault(path, file.samplerate)
+        fault = wav_fault(path, file.samplerate)
     is_unknown = fault == STREAM or (
         file.format == "FLAC" and (not 0 < file.frames < 2**62 or _has_second_flac(path))
     )
@@ -79,38 +74,7 @@ def open_sound(path: str | Path) -> Sound:
         return _open_by_av(path)
     blocks = _joined(_soundfile_blocks(file, path, fault), BLOCK_SECONDS * file.samplerate)
     blocks = _checked(path, blocks, file.samplerate)
-    return Sound(file.samplerate, file.channels, blocks, file.subtype.startswith(SEEKABLE))
-
-
-def _wav_fault(path: str | Path, rate: int) -> str | None:
-    """STREAM if a WAV's data size is unknown, a sentence if the file is shorter or longer."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        riff = file.read(12)
-        block_align = 1
-        while riff[:4] == b"RIFF" and len(header := file.read(8)) == 8:
-            name, length = struct.unpack("<4sI", header)
-            start = file.tell()
-            if name == b"data":
-                break
-            if name == b"fmt ":
-                block_align = struct.unpack("<H", file.read(14)[12:].ljust(2, b"\1"))[0] or 1
-            file.seek(start + length + length % 2)
-        else:
-            return None
-        if (length == 0 and size > start + 8) or (length >= STREAM_SIZE and start + length > size):
-            return STREAM
-        if start + length > size + block_align:
-            return (
-                f"{path} is truncated: {size - start} of {length} bytes of data, "
-                f"{(size - start) / block_align / rate:.1f} s of {length / block_align / rate:.1f} s"
-            )
-        file.seek(start + length + length % 2)
-        rest = file.read(4)
-        if rest == b"RIFF" or (len(rest) == 4 and not rest.isascii()):
-            return f"{path}: {size - start - length} bytes after its data were not read"
-    return None
+    return Sound(file.samplerate, file.channels, blocks)
 
 
 def _has_second_flac(path: str | Path) -> bool:
@@ -186,7 +150,7 @@ def _open_by_av(path: str | Path) -> Sound:
         container.close()
         raise InputError(f"{path}: sampling rate or channels are missing")
     blocks = _joined(_av_blocks(path, container, stream), BLOCK_SECONDS * stream.rate)
-    return Sound(stream.rate, stream.channels, _checked(path, blocks, stream.rate), False)
+    return Sound(stream.rate, stream.channels, _checked(path, blocks, stream.rate))
 
 
 def _stream_seconds(container, stream) -> float:

@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript, Word
 from speechllm.models.config import ModelConfig, check_model_files
 from speechllm.models.prompt import encode_contexts
 
+Item = TypeVar("Item")
 Recordings = Iterable[tuple[str, Iterable[Tensor]]]  # names, and blocks of samples (N,) at 16 kHz
 
 
@@ -59,15 +61,20 @@ class _Recording:
     error: str | None = None
     segments: list[Segment] = field(default_factory=list)
 
-    def until_error(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield blocks; an exception ends them and becomes the error."""
+    def until_error(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield blocks or chunks; an exception ends them and becomes the error."""
         try:
-            yield from blocks
+            yield from items
         except (InputError, FileNotFoundError) as error:
-            self.error = str(error)
+            self.error = self.error or str(error)
         except Exception as error:  # one recording never ends the others
-            logging.exception(f"{self.name} failed")
-            self.error = f"{self.name}: unexpected {type(error).__name__}: {first_line(error)}"
+            self.fail(error, "")
+
+    def fail(self, error: Exception, where: str) -> None:
+        """Log the traceback of an unexpected exception; the first is kept as the error."""
+        logging.error(f"{self.name} failed{where}", exc_info=error)
+        reason = f"unexpected {type(error).__name__}{where}: {first_line(error)}"
+        self.error = self.error or f"{self.name}: {reason}"
 
 
 class Transcriber:
@@ -107,6 +114,7 @@ class Transcriber:
 
         Transcripts are in the order of the recordings. An exception raised by the blocks of
         a recording ends this recording alone and becomes its `error`; what was read is recognized.
+        A segment whose recognition fails is omitted, and the exception becomes the `error`.
 
         Args:
           recordings: names with blocks of samples (N,), float32 at 16 kHz, such as
@@ -115,12 +123,13 @@ class Transcriber:
         """
         open_recordings: deque[_Recording] = deque()
         batches = self._batches(recordings, context, open_recordings)
-        for batch, recognitions in self.recognizer(batches):
-            for (recording, chunk), recognition in zip(batch["chunks"], recognitions, strict=True):
-                segment = _segment(chunk, recognition)
-                recording.segments.append(segment)
+        for chunks, recognitions in self._recognitions(batches):
+            for (recording, chunk), recognition in zip(chunks, recognitions, strict=True):
                 recording.pending -= 1
-                yield recording.name, segment
+                if recognition:
+                    segment = _segment(chunk, recognition)
+                    recording.segments.append(segment)
+                    yield recording.name, segment
             while open_recordings and open_recordings[0].ended and not open_recordings[0].pending:
                 recording = open_recordings.popleft()
                 yield recording.name, self._transcript(recording)
@@ -147,6 +156,36 @@ class Transcriber:
                 )
         return Transcript(recording.name, duration, segments, self.language, recording.error)
 
+    def _recognitions(
+        self, batches: Iterable[dict]
+    ) -> Iterator[tuple[list[tuple[_Recording, AudioChunk]], list[Recognition | None]]]:
+        """Yield the chunks of each batch with their recognitions, None for those that fail."""
+        started: deque[dict] = deque()  # on a GPU the recognizer is one batch ahead
+        errors: list[Exception] = []
+        source = _until_error(batches, started, errors)
+        while True:
+            try:
+                for batch, recognitions in self.recognizer(source):
+                    started.popleft()
+                    yield batch["chunks"], recognitions
+                break
+            except Exception as error:
+                logging.warning(f"a batch failed, its chunks are tried alone: {first_line(error)}")
+            while started:
+                for one in started.popleft()["chunks"]:
+                    yield [one], [self._recognize_alone(*one)]
+        if errors:
+            raise errors[0]
+
+    def _recognize_alone(self, recording: _Recording, chunk: AudioChunk) -> Recognition | None:
+        try:
+            [(_, [recognition])] = self.recognizer([_collate([chunk])])
+        except Exception as error:
+            start, end = _times(chunk)
+            recording.fail(error, f" from {start:.1f} to {end:.1f} s")
+            return None
+        return recognition
+
     # ---- from recordings to batches
 
     def _batches(
@@ -171,7 +210,8 @@ class Transcriber:
         for name, blocks in recordings:
             recording = _Recording(name)
             open_recordings.append(recording)
-            for chunk in self.split(recording.until_error(blocks)):
+            chunks = self.split(recording.until_error(blocks))
+            for chunk in recording.until_error(chunks):
                 recording.samples = chunk.start + len(chunk.samples)
                 if chunk.features is None:
                     recording.segments.append(_segment(chunk))
@@ -220,6 +260,18 @@ class Transcriber:
         return limit, len(model.chat.prompt(n)) + speech + max_new_tokens
 
 
+def _until_error(
+    batches: Iterable[dict], started: deque[dict], errors: list[Exception]
+) -> Iterator[dict]:
+    """Yield batches, adding each to `started`; an exception ends them and is added to `errors`."""
+    try:
+        for batch in batches:
+            started.append(batch)
+            yield batch
+    except Exception as error:
+        errors.append(error)
+
+
 def _collate(chunks: Iterable[AudioChunk]) -> dict:
     """Batch chunks with features, in the format of speechllm.data.dataset."""
     chunks = list(chunks)
@@ -232,11 +284,16 @@ def _collate(chunks: Iterable[AudioChunk]) -> dict:
     }
 
 
+def _times(chunk: AudioChunk) -> tuple[float, float]:
+    """Return the start and end in seconds."""
+    return chunk.start / SAMPLING_RATE, (chunk.start + len(chunk.samples)) / SAMPLING_RATE
+
+
 def _segment(chunk: AudioChunk, recognition: Recognition | None = None) -> Segment:
     """Return the chunk's segment; a chunk without CTC tokens is non-speech, as an LLM generates
     text even for a click or cough.
     """
-    start, end = (n / SAMPLING_RATE for n in (chunk.start, chunk.start + len(chunk.samples)))
+    start, end = _times(chunk)
     flags = tuple(recognition.flags) if recognition else ()
     if recognition is None or recognition.ctc_text == "":
         return Segment(start, end, "", source=NO_SPEECH, flags=flags)

@@ -14,7 +14,7 @@ from speechllm.data.corpora.audio_files import AudioFile, check_file, check_file
 RATE = 16000
 
 
-@pytest.mark.parametrize("ending", ["wav", "flac"])
+@pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "ogg"])
 def test_formats_of_soundfile_are_not_copied(tmp_path, ending):
     path = tmp_path / f"a.{ending}"
     soundfile.write(path, tone(rate=8000, channels=2), 8000)
@@ -24,9 +24,16 @@ def test_formats_of_soundfile_are_not_copied(tmp_path, ending):
     assert not (tmp_path / "copies").exists()
 
 
-@pytest.mark.parametrize(
-    ("ending", "codec"), [("m4a", "aac"), ("webm", "libopus"), ("mp3", "libmp3lame")]
-)
+@pytest.mark.parametrize("ending", ["mp3", "ogg"])
+def test_joined_files_are_copied(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    soundfile.write(path, tone(), RATE)
+    path.write_bytes(2 * path.read_bytes())
+    found = check_file(path, tmp_path / "copies")
+    assert found.path.suffix == ".flac" and found.duration == pytest.approx(2.0, abs=0.2)
+
+
+@pytest.mark.parametrize(("ending", "codec"), [("m4a", "aac"), ("webm", "libopus")])
 def test_other_formats_are_copied_to_flac(tmp_path, ending, codec):
     path, rate = tmp_path / f"a.{ending}", 48000
     write_by_av(path, tone(rate=rate, channels=2), rate, codec)

@@ -1,10 +1,11 @@
 """Decode the audio files of a corpus completely, and copy those that lhotse cannot read.
 
-Files of which soundfile cannot read every sample at any offset (m4a, mp3, GSM, …), and those for
-which lhotse starts a shell, are copied to FLAC.
+Files of which soundfile cannot read every sample at any offset (m4a, joined mp3, GSM, …), and those
+for which lhotse starts a shell, are copied to FLAC.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +18,9 @@ import soundfile
 from speechllm.audio.reader import open_sound
 from speechllm.data.security import GIVEN_TO_A_SHELL
 from speechllm.errors import InputError
+
+SEEKABLE = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW", "VORBIS", "MPEG")  # by lhotse at any offset
+TOLERANCE = 0.1  # s; decoders of MP3 differ in the encoder's delay
 
 
 class AudioFile(NamedTuple):
@@ -58,20 +62,32 @@ def check_file(path: Path, copies: Path, mix: bool = False) -> AudioFile | Probl
     used = path
     try:
         sound = open_sound(path)
-        channels = 1 if mix else sound.channels
-        lhotse_reads_it = sound.by_soundfile and path.suffix.lower() not in GIVEN_TO_A_SHELL
-        if channels == sound.channels and lhotse_reads_it:
-            num_samples = sum(map(len, sound.blocks))
-        else:
+        rate, channels = sound.sampling_rate, 1 if mix else sound.channels
+        num_samples = lhotse_samples(path, rate, channels)
+        if num_samples:
+            decoded = sum(map(len, sound.blocks))
+        if not num_samples or abs(num_samples - decoded) > TOLERANCE * rate:
             used = copies / f"{path.stem}-{hashlib.sha1(str(path).encode()).hexdigest()[:8]}.flac"
-            num_samples = _write(used, sound.sampling_rate, channels, sound.blocks)
+            num_samples = _write(used, rate, channels, open_sound(path).blocks)
     except InputError as error:
         if used != path:
             used.unlink(missing_ok=True)
         return "unreadable-audio", str(error)
     if not num_samples:
         return "malformed", f"{path} has a duration of 0 s"
-    return AudioFile(used, sound.sampling_rate, num_samples, channels)
+    return AudioFile(used, rate, num_samples, channels)
+
+
+def lhotse_samples(path: Path, rate: int, channels: int) -> int:
+    """Return the number of samples that lhotse reads, 0 if it cannot or has another format."""
+    if path.suffix.lower() in GIVEN_TO_A_SHELL:
+        return 0
+    try:
+        info = soundfile.info(os.fsencode(path))
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless formats
+        return 0
+    same = (info.samplerate, info.channels) == (rate, channels)
+    return info.frames if same and info.subtype.startswith(SEEKABLE) else 0
 
 
 def _write(copy: Path, rate: int, channels: int, blocks: Iterator[np.ndarray]) -> int:
