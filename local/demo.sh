@@ -71,7 +71,7 @@ in_halves() {
   [ ${#harder[@]} -gt 0 ] || half=$epochs
   quietly "$log.log" "$@" --num-epochs "$half"
   [ "$half" -eq "$epochs" ] || quietly "$log-harder.log" "$@" --num-epochs "$epochs" \
-    --start-epoch $((half + 1)) "${harder[@]}"
+    "${harder[@]}"
 }
 
 # Models this small gain little from a second thread: two trainings run in parallel, one core each.
@@ -166,17 +166,16 @@ if [ -n "${llm_job:-}" ]; then
   finished 3
 fi
 
-if due 5 "train.py on the first encoder and train_mose.py on both, side by side"; then
+if due 5 "train.py on the first encoder, then train_mose.py on both from its model"; then
   fresh 5 "$exp/llm_asr" "$exp/mose" "$exp/encoder_outputs"
   training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}"
     "${cached[@]}")
   in_halves train $llm_epochs "${joined[@]}" -- \
-    $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr" &
-  job=$!
+    $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr"
+  # A high learning rate would destroy what the first training learnt.
   in_halves train_mose $llm_epochs "${joined[@]}" -- \
-    $python src/train_mose.py "${training[@]}" "${two[@]}" --exp-dir "$exp/mose" &
-  wait $job
-  wait $!
+    $python src/train_mose.py "${training[@]}" "${two[@]}" --exp-dir "$exp/mose" \
+    --pretrained-model-path "$exp/llm_asr/epoch-$llm_epochs.pt" --base-lr 0.012
   finished 5
 fi
 

@@ -113,7 +113,7 @@ def recognize(argv):
 
 def scores(result):
     """Log-probabilities of the tokens, and of LLM and CTC for the n-best list."""
-    both = [value for one in result.nbest for value in (sum(one.log_probs), one.ctc_log_prob or 0.0)]
+    both = [v for one in result.nbest for v in (sum(one.log_probs), one.ctc_log_prob or 0.0)]
     return torch.tensor([*result.hypothesis.log_probs, *both])
 
 
