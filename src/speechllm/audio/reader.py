@@ -272,7 +272,7 @@ class _Converter:
         if form != self.form:
             parts.append(self.flush())
             self.form = form
-            self.resampler = av.AudioResampler("fltp", frame.layout, self.rate)
+            self.resampler = av.AudioResampler("flt", frame.layout, self.rate)
         frame.pts = None  # the resampler would fill or cut by times
         parts += [self._array(one) for one in self.resampler.resample(frame)]
         return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
@@ -285,7 +285,8 @@ class _Converter:
         return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
 
     def _array(self, frame: av.AudioFrame) -> np.ndarray:
-        block = frame.to_ndarray().T
+        # Interleaved: PyAV crashes on frames of more than 8 planes, which damage may cause.
+        block = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
         if block.shape[1] != self.channels:
             block = np.repeat(block.mean(axis=1, keepdims=True), self.channels, axis=1)
         return block
