@@ -244,11 +244,11 @@ def _frames(container, stream, report) -> Iterator[av.AudioFrame]:
             packet = next(packets)
         except StopIteration:
             return
-        except (av.FFmpegError, ValueError) as error:
+        except (av.FFmpegError, ValueError, IndexError) as error:  # IndexError: a new stream
             report(_reason(error))
             return
         try:
-            if packet.is_corrupt and container.format.name != "wav":  # its last one is short
+            if packet.is_corrupt and container.format.name not in ("wav", "caf"):  # a short last one
                 report("corrupt packet")
             for frame in packet.decode():
                 if frame.is_corrupt:
