@@ -36,6 +36,7 @@ LONGEST_GAP = 24 * 3600  # s; a larger step in time is a broken clock
 TIME_RESTARTS = 10.0  # s; in MPEG-TS and Ogg, whose parts may be joined, larger steps are no gap
 EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "wv")  # other headers estimate
 INEXACT_BY_SOUNDFILE = ("OGG", "MP3", "MPEG")  # it ends at the first link or Xing length
+SHORT_LAST_PACKET = ("wav", "caf")  # it counts as corrupt
 SMALL = 10_000  # bytes: a larger file has audio
 LOUDEST = 1000.0  # float samples above are of another scale, such as int16's
 TAGS = (b"ID3", b"TAG", b"APETAG", b"LYRICS")  # between joined MP3s
@@ -248,7 +249,7 @@ def _frames(container, stream, report) -> Iterator[av.AudioFrame]:
             report(_reason(error))
             return
         try:
-            if packet.is_corrupt and container.format.name not in ("wav", "caf"):  # a short last one
+            if packet.is_corrupt and container.format.name not in SHORT_LAST_PACKET:
                 report("corrupt packet")
             for frame in packet.decode():
                 if frame.is_corrupt:
