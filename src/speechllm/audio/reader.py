@@ -15,7 +15,13 @@ import av
 import numpy as np
 import soundfile
 
-from speechllm.audio.wav_header import STREAM, wav_fault
+from speechllm.audio.file_length import (
+    STREAM,
+    ogg_length,
+    size_fault,
+    wav_fault,
+    xing_seconds,
+)
 from speechllm.errors import InputError, first_line
 
 SUFFIXES = (  # suffixes of audio files looked for in a folder
@@ -28,8 +34,10 @@ BLOCK_SECONDS = 10
 TIME_TOLERANCE = 0.25  # s: packet times and durations of containers are not exact
 LONGEST_GAP = 24 * 3600  # s; a larger step in time is a broken clock
 TIME_RESTARTS = 10.0  # s; in MPEG-TS and Ogg, whose parts may be joined, larger steps are no gap
-EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac")  # other headers estimate
+EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "wv")  # other headers estimate
 INEXACT_BY_SOUNDFILE = ("OGG", "MP3", "MPEG")  # it ends at the first link or Xing length
+SHORT_LAST_PACKET = ("wav", "caf")  # it counts as corrupt
+SMALL = 10_000  # bytes: a larger file has audio
 LOUDEST = 1000.0  # float samples above are of another scale, such as int16's
 TAGS = (b"ID3", b"TAG", b"APETAG", b"LYRICS")  # between joined MP3s
 FORMATS = (  # PyAV opens no others: a playlist would name further files to read
@@ -59,6 +67,23 @@ def open_sound(path: str | Path) -> Sound:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
+    sound = _open(path)
+    return sound._replace(blocks=_complete(path, sound.blocks))
+
+
+def _complete(path: str | Path, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the blocks; raise InputError if the file should have more."""
+    samples = 0
+    for block in blocks:
+        samples += len(block)
+        yield block
+    if fault := size_fault(path):
+        raise InputError(fault)
+    if not samples and os.path.getsize(path) > SMALL:
+        raise InputError(f"{path}: nothing in its {os.path.getsize(path)} bytes could be decoded")
+
+
+def _open(path: str | Path) -> Sound:
     try:
         file = soundfile.SoundFile(os.fsencode(path))  # names need not be UTF-8
     except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless formats
@@ -153,13 +178,19 @@ def _open_by_av(path: str | Path) -> Sound:
     return Sound(stream.rate, stream.channels, _checked(path, blocks, stream.rate))
 
 
-def _stream_seconds(container, stream) -> float:
-    """Exact duration of the audio stream, 0 if unknown; the video of a film may be longer."""
+def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | None]:
+    """Duration of the audio stream, 0 if unknown, and damage; a film's video may be longer."""
+    if container.format.name == "mp3":
+        return xing_seconds(path, stream.rate), None
+    if container.format.name == "ogg":
+        granule, fault = ogg_length(path)
+        return granule / (48000 if stream.codec.name == "opus" else stream.rate), fault
     if container.format.name not in EXACT_LENGTH:
-        return 0.0
+        return 0.0, None
     if stream.duration:
-        return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
+        return float(stream.duration * stream.time_base), None
+    only = len(container.streams) == 1
+    return (container.duration or 0) / av.time_base if only else 0.0, None
 
 
 def _av_blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
@@ -168,7 +199,8 @@ def _av_blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
     Raises:
       InputError: after the last block, with the time of the first damage.
     """
-    rate, channels, seconds = stream.rate, stream.channels, _stream_seconds(container, stream)
+    rate, channels = stream.rate, stream.channels
+    seconds, fault = _stream_seconds(path, container, stream)
     restarts = container.format.name in ("mpegts", "ogg")
     first_time = max(0, container.start_time or 0) / av.time_base
     written, faults, gaps = 0, [], []
@@ -201,6 +233,8 @@ def _av_blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
         raise InputError(f"{path} is damaged after {time:.1f} s ({len(faults)} places): {text}")
     if written / rate < seconds - TIME_TOLERANCE:
         raise InputError(f"{path} is truncated after {written / rate:.1f} s of {seconds:.1f} s")
+    if fault:
+        raise InputError(fault)
 
 
 def _frames(container, stream, report) -> Iterator[av.AudioFrame]:
@@ -211,13 +245,16 @@ def _frames(container, stream, report) -> Iterator[av.AudioFrame]:
             packet = next(packets)
         except StopIteration:
             return
-        except (av.FFmpegError, ValueError) as error:
+        except (av.FFmpegError, ValueError, IndexError) as error:  # IndexError: a new stream
             report(_reason(error))
             return
         try:
-            if packet.is_corrupt and container.format.name != "wav":  # its last one is short
+            if packet.is_corrupt and container.format.name not in SHORT_LAST_PACKET:
                 report("corrupt packet")
-            yield from packet.decode()
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    report("corrupt frame")
+                yield frame
         except (av.FFmpegError, ValueError) as error:
             if not bytes(packet).startswith(TAGS):
                 report(_reason(error))
@@ -236,7 +273,7 @@ class _Converter:
         if form != self.form:
             parts.append(self.flush())
             self.form = form
-            self.resampler = av.AudioResampler("fltp", frame.layout, self.rate)
+            self.resampler = av.AudioResampler("flt", frame.layout, self.rate)
         frame.pts = None  # the resampler would fill or cut by times
         parts += [self._array(one) for one in self.resampler.resample(frame)]
         return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
@@ -249,7 +286,8 @@ class _Converter:
         return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
 
     def _array(self, frame: av.AudioFrame) -> np.ndarray:
-        block = frame.to_ndarray().T
+        # Interleaved: PyAV crashes on frames of more than 8 planes, which damage may cause.
+        block = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
         if block.shape[1] != self.channels:
             block = np.repeat(block.mean(axis=1, keepdims=True), self.channels, axis=1)
         return block

@@ -1,0 +1,88 @@
+"""Damaged files of many formats: all of the audio is read, or an InputError names the damage."""
+
+import random
+
+import numpy as np
+import pytest
+import soundfile
+from sounds import write_by_av
+
+from speechllm.audio.reader import open_sound
+from speechllm.errors import InputError
+
+RATE, SECONDS = 48000, 8.0
+CODECS = {
+    "wav": None, "flac": None, "mp3": None, "ogg": None, "aiff": None, "au": None, "w64": None,
+    "opus": "libopus", "m4a": "aac", "mkv": "aac", "webm": "libopus",
+}  # fmt: skip
+PCM = ("wav", "aiff", "au", "w64")  # changed bytes are other samples
+
+
+def speech_like() -> np.ndarray:
+    """Return noise (N, 1) in bursts of 0.3 s."""
+    rng = np.random.default_rng(0)
+    time = np.arange(round(SECONDS * RATE)) / RATE
+    return (rng.normal(scale=0.1, size=len(time)) * (time % 0.5 < 0.3))[:, None]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Bytes of a whole file by suffix."""
+    folder = tmp_path_factory.mktemp("files")
+    for suffix, codec in CODECS.items():
+        if codec:
+            write_by_av(folder / f"a.{suffix}", speech_like(), RATE, codec)
+        else:
+            soundfile.write(folder / f"a.{suffix}", speech_like(), RATE)
+    return {suffix: (folder / f"a.{suffix}").read_bytes() for suffix in CODECS}
+
+
+def cut(content: bytearray, rng: random.Random) -> bytearray:
+    return content[: round(len(content) * rng.uniform(0.4, 0.8))]
+
+
+def flip(content: bytearray, rng: random.Random) -> bytearray:
+    for at in rng.choices(range(len(content) // 3, 2 * len(content) // 3), k=30):
+        content[at] ^= rng.randint(1, 255)
+    return content
+
+
+def remove(content: bytearray, rng: random.Random) -> bytearray:
+    start = rng.randrange(len(content) // 3, len(content) // 2)
+    del content[start : start + len(content) // 6]
+    return content
+
+
+def read(path) -> tuple[float, str]:
+    """Return the seconds that are read, and the error after them."""
+    samples, rate = 0, RATE
+    try:
+        sound = open_sound(path)
+        rate = sound.sampling_rate
+        for block in sound.blocks:
+            samples += len(block)
+    except InputError as error:
+        return samples / rate, str(error)
+    return samples / rate, ""
+
+
+@pytest.mark.parametrize("suffix", CODECS)
+def test_whole_files_have_their_length(files, tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(files[suffix])
+    assert read(path) == (pytest.approx(SECONDS, abs=0.1), "")
+    if suffix in (*PCM, "flac"):
+        samples = np.concatenate(list(open_sound(path).blocks))
+        assert np.abs(samples - speech_like()).max() < 1e-4
+
+
+@pytest.mark.parametrize("damage", [cut, flip, remove], ids=["cut", "flip", "remove"])
+@pytest.mark.parametrize("suffix", CODECS)
+def test_no_audio_is_lost_silently(files, tmp_path, suffix, damage):
+    if damage is flip and suffix in PCM:
+        pytest.skip("undetectable")
+    for seed in range(3):
+        path = tmp_path / f"{seed}.{suffix}"
+        path.write_bytes(damage(bytearray(files[suffix]), random.Random(seed)))
+        seconds, error = read(path)
+        assert error.startswith(str(path)) if error else seconds > SECONDS - 0.25, (seed, seconds)
