@@ -187,3 +187,13 @@ def test_unusable_float_samples_are_named_with_their_time(tmp_path, value, messa
     soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
     _, error = written(tmp_path / "a.wav")
     assert message in error and " s" in error
+
+
+def test_a_truncated_caf_is_named(tmp_path):
+    path = tmp_path / "x.caf"
+    soundfile.write(path, noise(1.0, RATE), RATE)
+    content = path.read_bytes()
+    assert len(samples_of(path)) == RATE
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"truncated: {len(content) // 2} of {len(content)} "):
+        samples_of(path)

@@ -4,6 +4,7 @@ import mmap
 import os
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 STREAM = "stream"
 STREAM_SIZE = 0x7F000000  # and above, or 0: the size was unknown when the header was written
@@ -18,9 +19,11 @@ XING_OFFSETS = (4 + 32, 4 + 17, 4 + 9)  # stereo, mono, MPEG-2 mono
 
 
 def size_fault(path: str | Path) -> str | None:
-    """Return a sentence if an AIFF, AU, W64, RF64 or AVI file is shorter than its header says."""
+    """Return a sentence if an AIFF, AU, CAF, W64, RF64 or AVI is shorter than its header says."""
     with open(path, "rb") as file:
         head, size = file.read(28).ljust(28, b"\0"), file.seek(0, os.SEEK_END)
+        if head[:4] == b"caff" and (end := _caf_end(file)) > size:
+            return f"{path} is truncated: {size} of {end} bytes"
     is_avi = head[:4] == b"RIFF" and head[8:12] == b"AVI "
     offset, form, rest = (4, "<I", 8) if is_avi else SIZES.get(head[:4], (0, "", 0))
     if not form:
@@ -30,6 +33,22 @@ def size_fault(path: str | Path) -> str | None:
     if is_known and length + rest > size + NEGLIGIBLE:
         return f"{path} is truncated: {size} of {length + rest} bytes"
     return None
+
+
+def _caf_end(file: BinaryIO) -> int:
+    """Return the end of the last chunk of a CAF file, as far as sizes are known."""
+    end = 8
+    while len(header := _read_at(file, end, 12)) == 12:
+        length = struct.unpack(">4xq", header)[0]
+        if length < 0:  # audio of unknown size, up to the end
+            break
+        end += 12 + length
+    return end
+
+
+def _read_at(file: BinaryIO, position: int, length: int) -> bytes:
+    file.seek(position)
+    return file.read(length)
 
 
 def xing_seconds(path: str | Path, rate: int) -> float:
