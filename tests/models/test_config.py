@@ -19,6 +19,7 @@ from speechllm.models.config import (
     load_model_config,
     model_config,
     save_model_config,
+    with_exported_parts,
 )
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -150,6 +151,23 @@ def test_paths_are_also_looked_up_in_the_repository(tmp_path, monkeypatch):
 
 
 # ---- resuming
+
+
+@pytest.mark.parametrize(
+    ("encoders", "default", "expected"),
+    [
+        ("encoders/1,encoders/2", MOSE, 2),
+        ("encoders/1,encoders/2", ONE_ENCODER, 2),
+        ("encoders/1", ONE_ENCODER, 1),
+        ("encoders/1", MOSE, 4),  # its projector goes to one of them
+    ],
+)
+def test_the_encoders_of_an_export_are_the_defaults(tmp_path, encoders, default, expected):
+    write(tmp_path, {**OLD, "speech_encoder_path": encoders})
+    config = with_exported_parts(str(tmp_path), default)
+    assert config.num_encoders == expected
+    assert config.encoder_files[0][0].startswith(str(tmp_path)) == (expected != 4)
+    assert (config.llm_path, config.use_lora) == (str(tmp_path), default.use_lora)
 
 
 def test_resuming_with_another_model_is_an_error(tmp_path):

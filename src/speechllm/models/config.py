@@ -181,7 +181,7 @@ def with_exported_parts(path: str | None, default: ModelConfig) -> ModelConfig:
         return default
     exported = load_model_config(Path(path), default)
     trained = {"use_lora", "unfreeze_llm", "unfreeze_encoder", "command", "checkpoint"}
-    if exported.num_encoders != default.num_encoders:
+    if exported.num_encoders == 1 < default.num_encoders:  # the projector goes to one of several
         trained |= {"speech_encoder_type", "speech_encoder_path", "speech_encoder_bpe_path"}
     return dataclasses.replace(exported, **{name: getattr(default, name) for name in trained})
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -178,6 +179,8 @@ def _read_with_copies(
     except BaseException:
         if is_new:
             shutil.rmtree(copies, ignore_errors=True)
+            with suppress(OSError):  # not empty
+                copies.parent.rmdir()
         raise
 
 
