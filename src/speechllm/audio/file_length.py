@@ -19,7 +19,7 @@ XING_OFFSETS = (4 + 32, 4 + 17, 4 + 9)  # stereo, mono, MPEG-2 mono
 
 
 def size_fault(path: str | Path) -> str | None:
-    """Return a sentence if an AIFF, AU, CAF, W64, RF64 or AVI is shorter than its header says."""
+    """Describe an AIFF, AU, CAF, W64, RF64 or AVI file that is shorter than in its header."""
     with open(path, "rb") as file:
         head, size = file.read(28).ljust(28, b"\0"), file.seek(0, os.SEEK_END)
         if head[:4] == b"caff" and (end := _caf_end(file)) > size:

@@ -4,25 +4,18 @@ soundfile reads the formats whose length is exact; PyAV reads all others. What c
 yielded first, damage is raised at the end.
 """
 
-import logging
 import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 import soundfile
 
-from speechllm.audio.file_length import (
-    STREAM,
-    ogg_length,
-    size_fault,
-    wav_fault,
-    xing_seconds,
-)
-from speechllm.errors import InputError, first_line
+from speechllm.audio.av_reader import open_by_av, reason
+from speechllm.audio.file_length import STREAM, size_fault, wav_fault
+from speechllm.errors import InputError
 
 SUFFIXES = (  # suffixes of audio files looked for in a folder
     ".3gp", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".ape", ".au", ".avi", ".caf", ".flac", ".flv",
@@ -31,19 +24,9 @@ SUFFIXES = (  # suffixes of audio files looked for in a folder
     ".w64", ".wav", ".webm", ".wma", ".wmv", ".wv",
 )  # fmt: skip
 BLOCK_SECONDS = 10
-TIME_TOLERANCE = 0.25  # s: packet times and durations of containers are not exact
-LONGEST_GAP = 24 * 3600  # s; a larger step in time is a broken clock
-TIME_RESTARTS = 10.0  # s; in MPEG-TS and Ogg, whose parts may be joined, larger steps are no gap
-EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "wv")  # other headers estimate
 INEXACT_BY_SOUNDFILE = ("OGG", "MP3", "MPEG")  # it ends at the first link or Xing length
-SHORT_LAST_PACKET = ("wav", "caf")  # it counts as corrupt
 SMALL = 10_000  # bytes: a larger file has audio
-LOUDEST = 1000.0  # float samples above are of another scale, such as int16's
-TAGS = (b"ID3", b"TAG", b"APETAG", b"LYRICS")  # between joined MP3s
-FORMATS = (  # PyAV opens no others: a playlist would name further files to read
-    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,webm,mov,mp4,m4a,3gp,mp3,"
-    "mpeg,mpegts,ogg,rm,tta,voc,w64,wav,wv"
-)
+LOUDEST = 1000.0  # float samples above this have the scale of int16
 
 
 class Sound(NamedTuple):
@@ -87,7 +70,7 @@ def _open(path: str | Path) -> Sound:
     try:
         file = soundfile.SoundFile(os.fsencode(path))  # names need not be UTF-8
     except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless formats
-        return _open_by_av(path)
+        return _sound_by_av(path)
     fault = None
     if file.format in ("WAV", "WAVEX", "RIFX"):
         fault = wav_fault(path, file.samplerate)
@@ -96,10 +79,16 @@ def _open(path: str | Path) -> Sound:
     )
     if file.format in INEXACT_BY_SOUNDFILE or is_unknown:
         file.close()
-        return _open_by_av(path)
-    blocks = _joined(_soundfile_blocks(file, path, fault), BLOCK_SECONDS * file.samplerate)
-    blocks = _checked(path, blocks, file.samplerate)
-    return Sound(file.samplerate, file.channels, blocks)
+        return _sound_by_av(path)
+    return _sound(path, file.samplerate, file.channels, _soundfile_blocks(file, path, fault))
+
+
+def _sound_by_av(path: str | Path) -> Sound:
+    return _sound(path, *open_by_av(path))
+
+
+def _sound(path: str | Path, rate: int, channels: int, blocks: Iterator[np.ndarray]) -> Sound:
+    return Sound(rate, channels, _checked(path, _joined(blocks, BLOCK_SECONDS * rate), rate))
 
 
 def _has_second_flac(path: str | Path) -> bool:
@@ -118,7 +107,7 @@ def _soundfile_blocks(
                 read += len(block)
                 yield block
         except soundfile.LibsndfileError as error:
-            fault = f"{path} is damaged after {read / rate:.1f} s: {_reason(error)}"
+            fault = f"{path} is damaged after {read / rate:.1f} s: {reason(error)}"
         if fault is None and file.format == "FLAC" and read < file.frames:
             fault = f"{path} is truncated after {read / rate:.1f} s of {file.frames / rate:.1f} s"
     if fault and file.format == "FLAC":
@@ -130,7 +119,7 @@ def _soundfile_blocks(
 def _rest_by_av(path: str | Path, read: int) -> Iterator[np.ndarray]:
     """Yield what PyAV decodes behind damage where soundfile ends."""
     try:
-        for block in _open_by_av(path).blocks:
+        for block in _sound_by_av(path).blocks:
             yield block[read:]
             read = max(0, read - len(block))
     except InputError:  # the caller names the damage
@@ -160,144 +149,6 @@ def _checked(path: str | Path, blocks: Iterable[np.ndarray], rate: int) -> Itera
         yield block
 
 
-def _open_by_av(path: str | Path) -> Sound:
-    try:
-        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        container = av.open(f"file:{path}", options=options, metadata_errors="replace")
-    except (av.FFmpegError, ValueError) as error:
-        raise InputError(f"{path} is not a supported audio file: {_reason(error)}") from None
-    stream = container.streams.audio[0] if container.streams.audio else None
-    if stream is None or stream.codec_context is None:
-        container.close()
-        fault = "unsupported audio codec" if stream else "the file has no audio stream"
-        raise InputError(f"{path}: {fault}")
-    if not stream.rate or not stream.channels:
-        container.close()
-        raise InputError(f"{path}: sampling rate or channels are missing")
-    blocks = _joined(_av_blocks(path, container, stream), BLOCK_SECONDS * stream.rate)
-    return Sound(stream.rate, stream.channels, _checked(path, blocks, stream.rate))
-
-
-def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | None]:
-    """Duration of the audio stream, 0 if unknown, and damage; a film's video may be longer."""
-    if container.format.name == "mp3":
-        return xing_seconds(path, stream.rate), None
-    if container.format.name == "ogg":
-        granule, fault = ogg_length(path)
-        return granule / (48000 if stream.codec.name == "opus" else stream.rate), fault
-    if container.format.name not in EXACT_LENGTH:
-        return 0.0, None
-    if stream.duration:
-        return float(stream.duration * stream.time_base), None
-    only = len(container.streams) == 1
-    return (container.duration or 0) / av.time_base if only else 0.0, None
-
-
-def _av_blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
-    """Yield blocks with the rate and channels of the beginning; gaps between packets are zeros.
-
-    Raises:
-      InputError: after the last block, with the time of the first damage.
-    """
-    rate, channels = stream.rate, stream.channels
-    seconds, fault = _stream_seconds(path, container, stream)
-    restarts = container.format.name in ("mpegts", "ogg")
-    first_time = max(0, container.start_time or 0) / av.time_base
-    written, faults, gaps = 0, [], []
-    converter = _Converter(rate, channels)
-    with container:
-        for frame in _frames(container, stream, lambda text: faults.append((written, text))):
-            if frame.time is not None:
-                step = frame.time - first_time - written / rate
-                longest = TIME_RESTARTS if restarts and written else LONGEST_GAP
-                if abs(step) > longest or step < -1:
-                    first_time += step
-                elif step > TIME_TOLERANCE:
-                    gaps.append(f"{written / rate:.1f} to {written / rate + step:.1f} s")
-                    for silence in _silence(round(step * rate), channels):
-                        written += len(silence)
-                        yield silence
-            block = converter(frame)
-            written += len(block)
-            yield block
-        block = converter.flush()
-        written += len(block)
-        yield block
-        is_ogg = container.format.name == "ogg"
-    if gaps and not is_ogg:
-        logging.warning(f"{path}: silence instead of missing audio, {', '.join(gaps[:5])}")
-    if gaps and is_ogg:
-        faults.append((written, f"audio is missing from {gaps[0]}"))
-    if faults:
-        time, text = faults[0][0] / rate, faults[0][1]
-        raise InputError(f"{path} is damaged after {time:.1f} s ({len(faults)} places): {text}")
-    if written / rate < seconds - TIME_TOLERANCE:
-        raise InputError(f"{path} is truncated after {written / rate:.1f} s of {seconds:.1f} s")
-    if fault:
-        raise InputError(fault)
-
-
-def _frames(container, stream, report) -> Iterator[av.AudioFrame]:
-    """Decode packet by packet; `report` is called with the reason for each that is damaged."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            return
-        except (av.FFmpegError, ValueError, IndexError) as error:  # IndexError: a new stream
-            report(_reason(error))
-            return
-        try:
-            if packet.is_corrupt and container.format.name not in SHORT_LAST_PACKET:
-                report("corrupt packet")
-            for frame in packet.decode():
-                if frame.is_corrupt:
-                    report("corrupt frame")
-                yield frame
-        except (av.FFmpegError, ValueError) as error:
-            if not bytes(packet).startswith(TAGS):
-                report(_reason(error))
-
-
-class _Converter:
-    """Converts frames to float32 (N, channels) at one rate, whatever they have."""
-
-    def __init__(self, rate: int, channels: int):
-        self.rate, self.channels = rate, channels
-        self.form, self.resampler = None, None
-
-    def __call__(self, frame: av.AudioFrame) -> np.ndarray:
-        form = frame.format.name, frame.layout.name, frame.sample_rate
-        parts = []
-        if form != self.form:
-            parts.append(self.flush())
-            self.form = form
-            self.resampler = av.AudioResampler("flt", frame.layout, self.rate)
-        frame.pts = None  # the resampler would fill or cut by times
-        parts += [self._array(one) for one in self.resampler.resample(frame)]
-        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
-
-    def flush(self) -> np.ndarray:
-        """Return the samples that the resampler holds back."""
-        frames = self.resampler.resample(None) if self.resampler else []
-        parts = [self._array(frame) for frame in frames]
-        self.resampler = None
-        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
-
-    def _array(self, frame: av.AudioFrame) -> np.ndarray:
-        # Interleaved: PyAV crashes on frames of more than 8 planes, which damage may cause.
-        block = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
-        if block.shape[1] != self.channels:
-            block = np.repeat(block.mean(axis=1, keepdims=True), self.channels, axis=1)
-        return block
-
-
-def _silence(samples: int, channels: int) -> Iterator[np.ndarray]:
-    for start in range(0, samples, 100_000):
-        yield np.zeros((min(100_000, samples - start), channels), np.float32)
-
-
 def _joined(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Concatenate to blocks of at least `size` samples each, except the last or before an error."""
     held, samples = [], 0
@@ -314,8 +165,3 @@ def _joined(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         raise
     if samples:
         yield np.concatenate(held)
-
-
-def _reason(error: Exception) -> str:
-    """The message without the path and error number that ffmpeg adds to it."""
-    return getattr(error, "strerror", None) or first_line(error)

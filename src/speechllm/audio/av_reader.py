@@ -1,0 +1,188 @@
+"""Audio files decoded with PyAV (ffmpeg), with silence for gaps between the packets' times."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+
+from speechllm.audio.file_length import ogg_length, xing_seconds
+from speechllm.errors import InputError, first_line
+
+TIME_TOLERANCE = 0.25  # s: packet times and durations of containers are not exact
+LONGEST_GAP = 24 * 3600  # s; a larger step in time is a broken clock
+TIME_RESTARTS = 10.0  # s; a larger step in MPEG-TS and Ogg is where files were joined
+EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "wv")  # other headers estimate
+SHORT_LAST_PACKET = ("wav", "caf")  # it counts as corrupt
+TAGS = (b"ID3", b"TAG", b"APETAG", b"LYRICS")  # between joined MP3s
+FORMATS = (  # PyAV opens no others: a playlist would name further files to read
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,webm,mov,mp4,m4a,3gp,mp3,"
+    "mpeg,mpegts,ogg,rm,tta,voc,w64,wav,wv"
+)
+
+
+def open_by_av(path: str | Path) -> tuple[int, int, Iterator[np.ndarray]]:
+    """Return sampling rate, channels, and blocks of samples, float32 (N, channels) each.
+
+    Raises:
+      InputError: it is not a supported audio file; also after its last block, with the time of the
+        first damage.
+    """
+    try:
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+        container = av.open(f"file:{path}", options=options, metadata_errors="replace")
+    except (av.FFmpegError, ValueError) as error:
+        raise InputError(f"{path} is not a supported audio file: {reason(error)}") from None
+    stream = container.streams.audio[0] if container.streams.audio else None
+    if fault := _stream_fault(stream):
+        container.close()
+        raise InputError(f"{path}: {fault}")
+    return stream.rate, stream.channels, _blocks(path, container, stream)
+
+
+def _stream_fault(stream) -> str | None:
+    if stream is None:
+        return "the file has no audio stream"
+    if stream.codec_context is None:
+        return "unsupported audio codec"
+    return None if stream.rate and stream.channels else "sampling rate or channels are missing"
+
+
+def _blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
+    """Yield blocks with the rate and channels of the beginning; see `open_by_av`."""
+    seconds, header_fault = _stream_seconds(path, container, stream)
+    is_ogg, faults = container.format.name == "ogg", []
+    clock = _Clock(container, stream.rate)
+    with container:
+        for block in _timed_blocks(container, stream, clock, faults):
+            clock.samples += len(block)
+            yield block
+    if clock.gaps and is_ogg:
+        faults.append((clock.seconds, f"audio is missing from {clock.gaps[0]}"))
+    elif clock.gaps:
+        logging.warning(f"{path}: silence instead of missing audio, {', '.join(clock.gaps[:5])}")
+    if faults:
+        time, text = faults[0]
+        raise InputError(f"{path} is damaged after {time:.1f} s ({len(faults)} places): {text}")
+    if clock.seconds < seconds - TIME_TOLERANCE:
+        raise InputError(f"{path} is truncated after {clock.seconds:.1f} s of {seconds:.1f} s")
+    if header_fault:
+        raise InputError(header_fault)
+
+
+class _Clock:
+    """Samples so far, and the gaps between them and the times of frames."""
+
+    def __init__(self, container, rate: int):
+        self.rate, self.samples, self.gaps = rate, 0, []
+        self.start = max(0, container.start_time or 0) / av.time_base
+        self.may_restart = container.format.name in ("mpegts", "ogg")
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.rate
+
+    def missing(self, time: float | None) -> int:
+        """Return the samples of silence that are needed before a frame at `time` seconds."""
+        if time is None:
+            return 0
+        step = time - self.start - self.seconds
+        longest = TIME_RESTARTS if self.may_restart and self.samples else LONGEST_GAP
+        if abs(step) > longest or step < -1:
+            self.start += step
+            return 0
+        if step <= TIME_TOLERANCE:
+            return 0
+        self.gaps.append(f"{self.seconds:.1f} to {self.seconds + step:.1f} s")
+        return round(step * self.rate)
+
+
+def _timed_blocks(container, stream, clock: _Clock, faults: list) -> Iterator[np.ndarray]:
+    """Yield the blocks of all frames; the time in seconds and reason of damage go to `faults`."""
+    converter = _Converter(stream.rate, stream.channels)
+    for frame in _frames(container, stream, lambda text: faults.append((clock.seconds, text))):
+        yield from _silence(clock.missing(frame.time), stream.channels)
+        yield converter(frame)
+    yield converter.flush()
+
+
+def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | None]:
+    """Duration of the audio stream, 0 if unknown, and damage; a film's video may be longer."""
+    if container.format.name == "mp3":
+        return xing_seconds(path, stream.rate), None
+    if container.format.name == "ogg":
+        granule, fault = ogg_length(path)
+        return granule / (48000 if stream.codec.name == "opus" else stream.rate), fault
+    if container.format.name not in EXACT_LENGTH:
+        return 0.0, None
+    if stream.duration:
+        return float(stream.duration * stream.time_base), None
+    only = len(container.streams) == 1
+    return (container.duration or 0) / av.time_base if only else 0.0, None
+
+
+def _frames(container, stream, report) -> Iterator[av.AudioFrame]:
+    """Decode packet by packet; `report` is called with the reason for each that is damaged."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except (av.FFmpegError, ValueError, IndexError) as error:  # IndexError: a new stream
+            report(reason(error))
+            return
+        try:
+            if packet.is_corrupt and container.format.name not in SHORT_LAST_PACKET:
+                report("corrupt packet")
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    report("corrupt frame")
+                yield frame
+        except (av.FFmpegError, ValueError) as error:
+            if not bytes(packet).startswith(TAGS):
+                report(reason(error))
+
+
+class _Converter:
+    """Converts frames to float32 (N, channels) at one rate, whatever they have."""
+
+    def __init__(self, rate: int, channels: int):
+        self.rate, self.channels = rate, channels
+        self.form, self.resampler = None, None
+
+    def __call__(self, frame: av.AudioFrame) -> np.ndarray:
+        form = frame.format.name, frame.layout.name, frame.sample_rate
+        parts = []
+        if form != self.form:
+            parts.append(self.flush())
+            self.form = form
+            self.resampler = av.AudioResampler("flt", frame.layout, self.rate)
+        frame.pts = None  # the resampler would fill or cut by times
+        parts += [self._array(one) for one in self.resampler.resample(frame)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
+
+    def flush(self) -> np.ndarray:
+        """Return the samples that the resampler holds back."""
+        frames = self.resampler.resample(None) if self.resampler else []
+        parts = [self._array(frame) for frame in frames]
+        self.resampler = None
+        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
+
+    def _array(self, frame: av.AudioFrame) -> np.ndarray:
+        # Interleaved: PyAV crashes on frames of more than 8 planes, which damage may cause.
+        block = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
+        if block.shape[1] != self.channels:
+            block = np.repeat(block.mean(axis=1, keepdims=True), self.channels, axis=1)
+        return block
+
+
+def _silence(samples: int, channels: int) -> Iterator[np.ndarray]:
+    for start in range(0, samples, 100_000):
+        yield np.zeros((min(100_000, samples - start), channels), np.float32)
+
+
+def reason(error: Exception) -> str:
+    """Return the message without the path and error number that ffmpeg adds to it."""
+    return getattr(error, "strerror", None) or first_line(error)
