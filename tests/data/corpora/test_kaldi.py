@@ -43,6 +43,13 @@ def test_segments_become_parts_of_a_recording(kaldi, prepare, tmp_path):
     assert np.corrcoef(part[2000:-2000:2], whole[5000:11000])[0, 1] > 0.9
 
 
+def test_segments_that_end_after_their_audio_are_shortened_and_named(kaldi, prepare, caplog):
+    segments = "u1 r1 0.5 5.0\nu2 r1 1.5 5.4\nu3 r1 2 5.3\n"
+    cuts, _ = prepare("--kaldi", kaldi(segments=segments, text=TEXT))
+    assert [cut.end for cut in cuts.values()] == [5.0, 5.0, 5.0]
+    assert "2 segments end up to 0.5 s after their audio and are shortened: u2, u3" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("segments", "text", "reason", "message"),
     [

@@ -73,12 +73,11 @@ def _read_recordings(file: Path, split: str) -> Iterator[Utterance]:
     recordings, unread = {}, {}
     for number, one in _items(file, Recording):
         if isinstance(one, str):
-            unread[number] = one
-        else:
-            recordings.setdefault(one.id, one)
-    for number, message in unread.items():
-        place = f"{file.name} line {number}"
-        yield Utterance("", "", Path(), place=place, problem=("malformed", message))
+            unread[number] = "malformed", one
+        elif recordings.setdefault(one.id, one) != one:
+            unread[number] = "duplicate-id", f"another recording has the id {one.id}"
+    for number, problem in unread.items():
+        yield Utterance("", "", Path(), place=f"{file.name} line {number}", problem=problem)
     for number, one in _items(supervisions, SupervisionSegment):
         place = f"{supervisions.name} line {number}"
         if isinstance(one, str):

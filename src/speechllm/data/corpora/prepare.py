@@ -30,7 +30,14 @@ from speechllm.data.corpora.layouts import layout_files, read_layout, recognize
 from speechllm.data.corpora.lhotse_manifests import manifest_files, read_manifests
 from speechllm.data.corpora.splits import assign_splits
 from speechllm.data.corpora.table import read_table, table_files
-from speechllm.data.corpora.to_cuts import has_words, to_cut, utterance_error, without_tags
+from speechllm.data.corpora.to_cuts import (
+    OVERSHOOT,
+    has_words,
+    is_late,
+    to_cut,
+    utterance_error,
+    without_tags,
+)
 from speechllm.data.corpora.utterance import Utterance
 from speechllm.data.features import compute_fbank, cuts_path, with_perturbed_speed
 from speechllm.data.validation import CutError, count_reasons, format_counts, shown_id
@@ -207,6 +214,7 @@ def read_corpus(config: PrepareConfig, copies: Path) -> Corpus:
         splits[split] = with_perturbed_speed(splits[split])
     if config.speed_perturb and not train and not config.split:
         logger.warning("no split is named %s: no speed perturbation", config.train_split)
+    _report_late([one for one, _ in valid if is_late(one, files[one.path])])
     return Corpus(splits, sorted({files[one.path] for one, _ in valid}), errors)
 
 
@@ -242,6 +250,15 @@ def _to_cuts(
         else:
             valid.append((one, cut))
     return valid, errors
+
+
+def _report_late(utterances: list[Utterance]) -> None:
+    if utterances:
+        names = shorten(map(shown_id, utterances), ", ")
+        logger.warning(
+            "%d segments end up to %g s after their audio and are shortened: %s",
+            len(utterances), OVERSHOOT, names,
+        )  # fmt: skip
 
 
 def _report_invalid(errors: list[CutError], skip: bool) -> None:
