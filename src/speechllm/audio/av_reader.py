@@ -7,15 +7,17 @@ from pathlib import Path
 import av
 import numpy as np
 
-from speechllm.audio.file_length import ogg_length, xing_seconds
+from speechllm.audio.file_length import TAGS, id3_size, ogg_length, xing_seconds
 from speechllm.errors import InputError, first_line
 
 TIME_TOLERANCE = 0.25  # s: packet times and durations of containers are not exact
 LONGEST_GAP = 24 * 3600  # s; a larger step in time is a broken clock
-TIME_RESTARTS = 10.0  # s; a larger step in MPEG-TS and Ogg is where files were joined
+RESTART = 10.0  # s; a larger step in MPEG-TS and Ogg is where files were joined
 EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "wv")  # other headers estimate
+UNTIMED = ("aac", "ac3", "eac3", "mp3")  # times are counted or guessed
 SHORT_LAST_PACKET = ("wav", "caf")  # it counts as corrupt
-TAGS = (b"ID3", b"TAG", b"APETAG", b"LYRICS")  # between joined MP3s
+LOSSLESS = ("flac", "wavpack", "tta")  # they have checksums, and errors sound like loud noise
+MPEG_AUDIO = ("mp1float", "mp2", "mp3float")
 FORMATS = (  # PyAV opens no others: a playlist would name further files to read
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,webm,mov,mp4,m4a,3gp,mp3,"
     "mpeg,mpegts,ogg,rm,tta,voc,w64,wav,wv"
@@ -38,6 +40,8 @@ def open_by_av(path: str | Path) -> tuple[int, int, Iterator[np.ndarray]]:
     if fault := _stream_fault(stream):
         container.close()
         raise InputError(f"{path}: {fault}")
+    checks = "crccheck+explode" if stream.codec.name in LOSSLESS else "crccheck"
+    stream.codec_context.options = {"err_detect": checks}
     return stream.rate, stream.channels, _blocks(path, container, stream)
 
 
@@ -52,19 +56,21 @@ def _stream_fault(stream) -> str | None:
 def _blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
     """Yield blocks with the rate and channels of the beginning; see `open_by_av`."""
     seconds, header_fault = _stream_seconds(path, container, stream)
-    is_ogg, faults = container.format.name == "ogg", []
-    clock = _Clock(container, stream.rate)
+    clock = _Clock(container, stream.rate, seconds)
     with container:
-        for block in _timed_blocks(container, stream, clock, faults):
+        for block in _timed_blocks(container, stream, clock):
             clock.samples += len(block)
             yield block
+        is_ogg = container.format.name == "ogg"
     if clock.gaps and is_ogg:
-        faults.append((clock.seconds, f"audio is missing from {clock.gaps[0]}"))
+        clock.report(f"audio is missing from {clock.gaps[0]}")
     elif clock.gaps:
         logging.warning(f"{path}: silence instead of missing audio, {', '.join(clock.gaps[:5])}")
-    if faults:
-        time, text = faults[0]
-        raise InputError(f"{path} is damaged after {time:.1f} s ({len(faults)} places): {text}")
+    if clock.faults:
+        time, text = clock.faults[0]
+        raise InputError(
+            f"{path} is damaged after {time:.1f} s ({len(clock.faults)} places): {text}"
+        )
     if clock.seconds < seconds - TIME_TOLERANCE:
         raise InputError(f"{path} is truncated after {clock.seconds:.1f} s of {seconds:.1f} s")
     if header_fault:
@@ -72,24 +78,33 @@ def _blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
 
 
 class _Clock:
-    """Samples so far, and the gaps between them and the times of frames."""
+    """Samples so far, gaps between them and the times of frames, and damage with its time."""
 
-    def __init__(self, container, rate: int):
-        self.rate, self.samples, self.gaps = rate, 0, []
+    def __init__(self, container, rate: int, expected: float):
+        self.rate, self.samples, self.gaps, self.faults = rate, 0, [], []
+        self.expected = expected  # s, 0 if unknown
         self.start = max(0, container.start_time or 0) / av.time_base
+        duration = (container.duration or 0) / av.time_base
+        self.end = self.start + duration if duration > 0 else LONGEST_GAP
         self.may_restart = container.format.name in ("mpegts", "ogg")
+        self.has_times = container.format.name not in UNTIMED
 
     @property
     def seconds(self) -> float:
         return self.samples / self.rate
 
+    def report(self, fault: str) -> None:
+        self.faults.append((self.seconds, fault))
+
     def missing(self, time: float | None) -> int:
         """Return the samples of silence that are needed before a frame at `time` seconds."""
-        if time is None:
+        if time is None or not self.has_times:
             return 0
         step = time - self.start - self.seconds
-        longest = TIME_RESTARTS if self.may_restart and self.samples else LONGEST_GAP
-        if abs(step) > longest or step < -1:
+        is_jump = step > RESTART and (time > self.end + RESTART or self.samples and self.may_restart)
+        if is_jump and not self.may_restart:
+            self.report(f"the time of a packet is {time:.0f} s")
+        if is_jump or abs(step) > LONGEST_GAP or step < -1:
             self.start += step
             return 0
         if step <= TIME_TOLERANCE:
@@ -98,11 +113,11 @@ class _Clock:
         return round(step * self.rate)
 
 
-def _timed_blocks(container, stream, clock: _Clock, faults: list) -> Iterator[np.ndarray]:
-    """Yield the blocks of all frames; the time in seconds and reason of damage go to `faults`."""
+def _timed_blocks(container, stream, clock: _Clock) -> Iterator[np.ndarray]:
+    """Yield the blocks of all frames."""
     converter = _Converter(stream.rate, stream.channels)
-    for frame in _frames(container, stream, lambda text: faults.append((clock.seconds, text))):
-        yield from _silence(clock.missing(frame.time), stream.channels)
+    for frame in _frames(container, stream, clock):
+        yield from _silence(clock.missing(frame.time), converter.channels)
         yield converter(frame)
     yield converter.flush()
 
@@ -122,27 +137,57 @@ def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | N
     return (container.duration or 0) / av.time_base if only else 0.0, None
 
 
-def _frames(container, stream, report) -> Iterator[av.AudioFrame]:
-    """Decode packet by packet; `report` is called with the reason for each that is damaged."""
+def _frames(container, stream, clock: _Clock) -> Iterator[av.AudioFrame]:
+    """Decode packet by packet; each that is damaged is reported to the clock."""
+    for packet in _packets(container, stream, clock):
+        try:
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    clock.report("corrupt frame")
+                yield frame
+        except (av.FFmpegError, ValueError):
+            if not bytes(packet).startswith(TAGS):
+                clock.report("data that cannot be decoded")
+
+
+def _packets(container, stream, clock: _Clock) -> Iterator[av.Packet]:
+    """Yield the packets outside of ID3 tags; damage is reported to the clock."""
     packets = container.demux(stream)
+    is_mpeg, last, tag_end = stream.codec.name in MPEG_AUDIO, b"", 0
     while True:
         try:
             packet = next(packets)
         except StopIteration:
-            return
+            break
         except (av.FFmpegError, ValueError, IndexError) as error:  # IndexError: a new stream
-            report(reason(error))
+            clock.report(reason(error))
             return
-        try:
-            if packet.is_corrupt and container.format.name not in SHORT_LAST_PACKET:
-                report("corrupt packet")
-            for frame in packet.decode():
-                if frame.is_corrupt:
-                    report("corrupt frame")
-                yield frame
-        except (av.FFmpegError, ValueError) as error:
-            if not bytes(packet).startswith(TAGS):
-                report(reason(error))
+        data = bytes(packet)
+        if is_mpeg and data.startswith(TAGS) and packet.pos is not None:
+            tag_end, last = packet.pos + _tag_size(data), b""
+        if data and (packet.pos or 0) < tag_end:
+            continue
+        if packet.is_corrupt and container.format.name not in SHORT_LAST_PACKET:
+            clock.report("corrupt packet")
+        if is_mpeg and last and data[:1] == b"\0":  # the decoders skip zeros
+            clock.report("zeros between frames")
+        if not data.startswith(TAGS):
+            last = data or last
+        yield packet
+    if is_mpeg and not clock.expected and _is_incomplete(last, stream.codec.name):
+        clock.report("the last frame is incomplete")
+
+
+def _tag_size(data: bytes) -> int:
+    """Return the bytes up to the end of the ID3v2 tag that follows or is the tag in a packet."""
+    at = data.find(b"ID3")
+    return at + id3_size(data[at:]) if at >= 0 else 0
+
+
+def _is_incomplete(data: bytes, codec: str) -> bool:
+    """Return true if a frame is longer than its data: the parser does not find the next one."""
+    frames = av.CodecContext.create(codec, "r").parse(data + data)
+    return bool(data) and (not frames or frames[0].size != len(data))
 
 
 class _Converter:

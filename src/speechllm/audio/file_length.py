@@ -1,8 +1,10 @@
 """Lengths that headers of audio files give, compared with the files."""
 
+import logging
 import mmap
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,35 +17,49 @@ SIZES = {  # first bytes -> offset and format of a size, and bytes that it does 
     b"riff": (16, "<Q", 0),  # W64
     b"RF64": (20, "<Q", 8),
 }
+TAGS = (b"ID3", b"TAG", b"APETAG", b"LYRICS")  # between joined MP3s
+ASF = b"0&\xb2u"
+FIRST_PAGE, LAST_PAGE = 2, 4  # flags of Ogg
+TS_PACKETS = ((188, 0), (192, 4))  # bytes, and where the sync byte is
 XING_OFFSETS = (4 + 32, 4 + 17, 4 + 9)  # stereo, mono, MPEG-2 mono
 
 
 def size_fault(path: str | Path) -> str | None:
-    """Describe an AIFF, AU, CAF, W64, RF64 or AVI file that is shorter than in its header."""
+    """Describe a file that is shorter than the sizes in it, where its format has sizes."""
     with open(path, "rb") as file:
-        head, size = file.read(28).ljust(28, b"\0"), file.seek(0, os.SEEK_END)
-        if head[:4] == b"caff" and (end := _caf_end(file)) > size:
-            return f"{path} is truncated: {size} of {end} bytes"
+        head, size = file.read(200).ljust(200, b"\0"), file.seek(0, os.SEEK_END)
+        end = _end(file, head, size)
+    return f"{path} is truncated: {size} of {end} bytes" if end > size else None
+
+
+def _end(file: BinaryIO, head: bytes, size: int) -> int:
+    """Return where the file should end, 0 if unknown."""
+    if head[:4] == b"caff":
+        return _last_end(file, 8, 12, lambda chunk: struct.unpack(">4xq", chunk)[0])
+    if head[:4] == b"Crea":
+        [start] = struct.unpack_from("<H", head, 20)
+        return _last_end(file, start, 4, _voc_length)
+    if head[:4] == ASF:
+        return _last_end(file, 0, 24, lambda chunk: struct.unpack("<16xq", chunk)[0] - 24)
+    for packet, sync in TS_PACKETS:
+        if head[sync] == head[sync + packet] == 0x47:
+            return -(-size // packet) * packet
     is_avi = head[:4] == b"RIFF" and head[8:12] == b"AVI "
     offset, form, rest = (4, "<I", 8) if is_avi else SIZES.get(head[:4], (0, "", 0))
-    if not form:
-        return None
-    [length] = struct.unpack_from(form, head, offset)
+    length = struct.unpack_from(form, head, offset)[0] if form else 2**64
     is_known = length < (2**62 if form == "<Q" else STREAM_SIZE)
-    if is_known and length + rest > size + NEGLIGIBLE:
-        return f"{path} is truncated: {size} of {length + rest} bytes"
-    return None
+    return length + rest if is_known and length + rest > size + NEGLIGIBLE else 0
 
 
-def _caf_end(file: BinaryIO) -> int:
-    """Return the end of the last chunk of a CAF file, as far as sizes are known."""
-    end = 8
-    while len(header := _read_at(file, end, 12)) == 12:
-        length = struct.unpack(">4xq", header)[0]
-        if length < 0:  # audio of unknown size, up to the end
-            break
-        end += 12 + length
+def _last_end(file: BinaryIO, end: int, header: int, length: Callable[[bytes], int]) -> int:
+    """Return the end of the last chunk, as far as lengths (without headers) are not negative."""
+    while len(chunk := _read_at(file, end, header)) == header and (size := length(chunk)) >= 0:
+        end += header + size
     return end
+
+
+def _voc_length(chunk: bytes) -> int:
+    return int.from_bytes(chunk[1:], "little") if chunk[0] else -1
 
 
 def _read_at(file: BinaryIO, position: int, length: int) -> bytes:
@@ -51,13 +67,18 @@ def _read_at(file: BinaryIO, position: int, length: int) -> bytes:
     return file.read(length)
 
 
+def id3_size(head: bytes) -> int:
+    """Return the bytes of an ID3v2 tag with this header."""
+    seven_bits = head[6:10].ljust(4, b"\0")
+    return 10 + sum(byte << shift for byte, shift in zip(seven_bits, (21, 14, 7, 0)))
+
+
 def xing_seconds(path: str | Path, rate: int) -> float:
     """Return the shortest duration that an MP3's Xing or Info header allows, 0 without one."""
     with open(path, "rb") as file:
         head = file.read(10)
         if head[:3] == b"ID3":
-            seven_bits = head[6:].ljust(4, b"\0")
-            file.seek(sum(byte << shift for byte, shift in zip(seven_bits, (21, 14, 7, 0))), 1)
+            file.seek(id3_size(head))
             head = b""
         head += file.read(64)
     for offset in XING_OFFSETS:
@@ -71,25 +92,30 @@ def xing_seconds(path: str | Path, rate: int) -> float:
 
 def ogg_length(path: str | Path) -> tuple[int, str | None]:
     """Return the last granule position of an Ogg file, 0 if it has several streams or begins in
-    the middle of one; and a sentence if bytes between pages or at the end are missing.
+    the middle of one; and a sentence if bytes, pages or the end are missing.
     """
-    granule, starts, numbers, fault = 0, 0, [], None
+    granule, starts, numbers, is_whole, flags, fault = 0, 0, {}, True, 0, None
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        at = content.find(b"OggS")
+        at = end = content.find(b"OggS")
         while 0 <= at < len(content) - 27:
-            flags, position, _, number = struct.unpack_from("<BqII", content, at + 5)
-            segments = content[at + 27 : at + 27 + content[at + 26]]
-            end = at + 27 + len(segments) + sum(segments)
-            starts += flags >> 1 & 1
-            numbers.append(number)
-            granule = max(granule, position)
-            if end > len(content):
-                fault = fault or f"{path} is truncated: it ends within an Ogg page"
-            at = content.find(b"OggS", end)
             if at > end:
                 fault = fault or f"{path} is damaged: bytes {end} to {at} are not an Ogg page"
-    is_one = starts == 1 and numbers == list(range(len(numbers)))
-    return granule if is_one else 0, fault
+            flags, position, serial, number = struct.unpack_from("<BqII", content, at + 5)
+            if not flags & FIRST_PAGE and number != numbers.get(serial, 0):
+                is_whole = False
+                if granule:
+                    fault = fault or f"{path} is damaged: pages are missing before byte {at}"
+            segments = content[at + 27 : at + 27 + content[at + 26]]
+            end = at + 27 + len(segments) + sum(segments)
+            starts += flags & FIRST_PAGE
+            numbers[serial] = number + 1
+            granule = max(granule, position)
+            at = content.find(b"OggS", end)
+        if end > len(content) or content[end : end + 4] == b"OggS":
+            fault = fault or f"{path} is truncated: it ends within an Ogg page"
+    if not fault and not (is_whole and flags & LAST_PAGE):  # as in recordings of a live stream
+        logging.warning(f"{path}: the Ogg stream has no {'end' if is_whole else 'beginning'}")
+    return granule if starts == FIRST_PAGE and is_whole else 0, fault
 
 
 def wav_fault(path: str | Path, rate: int) -> str | None:
