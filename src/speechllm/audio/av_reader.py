@@ -11,7 +11,7 @@ from speechllm.audio.file_length import TAGS, id3_size, ogg_length, xing_seconds
 from speechllm.errors import InputError, first_line
 
 TIME_TOLERANCE = 0.25  # s: packet times and durations of containers are not exact
-LONGEST_GAP = 24 * 3600  # s; a larger step in time is a broken clock
+LONGEST = 24 * 3600  # s; if the duration is unknown, later times are wrong
 RESTART = 10.0  # s; a larger step in MPEG-TS and Ogg is where files were joined
 EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "wv")  # other headers estimate
 UNTIMED = ("aac", "ac3", "eac3", "mp3")  # times are counted or guessed
@@ -61,7 +61,7 @@ def _blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
         for block in _timed_blocks(container, stream, clock):
             clock.samples += len(block)
             yield block
-        is_ogg = container.format.name == "ogg"
+        is_ogg, is_estimate = container.format.name == "ogg", container.format.name == "avi"
     if clock.gaps and is_ogg:
         clock.report(f"audio is missing from {clock.gaps[0]}")
     elif clock.gaps:
@@ -71,7 +71,9 @@ def _blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
         raise InputError(
             f"{path} is damaged after {time:.1f} s ({len(clock.faults)} places): {text}"
         )
-    if clock.seconds < seconds - TIME_TOLERANCE:
+    if clock.seconds < seconds - TIME_TOLERANCE and is_estimate:
+        logging.warning(f"{path} ends after {clock.seconds:.1f} s of {seconds:.1f} s in its header")
+    elif clock.seconds < seconds - TIME_TOLERANCE:
         raise InputError(f"{path} is truncated after {clock.seconds:.1f} s of {seconds:.1f} s")
     if header_fault:
         raise InputError(header_fault)
@@ -85,7 +87,7 @@ class _Clock:
         self.expected = expected  # s, 0 if unknown
         self.start = max(0, container.start_time or 0) / av.time_base
         duration = (container.duration or 0) / av.time_base
-        self.end = self.start + duration if duration > 0 else LONGEST_GAP
+        self.end = self.start + duration if duration > 0 else LONGEST
         self.may_restart = container.format.name in ("mpegts", "ogg")
         self.has_times = container.format.name not in UNTIMED
 
@@ -101,10 +103,11 @@ class _Clock:
         if time is None or not self.has_times:
             return 0
         step = time - self.start - self.seconds
-        is_jump = step > RESTART and (time > self.end + RESTART or self.samples and self.may_restart)
-        if is_jump and not self.may_restart:
+        is_joined = step > RESTART and self.samples and self.may_restart
+        is_wrong = step > RESTART and time > self.end + RESTART and not is_joined
+        if is_wrong:
             self.report(f"the time of a packet is {time:.0f} s")
-        if is_jump or abs(step) > LONGEST_GAP or step < -1:
+        if is_joined or is_wrong or step < -1:
             self.start += step
             return 0
         if step <= TIME_TOLERANCE:
@@ -129,7 +132,7 @@ def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | N
     if container.format.name == "ogg":
         granule, fault = ogg_length(path)
         return granule / (48000 if stream.codec.name == "opus" else stream.rate), fault
-    if container.format.name not in EXACT_LENGTH:
+    if container.format.name not in (*EXACT_LENGTH, "avi"):
         return 0.0, None
     if stream.duration:
         return float(stream.duration * stream.time_base), None
@@ -153,7 +156,7 @@ def _frames(container, stream, clock: _Clock) -> Iterator[av.AudioFrame]:
 def _packets(container, stream, clock: _Clock) -> Iterator[av.Packet]:
     """Yield the packets outside of ID3 tags; damage is reported to the clock."""
     packets = container.demux(stream)
-    is_mpeg, last, tag_end = stream.codec.name in MPEG_AUDIO, b"", 0
+    is_mpeg, last, tag_end, end = stream.codec.name in MPEG_AUDIO, b"", 0, None
     while True:
         try:
             packet = next(packets)
@@ -173,7 +176,11 @@ def _packets(container, stream, clock: _Clock) -> Iterator[av.Packet]:
             clock.report("zeros between frames")
         if not data.startswith(TAGS):
             last = data or last
+        end = (packet.pos if end is None else end) + packet.size if data else end
         yield packet
+    if container.format.name == "aac" and end is not None and end < container.size:
+        path, rest = container.name.removeprefix("file:"), container.size - end
+        logging.warning(f"{path}: {rest} bytes between or after its frames are not audio")
     if is_mpeg and not clock.expected and _is_incomplete(last, stream.codec.name):
         clock.report("the last frame is incomplete")
 
