@@ -13,9 +13,10 @@ from speechllm.errors import InputError
 RATE, SECONDS = 48000, 8.0
 CODECS = {
     "wav": None, "flac": None, "mp3": None, "ogg": None, "aiff": None, "au": None, "w64": None,
-    "opus": "libopus", "m4a": "aac", "mkv": "aac", "webm": "libopus",
+    "opus": "libopus", "m4a": "aac", "mkv": "aac", "webm": "libopus", "mp2": "mp2", "ac3": "ac3",
+    "ts": "aac", "mpg": "mp2", "wma": "mp3", "wv": "wavpack", "tta": "tta", "voc": "pcm_s16le",
 }  # fmt: skip
-PCM = ("wav", "aiff", "au", "w64")  # changed bytes are other samples
+PCM = ("wav", "aiff", "au", "w64", "voc")  # changed bytes are other samples
 
 
 def speech_like() -> np.ndarray:
