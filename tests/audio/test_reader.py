@@ -197,3 +197,55 @@ def test_a_truncated_caf_is_named(tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=f"truncated: {len(content) // 2} of {len(content)} "):
         samples_of(path)
+
+
+def test_id3_tags_between_joined_mp3s_are_skipped(tmp_path):
+    soundfile.write(tmp_path / "a.mp3", noise(2.0), 16000)
+    image = np.random.default_rng(0).bytes(20_000)  # has what look like headers of frames
+    tag = b"ID3\4\0\0" + bytes(len(image) >> shift & 127 for shift in (21, 14, 7, 0)) + image
+    path = tmp_path / "b.mp3"
+    path.write_bytes(2 * (tag + (tmp_path / "a.mp3").read_bytes()))
+    samples, error = written(path)
+    assert samples == pytest.approx(4 * 16000, abs=3000) and error == ""
+
+
+def test_a_wrong_packet_time_is_named_instead_of_hours_of_silence(tmp_path):
+    path = tmp_path / "a.flv"
+    write_by_av(path, noise(3.0, RATE), RATE, "aac")
+    content, at, tags = bytearray(path.read_bytes()), 13, []
+    while at < len(content):
+        tags.append(at)
+        at += 15 + int.from_bytes(content[at + 1 : at + 4], "big")
+    content[tags[len(tags) // 2] + 7] = 1  # 2**24 ms
+    path.write_bytes(content)
+    samples, error = written(path)
+    assert samples == pytest.approx(3 * RATE, abs=0.3 * RATE)
+    assert "a.flv is damaged after 1." in error and "the time of a packet is 1677" in error
+
+
+@pytest.mark.parametrize(
+    ("kept", "message", "warning"),
+    [
+        ([0, 1, 2, 3, 4], "", ""),
+        ([0, 1, 2, 4], "pages are missing before byte", ""),
+        ([0, 1, 3, 4], "", "the Ogg stream has no beginning"),
+        ([0, 1, 2, 3], "", "the Ogg stream has no end"),
+    ],
+)
+def test_missing_ogg_pages_are_named(tmp_path, caplog, kept, message, warning):
+    path = tmp_path / "a.opus"
+    write_by_av(path, noise(2.5, RATE), RATE, "libopus")
+    pages = [b"OggS" + page for page in path.read_bytes().split(b"OggS")[1:]]
+    assert len(pages) == 5  # 2 headers and a page per second
+    path.write_bytes(b"".join(pages[n] for n in kept))
+    _, error = written(path)
+    assert message in error and bool(message) == bool(error)
+    assert warning in caplog.text and bool(warning) == bool(caplog.text)
+
+
+def test_an_ogg_file_that_ends_within_a_page_header_is_named(tmp_path):
+    soundfile.write(tmp_path / "a.ogg", noise(3.0), 16000)
+    content = (tmp_path / "a.ogg").read_bytes()
+    path = tmp_path / "b.ogg"
+    path.write_bytes(content[: content.rindex(b"OggS") + 10])
+    assert "ends within an Ogg page" in written(path)[1]
