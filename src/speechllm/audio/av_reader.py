@@ -11,7 +11,7 @@ from speechllm.audio.file_length import TAGS, id3_size, ogg_length, xing_seconds
 from speechllm.errors import InputError, first_line
 
 TIME_TOLERANCE = 0.25  # s: packet times and durations of containers are not exact
-LONGEST = 24 * 3600  # s; if the duration is unknown, later times are wrong
+LONGEST = 24 * 3600  # s; longer gaps, and times after the end, are a broken clock
 RESTART = 10.0  # s; a larger step in MPEG-TS and Ogg is where files were joined
 EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "wv")  # other headers estimate
 UNTIMED = ("aac", "ac3", "eac3", "mp3")  # times are counted or guessed
@@ -104,7 +104,8 @@ class _Clock:
             return 0
         step = time - self.start - self.seconds
         is_joined = step > RESTART and self.samples and self.may_restart
-        is_wrong = step > RESTART and time > self.end + RESTART and not is_joined
+        is_late = step > LONGEST or (step > RESTART and time > self.end + RESTART)
+        is_wrong = is_late and not is_joined
         if is_wrong:
             self.report(f"the time of a packet is {time:.0f} s")
         if is_joined or is_wrong or step < -1:
@@ -156,7 +157,7 @@ def _frames(container, stream, clock: _Clock) -> Iterator[av.AudioFrame]:
 def _packets(container, stream, clock: _Clock) -> Iterator[av.Packet]:
     """Yield the packets outside of ID3 tags; damage is reported to the clock."""
     packets = container.demux(stream)
-    is_mpeg, last, tag_end, end = stream.codec.name in MPEG_AUDIO, b"", 0, None
+    is_mpeg, last, tag_end, end = stream.codec.name in MPEG_AUDIO, b"", 0, 0
     while True:
         try:
             packet = next(packets)
@@ -176,9 +177,9 @@ def _packets(container, stream, clock: _Clock) -> Iterator[av.Packet]:
             clock.report("zeros between frames")
         if not data.startswith(TAGS):
             last = data or last
-        end = (packet.pos if end is None else end) + packet.size if data else end
+        end = (end or packet.pos or 0) + packet.size if data else end
         yield packet
-    if container.format.name == "aac" and end is not None and end < container.size:
+    if container.format.name == "aac" and 0 < end < container.size:
         path, rest = container.name.removeprefix("file:"), container.size - end
         logging.warning(f"{path}: {rest} bytes between or after its frames are not audio")
     if is_mpeg and not clock.expected and _is_incomplete(last, stream.codec.name):
