@@ -249,3 +249,12 @@ def test_an_ogg_file_that_ends_within_a_page_header_is_named(tmp_path):
     path = tmp_path / "b.ogg"
     path.write_bytes(content[: content.rindex(b"OggS") + 10])
     assert "ends within an Ogg page" in written(path)[1]
+
+
+def test_an_incomplete_last_frame_is_a_warning(tmp_path, caplog):
+    """Streams are recorded so; nothing shows how much is missing."""
+    path = tmp_path / "a.mp2"
+    write_by_av(path, noise(2.0, RATE), RATE, "mp2")
+    assert written(path)[1] == caplog.text == ""
+    path.write_bytes(path.read_bytes()[:-200])
+    assert written(path)[1] == "" and "a.mp2: its last frame is incomplete" in caplog.text

@@ -179,11 +179,12 @@ def _packets(container, stream, clock: _Clock) -> Iterator[av.Packet]:
             last = data or last
         end = (end or packet.pos or 0) + packet.size if data else end
         yield packet
+    path = container.name.removeprefix("file:")
     if container.format.name == "aac" and 0 < end < container.size:
-        path, rest = container.name.removeprefix("file:"), container.size - end
+        rest = container.size - end
         logging.warning(f"{path}: {rest} bytes between or after its frames are not audio")
     if is_mpeg and not clock.expected and _is_incomplete(last, stream.codec.name):
-        clock.report("the last frame is incomplete")
+        logging.warning(f"{path}: its last frame is incomplete, audio may be missing at its end")
 
 
 def _tag_size(data: bytes) -> int:
