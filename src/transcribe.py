@@ -26,7 +26,7 @@ from pathlib import Path
 from speechllm.cli import Parser, add_options, comma_list, from_args
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.errors import InputError, exit_on_user_error, redact_secrets
-from speechllm.io import atomic_write
+from speechllm.io import atomic_write, files_below
 from speechllm.longform.config import FORMAT_SUFFIXES, LongformConfig
 from speechllm.models.config import ModelConfig, model_config
 
@@ -66,19 +66,12 @@ def find_recordings(names: list[str]) -> list[str]:
             raise FileNotFoundError(f"{name} does not exist")
         files = [name]
         if path.is_dir():
-            inside = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            files = sorted(
-                str(file) for file in inside if file.is_file() and not is_hidden(file, path)
-            )
+            inside = sorted(files_below(path))
+            files = [str(file) for file in inside if file.suffix.lower() in SUFFIXES]
         if not files:
             raise InputError(f"{name} has no audio files ({' '.join(SUFFIXES)})")
         found.update(dict.fromkeys(files))
     return list(found)
-
-
-def is_hidden(file: Path, folder: Path) -> bool:
-    """Return true for `.Trash/a.wav` and `._a.wav` within the folder."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[str, str], Path]:

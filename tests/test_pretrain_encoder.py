@@ -268,3 +268,13 @@ def test_a_checkpoint_of_another_encoder_is_an_error(flags, trained, resumable):
     )
     path.write_bytes(b"junk")
     assert error_of(flags, resumable, **more).startswith(f"{path} cannot be read as a checkpoint")
+
+
+def test_epochs_to_average_are_checked_before_resuming(flags, trained, tmp_path):
+    for name in ("epoch-2.pt", "bpe.model"):
+        shutil.copy(trained / name, tmp_path)
+    message = error_of(flags, tmp_path, **{"--num-epochs": 3, "--avg": 3})
+    assert message == (
+        f"epoch-1.pt is missing in {tmp_path}: --num-epochs 3 --avg 3 averages epochs 1 to 3"
+    )
+    assert not (tmp_path / "epoch-3.pt").exists()

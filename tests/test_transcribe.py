@@ -29,11 +29,14 @@ def write_tones(path, seconds, seed=0):
 
 @pytest.fixture
 def recordings(tmp_path):
-    """A folder with `a.wav` of 2 s, `sub/b.flac` of 12 s and `sub/notes.txt`."""
+    """A folder with `a.wav` of 2 s, a link to one with `b.flac` of 12 s, and hidden files."""
     folder = tmp_path / "recordings"
     write_tones(folder / "a.wav", 2.0)
-    write_tones(folder / "sub" / "b.flac", 12.0, seed=1)
-    (folder / "sub" / "notes.txt").write_text("not audio")
+    write_tones(tmp_path / "linked/b.flac", 12.0, seed=1)
+    (folder / "sub").symlink_to(tmp_path / "linked")
+    (folder / "sub/notes.txt").write_text("not audio")
+    for hidden in ("._a.wav", ".Trash/c.wav"):
+        write_tones(folder / hidden, 1.0)
     return folder
 
 

@@ -1,4 +1,7 @@
-"""Atomic writes: after any failure, a file or directory is complete or as it was before."""
+"""Atomic writes: after any failure, a file or directory is complete or as it was before.
+
+Also lists of files, and checks of disk space.
+"""
 
 import errno
 import os
@@ -11,6 +14,21 @@ from speechllm.errors import InputError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # fsync of a directory on some network file systems
+
+
+def files_below(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders by name, without hidden ones.
+
+    Links to folders are followed, except to `above`, the folders that this one is in.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield from files_below(entry.path, (*above, real))
+        elif not entry.name.startswith("."):
+            yield Path(entry.path)
 
 
 @contextmanager

@@ -148,10 +148,10 @@ def test_skip_invalid_skips_and_reports_them(invalid_table, tmp_path, caplog, ca
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("utt_id\tspeaker\twords\nx\ty\tz\n", "has no column text or .*, path or .*; it has"),
-        ("", "has no column text .*; it has none"),
+        ("utt_id\tspeaker\twords\nx\ty\tz\n", "has no column for text and path; it has"),
+        ("", "has no column for text .*; it has none"),
         (HEADER, "has no usable utterance"),
-        
+        (b"PK\x03\x04\x14\0", "is not a text file: save it as CSV or TSV"),
     ],
 )
 def test_unusable_tables_are_an_error(tmp_path, content, message):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -101,3 +103,24 @@ def test_short_subtitles_are_shown_long_enough_to_read():
     shown = list(subtitles(Transcript("a", 40.0, segments)))
     assert [end - start for start, end, _ in shown] == pytest.approx([0.8, 0.8, 38 / 17])
     assert [text for *_, text in shown] == ["yes", "no", "a" * 34 + " end"]
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("pace", [14, 30])  # letters per second
+def test_no_subtitle_is_shorter_than_a_glance(pace, pause):
+    """A rest of one word, as between full subtitles, takes words or begins in a pause."""
+    rng, words, time = random.Random(1), [], 0.0
+    for _ in range(400):
+        text = "x" * rng.choice([1, 2, 3, 5, 8, 12])
+        words.append(Word(time, time + len(text) / pace, text, 1.0))
+        time = words[-1].end + (rng.uniform(0.1, 1.5) if rng.random() < pause else 0)
+    segments = tuple(
+        Segment(words[i].start, words[i + 24].end, "", tuple(words[i : i + 25]))
+        for i in range(0, 400, 25)
+    )
+    shown = list(subtitles(Transcript("a", time, segments)))
+    assert " ".join(text for *_, text in shown).split() == [word.text for word in words]
+    assert min(end - start for start, end, _ in shown) > 0.799
+    assert all(end <= start for (_, end, _), (start, *_) in pairwise(shown))
+    assert all(len(line) <= 42 for *_, text in shown for line in text.split("\n"))
+    assert max(text.count("\n") for *_, text in shown) == 1

@@ -29,7 +29,7 @@ def send(url, clip):
     return send
 
 
-@pytest.mark.parametrize("name", ["en", "en-US", "en_GB", "EN", "english", "English", "auto", ""])
+@pytest.mark.parametrize("name", ["en", "en-US", "en_GB", "EN", "eng", "English", "auto", ""])
 def test_spellings_of_the_models_language_are_accepted(send, name):
     response = send(f"language={name}")
     assert response.status_code == 200 and "x-ignored" not in response.headers
@@ -44,6 +44,7 @@ def test_spellings_of_the_models_language_are_accepted(send, name):
         ("include[]=logprobs", "include: token log-probabilities are unavailable"),
         ("chunking_strategy[type]=server_vad", "chunking_strategy must be 'auto'"),
         ('chunking_strategy={"type":"server_vad"}', "chunking_strategy must be 'auto'"),
+        ("task=translate", "task must be 'transcribe'"),
         ("known_speaker_names[]=Ada", "speakers are not recognized"),
         ("response_format=diarized_json", "response_format: .*not 'diarized_json'"),
         ("timestamp_granularities=syllable", "timestamp_granularities: .*not 'syllable'"),
@@ -78,8 +79,8 @@ def test_granularities_with_and_without_brackets(send, fields):
 
 def test_ignored_fields_are_named(send):
     response = send(
-        "chunking_strategy=auto", "seed=1", "temperature=0", "languages[]=en", "keywords[]=Ada",
-        "vad_filter=é", "timestamp_granularities[]=segment",
+        "chunking_strategy=auto", "task=transcribe", "seed=1", "temperature=0", "languages[]=en",
+        "keywords[]=Ada", "vad_filter=é", "timestamp_granularities[]=segment",
     )  # fmt: skip
     names = response.headers["x-ignored"].split(", ")
     assert sorted(names) == ["keywords", "seed", "timestamp_granularities", "vad_filter"]
@@ -195,6 +196,5 @@ def test_an_origin_is_not_a_url():
 
 
 def test_language_codes():
-    assert [language_code(name) for name in ("zh-Hant-TW", "Mandarin", "pt_BR", " EN ")] == [
-        "zh", "zh", "pt", "en",
-    ]  # fmt: skip
+    names = ("zh-Hant-TW", "Mandarin", "pt_BR", " EN ", "ger", "deu-AT", "yue")
+    assert list(map(language_code, names)) == ["zh", "zh", "pt", "en", "de", "de", "yue"]

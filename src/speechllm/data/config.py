@@ -107,8 +107,8 @@ class TrainDataConfig(DataConfig):
         flag = f"--corpus-weights {self.corpus_weights}"
         try:
             weights = self.weights
-        except ValueError as error:
-            raise InputError(f"{flag}: {error}") from None
+        except ValueError:
+            raise InputError(f"{flag} must be numbers such as 0.7,0.3") from None
         if self.shar_dir:
             raise InputError(f"{flag} needs cut files, not shards (--shar-dir {self.shar_dir})")
         if len(weights) != num_files:

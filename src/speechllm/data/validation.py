@@ -112,7 +112,7 @@ def text_errors(cut: Cut, need_text: bool = True) -> Iterator[tuple[str, str]]:
         yield "no-text", "has no text"
     elif need_text:
         if LOST.search(" ".join(texts)):
-            yield "not-unicode", "has a text with lone surrogates or U+FFFD"
+            yield "not-unicode", "has a text with lone surrogates or U+FFFD (not UTF-8?)"
         if (length := sum(map(len, texts))) > max_characters(cut.duration):
             yield "long-text", f"of {cut.duration:g} s has a text of {length} characters"
 

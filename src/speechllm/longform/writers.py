@@ -7,7 +7,7 @@ which speechllm/longform/transcript.py describes; the text of a word is `word`.
 import json
 from collections.abc import Iterator
 from html import escape
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from textwrap import wrap
 
 from speechllm.decoding.alignment import TimedWord, ctm_lines
@@ -86,7 +86,8 @@ def subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
     """Yield start, end and text, of up to MAX_LINES lines each.
 
     A word that is longer than a line has a line of its own. A subtitle that is too short to read is
-    shown longer, up to the next one; one that has no time for that is joined with the next.
+    shown longer, up to the next one; one that has no time for that is joined with the next, takes
+    words of the one before, or begins in the pause before it.
     """
     space = word_separator(transcript.language)
     groups: list[list[Word]] = []
@@ -97,10 +98,26 @@ def subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
                 groups[-1] = groups[-1] + words
             else:
                 groups.append(words)
-    for words, later in zip_longest(groups, groups[1:]):
-        start, end = words[0].start, max(words[-1].end, words[0].start + _seconds_to_read(words))
-        limit = later[0].start if later else transcript.duration
-        yield start, max(words[-1].end, min(end, limit)), "\n".join(_lines(words, space))
+    shown, limit = [], transcript.duration
+    for before, words in reversed(list(pairwise([[], *groups]))):
+        _lengthen(words, before, limit, space)
+        free = before[-1].end if before else 0.0
+        start = max(free, min(words[0].start, limit - MIN_SUBTITLE_SECONDS))
+        end = max(words[-1].end, min(words[0].start + _seconds_to_read(words), limit))
+        shown.append((start, end, "\n".join(_lines(words, space))))
+        limit = start
+    yield from reversed(shown)
+
+
+def _lengthen(words: list[Word], before: list[Word], limit: float, space: str) -> None:
+    """Move words from the subtitle before to one that ends at `limit` while it is too short."""
+    while (
+        before
+        and before[-1].end > limit - MIN_SUBTITLE_SECONDS
+        and before[-1].start - before[0].start >= MIN_SUBTITLE_SECONDS
+        and len(_lines([before[-1], *words], space)) <= MAX_LINES
+    ):
+        words.insert(0, before.pop())
 
 
 def _seconds_to_read(words: list[Word]) -> float:

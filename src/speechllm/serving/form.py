@@ -26,6 +26,18 @@ UNSUPPORTED = {
     "known_speaker_names": "speakers are not recognized",
     "known_speaker_references": "speakers are not recognized",
 }
+ONLY = {"chunking_strategy": "auto", "task": "transcribe"}  # the only value that is supported
+THREE_LETTERS = {  # codes of ISO 639-2 and -3 by those of 639-1
+    "ar": "ara", "bg": "bul", "ca": "cat", "cs": "ces cze", "da": "dan", "de": "deu ger",
+    "el": "ell gre", "en": "eng", "es": "spa", "et": "est", "fa": "fas per", "fi": "fin",
+    "fr": "fra fre", "he": "heb", "hi": "hin", "hr": "hrv", "hu": "hun", "id": "ind", "it": "ita",
+    "ja": "jpn", "ko": "kor", "lt": "lit", "lv": "lav", "nl": "nld dut", "no": "nor", "pl": "pol",
+    "pt": "por", "ro": "ron rum", "ru": "rus", "sk": "slk slo", "sl": "slv", "sv": "swe",
+    "th": "tha", "tr": "tur", "uk": "ukr", "vi": "vie", "zh": "zho chi cmn",
+}  # fmt: skip
+LANGUAGE_CODES = TO_LANGUAGE_CODE | {
+    three: two for two, codes in THREE_LETTERS.items() for three in codes.split()
+}
 
 
 def _split(values: list) -> list[str]:
@@ -100,8 +112,9 @@ def check_form(
             fields.setdefault(name.partition("[")[0], []).append(value)
     for name in UNSUPPORTED.keys() & fields.keys():
         raise ApiError(400, f"{name}: {UNSUPPORTED[name]}", name)
-    if any(value != "auto" for value in fields.pop("chunking_strategy", [])):
-        raise ApiError(400, "chunking_strategy must be 'auto'", "chunking_strategy")
+    for name, only in ONLY.items():
+        if any(value != only for value in fields.pop(name, [])):
+            raise ApiError(400, f"{name} must be {only!r}", name)
     form = _validated(fields)
     check_model(form.model, model_name)
     if form.temperature:
@@ -158,9 +171,9 @@ def _check_language(form: TranscriptionForm, of_model: str | None) -> list[str]:
 
 
 def language_code(name: str) -> str:
-    """`en-US`, `EN` or `English` -> `en`."""
-    name = name.strip().lower()
-    return TO_LANGUAGE_CODE.get(name) or re.split(r"[-_]", name)[0]
+    """`en-US`, `EN`, `eng` or `English` -> `en`."""
+    name = re.split(r"[-_]", name.strip().lower())[0]
+    return LANGUAGE_CODES.get(name, name)
 
 
 def _check_format(form: TranscriptionForm, asked: bool, transcriber: Transcriber) -> list[str]:

@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from torch import Tensor, nn
 
-from speechllm.checkpoints import average_epochs, load_checkpoint
+from speechllm.checkpoints import average_epochs, load_checkpoint, numbered_files
 from speechllm.data.config import TrainDataConfig
 from speechllm.data.dataset import TextOptions
 from speechllm.data.manifests import read_cuts
@@ -135,6 +135,7 @@ def train_encoder(encoder: EncoderConfig, data: TrainDataConfig, config: TrainCo
 def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
     """Train in one process of `launch`."""
     config, options, start = training.config, training.model, begin(training, dist_env)
+    check_epochs(config, options.avg, start.state)
     bpe = prepare_bpe(training, start, dist_env)
     encoder = make_encoder(options, bpe.vocab_size(), start)
     logging.info(f"Number of model parameters: {count(encoder)}")
@@ -148,6 +149,22 @@ def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
 
     engine = fit(training, model, loss, model_state, start, dist_env)
     write_average(engine, loss, training)
+
+
+def check_epochs(config: TrainConfig, avg: int, state: TrainState) -> None:
+    """Check that the epochs before `state` that will be averaged still exist.
+
+    Raises:
+      FileNotFoundError: one does not.
+    """
+    first, found = config.num_epochs - avg + 1, numbered_files(config.exp_dir, "epoch")
+    for number in range(max(1, first), state.next_epoch):
+        if number not in found:
+            raise FileNotFoundError(
+                f"epoch-{number}.pt is missing in {config.exp_dir}: --num-epochs "
+                f"{config.num_epochs} --avg {avg} averages epochs {max(1, first)} to "
+                f"{config.num_epochs}"
+            )
 
 
 def write_average(engine: Engine, loss: CtcLoss, training: Training) -> None:

@@ -68,7 +68,7 @@ def test_other_folders_are_an_error(dataset, prepare, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="has no state.json, dataset_dict.json or "):
         prepare("--huggingface", tmp_path)
     folder = dataset(audio=["x"], words=["y"])
-    with pytest.raises(SystemExit, match="d.arrow has no column text or "):
+    with pytest.raises(SystemExit, match="d.arrow has no column for text; it has audio, words: "):
         prepare("--huggingface", folder)
     (folder / "d.arrow").write_bytes(b"not arrow")
     with pytest.raises(SystemExit, match="d.arrow cannot be read"):

@@ -1,5 +1,7 @@
 """Layouts of published corpora: recognized, read, and counted."""
 
+import json
+
 import lhotse.recipes
 import pytest
 from lhotse import Recording, RecordingSet, SupervisionSegment, SupervisionSet
@@ -16,8 +18,9 @@ LAYOUTS = {  # layout: transcripts, audio files, and text by split of what is re
         {"train": {"今天"}, "test": {"好"}},
     ),
     "mls": (
-        {"train/transcripts.txt": "1_2_3\tja gut\n", "dev/transcripts.txt": "4_5_6\tnein\n"},
-        ["train/audio/1/2/1_2_3.flac", "dev/audio/4/5/4_5_6.flac"],
+        {"mls_german_opus/train/transcripts.txt": "1_2_3\tja gut\n",
+         "mls_german_opus/dev/transcripts.txt": "4_5_6\tnein\n"},
+        ["mls_german_opus/train/audio/1/2/1_2_3.flac", "mls_german_opus/dev/audio/4/5/4_5_6.flac"],
         {"train": {"ja gut"}, "dev": {"nein"}},
     ),
     "ljspeech": (
@@ -33,15 +36,16 @@ LAYOUTS = {  # layout: transcripts, audio files, and text by split of what is re
     ),
     "tedlium": (
         {"legacy/dev/stm/Talk.stm": "Talk 1 Ann 0 0.5 <o,f0,male> so it 's\n"
-         "Talk 1 inter 0.5 0.9 <o,,> ignore_time_segment_in_scoring\n"},
-        ["legacy/dev/sph/Talk.wav"],
+         "Talk 1 inter 0.5 0.9 <o,,> ignore_time_segment_in_scoring\n;; a comment\n",
+         "data/stm/Talk.stm": "Talk 1 Ann 0 0.5 <o,f0,male> so it 's\n"},
+        ["legacy/dev/sph/Talk.wav", "data/sph/Talk.wav"],
         {"dev": {"so it 's"}},
     ),
     "voxpopuli": (
         {"transcribed_data/en/asr_dev.tsv": "id\traw_text\tnormalized_text\tspeaker_id\tsplit\n"
-         "2009-x\tMr. A\tmister a\t7\tdev\n"},
-        ["transcribed_data/en/2009/2009-x.wav"],
-        {"dev": {"Mr. A"}},
+         "2009-x\tMr. A\tmister a\t7\tdev\n2009-y\t\tmister b\t7\tdev\n"},
+        ["transcribed_data/en/2009/2009-x.wav", "transcribed_data/en/2009/2009-y.wav"],
+        {"dev": {"Mr. A", "mister b"}},
     ),
     "common-voice": (
         {"en/train.tsv": "client_id\tpath\tsentence\nann\ta.wav\tone\n",
@@ -50,6 +54,7 @@ LAYOUTS = {  # layout: transcripts, audio files, and text by split of what is re
         {"train": {"one"}, "dev": {"two"}},
     ),
 }  # fmt: skip
+LANGUAGES = {"aishell": "zh", "mls": "de", "voxpopuli": "en"}  # of the layouts that have one
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -70,9 +75,49 @@ def test_layouts_are_recognized_or_given(corpus, prepare, by_name):
     cuts, report = prepare("--folder", folder, *(["--layout", layout] if by_name else []))
     texts = {cut.supervisions[0].text for cut in cuts.values()}
     assert texts == set.union(*expected.values())
+    assert {cut.supervisions[0].language for cut in cuts.values()} == {LANGUAGES.get(layout)}
     if None not in expected:
         assert {split: one["utterances"] for split, one in report["splits"].items()} == {
             split: len(found) for split, found in expected.items()}  # fmt: skip
+
+
+def test_layouts_are_found_in_linked_folders(corpus, prepare):
+    _, folder, expected = corpus
+    elsewhere = folder.rename(folder.with_name("elsewhere"))
+    (folder / "download").mkdir(parents=True)
+    (folder / "download/corpus").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(folder)  # a loop
+    cuts, _ = prepare("--folder", folder)
+    assert {cut.supervisions[0].text for cut in cuts.values()} == set.union(*expected.values())
+
+
+def test_layouts_are_found_in_capital_letters(tmp_path, prepare, write_audio):
+    folder = tmp_path / "in/DEV-CLEAN/1/2"
+    write_audio(folder / "1-2-0.FLAC")
+    (folder / "1-2.TRANS.TXT").write_text("1-2-0 YES\n")
+    _, report = prepare("--folder", tmp_path / "in")
+    assert list(report["splits"]) == ["dev-clean"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_audio_folders_of_hugging_face_are_tables(tmp_path, prepare, write_audio, ending):
+    for split in ("train", "test"):
+        write_audio(tmp_path / f"in/data/{split}/{split}.wav")
+        row = f"file_name,transcription\n{split}.wav,of {split}\n"
+        if ending == "jsonl":
+            row = json.dumps({"file_name": f"{split}.wav", "transcription": f"of {split}"})
+        (tmp_path / f"in/data/{split}/metadata.{ending}").write_text(row)
+    cuts, report = prepare("--folder", tmp_path / "in")
+    assert {name: cut.supervisions[0].text for name, cut in cuts.items()} == {
+        "train": "of train", "test": "of test"}  # fmt: skip
+    assert set(report["splits"]) == {"train", "test"}
+
+
+def test_common_voice_without_splits_names_its_tables(tmp_path, prepare, write_audio):
+    write_audio(tmp_path / "in/en/clips/a.wav")
+    (tmp_path / "in/en/validated.tsv").write_text("client_id\tpath\tsentence\nann\ta.wav\tone\n")
+    with pytest.raises(SystemExit, match="en has no table .*: name one of validated.tsv by"):
+        prepare("--folder", tmp_path / "in")
 
 
 def test_differences_of_transcripts_and_audio_are_named(tmp_path, prepare, write_audio):
@@ -106,7 +151,7 @@ def test_other_layouts_are_read_by_lhotse_recipes(tmp_path, prepare, write_audio
 def test_common_names_alone_are_not_a_layout(tmp_path, prepare, write_audio, name):
     write_audio(tmp_path / "in/a.wav").with_suffix(".txt").write_text("yes")
     (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
-    (tmp_path / "in" / name).write_text("file_name,text\n")
+    (tmp_path / "in" / name).write_text("name,text\n")
     cuts, _ = prepare("--folder", tmp_path / "in", "--skip-invalid", "true")
     assert list(cuts) == ["a"]
 
@@ -115,4 +160,4 @@ def test_unknown_layouts_are_an_error(tmp_path, prepare):
     with pytest.raises(SystemExit, match="--layout nothing is not one of librispeech, .*lhotse"):
         prepare("--folder", tmp_path, "--layout", "nothing")
     with pytest.raises(SystemExit, match="not the layout of vctk"):
-        prepare("--folder", tmp_path, "--layout", "vctk")
+        prepare("--folder", tmp_path, "--layout", "VCTK")

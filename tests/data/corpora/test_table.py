@@ -69,3 +69,36 @@ def test_json_may_have_numbers_null_and_lists(table, prepare):
     assert (cuts["7"].start, cuts["7"].supervisions[0].speaker) == (0.5, "3")
     assert (cuts["8"].start, cuts["8"].duration) == (0.0, 2.0)
     assert cuts["7"].supervisions[0].custom == {"context": "Ann, Ben"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "encoding"),
+    [
+        ("t.csv", "Path, Sentence\na.wav,one\n", "utf-8-sig"),
+        ("t.csv", 'file_name,transcription\r\n"a.wav","one"\r\n', "utf-8"),
+        ("t.txt", "wav_filename\ttranscript\na.wav\tone\n", "utf-16"),
+        ("t.tsv", 'path\ttext\n"a.wav"\t"one"\n', "utf-8"),
+        ("t.json", '[{"path": "a.wav",\n "text": "one"}]', "utf-8-sig"),
+    ],
+)
+def test_tables_of_other_programs_are_read(table, tmp_path, prepare, name, content, encoding):
+    table("")  # for the audio
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    cuts, _ = prepare("--table", tmp_path / name, "--channel", "1")
+    assert cuts["a"].supervisions[0].text == "one"
+
+
+def test_only_quotes_around_a_cell_are_removed(table, prepare):
+    texts = ('"a ""b"""', '"a" or "b"', "it's 5\" long", '"')
+    rows = [f"u{i} | {text} x | a.wav | 1" for i, text in enumerate(texts)]
+    rows += [f"v{i} | {text} | a.wav | 1" for i, text in enumerate(texts[:3])]
+    cuts, _ = prepare("--table", table("utt_id | text | path | channel", *rows))
+    assert [cut.supervisions[0].text for name, cut in cuts.items() if name[0] == "v"] == [
+        'a "b"', '"a" or "b"', "it's 5\" long"]  # fmt: skip
+    assert all(cuts[f"u{i}"].supervisions[0].text == f"{one} x" for i, one in enumerate(texts))
+
+
+def test_an_invalid_row_keeps_its_reason_if_its_id_is_repeated(table, prepare):
+    name = table("text | path | start | end | channel", *["x | a.wav | nan | 1 | 1"] * 2)
+    with pytest.raises(SystemExit, match=r"\(2 malformed\)"):
+        prepare("--table", name)

@@ -4,30 +4,22 @@ The first folder of a path is the split if it has the name of one (train, dev, t
 are the speaker. The id is the path without its suffix, with `-` for `/`.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from speechllm.audio.reader import SUFFIXES
 from speechllm.data.corpora.utterance import SPLITS, Utterance
 from speechllm.errors import InputError
+from speechllm.io import files_below
 
 TEXTS = (".txt", ".lab")
 
 
 def audio_and_texts(folder: Path) -> list[Path]:
-    """List audio and text files in the order of their names, without hidden ones.
-
-    Links to folders are followed, each folder once.
-    """
-    files, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        files += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in files if path.suffix.lower() in (*SUFFIXES, *TEXTS))
+    """List audio and text files in the order of their names, without hidden ones."""
+    return sorted(
+        path for path in files_below(folder) if path.suffix.lower() in (*SUFFIXES, *TEXTS)
+    )
 
 
 def read_folder(folder: Path) -> Iterator[Utterance]:

@@ -85,7 +85,7 @@ def _read_directory(directory: Path, split: str) -> Iterator[Utterance]:
             split=split,
             language=languages.get(utt),
             recording=recording,
-            place=line.place,
+            place=f"{split}/{line.place}" if split else line.place,
         )
         try:
             one.recording, one.start, one.end, one.channel = _segment(line.value)
@@ -109,7 +109,7 @@ def _problem(one: Utterance, audio: Table, tables: tuple[Table, ...]) -> tuple[s
     for table, key in ((audio, one.recording), *((table, one.id) for table in tables)):
         if key in table.repeated:
             return "duplicate-id", f"{table.name} has {key} twice"
-    if re.search(r"\.ark:[0-9]+$", str(one.path)):
+    if re.search(r"\.ark:[0-9]+(\[.*\])?$", str(one.path)):
         what = f"{one.path} is a position in a Kaldi archive, which is not supported"
         return "no-audio", f"{what}: write it to a file (wav-copy)"
     return None

@@ -6,92 +6,118 @@ are read by the recipe of lhotse that has their name.
 """
 
 import inspect
-import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from speechllm.audio.reader import SUFFIXES
 from speechllm.data.corpora.config import LAYOUTS
 from speechllm.data.corpora.lhotse_manifests import read_manifests
-from speechllm.data.corpora.table import TABLES, read_table
+from speechllm.data.corpora.table import METADATA, TABLES, read_table, table_files
 from speechllm.data.corpora.utterance import SPLITS, Utterance
 from speechllm.errors import InputError, first_line
+from speechllm.io import files_below
 
 
 class Transcripts(NamedTuple):
     """A layout with transcripts of many utterances; audio is found by the id.
 
-    patterns: globs of the transcripts.
+    pattern: a glob of the transcripts.
     root: the audio is within this parent of a transcript, 0 for its folder.
     separator: between id and text; None for white space.
     speaker: from id and audio file.
     split: from transcript and audio file.
+    language: from the transcript.
     """
 
-    patterns: tuple[str, ...]
+    pattern: str
     root: int
     separator: str | None
     speaker: Callable[[str, Path], str | None]
     split: Callable[[Path, Path], str]
-    language: str | None = None
+    language: Callable[[Path], str | None] = lambda _: None
 
 
 TRANSCRIPTS = {
     "librispeech": Transcripts(
-        ("**/*.trans.txt",), 0, None, lambda utt, _: utt.split("-")[0],
+        "**/*.trans.txt", 0, None, lambda utt, _: utt.split("-")[0],
         lambda transcript, _: _part(transcript.absolute().parents[2].name),
     ),
     "aishell": Transcripts(
-        ("**/aishell_transcript*.txt",), 1, None, lambda _, audio: audio.parent.name,
-        lambda _, audio: _part(audio.parents[1].name), "zh",
+        "**/aishell_transcript*.txt", 1, None, lambda _, audio: audio.parent.name,
+        lambda _, audio: _part(audio.parents[1].name), lambda _: "zh",
     ),
     "mls": Transcripts(
-        ("transcripts.txt", "*/transcripts.txt", "*/*/transcripts.txt"), 0, "\t",
-        lambda utt, _: utt.split("_")[0], lambda transcript, _: _part(transcript.parent.name),
+        "**/transcripts.txt", 0, "\t", lambda utt, _: utt.split("_")[0],
+        lambda transcript, _: _part(transcript.absolute().parent.name),
+        lambda transcript: _mls_language(transcript.absolute().parents[1].name),
     ),
-    "ljspeech": Transcripts(
-        ("metadata.csv", "*/metadata.csv"), 0, "|", lambda *_: None, lambda *_: ""
-    ),
+    "ljspeech": Transcripts("**/metadata.csv", 0, "|", lambda *_: None, lambda *_: ""),
     "vctk": Transcripts(
-        ("txt/*/*.txt", "*/txt/*/*.txt"), 2, "", lambda _, audio: audio.parent.name, lambda *_: ""
+        "**/txt/*/*.txt", 2, "", lambda _, audio: audio.parent.name, lambda *_: ""
     ),
     "tedlium": Transcripts(
-        ("**/stm/*.stm",), 1, None, lambda *_: None,
+        "**/stm/*.stm", 1, None, lambda *_: None,
         lambda transcript, _: _part(transcript.absolute().parents[1].name),
     ),
 }  # fmt: skip
-RECOGNIZED = {  # other layouts by their files
+PATTERNS = {  # layouts by their files, the most special first
     "kaldi": ("wav.scp", "*/wav.scp"),
     "huggingface": ("dataset_dict.json", "state.json", "**/*.parquet"),
     "lhotse": ("*cuts*.jsonl*", "*recordings*.jsonl*"),
     "voxpopuli": ("**/asr_*.tsv",),
-    "common-voice": ("clips", "*/clips"),
+    "common-voice": ("**/clips/*",),
+    **{name: (one.pattern,) for name, one in TRANSCRIPTS.items()},
+    "table": tuple(f"{one}{ending}" for one in SPLITS for ending in TABLES)
+    + tuple(f"**/{name}" for name in METADATA),
 }
-TABLE_NAMES = tuple(f"{split}{ending}" for split in SPLITS for ending in TABLES)
 CONFIRMED = {  # checks of files that other corpora may have too
-    "common-voice": lambda clips: any((clips.parent / f"{one}.tsv").is_file() for one in SPLITS),
-    "ljspeech": lambda metadata: _has_bars(metadata),
+    "common-voice": lambda clip: any(clip.parents[1].glob("*.[tT][sS][vV]")),
+    "ljspeech": lambda metadata: "|" in _first_line(metadata),
+    "table": lambda file: file.name.lower() not in METADATA or "file_name" in _first_line(file),
 }
+MLS_LANGUAGES = {
+    "dutch": "nl", "english": "en", "french": "fr", "german": "de", "italian": "it",
+    "polish": "pl", "portuguese": "pt", "spanish": "es",
+}  # fmt: skip
+VOXPOPULI_TEXTS = ("raw_text", "original_text", "normalized_text", "normed_text")
 IGNORED_STM = ("ignore_time_segment_in_scoring", "inter_segment_gap")
 
 
 def recognize(folder: Path) -> str:
     """Return the name of a folder's layout; `folder` if no other fits."""
-    others = {name: one.patterns for name, one in TRANSCRIPTS.items()}
-    for name, patterns in (RECOGNIZED | others | {"table": TABLE_NAMES}).items():
-        found = [path for pattern in patterns for path in islice(folder.glob(pattern), 1)]
+    files = list(files_below(folder))
+    for name in PATTERNS:
+        found = _matching(name, files, folder)
         if found and (name not in CONFIRMED or CONFIRMED[name](found[0])):
             return name
     return "folder"
 
 
-def _has_bars(metadata: Path) -> bool:
-    with open(metadata, encoding="utf-8-sig", errors="replace") as lines:
-        return "|" in lines.readline()
+def _matching(layout: str, files: list[Path], folder: Path) -> list[Path]:
+    """Select files by the patterns of a layout; the case does not matter."""
+    pattern = "|".join(map(_regex, PATTERNS[layout]))
+    return [
+        path for path in files if re.fullmatch(pattern, path.relative_to(folder).as_posix(), re.I)
+    ]
+
+
+def _regex(glob: str) -> str:
+    parts = re.split(r"(\*\*/|\*)", glob)
+    return "".join({"**/": "(.*/)?", "*": "[^/]*"}.get(part, re.escape(part)) for part in parts)
+
+
+def _first_line(path: Path) -> str:
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
+        return lines.readline()
+
+
+def _mls_language(name: str) -> str | None:
+    """`mls_german` and `mls_german_opus` -> `de`."""
+    return MLS_LANGUAGES.get(name.lower().removesuffix("_opus").removeprefix("mls_"))
 
 
 def layout_files(layout: str, folder: Path) -> list[Path]:
@@ -102,16 +128,15 @@ def layout_files(layout: str, folder: Path) -> list[Path]:
     """
     if layout not in TRANSCRIPTS and layout not in ("voxpopuli", "common-voice"):
         return [folder]
-    if layout == "common-voice":
-        patterns = tuple(f"{where}{one}.tsv" for where in ("", "*/") for one in SPLITS)
-    elif layout == "voxpopuli":
-        patterns = RECOGNIZED[layout]
-    else:
-        patterns = TRANSCRIPTS[layout].patterns
-    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    found = _matching(layout, list(files_below(folder)), folder)
     if not found:
-        raise InputError(f"{folder} has no {' or '.join(patterns)}: not the layout of {layout}")
-    return found
+        patterns = " or ".join(PATTERNS[layout])
+        raise InputError(f"{folder} has no {patterns}: not the layout of {layout}")
+    if layout == "common-voice":
+        folders = dict.fromkeys(clip.parents[1] for clip in found)
+        return [table for one in folders for table in table_files(one)]
+    # TED-LIUM 3 has each talk in data/, and again by split
+    return [one for one in found if "legacy" in one.parts] or found
 
 
 def read_layout(layout: str, folder: Path) -> Iterator[Utterance]:
@@ -150,7 +175,6 @@ def _read_transcripts(layout: str, files: list[Path]) -> Iterator[Utterance]:
     used: set[str] = set()
     for file in files:
         root = file.absolute().parents[spec.root]
-        root = next((one for one in of_root if one == root), root)
         if root not in of_root:
             of_root[root] = _audio_by_name(root)
         for one in _lines(layout, file):
@@ -162,7 +186,7 @@ def _read_transcripts(layout: str, files: list[Path]) -> Iterator[Utterance]:
                 one.path = audio
                 one.speaker = one.speaker or spec.speaker(one.id, audio)
                 one.split = spec.split(file, audio)
-            one.language = spec.language
+            one.language = spec.language(file)
             yield one
     for audio_files in of_root.values():
         for name, path in audio_files.items():
@@ -178,7 +202,7 @@ def _lines(layout: str, file: Path) -> Iterator[Utterance]:
         yield Utterance(file.stem, content, file, place=file.name)
         return
     for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
+        if not line.strip() or (layout == "tedlium" and line.startswith(";;")):
             continue
         place = f"{file.name} line {number}"
         if layout == "tedlium":
@@ -208,12 +232,8 @@ def _stm_line(line: str, file: Path, place: str) -> Utterance:
 
 
 def _audio_by_name(root: Path) -> dict[str, Path]:
-    found = {}
-    for place, _, names in os.walk(root, followlinks=True):
-        for path in (Path(place, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in SUFFIXES:
-                found[path.stem] = path
-    return dict(sorted(found.items()))
+    files = (path for path in files_below(root) if path.suffix.lower() in SUFFIXES)
+    return {path.stem: path for path in files}
 
 
 def _audio_of(name: str, audio: dict[str, Path]) -> Path | None:
@@ -223,21 +243,21 @@ def _audio_of(name: str, audio: dict[str, Path]) -> Path | None:
 
 
 def _read_voxpopuli(files: list[Path]) -> Iterator[Utterance]:
-    """Read `asr_train.tsv` …, whose ids name audio files in folders by year."""
-    audio: dict[Path, dict[str, Path]] = {}
+    """Read `asr_train.tsv` …, whose ids name audio files in folders by year.
+
+    Many utterances have no raw text, but the normalized one. The folder is the language.
+    """
     for file in files:
-        found = audio.setdefault(file.parent, _audio_by_name(file.parent))
-        for one in read_table(file, chosen=_voxpopuli_columns(file)):
-            one.path = found.get(Path(one.path).name, one.path)
+        audio = _audio_by_name(file.parent)
+        header = _first_line(file).strip().split("\t")
+        name = "id" if "id" in header else "id_"
+        texts = [one for one in VOXPOPULI_TEXTS if one in header]
+        columns = [{"path": name, "id": name, "text": one} for one in texts or ["raw_text"]]
+        for versions in zip(*(read_table(file, chosen=one) for one in columns), strict=True):
+            one = next((version for version in versions if version.text), versions[0])
+            one.path = audio.get(Path(one.path).name, one.path)
+            one.language = one.language or file.absolute().parent.name.partition("_")[0]
             yield _placed(one, file)
-
-
-def _voxpopuli_columns(file: Path) -> dict[str, str]:
-    with open(file, encoding="utf-8-sig", errors="replace") as lines:
-        header = lines.readline().rstrip("\n").split("\t")
-    name = next((one for one in ("id", "id_") if one in header), "id")
-    text = "raw_text" if "raw_text" in header else "normalized_text"
-    return {"path": name, "id": name, "text": text}
 
 
 # ---- recipes of lhotse

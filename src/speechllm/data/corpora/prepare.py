@@ -16,7 +16,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 
 from speechllm.data.corpora.audio_files import AudioFile, check_files
-from speechllm.data.corpora.config import PrepareConfig
+from speechllm.data.corpora.config import LAYOUTS, PrepareConfig
 from speechllm.data.corpora.corpus_report import (
     corpus_report,
     merge_reports,
@@ -101,6 +101,8 @@ def with_layout(config: PrepareConfig) -> PrepareConfig:
     if config.source != "folder":
         return config
     layout = config.layout
+    spelled = {one.replace("-", ""): one for one in LAYOUTS}  # LibriSpeech, common_voice
+    layout = spelled.get(re.sub("[-_]", "", layout.lower()), layout)
     if layout == "auto":
         layout = recognize(config.path)
         logger.info("%s has the layout %s", config.path, layout)
@@ -242,7 +244,7 @@ def _to_cuts(
     for one in utterances:
         cut = to_cut(one, files.get(one.path), config.language, config.channel_index)
         name = shown_id(one)
-        if name and name in ids:
+        if name and name in ids and not isinstance(cut, CutError):
             cut = utterance_error(one, "duplicate-id", "duplicate id")
         ids.add(name)
         if isinstance(cut, CutError):

@@ -1,12 +1,15 @@
 """Read tables of utterances: TSV or CSV with a header, or JSON lines; or a folder of such.
 
-A table named `dev.tsv` (train, test, …) without a split column is that split. Paths are relative
-to the table, or to `clips/` next to it as in Common Voice, or to --audio-dir.
+A table named `dev.tsv` (train, test, …) without a split column is that split, as is `metadata.csv`
+in a folder `dev`, as in Hugging Face's audio folders. Paths are relative to the table, or to
+`clips/` next to it as in Common Voice, or to --audio-dir.
 """
 
+import codecs
 import csv
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,10 +21,12 @@ from speechllm.data.corpora.utterance import (
     from_fields,
 )
 from speechllm.errors import InputError, first_line
+from speechllm.io import files_below
 
 Row = tuple[int, dict]  # line number, cells by column
 JSON = (".jsonl", ".json", ".ndjson")
 TABLES = (".tsv", ".csv", *JSON)
+METADATA = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's audio folders
 FEWER = ""  # key of rows with too few cells
 ENDINGS = ("", ".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a")  # some corpora leave them out
 
@@ -29,20 +34,24 @@ logger = logging.getLogger(__name__)
 
 
 def table_files(path: Path) -> list[Path]:
-    """List the tables of a folder that are named after splits; a file is itself.
+    """List the tables of a folder: those named after splits, or metadata; a file is itself.
 
     Raises:
       InputError: the folder has no such table.
     """
     if path.is_file():
         return [path]
-    tables = sorted(one for one in path.iterdir() if one.suffix.lower() in TABLES)
-    found = [one for one in tables if _split(one)]
+    found = [one for one in _tables(path) if _split(one)]
+    found = found or [one for one in files_below(path) if one.name.lower() in METADATA]
     if not found:
-        raise InputError(f"{path} has no table with the name of a split, such as train.tsv")
-    if others := [one.name for one in tables if one not in found]:
-        logger.info("tables without the name of a split are ignored: %s", ", ".join(others))
+        others = ", ".join(one.name for one in _tables(path))
+        hint = f": name one of {others} by --table, and its --split" if others else ""
+        raise InputError(f"{path} has no table with the name of a split, such as train.tsv{hint}")
     return found
+
+
+def _tables(folder: Path) -> list[Path]:
+    return sorted(one for one in folder.iterdir() if one.suffix.lower() in TABLES)
 
 
 def read_table(
@@ -58,10 +67,12 @@ def read_table(
       InputError: a file is not a table, or a required column is missing.
     """
     tables = table_files(path)
+    if path.is_dir() and (others := [one.name for one in _tables(path) if one not in tables]):
+        logger.info("tables without the name of a split are ignored: %s", ", ".join(others))
     for table in tables:
         header, rows = _json_lines(table) if table.suffix.lower() in JSON else _cells(table)
         columns = find_columns(header, table, chosen or {})
-        prefix = f"{table.name} " if len(tables) > 1 else ""
+        prefix = f"{table.relative_to(path)} " if len(tables) > 1 else ""
         for line, row in rows:
             yield _utterance(row, columns, table, audio_dir, f"{prefix}line {line}")
 
@@ -80,8 +91,9 @@ def _utterance(
 
 
 def _split(table: Path) -> str:
-    """`Dev.tsv` and VoxPopuli's `asr_dev.tsv` -> `dev`; otherwise empty."""
-    name = table.stem.lower().removeprefix("asr_")
+    """`Dev.tsv`, VoxPopuli's `asr_dev.tsv` and `dev/metadata.csv` -> `dev`; otherwise empty."""
+    named = table.absolute().parent if table.name.lower() in METADATA else table
+    name = named.stem.lower().removeprefix("asr_")
     return name if name in SPLITS else ""
 
 
@@ -93,13 +105,15 @@ def _find_audio(path: Path, folder: Path) -> Path:
         for ending in ENDINGS:
             if (found := place.with_name(place.name + ending)).is_file():
                 return found
-    return path
+    return places[-1] if places[-1].parent.is_dir() else path
 
 
 def _cells(table: Path) -> tuple[list[str], list[Row]]:
     try:  # undecodable bytes become U+FFFD, which is an error of the row
-        with open(table, encoding="utf-8-sig", errors="replace", newline="") as file:
+        with open(table, encoding=_encoding(table), errors="replace", newline="") as file:
             header = file.readline()
+            if "\0" in header:
+                raise InputError(f"{table} is not a text file: save it as CSV or TSV in UTF-8")
             delimiter = max("\t,;|", key=header.count) if header.strip() else "\t"
             file.seek(0)
             quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
@@ -111,21 +125,41 @@ def _cells(table: Path) -> tuple[list[str], list[Row]]:
         raise InputError(f"{table} is not a TSV or CSV table in UTF-8: {error}") from error
 
 
+def _encoding(table: Path) -> str:
+    """Return UTF-16, as of Excel's Unicode text, if the file begins with its mark, or UTF-8."""
+    with open(table, "rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return "utf-16" if is_utf16 else "utf-8-sig"
+
+
 def _row(names: list[str], cells: list[str]) -> dict:
+    cells = [_unquoted(cell) for cell in cells]
     row: dict = dict(zip(names, cells, strict=False)) | {FEWER: len(cells) < len(names)}
     return row if len(cells) <= len(names) else row | {None: cells[len(names) :]}
 
 
+def _unquoted(cell: str) -> str:
+    """Remove the quotes around a cell of a TSV, if all others are doubled."""
+    if re.fullmatch(r'"([^"]|"")+"', cell) and cell != '""':
+        return cell[1:-1].replace('""', '"')
+    return cell
+
+
 def _json_lines(table: Path) -> tuple[list[str], list[Row]]:
-    rows = []
+    """Read JSON lines, or one JSON list of objects, whose "lines" are numbered from 1."""
     try:
-        for number, line in enumerate(table.read_text("utf-8-sig").split("\n"), start=1):
-            if line.strip():
-                rows.append((number, json.loads(line)))
-                if not isinstance(rows[-1][1], dict):
-                    raise ValueError("not an object")
+        text = table.read_text(_encoding(table))
     except UnicodeDecodeError as error:
         raise InputError(f"{table} is not UTF-8: {error}") from None
+    is_list, rows = text.lstrip().startswith("["), []
+    try:
+        lines = json.loads(text) if is_list else text.split("\n")
+        for number, line in enumerate(lines, start=1):
+            if is_list or line.strip():
+                rows.append((number, line if is_list else json.loads(line)))
+                if not isinstance(rows[-1][1], dict):
+                    raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{table} line {number} is not JSON: {first_line(error)}") from error
+        place = table if is_list else f"{table} line {number}"
+        raise InputError(f"{place} is not JSON: {first_line(error)}") from error
     return list(dict.fromkeys(name for _, row in rows for name in row)), rows

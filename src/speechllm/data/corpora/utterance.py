@@ -12,7 +12,9 @@ from speechllm.errors import InputError
 COLUMNS = {  # field: accepted column names, in order of preference
     "id": ("utt_id", "id"),
     "text": ("text", "sentence", "transcript", "transcription"),
-    "path": ("path", "audio", "wav", "audio_filepath", "file"),
+    "path": (
+        "path", "audio", "wav", "audio_filepath", "file", "file_name", "filename", "wav_filename",
+    ),
     "speaker": ("speaker", "speaker_id", "client_id"),
     "split": ("split",),
     "language": ("language", "lang", "locale"),
@@ -21,7 +23,7 @@ COLUMNS = {  # field: accepted column names, in order of preference
     "start": ("start", "offset"),
     "end": ("end",),
     "duration": ("duration",),
-}
+}  # fmt: skip
 REQUIRED = ("text", "path")
 SPLITS = ("train", "training", "dev", "val", "valid", "validation", "eval", "test")
 
@@ -64,10 +66,11 @@ def find_columns(
     Raises:
       InputError: a required column is missing.
     """
+    by_name = {name.strip().lower(): name for name in header}  # `Path`, ` text`
     found = {
-        field: next(name for name in names if name in header)
+        field: by_name[next(name for name in names if name in by_name)]
         for field, names in COLUMNS.items()
-        if set(names) & set(header)
+        if set(names) & set(by_name)
     }
     for field, name in (chosen or {}).items():
         if name not in header:
@@ -75,9 +78,11 @@ def find_columns(
                 f"{source} has no column {name} (--{field}-column); it has {', '.join(header)}"
             )
         found[field] = name
-    if missing := [" or ".join(COLUMNS[field]) for field in REQUIRED if field not in found]:
+    if missing := [field for field in REQUIRED if field not in found]:
+        flags = " and ".join(f"--{field}-column" for field in missing)
         raise InputError(
-            f"{source} has no column {', '.join(missing)}; it has {', '.join(header) or 'none'}"
+            f"{source} has no column for {' and '.join(missing)}; it has "
+            f"{', '.join(header) or 'none'}: choose with {flags}"
         )
     return found
 
