@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Compare two decodings of the same set: is B better than A, or is it chance?
+"""Compare two decodings of the same sets: is B better than A, or is it chance?
 
     python src/compare.py exp/x/decode/recogs-my_test-A.txt exp/y/decode/recogs-my_test-B.txt
     python src/compare.py A B --html a-b.html
+    python src/compare.py models/published exp/mine      # all test sets that both have decoded
 
 Prints both WERs (or CERs, as in the errs-*.txt next to them) and the difference with its 95 %
 interval and p-value, by a paired bootstrap over utterances (Bisani & Ney, "Bootstrap estimates for
 confidence intervals in ASR performance evaluation", ICASSP 2004). The page lists all utterances
-that differ, side by side.
+that differ, side by side. Of directories, the newest decoding of each set is compared, and the last
+lines name the sets in which B is better or worse.
 """
 
 from pathlib import Path
@@ -19,9 +21,12 @@ from speechllm.errors import exit_on_user_error
 def get_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("a", type=Path, metavar="A", help="recogs-*.txt of a decoding")
-    add("b", type=Path, metavar="B", help="recogs-*.txt of the same set, same normalization")
-    add("--html", type=Path, metavar="FILE", help="write a page with the differences")
+    add("a", type=Path, metavar="A", help="recogs-*.txt of a decoding, or a model's directory")
+    add("b", type=Path, metavar="B", help="the same of another model, with the same normalization")
+    add(
+        "--html", type=Path, metavar="FILE",
+        help="write a page with the differences; of directories, one per set: FILE-<set>",
+    )  # fmt: skip
     return parser
 
 
@@ -29,9 +34,9 @@ def get_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     # heavy imports come after the flags are read
-    from speechllm.reports.comparison import compare
+    from speechllm.reports.comparison import compare, compare_models
 
-    compare(args.a, args.b, args.html)
+    (compare_models if args.a.is_dir() else compare)(args.a, args.b, args.html)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """compare.py: the printed comparison and its page."""
 
+import os
 
 import pytest
 from parsed_html import outside, parsed
@@ -85,6 +86,32 @@ def test_words_and_ids_are_escaped(run):
     (article,) = page.all("article")
     assert article.attrs["data-id"] == bad and article.all("ins")[0].text == bad + "b"
     assert not [name for e in page.inner for name in e.attrs if name.startswith("on")]
+
+
+def test_directories_are_compared_set_by_set(tmp_path, capsys):
+    worse = [(i, ref, ["six"] * 5) for i, ref in REFS.items()]
+    for model, name, results in (
+        ("a", "new-old", B), ("a", "new-now", worse), ("a", "old-x", A), ("a", "other-x", A),
+        ("b", "new-now", A), ("b", "old-y", worse), ("b", "same-y", A), ("a", "same-x", B),
+    ):  # fmt: skip
+        path = tmp_path / model / "decode" / f"recogs-{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files.recogs_text(aligned(results)).encode())
+        if name == "new-old":
+            os.utime(path, (1, 1))
+    compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(tmp_path / "x.html")])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-3:] == [
+        "new: 200.00% → 13.33%, B is better",
+        "old: 13.33% → 200.00%, B is worse",
+        "same: 13.33% → 13.33%, no significant difference",
+    ]
+    assert f"A: {tmp_path}/a/decode/recogs-new-now.txt" in printed
+    pages = sorted(path.name for path in tmp_path.glob("*.html"))
+    assert pages == ["x-new.html", "x-old.html", "x-same.html"]
+    (tmp_path / "c").mkdir()
+    with pytest.raises(SystemExit, match="a/decode has new, old, .*c/decode has none"):
+        compare.main([str(tmp_path / "a"), str(tmp_path / "c")])
 
 
 def test_user_errors(recogs, tmp_path):

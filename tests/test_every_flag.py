@@ -16,7 +16,7 @@ import train
 from speechllm import distributed
 from speechllm.cli import flag_name
 from speechllm.data import dataloader
-from speechllm.data.config import TrainDataConfig
+from speechllm.data.config import AUDIO_AUGMENTATION, TrainDataConfig
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.distributed import DistEnv
 from speechllm.evaluation import eval_sets
@@ -44,6 +44,8 @@ def another_value(config, field):
         return "medium"
     if field.name == "corpus_weights":
         return "2"
+    if field.name == "replay":
+        return "old:0.2"
     if field.metadata["choices"]:
         return next(one for one in field.metadata["choices"] if one != field.default)
     if kind is bool:
@@ -61,6 +63,8 @@ def test_a_flag_reaches_its_config(monkeypatch, config, field):
     flags = [flag_name(field.name), str(value).lower() if isinstance(value, bool) else str(value)]
     if field.name == "deepspeed":
         flags += ["--optimizer", "adamw"]
+    if field.name in AUDIO_AUGMENTATION:
+        flags += ["--on-the-fly-feats", "true"]
     train.main(flags)
     found = configs[CONFIGS.index(config)]
     assert getattr(found, field.name) == value != field.default
@@ -179,7 +183,8 @@ ELSEWHERE = {  # files under tests/training that use the option's name
         "manifest_dir train_cuts valid_cuts shar_dir max_duration bucketing_sampler num_buckets "
         "on_the_fly_feats shuffle drop_last min_duration max_utterance_duration enable_musan "
         "enable_spec_aug spec_aug_time_warp_factor concatenate_cuts duration_factor gap "
-        "max_invalid_fraction corpus_weights",
+        "max_invalid_fraction corpus_weights replay enable_speed_perturb enable_volume_perturb "
+        "enable_reverb enable_codec",
     "../conftest.py": "exp-dir",
     "../test_decode.py": "speech-encoder-bpe-path",  # training only saves it
 }  # fmt: skip

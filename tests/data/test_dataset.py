@@ -3,12 +3,14 @@
 import warnings
 
 import pytest
+import soundfile
 import torch
 from lhotse import load_manifest
 from tiny_batches import all_ids, cut_file, ids_of, musan, train_batches
 
 from speechllm.data.dataloader import Extras
 from speechllm.data.dataset import TextOptions, usable_batches
+from speechllm.data.validation import header_errors
 from speechllm.models.prompt import IGNORED, ChatTokenizer, build_chat_template, training_ids
 
 
@@ -99,6 +101,20 @@ def test_token_ids_and_labels_are_those_of_the_prompt(tiny_corpus, tokenizer, te
 
 
 # ---- unreadable utterances
+
+
+@pytest.mark.parametrize(("step", "share", "rate", "reasons"), [
+    (1, 1, 16000, []), (2, 1, 8000, ["sampling-rate", "wrong-length"]),
+    (1, 0.5, 16000, ["wrong-length"]),
+])  # fmt: skip
+def test_headers_of_speed_perturbed_audio_are_checked(
+    tiny_corpus, tmp_path, step, share, rate, reasons
+):
+    cut = load_manifest(cut_file(tiny_corpus))[0].drop_features()
+    samples = cut.load_audio()[0]
+    cut.recording.sources[0].source = str(tmp_path / "a.wav")
+    soundfile.write(tmp_path / "a.wav", samples[: int(share * len(samples)) : step], rate)
+    assert [error.reason for error in header_errors(cut.perturb_speed(0.9))] == reasons
 
 
 def with_missing_features(tiny_corpus, tmp_path, *numbers):

@@ -275,8 +275,10 @@ def test_interrupted_filling_leaves_complete_parts_only(encoders, cuts, tmp_path
 @pytest.mark.parametrize(
     "directory, flags, message",
     [
-        ("cache", ("--enable-musan", "true"),
-         "needs --enable-musan false: the encoders' outputs must be the same in every epoch"),
+        ("cache",
+         ("--enable-musan", "true", "--on-the-fly-feats", "true", "--enable-reverb", "true"),
+         "needs --enable-reverb false, --enable-musan false: the encoders' outputs must be the "
+         "same in every epoch"),
         ("cache", ("--shar-dir", "x"), "needs cut files, not shards (--shar-dir x)"),
         ("file", (), "cannot be a directory: File exists"),
     ],

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from lhotse import load_manifest
 
 from speechllm.data.config import TrainDataConfig
@@ -150,6 +151,112 @@ def test_files_are_spread_evenly_over_the_epoch(data_config, weights, share):
 def test_invalid_corpus_weights_are_named(data_config, weights, message):
     with pytest.raises(InputError, match=f"--corpus-weights {weights}.*{message}"):
         data_config(train_cuts="a,b", corpus_weights=weights)
+
+
+def test_replay_is_a_share_of_each_part_of_the_epoch(data_config):
+    config = data_config(
+        train_cuts="tiny_cuts_train", replay="tiny_cuts_many:0.5,tiny_cuts_dev:0.1",
+        num_buckets=0, shuffle=False, drop_last=False,
+    )  # fmt: skip
+    first, second = (ids_of(batches(config, epoch)) for epoch in (1, 2))
+    new = [name for name in first if name.startswith("train-") and "copy" not in name]
+    assert sorted(new) == sorted(set(new)) and len(new) == 12
+    for start in (0, 15):
+        part = first[start : start + 15]
+        assert [sum(kind in name for name in part) for kind in ("copy", "dev")] == [
+            pytest.approx(7.5, abs=1), pytest.approx(1.5, abs=1)
+        ]  # fmt: skip
+    old = [{name for name in ids if "copy" in name} for ids in (first, second)]
+    assert len(old[0]) == len(old[1]) == 15 and old[0].isdisjoint(old[1])
+
+
+@pytest.mark.parametrize("replay, message", [
+    ("many", "must be cut files with shares, such as old_cuts_train:0.2"),
+    (":0.2", "must be cut files with shares"),
+    ("many:x", "must be cut files with shares"),
+    ("many:0", "shares must be above 0, and their sum below 1"),
+    ("many:nan", "shares must be above 0"),
+    ("many:0.5,dev:0.5", "and their sum below 1"),
+    ("none:0.2", "cut file .*none is missing"),
+    ("tiny_cuts_train:0.2", "is also in --train-cuts tiny_cuts_train"),
+    ("musan_cuts:0.2", "musan_cuts.jsonl.gz: no usable cuts: cut noise-0 has no text"),
+])  # fmt: skip
+def test_invalid_replay_is_named(data_config, replay, message):
+    with pytest.raises((InputError, FileNotFoundError), match=message):
+        scan_training_data(data_config(train_cuts="tiny_cuts_train", replay=replay))
+
+
+@pytest.mark.parametrize(("on_the_fly", "lacking", "message"), [
+    (False, "features", r"has no features \(see --on-the-fly-feats\)"),
+    (True, "recordings", "has no audio to compute features from"),
+])  # fmt: skip
+def test_replay_without_features_or_audio_is_named(
+    data_config, many, tmp_path, on_the_fly, lacking, message
+):
+    path = tmp_path / "old.jsonl.gz"
+    getattr(load_manifest(many).to_eager(), f"drop_{lacking}")().to_file(path)
+    config = data_config(
+        train_cuts="tiny_cuts_train", replay=f"{path}:0.2", on_the_fly_feats=on_the_fly
+    )
+    with pytest.raises(InputError, match=f"^{path}: no usable cuts: cut train-0-copy0 {message}$"):
+        scan_training_data(config)
+
+
+# ---- augmentation of the audio
+
+AUDIO = ["enable_speed_perturb", "enable_volume_perturb", "enable_reverb", "enable_codec"]
+
+
+def by_id(batches):
+    """Return {id: (text, features)}."""
+    return {
+        cut_id: (text, features[:length])
+        for batch in batches
+        for cut_id, text, features, length in zip(
+            batch["cut_ids"], batch["texts"], batch["features"], batch["feature_lens"]
+        )
+    }
+
+
+@pytest.mark.parametrize("option", AUDIO)
+def test_augmented_audio_keeps_its_transcript(data_config, option):
+    config = data_config(train_cuts="tiny_cuts_train", on_the_fly_feats=True, drop_last=False)
+    augmented = replace(config, **{option: True})
+    found = batches(augmented)
+    before, after, later = map(by_id, (batches(config), found, batches(augmented, epoch=2)))
+    texts = [{name: text for name, (text, _) in one.items()} for one in (before, after, later)]
+    assert texts[0] == texts[1] == texts[2]
+    changed = [not torch.equal(before[name][1], after[name][1]) for name in before]
+    assert 3 <= sum(changed) <= 10
+    assert any(not torch.equal(later[name][1], after[name][1]) for name in before)
+    assert all(features.isfinite().all() for _, features in after.values())
+    if option != "enable_speed_perturb":
+        assert {n: len(f) for n, (_, f) in before.items()} == {
+            n: len(f) for n, (_, f) in after.items()
+        }
+    resumed = batches(replace(augmented, num_workers=1), skip=2)  # the first are not loaded
+    assert content(resumed[2:]) == content(found[2:])
+
+
+def test_perturbed_speed_keeps_the_limits(data_config):
+    config = data_config(on_the_fly_feats=True, enable_speed_perturb=True, drop_last=False)
+    found = batches(config)
+    assert all(batch["features"].shape[:2].numel() <= 1200 for batch in found)
+    plain = by_id(batches(replace(config, enable_speed_perturb=False)))
+    ratios = {round(10 * len(plain[n][1]) / len(f)) for n, (_, f) in by_id(found).items()}
+    assert ratios == {9, 10, 11}
+
+
+@pytest.mark.parametrize("option", AUDIO)
+def test_augmented_audio_needs_audio(data_config, many, tmp_path, option):
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(InputError, match=f"{flag} true .* needs --on-the-fly-feats true and cut"):
+        data_config(**{option: True})
+    path = tmp_path / "stored.jsonl.gz"
+    load_manifest(many).to_eager().drop_recordings().to_file(path)
+    config = data_config(train_cuts=str(path), on_the_fly_feats=True, **{option: True})
+    with pytest.raises(InputError, match="e.g. cut train-0-copy0 has no audio to compute"):
+        scan_training_data(config)
 
 
 # ---- shards

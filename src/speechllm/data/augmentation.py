@@ -1,9 +1,24 @@
-"""Augmentation of training batches with lhotse: SpecAugment, noise, concatenated utterances."""
+"""Augmentation with lhotse: speed, volume, reverberation, codecs, noise, SpecAugment.
 
+What follows the sampler draws with Python's generator, which is seeded for each batch.
+"""
+
+import io
 import random
 
-from lhotse import CutSet
+import numpy as np
+import soundfile
+from lhotse import CutSet, Recording
+from lhotse.cut import Cut
 from lhotse.dataset import CutConcatenate, CutMix, SpecAugment
+from lhotse.dataset.cut_transforms import (
+    Compress,
+    PerturbVolume,
+    ReverbWithImpulseResponse,
+)
+
+from speechllm.audio.fbank import SAMPLING_RATE
+from speechllm.data.features import SPEED_FACTORS
 
 
 def spec_augment(time_warp_factor: int) -> SpecAugment:
@@ -17,8 +32,46 @@ def spec_augment(time_warp_factor: int) -> SpecAugment:
     )
 
 
+def perturb_speed(cut: Cut, seed: str) -> Cut:
+    """Return the cut at 0.9, 1.0 or 1.1 times its speed, as `seed` and its id determine."""
+    factor = random.Random(f"{seed} {cut.id}").choice((1.0, *SPEED_FACTORS))
+    return cut if factor == 1.0 else cut.drop_features().perturb_speed(factor, affix_id=False)
+
+
+def perturb_audio(cuts: CutSet, volume: bool, reverb: bool, codec: bool) -> CutSet:
+    """Change the volume of half of the cuts, the room of half, and the codec of half."""
+    rng = random.Random(random.getrandbits(64))
+    cuts = cuts.drop_features()  # lhotse would warn about each
+    if volume:
+        cuts = PerturbVolume(0.5, randgen=rng, preserve_id=True)(cuts)
+    if reverb:
+        rooms = [random_room(rng) for _ in cuts]
+        cuts = ReverbWithImpulseResponse(rooms, 0.5, randgen=rng, preserve_id=True)(cuts)
+    if codec:
+        options = {"compression_level": (0.8, 0.99), "rng": rng, "seed": None}
+        cuts = Compress(["mp3", "opus", "gsm"], p=0.5, preserve_id=True, **options)(cuts)
+    return cuts
+
+
+def random_room(rng: random.Random) -> Recording:
+    """Return an impulse response: the direct sound, then noise that decays exponentially (Polack).
+
+    It decays by 60 dB in 0.1 to 0.8 s, and the direct sound is 0 to 15 dB louder. lhotse's
+    generator of impulse responses needs torchaudio.
+    """
+    reverberation_time, direct_db = rng.uniform(0.1, 0.8), rng.uniform(0, 15)
+    time = np.arange(round(reverberation_time * SAMPLING_RATE)) / SAMPLING_RATE
+    noise = np.random.default_rng(rng.getrandbits(64)).normal(size=len(time))
+    response = noise * 10 ** (-3 * time / reverberation_time)
+    response *= 10 ** (-direct_db / 20) / np.linalg.norm(response)
+    response[0] = 1.0
+    file = io.BytesIO()
+    soundfile.write(file, response, SAMPLING_RATE, format="WAV", subtype="FLOAT")
+    return Recording.from_bytes(file.getvalue(), "room")
+
+
 def mix_noise(cuts: CutSet, noise: CutSet) -> CutSet:
-    """Mix noise at 10 to 20 dB SNR into half of the cuts, drawn with Python's generator."""
+    """Mix noise at 10 to 20 dB SNR into half of the cuts."""
     rng = random.Random(random.getrandbits(64))
     return CutMix(noise, p=0.5, snr=(10, 20), preserve_id=True, seed=rng)(cuts)
 

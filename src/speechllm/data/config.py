@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from speechllm.cli import check_range, comma_list, option
+from speechllm.cli import check_range, comma_list, flag_name, option
 from speechllm.errors import InputError
 
+AUDIO_AUGMENTATION = (
+    "enable_speed_perturb", "enable_volume_perturb", "enable_reverb", "enable_codec",
+)  # fmt: skip
 _data = partial(option, group="data")
 _train = partial(option, group="training data")
 
@@ -50,6 +53,10 @@ class TrainDataConfig(DataConfig):
         None, "share of each file of --train-cuts in an epoch, such as 0.7,0.3; small files are "
         "repeated", unset="by size",
     )  # fmt: skip
+    replay: str | None = _train(
+        None, "cut files of former training data with their shares of an epoch, such as "
+        "old_cuts_train:0.2; the rest is --train-cuts", unset="none",
+    )  # fmt: skip
     valid_cuts: str = _train(
         "librispeech_cuts_dev-clean,librispeech_cuts_dev-other",
         "cut files in --manifest-dir, comma-separated",
@@ -77,6 +84,12 @@ class TrainDataConfig(DataConfig):
     enable_musan: bool = _train(
         True, "mix noise from musan_cuts.jsonl.gz into half of the cuts, at 10-20 dB SNR"
     )
+    enable_speed_perturb: bool = _train(
+        False, "0.9, 1 or 1.1 times the speed, drawn per utterance and epoch"
+    )
+    enable_volume_perturb: bool = _train(False, "change the volume of half of the utterances")
+    enable_reverb: bool = _train(False, "reverberate half of the utterances, in random rooms")
+    enable_codec: bool = _train(False, "compress half of the utterances by MP3, Opus or GSM")
     enable_spec_aug: bool = _train(True, "apply SpecAugment")
     spec_aug_time_warp_factor: int = _train(
         80, "time warping of SpecAugment in frames; below 1: none"
@@ -92,6 +105,13 @@ class TrainDataConfig(DataConfig):
         check_range("max_batch_tokens", self.max_batch_tokens, 0)
         if self.corpus_weights is not None:
             self._check_weights(len(comma_list(self.train_cuts)))
+        if self.replay is not None:
+            self._check_replay()
+        if self.audio_augmentation and not self.on_the_fly_feats:
+            raise InputError(
+                f"{flag_name(self.audio_augmentation[0])} true changes the audio: it needs "
+                "--on-the-fly-feats true and cut files with audio"
+            )
         if self.max_batch_tokens and self.concatenate_cuts:
             raise InputError(
                 f"--max-batch-tokens {self.max_batch_tokens} cannot be used with "
@@ -99,9 +119,33 @@ class TrainDataConfig(DataConfig):
             )
 
     @property
+    def audio_augmentation(self) -> list[str]:
+        """Names of the enabled options that change the audio."""
+        return [name for name in AUDIO_AUGMENTATION if getattr(self, name)]
+
+    @property
     def weights(self) -> list[float]:
         """Values of --corpus-weights; empty without them."""
         return [float(weight) for weight in comma_list(self.corpus_weights or "")]
+
+    @property
+    def replay_shares(self) -> dict[str, float]:
+        """Cut files and shares of --replay; empty without it."""
+        parts = [item.rpartition(":") for item in comma_list(self.replay or "")]
+        return {name: float(share) for name, _, share in parts}
+
+    def _check_replay(self) -> None:
+        flag = f"--replay {self.replay}"
+        try:
+            shares = self.replay_shares
+        except ValueError:
+            shares = {}
+        if not shares or "" in shares:
+            raise InputError(f"{flag} must be cut files with shares, such as old_cuts_train:0.2")
+        if self.shar_dir:
+            raise InputError(f"{flag} needs cut files, not shards (--shar-dir {self.shar_dir})")
+        if not (all(share > 0 for share in shares.values()) and sum(shares.values()) < 1):
+            raise InputError(f"{flag}: shares must be above 0, and their sum below 1")
 
     def _check_weights(self, num_files: int) -> None:
         flag = f"--corpus-weights {self.corpus_weights}"

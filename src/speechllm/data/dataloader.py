@@ -10,7 +10,7 @@ from lhotse.dataset.dataloading import make_worker_init_fn
 from lhotse.dataset.sampling.base import CutSampler
 from torch.utils.data import DataLoader, Dataset
 
-from speechllm.data.augmentation import concatenate, mix_noise, spec_augment
+from speechllm.data.augmentation import concatenate, mix_noise, perturb_audio, spec_augment
 from speechllm.data.config import DataConfig, TrainDataConfig
 from speechllm.data.dataset import CachedEncoderDataset, SpeechDataset, TextOptions
 from speechllm.data.encoder_cache import EncoderCache
@@ -159,6 +159,9 @@ def _train_dataset(config: TrainDataConfig, extras: Extras, check_cuts: bool) ->
     if extras.encoder_cache is not None:
         return CachedEncoderDataset(extras.encoder_cache, extras.text)
     transforms = []
+    audio = config.enable_volume_perturb, config.enable_reverb, config.enable_codec
+    if any(audio):
+        transforms.append(partial(perturb_audio, **dict(zip(("volume", "reverb", "codec"), audio))))
     if config.concatenate_cuts:
         options = {"duration_factor": config.duration_factor, "gap": config.gap}
         transforms.append(partial(concatenate, **options))

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from lhotse import AudioSource, MonoCut, Recording, validate
+from lhotse import AudioSource, MonoCut, validate
 from lhotse.audio.backend import info
+from lhotse.augmentation import Speed
 from lhotse.cut import Cut
 
 from speechllm.audio.fbank import FRAME_SHIFT, NUM_MEL_BINS, SAMPLING_RATE
@@ -179,8 +180,8 @@ def header_errors(cut: Cut) -> list[CutError]:
     lhotse would read 8 kHz as 16 kHz, and fill half a second of missing audio by mirroring.
     """
     errors, name = [], shown_id(cut)
-    for source, recording in _untransformed_files(cut):
-        path, rate, samples = source.source, recording.sampling_rate, recording.num_samples
+    for source, rate, samples in _files(cut):
+        path = source.source
         try:
             header = info(path, force_opus_sampling_rate=rate)
         except Exception as error:  # audio backends each have their own
@@ -191,7 +192,7 @@ def header_errors(cut: Cut) -> list[CutError]:
             ("channels", header.channels != len(source.channels),
              f"{header.channels} channels", len(source.channels)),
             ("wrong-length", abs(header.frames - samples) > LENGTH_TOLERANCE * rate,
-             f"{header.frames} samples", samples),
+             f"{header.frames} samples", round(samples)),
         ):  # fmt: skip
             if is_wrong:
                 message = f"cut {name} has {found} in {path}, not {expected}"
@@ -204,11 +205,17 @@ def _unreadable(name: str, what: str, error: Exception) -> CutError:
     return CutError(name, f"unreadable-{what}", message)
 
 
-def _untransformed_files(cut: Cut) -> Iterator[tuple[AudioSource, Recording]]:
+def _files(cut: Cut) -> Iterator[tuple[AudioSource, int, float]]:
+    """Yield the audio files with their expected sampling rate and number of samples."""
     for part in [track.cut for track in cut.tracks] if hasattr(cut, "tracks") else [cut]:
         recording = getattr(part, "recording", None)
-        if recording and not recording.transforms:  # transforms may change the rate
-            yield from ((one, recording) for one in recording.sources if one.type == "file")
+        transforms = recording.transforms or [] if recording else []
+        if not recording or not all(isinstance(one, Speed) for one in transforms):
+            continue  # other transforms may change the rate
+        samples = recording.num_samples * math.prod(one.factor for one in transforms)
+        for source in recording.sources:
+            if source.type == "file":
+                yield source, recording.sampling_rate, samples
 
 
 # ---- counts and lists

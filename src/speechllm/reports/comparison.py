@@ -15,6 +15,8 @@ from speechllm.scoring.bootstrap import Difference, paired_bootstrap
 from speechllm.scoring.files import read_recogs
 from speechllm.scoring.wer import Pair, ScoredUtterance, count_pairs
 
+SIGNIFICANT = 0.05  # p-value
+
 
 @dataclass(frozen=True)
 class UtterancePair:
@@ -34,9 +36,42 @@ class UtterancePair:
         return "worse" if self.more_errors > 0 else "better" if self.more_errors else "other"
 
 
-def compare(a_path: Path, b_path: Path, html: Path | None = None) -> None:
+def compare_models(a: Path, b: Path, html: Path | None = None) -> None:
+    """Print the comparison of each test set that both models' directories have decoded.
+
+    The last lines name the sets in which B is better or worse. The page of a set is written next
+    to `html`, with the set in its name.
+
+    Raises:
+      InputError: the directories have no set in common, or as `compare`.
+    """
+    of_a, of_b = newest_recogs(a), newest_recogs(b)
+    sets = [name for name in of_a if name in of_b]
+    if not sets:
+        raise InputError(
+            f"no test set in common: {a}/decode has {', '.join(of_a) or 'none'}, "
+            f"{b}/decode has {', '.join(of_b) or 'none'}"
+        )
+    verdicts = []
+    for name in sets:
+        path = html and html.with_name(f"{html.stem}-{name}{html.suffix}")
+        verdicts.append(f"{name}: {compare(of_a[name], of_b[name], path)}")
+        print()
+    print("\n".join(verdicts))
+
+
+def newest_recogs(folder: Path) -> dict[str, Path]:
+    """Return the newest <folder>/decode/recogs-<set>-<suffix>.txt of each set, by name."""
+    paths = sorted(folder.glob("decode/recogs-*-*.txt"), key=lambda path: path.stat().st_mtime)
+    newest = {path.name.split("-")[1]: path for path in paths}
+    return dict(sorted(newest.items()))
+
+
+def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
     """Print the comparison of two recogs-*.txt files, and write its page to `html`.
 
+    Returns:
+      Both error rates, and whether B is better.
     Raises:
       FileNotFoundError, InputError: a file is missing or damaged, or the utterances differ.
     """
@@ -55,23 +90,30 @@ def compare(a_path: Path, b_path: Path, html: Path | None = None) -> None:
         "same": len(a) - len(utterances),
     }
     print(f"A: {a_path}\nB: {b_path}\n{summary(**values)}")
-    if html is None:
-        return
-    changed = changed_errors(count_pairs(a), count_pairs(b))
-    text = page(
-        "comparison.html",
-        title=f"{a_path.stem}, {b_path.stem}",
-        names=(a_path, b_path),
-        changed=changed[:MAX_ROWS],
-        left_out=len(changed[MAX_ROWS:]),
-        utterances=utterances,
-        marks=marks,
-        **values,
-    )
-    html.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(html) as partial:
-        partial.write_text(text, encoding="utf-8")
-    print(f"Wrote {html}")
+    if html is not None:
+        changed = changed_errors(count_pairs(a), count_pairs(b))
+        text = page(
+            "comparison.html",
+            title=f"{a_path.stem}, {b_path.stem}",
+            names=(a_path, b_path),
+            changed=changed[:MAX_ROWS],
+            left_out=len(changed[MAX_ROWS:]),
+            utterances=utterances,
+            marks=marks,
+            **values,
+        )
+        html.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(html) as partial:
+            partial.write_text(text, encoding="utf-8")
+        print(f"Wrote {html}")
+    return verdict(values["a"], values["b"], difference)
+
+
+def verdict(a: Row, b: Row, difference: Difference) -> str:
+    """Return both error rates and `B is better`, `B is worse` or `no significant difference`."""
+    change = "worse" if difference.wer > 0 else "better"
+    result = f"B is {change}" if difference.p < SIGNIFICANT else "no significant difference"
+    return f"{a.counts.wer:.2f}% → {b.counts.wer:.2f}%, {result}"
 
 
 def rate_of(recogs: Path) -> str:

@@ -1,6 +1,7 @@
 """TrainingData: the scanned cuts of a training, and the loaders that read them."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from lhotse.cut import Cut
 from torch.utils.data import DataLoader
 
 from speechllm.cli import comma_list
-from speechllm.data.augmentation import concatenate
+from speechllm.data.augmentation import concatenate, perturb_speed
 from speechllm.data.config import TrainDataConfig
 from speechllm.data.dataloader import (
     CutSource,
@@ -25,6 +26,7 @@ from speechllm.data.dataloader import (
 )
 from speechllm.data.dataset import TextOptions, usable_batches
 from speechllm.data.encoder_cache import EncoderCache
+from speechllm.data.features import SPEED_FACTORS
 from speechllm.data.manifests import (
     CutStatistics,
     cuts_file,
@@ -89,16 +91,23 @@ class TrainingData:
 
     @property
     def epoch_counts(self) -> list[int]:
-        """Cuts of each file in an epoch: all, or as --corpus-weights divides their number."""
-        weights = self.config.weights
-        if not weights:
-            return [kept for kept, _ in self.train.files.values()] or [self.train.kept]
-        return [max(1, round(w / sum(weights) * self.train.kept)) for w in weights]
+        """Cuts of each file in an epoch.
+
+        --train-cuts are used once, or as --corpus-weights divides their number; --replay adds to
+        them until its files have their shares.
+        """
+        weights, replay = self.config.weights, list(self.config.replay_shares.values())
+        kept = [kept for kept, _ in self.train.files.values()] or [self.train.kept]
+        new = kept[: len(kept) - len(replay)]
+        if weights:
+            new = [max(1, round(w / sum(weights) * sum(new))) for w in weights]
+        total = sum(new) / (1 - sum(replay))
+        return new + [max(1, round(share * total)) for share in replay]
 
     @property
     def epoch_seconds(self) -> float:
         """Audio in an epoch."""
-        if not self.config.weights:
+        if not self.train.files:
             return self.train.seconds
         files = zip(self.epoch_counts, self.train.files.values())
         return sum(count * seconds / kept for count, (kept, seconds) in files)
@@ -133,14 +142,16 @@ class TrainingData:
 
     def source(self, epoch: int) -> CutSource:
         """Return the cuts to sample from in an epoch; shards come in a new order in each."""
-        num_cuts, seconds = sum(self.epoch_counts), self.epoch_seconds
+        sample = None
         if not self.config.shar_dir:
             cuts = self._mixed_cuts(epoch) if len(self.epoch_counts) > 1 else self.train_cuts()
-            return CutSource(cuts, num_cuts, seconds)
-        shards, limits = _shards(self.config), _limits(self.config, self.min_frames)
-        cuts = shards.cuts(self.seed + epoch if self.config.shuffle else None)
-        sample = within(shards.sample(), **limits)
-        return CutSource(within(cuts, **limits), num_cuts, seconds, sample)
+        else:
+            shards, limits = _shards(self.config), _limits(self.config, self.min_frames)
+            cuts = within(shards.cuts(self.seed + epoch if self.config.shuffle else None), **limits)
+            sample = within(shards.sample(), **limits)
+        if self.config.enable_speed_perturb:  # here, as the sampler needs the durations
+            cuts = cuts.map(partial(perturb_speed, seed=f"{self.seed} {epoch}"))
+        return CutSource(cuts, sum(self.epoch_counts), self.epoch_seconds, sample)
 
     # ---- loaders
 
@@ -305,8 +316,10 @@ def scan_training_data(
         train = check_shards(_shards(config), **limits, **options)
     else:
         train = scan_manifests(_train_paths(config), **limits, **options, extra_check=check)
-        if empty := [str(path) for path, (kept, _) in train.files.items() if not kept]:
-            raise InputError(f"{', '.join(empty)}: no usable cuts (see --min-duration and others)")
+        if empty := [path for path, (kept, _) in train.files.items() if not kept]:
+            invalid = [errors[0].message for errors in train.errors[empty[0]].values()]
+            reason = invalid[0] if invalid else "see --min-duration and others"
+            raise InputError(f"{empty[0]}: no usable cuts: {reason}")
     valid_paths = _paths(config.manifest_dir, "--valid-cuts", config.valid_cuts)
     valid = scan_manifests(valid_paths, min_frames=min_frames, **options, extra_check=check)
     noise = _scan_noise(config, options) if config.enable_musan else None
@@ -344,7 +357,13 @@ def _scan_noise(config: TrainDataConfig, options: dict) -> CutStatistics:
 def _train_paths(config: TrainDataConfig) -> list[Path | str]:
     if config.shar_dir:
         return _shards(config).fields["cuts"]
-    return _paths(config.manifest_dir, "--train-cuts", config.train_cuts)
+    paths = _paths(config.manifest_dir, "--train-cuts", config.train_cuts)
+    for name in config.replay_shares:
+        path = cuts_file(config.manifest_dir, name)
+        if path in paths:
+            raise InputError(f"--replay {name} is also in --train-cuts {config.train_cuts}")
+        paths.append(path)
+    return paths
 
 
 def _paths(manifest_dir: Path, flag: str, names: str) -> list[Path]:
@@ -360,8 +379,9 @@ def _shards(config: TrainDataConfig) -> Shards:
 
 
 def _limits(config: TrainDataConfig, min_frames: int) -> dict:
+    fastest = max(SPEED_FACTORS) if config.enable_speed_perturb else 1
     return {
         "min_seconds": config.min_duration,
         "max_seconds": config.max_utterance_duration,
-        "min_frames": min_frames,
+        "min_frames": math.ceil(min_frames * fastest),
     }

@@ -122,6 +122,7 @@ def _check_options(model: ModelConfig, data: TrainDataConfig, config: TrainConfi
 def _check_encoder_cache(model: ModelConfig, data: TrainDataConfig, config: TrainConfig) -> None:
     flag = f"--encoder-cache-dir {data.encoder_cache_dir}"
     enabled = {  # options that change the encoders' outputs from epoch to epoch
+        **{name.replace("_", "-"): True for name in data.audio_augmentation},
         "enable-musan": data.enable_musan,
         "enable-spec-aug": data.enable_spec_aug,
         "concatenate-cuts": data.concatenate_cuts,

@@ -26,8 +26,8 @@ from speechllm.training.optim import make_optimizer
 
 REQUIRED = ("optimizer", "scheduler", "grad_scaler")  # entries without which resuming fails
 ORDER_OPTIONS = (  # options that determine the batches of an epoch
-    "train_cuts", "corpus_weights", "shar_dir", "max_duration", "max_batch_tokens",
-    "bucketing_sampler", "num_buckets", "shuffle", "drop_last", "min_duration",
+    "train_cuts", "corpus_weights", "replay", "enable_speed_perturb", "shar_dir", "max_duration",
+    "max_batch_tokens", "bucketing_sampler", "num_buckets", "shuffle", "drop_last", "min_duration",
     "max_utterance_duration", "concatenate_cuts",
 )  # fmt: skip
 FORMER_NAMES = {  # former names of options, as in older checkpoints
