@@ -89,20 +89,23 @@ IGNORED_STM = ("ignore_time_segment_in_scoring", "inter_segment_gap")
 
 def recognize(folder: Path) -> str:
     """Return the name of a folder's layout; `folder` if no other fits."""
-    files = list(files_below(folder))
+    files = _files(folder)
     for name in PATTERNS:
-        found = _matching(name, files, folder)
+        found = _matching(name, files)
         if found and (name not in CONFIRMED or CONFIRMED[name](found[0])):
             return name
     return "folder"
 
 
-def _matching(layout: str, files: list[Path], folder: Path) -> list[Path]:
+def _files(folder: Path) -> dict[str, Path]:
+    """List the files by their names relative to the folder."""
+    return {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
+
+
+def _matching(layout: str, files: dict[str, Path]) -> list[Path]:
     """Select files by the patterns of a layout; the case does not matter."""
-    pattern = "|".join(map(_regex, PATTERNS[layout]))
-    return [
-        path for path in files if re.fullmatch(pattern, path.relative_to(folder).as_posix(), re.I)
-    ]
+    pattern = re.compile("|".join(map(_regex, PATTERNS[layout])), re.IGNORECASE)
+    return [path for name, path in files.items() if pattern.fullmatch(name)]
 
 
 def _regex(glob: str) -> str:
@@ -128,15 +131,16 @@ def layout_files(layout: str, folder: Path) -> list[Path]:
     """
     if layout not in TRANSCRIPTS and layout not in ("voxpopuli", "common-voice"):
         return [folder]
-    found = _matching(layout, list(files_below(folder)), folder)
+    found = _matching(layout, _files(folder))
     if not found:
         patterns = " or ".join(PATTERNS[layout])
         raise InputError(f"{folder} has no {patterns}: not the layout of {layout}")
     if layout == "common-voice":
         folders = dict.fromkeys(clip.parents[1] for clip in found)
         return [table for one in folders for table in table_files(one)]
-    # TED-LIUM 3 has each talk in data/, and again by split
-    return [one for one in found if "legacy" in one.parts] or found
+    if layout == "tedlium":  # the third release has each talk in data/, and again by split
+        found = [one for one in found if one.parts[-4:-3] == ("legacy",)] or found
+    return found
 
 
 def read_layout(layout: str, folder: Path) -> Iterator[Utterance]:
@@ -256,7 +260,8 @@ def _read_voxpopuli(files: list[Path]) -> Iterator[Utterance]:
         for versions in zip(*(read_table(file, chosen=one) for one in columns), strict=True):
             one = next((version for version in versions if version.text), versions[0])
             one.path = audio.get(Path(one.path).name, one.path)
-            one.language = one.language or file.absolute().parent.name.partition("_")[0]
+            if language := re.fullmatch("([a-z]{2})(_accented)?", file.absolute().parent.name):
+                one.language = language[1]
             yield _placed(one, file)
 
 
