@@ -302,7 +302,7 @@ def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dr
 
     assert error("--lora-r", 0) == "--lora-r 0 must be at least 1"
     assert error("--projector-lr", -1) == "--projector-lr -1 must be above 0"
-    message = "--lora-targets q_proj,c_attn: the LLM has no linear layer c_attn, it has down_proj, "
+    message = "--lora-targets q_proj,c_attn: the LLM has no linear layer c_attn inside, but down_"
     assert error("--lora-targets", "q_proj,c_attn").startswith(message)
     message = "--encoder-lr 0.1: this part of the model is not trained"
     assert error("--encoder-lr", 0.1) == message
@@ -326,7 +326,7 @@ def test_checkpoints_that_cannot_be_resumed_from(error_of, tiny_exp, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--optimizer", "adamw"], "was written with another optimizer than --optimizer adamw"),
-    (["--lora-lr", "2"], "written with other parts of the model at one learning rate: --projec"),
+    (["--lora-lr", "2"], "epoch-1.pt was written with other values of --projector-lr, --lora-lr"),
     (["--lora-r", "8"], r"lora_A.default.weight has shape \(64, \d+\) in .*epoch-1.pt"),
     (["--unfreeze-llm", "false"], r"unexpected key.* epoch-1.pt|epoch-1.pt.*unexpected key"),
     (["--unfreeze-encoder", "true"], r"missing key.*epoch-1.pt|epoch-1.pt.*missing key"),

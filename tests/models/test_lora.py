@@ -116,11 +116,12 @@ def test_rank_scale_dropout_and_layers_are_those_given(tiny_llm_dir, dropout):
     assert all(p.grad is not None for p in llm.parameters() if p.requires_grad)
 
 
-def test_a_target_that_the_llm_lacks_is_an_error(tiny_llm_dir):
+@pytest.mark.parametrize("unknown", ["wqkv", "lm_head"])
+def test_a_target_that_the_llm_lacks_is_an_error(tiny_llm_dir, unknown):
     sentence = (
-        "^--lora-targets q_proj,wqkv: the LLM has no linear layer wqkv, it has down_proj, "
-        "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj$"
+        f"^--lora-targets q_proj,{unknown}: the LLM has no linear layer {unknown} inside, but "
+        "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj$"
     )
     with pytest.raises(InputError, match=sentence):
-        config = ModelConfig(lora_targets="q_proj,wqkv")
+        config = ModelConfig(lora_targets=f"q_proj,{unknown}")
         prepare_llm(load_llm(str(tiny_llm_dir))[0], True, True, config)

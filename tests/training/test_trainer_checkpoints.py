@@ -154,13 +154,13 @@ def test_the_model_with_the_lowest_wer_is_kept_and_patience_counts_validations(t
     assert (state.lowest_valid_wer, state.validations_without_gain) == (20, 3)
     assert steps_of(tmp_path / "best-valid-wer.pt") == 30  # in the middle of an epoch
     assert load_checkpoint(tmp_path / "best-valid-wer.pt")["lowest_valid_wer"] == 20
-    assert logged(caplog, "Stopped after 3 validations without gain (--patience 3)")
+    assert logged(caplog, "Stopped early: 3 of --patience 3 validations without gain")
     assert "wer=22, " in logged(caplog, "validation:")[-1]
     caplog.clear()
     options = {"batches": 20, "valid_interval": 10, "num_epochs": 9}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     run(tmp_path, start="epoch-3.pt", patience=3, decode=decode, **options)
-    assert logged(caplog, "Stopped after 3") and not logged(caplog, "validation:")
+    assert logged(caplog, "Stopped early: 3") and not logged(caplog, "validation:")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     # More patience continues; the end of epoch 3 is validated again, and not counted twice.
     decode = ScriptedErrors(22, 30, 21, 99)
@@ -174,6 +174,11 @@ def test_patience_within_an_epoch_saves_a_checkpoint(tmp_path):
     assert state.batches_in_epoch == 10 and not (tmp_path / "epoch-1.pt").exists()
     assert steps_of(tmp_path / "checkpoint-10.pt") == 10
     assert steps_of(tmp_path / "best-valid-wer.pt") == 0
+    # More patience continues, and does not count the repeated validation.
+    decode = ScriptedErrors(30, 40, 99)
+    options = {"batches": 20, "valid_interval": 10, "patience": 2, "decode": decode}
+    state, _ = run(tmp_path, start="checkpoint-10.pt", **options)
+    assert decode.values == [99] and (state.epoch, state.batch_idx_train) == (1, 20)
 
 
 def test_without_decoding_patience_counts_losses(tmp_path):

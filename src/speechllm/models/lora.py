@@ -48,12 +48,16 @@ def with_lora(llm: nn.Module, config: ModelConfig = ONE_ENCODER) -> PeftModel:
 
 def _targets(llm: nn.Module, names: str) -> list[str]:
     """Return the names of the layers with LoRA; LLMs may lack some of the default ones."""
-    linear = (name for name, layer in llm.named_modules() if isinstance(layer, nn.Linear))
-    existing = {name.rpartition(".")[2] for name in linear}
+    head = llm.get_output_embeddings()  # its weights are used alone, see chunked_cross_entropy
+    existing = {
+        name.rpartition(".")[2]
+        for name, layer in llm.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head
+    }
     if unknown := sorted(set(comma_list(names)) - existing):
         if names != LORA_TARGETS:
             raise InputError(
-                f"--lora-targets {names}: the LLM has no linear layer {unknown[0]}, it has "
+                f"--lora-targets {names}: the LLM has no linear layer {unknown[0]} inside, but "
                 f"{', '.join(sorted(existing))}"
             )
     return comma_list(names)

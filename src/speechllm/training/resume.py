@@ -55,6 +55,7 @@ class TrainState:
     lowest_valid_loss: float = float("inf")  # of all validations, also within an epoch
     lowest_valid_wer: float = float("inf")
     validations_without_gain: int = 0  # in a row
+    validated_at: int = -1  # batch_idx_train of the last validation
 
     @property
     def next_epoch(self) -> int:
@@ -67,17 +68,17 @@ class TrainState:
             setattr(self, f"best_{kind}_loss", loss)
             setattr(self, f"best_{kind}_epoch", self.epoch)
 
-
     def note_validation(self, means: dict[str, float]) -> bool:
         """Count a validation; return whether its WER, or loss without one, is the lowest so far."""
         name = "wer" if "wer" in means else "loss"
         lowest = f"lowest_valid_{name}"
+        is_new = self.batch_idx_train != self.validated_at  # not repeated after resuming
+        self.validated_at = self.batch_idx_train
         if means[name] < getattr(self, lowest):
             setattr(self, lowest, means[name])
             self.validations_without_gain = 0
             return True
-        if self.batches_in_epoch:  # else it repeats that of the last epoch's end, after resuming
-            self.validations_without_gain += 1
+        self.validations_without_gain += is_new
         return False
 
 
@@ -259,16 +260,16 @@ def check_optimizer(start: Start, config: TrainConfig) -> None:
 
 
 def check_groups(start: Start, optimizer: torch.optim.Optimizer) -> None:
-    """Check that parameters share learning rates as in the checkpoint.
+    """Check that the parameters are in groups of the same sizes as in the checkpoint.
 
     Raises:
-      InputError: they do not.
+      InputError: they are not.
     """
     saved = start.checkpoint["optimizer"]["param_groups"]
     if [len(one["params"]) for one in saved] != [len(g["params"]) for g in optimizer.param_groups]:
         flags = ", ".join(map(flag_name, LR_FACTORS))
         raise InputError(
-            f"{start.path} was written with other parts of the model at one learning rate: {flags}"
+            f"{start.path} was written with other values of {flags} or --freeze-projector"
         )
 
 

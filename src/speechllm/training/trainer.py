@@ -317,7 +317,7 @@ class Trainer:
         number, limit = self.state.validations_without_gain, self.config.patience
         if not 0 < limit <= number:
             return False
-        logging.info(f"Stopped after {number} validations without gain (--patience {limit})")
+        logging.info(f"Stopped early: {number} of --patience {limit} validations without gain")
         return True
 
     def _stop(self) -> None:
