@@ -46,9 +46,11 @@ def main(
         from_args(TrainDataConfig, args),
         from_args(default, args),
     )
-    from speechllm.training.llm_training import train_llm  # heavy imports follow the flags
+    # heavy imports follow the flags
+    from speechllm.evaluation.valid_decode import valid_decoder
+    from speechllm.training.llm_training import train_llm
 
-    train_llm(*configs)
+    train_llm(*configs, valid_decoder)
 
 
 if __name__ == "__main__":

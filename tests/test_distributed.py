@@ -56,7 +56,7 @@ def gradients(batches, dist_env):
     """Return the gradients of a step on these utterances, before the optimizer's step."""
     from speechllm.training.config import TrainConfig
     from speechllm.training.engine import Engine
-    from speechllm.training.optim import FixedLR
+    from speechllm.training.optim import Schedule
     from speechllm.training.trainer import Trainer
 
     model, found = speech_llm(), {}
@@ -67,7 +67,7 @@ def gradients(batches, dist_env):
         lambda *_: found.update({name: p.grad.clone() for name, p in trained.items()})
     )
     trainer = Trainer(
-        config=TrainConfig(Path(), tensorboard=False), schedule=FixedLR(optimizer),
+        config=TrainConfig(Path(), tensorboard=False), schedule=Schedule(optimizer),
         engine=Engine(model, optimizer, dist_env), loss=loss, loaders=None,
         model_state=lambda _: model.state_dict(),
     )  # fmt: skip

@@ -34,24 +34,31 @@ OPTIONS = [
 ]
 
 
+VALUES = {
+    "num_heads": "8", "encoder_unmasked_dim": "8", "speech_encoder_type": "medium",
+    "corpus_weights": "2", "replay": "old:0.2", "max_invalid_fraction": 0.5, "lora_dropout": 0.5,
+    "label_smoothing": 0.5, "betas": "0.5,0.9",
+}  # fmt: skip
+ADAMW = ("--optimizer", "adamw")
+NEEDS = {  # flags without which an option is refused
+    "deepspeed": ADAMW, "weight_decay": ADAMW, "max_grad_norm": ADAMW,
+    "freeze_projector": ("--pretrained-model-path", "x"),
+    **dict.fromkeys(AUDIO_AUGMENTATION, ("--on-the-fly-feats", "true")),
+}  # fmt: skip
+
+
 def another_value(config, field):
     """Return a valid value other than the default."""
     kind = get_type_hints(config)[field.name]
     kind = next((part for part in get_args(kind) if part is not type(None)), kind)
-    if field.name in ("num_heads", "encoder_unmasked_dim"):
-        return "8"
-    if field.name == "speech_encoder_type":
-        return "medium"
-    if field.name == "corpus_weights":
-        return "2"
-    if field.name == "replay":
-        return "old:0.2"
+    if field.name in VALUES:
+        return VALUES[field.name]
     if field.metadata["choices"]:
         return next(one for one in field.metadata["choices"] if one != field.default)
     if kind is bool:
         return not field.default
     if kind in (int, float):
-        return kind(0.5) if field.name == "max_invalid_fraction" else kind(7)
+        return kind(7)
     return kind("x")
 
 
@@ -61,11 +68,7 @@ def test_a_flag_reaches_its_config(monkeypatch, config, field):
     monkeypatch.setattr(llm_training, "train_llm", lambda *given: configs.extend(given))
     value = another_value(config, field)
     flags = [flag_name(field.name), str(value).lower() if isinstance(value, bool) else str(value)]
-    if field.name == "deepspeed":
-        flags += ["--optimizer", "adamw"]
-    if field.name in AUDIO_AUGMENTATION:
-        flags += ["--on-the-fly-feats", "true"]
-    train.main(flags)
+    train.main([*flags, *NEEDS.get(field.name, ())])
     found = configs[CONFIGS.index(config)]
     assert getattr(found, field.name) == value != field.default
 
@@ -123,6 +126,20 @@ def message(r):
     return r.message
 
 
+def rates(r):
+    return r.schedule.get_last_lr()
+
+
+def option_of_optimizer(name):
+    return lambda r: r.engine.optimizer.param_groups[0][name]
+
+
+def lora(r):
+    """Rank, scale and dropout of the LoRA matrices of a layer."""
+    layer = r.model.base_llm.get_decoder().layers[0].self_attn.q_proj
+    return layer.r, layer.scaling, layer.lora_dropout["default"].p
+
+
 def compiled(r):
     return r.model.base_llm.get_decoder().layers[0]._compiled_call_impl is not None
 
@@ -136,16 +153,31 @@ CHANGES = {
     "--dry-run": Change("true", lambda r: r.launched),
     "--activation-checkpointing": Change("true", lambda r: r.model.llm.is_gradient_checkpointing),
     "--compile": Change("true", compiled),
-    "--base-lr": Change("0.005", lambda r: r.schedule.get_last_lr()),
+    "--base-lr": Change("0.005", rates),
+    "--projector-lr": Change("2", rates),
+    "--lora-lr": Change("2", rates),
+    "--encoder-lr": Change("2", rates, ("--unfreeze-encoder", "true")),
+    "--betas": Change("0.5,0.9", option_of_optimizer("betas")),
+    "--weight-decay": Change("0.5", option_of_optimizer("weight_decay"), ADAMW),
+    "--max-grad-norm": Change("1", lambda r: r.engine.max_grad_norm, ADAMW),
+    "--label-smoothing": Change("0.1", lambda r: r.model.label_smoothing),
+    "--freeze-projector": Change(
+        "true", lambda r: len(r.engine.optimizer.param_groups[0]["params"]),
+        ("--pretrained-model-path", "{tmp}/exp/epoch-1.pt"),
+    ),
     "--optimizer": Change("adamw", lambda r: type(r.engine.optimizer)),
-    "--lr-schedule": Change("eden", lambda r: type(r.schedule)),
+    "--lr-schedule": Change("eden", rates),
     "--use-fp16": Change("true", lambda r: (r.engine.dtype, r.engine.scaler.is_enabled())),
     "--use-bf16": Change("true", lambda r: r.engine.dtype),
     "--inf-check": Change("true", lambda r: len(r.model.encoder[0]._forward_hooks)),
     "--use-lora": Change("false", trained_names),
+    "--lora-r": Change("8", lora),
+    "--lora-alpha": Change("8", lora),
+    "--lora-dropout": Change("0.5", lora),
+    "--lora-targets": Change("q_proj", trained_names),
     "--unfreeze-llm": Change("false", trained_names),
     "--unfreeze-encoder": Change("true", trained_names),
-    "--deepspeed": Change("none.json", message, ("--optimizer", "adamw")),
+    "--deepspeed": Change("none.json", message, ADAMW),
     "--encoder-feature-mask": Change("false", lambda r: r.model.encoder_feature_mask),
     "--pretrained-model-path": Change(
         "{tmp}/exp/epoch-1.pt", parameter("encoder_projector.0.proj.1.bias")
@@ -175,7 +207,8 @@ CHANGES = {
 }  # fmt: skip
 ELSEWHERE = {  # files under tests/training that use the option's name
     "test_trainer.py": "num_epochs grad_accum seed log_interval valid_interval tensorboard",
-    "test_trainer_checkpoints.py": "save_every_n save_every_minutes keep_last_k",
+    "test_trainer_checkpoints.py": "save_every_n save_every_minutes keep_last_k patience",
+    "test_valid_decode.py": "valid-decode",
     "test_optim.py": "lr_batches lr_epochs warmup_batches",
     "test_skipped_steps.py": "max_skipped_steps",
     "test_oom_scan.py": "scan-oom",
@@ -286,6 +319,10 @@ DECODE = {
     "--use-bf16": Change("true", lambda s: s.model.llm.dtype),
     "--test-cuts": Change("tiny_cuts_dev", files),
     "--use-lora": Change("false", files),
+    "--lora-r": Change("8", files),
+    "--lora-alpha": Change("160", lora),
+    "--lora-dropout": Change("0.5", lora),
+    "--lora-targets": Change("q_proj", files),
     "--unfreeze-llm": Change("false", files),
     "--unfreeze-encoder": Change("true", files),
     "--llm-path": Change("{tmp}/llm", files),

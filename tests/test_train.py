@@ -13,6 +13,8 @@ from free_port import free_port
 from lhotse import CutSet, load_manifest
 from same_checkpoints import differences
 
+import decode
+import export
 import train
 import train_mose
 from speechllm.checkpoints import average_epochs, load_checkpoint
@@ -119,6 +121,34 @@ def test_a_checkpoint_written_before_entries_were_renamed_resumes(
     ours, theirs = (load_checkpoint(d / "epoch-2.pt")["model"] for d in (tmp_path, tiny_exp))
     assert equal(ours, theirs)
     assert "another order of batches" not in log(tmp_path)
+
+
+@pytest.mark.slow
+def test_other_lora_matrices_are_trained_decoded_and_exported(
+    tiny_train_argv, tiny_argv, tmp_path
+):
+    """Later programs read rank, scale and layers from model.json."""
+    exp_dir = tmp_path / "exp"
+    flags = ["--lora-r", "3", "--lora-alpha", "12", "--lora-targets", "q_proj,up_proj"]
+    train.main([*tiny_train_argv(exp_dir), *flags, "--num-epochs", "1", "--lora-lr", "3"])
+    model = load_checkpoint(exp_dir / "epoch-1.pt")["model"]
+    assert {tuple(v.shape)[0] for name, v in model.items() if "lora_A" in name} == {3}
+    assert len([name for name in model if "lora_" in name]) == 2 * 2 * 2
+    export.main(["--exp-dir", str(exp_dir), "--out", str(tmp_path / "exported")])
+    texts = []
+    for folder in (exp_dir, tmp_path / "exported"):
+        decode.main([*tiny_argv()[:6], "--exp-dir", str(folder), "--test-cuts", "tiny_cuts_test",
+                     "--use-fp16", "false", "--max-new-tokens", "9"])  # fmt: skip
+        [path] = (folder / "decode").glob("recogs-*")
+        texts.append(path.read_text())
+    assert texts[0] == texts[1]
+
+
+def test_the_learning_rate_ends_with_the_training(tiny_train_argv, tmp_path):
+    flags = ["--lr-schedule", "linear", "--warmup-batches", "1", "--log-interval", "1"]
+    train.main([*tiny_train_argv(tmp_path), *flags, "--label-smoothing", "0.1"])
+    rates = [float(rate) for rate in re.findall(r" lr: (\S+),", log(tmp_path))]
+    assert rates == pytest.approx([0, 0.01, 0.008, 0.006, 0.004, 0.002])
 
 
 # ---- --dry-run
@@ -265,6 +295,25 @@ def test_encoder_sizes_and_files(error_of, encoder_size, tiny_encoder_dir, tmp_p
     assert error_of("--speech-encoder-path", tmp_path / "x.pt").startswith(f"{tmp_path}/x.pt ")
 
 
+@pytest.mark.parametrize("dry_run", ["false", "true"])
+def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dry_run):
+    def error(*flags):
+        return error_of(*flags, "--dry-run", dry_run)
+
+    assert error("--lora-r", 0) == "--lora-r 0 must be at least 1"
+    assert error("--projector-lr", -1) == "--projector-lr -1 must be above 0"
+    message = "--lora-targets q_proj,c_attn: the LLM has no linear layer c_attn inside, but down_"
+    assert error("--lora-targets", "q_proj,c_attn").startswith(message)
+    message = "--encoder-lr 0.1: this part of the model is not trained"
+    assert error("--encoder-lr", 0.1) == message
+    message = "--warmup-batches 500 must be below the 6 steps of this training (--lr-schedule cosi"
+    assert error("--lr-schedule", "cosine").startswith(message)
+    assert error("--lr-schedule", "linear", "--shar-dir", tiny_shards) == (
+        "--lr-schedule linear needs a known number of steps, which shards "
+        f"(--shar-dir {tiny_shards}) do not give: use --train-cuts, eden or fixed"
+    )
+
+
 def test_checkpoints_that_cannot_be_resumed_from(error_of, tiny_exp, tmp_path):
     path = tmp_path / "exp" / "epoch-1.pt"
     assert error_of("--start-epoch", 2) == f"{path} is missing: --start-epoch 2 needs it"
@@ -277,6 +326,8 @@ def test_checkpoints_that_cannot_be_resumed_from(error_of, tiny_exp, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--optimizer", "adamw"], "was written with another optimizer than --optimizer adamw"),
+    (["--lora-lr", "2"], "epoch-1.pt was written with other values of --projector-lr, --lora-lr"),
+    (["--lora-r", "8"], r"lora_A.default.weight has shape \(64, \d+\) in .*epoch-1.pt"),
     (["--unfreeze-llm", "false"], r"unexpected key.* epoch-1.pt|epoch-1.pt.*unexpected key"),
     (["--unfreeze-encoder", "true"], r"missing key.*epoch-1.pt|epoch-1.pt.*missing key"),
     (["--encoder-projector-ds-rate", "2"], r"proj.1.weight has shape \(32, 96\) in .*epoch-1.pt"),

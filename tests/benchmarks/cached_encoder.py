@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = ScaledAdam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def losses(cache: EncoderCache | None):
-        model.encoder = cache.cached_encoders() if cache else encoders
+        model.encoder = cache.cached_encoders(encoders) if cache else encoders
         for batch in evaluation_loader(cuts, config, num_cuts=len(cuts), encoder_cache=cache):
             yield batch_loss(model, batch, measure.SHAPES[args.shape][-1], dtype)
 

@@ -135,7 +135,7 @@ def test_batches_from_the_cache_equal_encoded_batches(encoders, cuts, tmp_path, 
         for name in ("texts", "cut_ids", "seconds"):
             assert before[name] == pytest.approx(after[name])
         assert torch.equal(before["feature_lens"], after["feature_lens"])
-        for encoder, cached in zip(encoders, cache.cached_encoders()):
+        for encoder, cached in zip(encoders, cache.cached_encoders(encoders)):
             expected, lens = encoder(before["features"], before["feature_lens"])
             output, same_lens = cached(after["features"], after["feature_lens"], False)
             assert torch.equal(lens, same_lens)

@@ -23,19 +23,22 @@ def leaves(*tensors):
     return [tensor.clone().requires_grad_() for tensor in tensors]
 
 
-def reference(hidden, weight, labels):
-    return F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+def reference(hidden, weight, labels, cap=None, smoothing=0.0):
+    logits = hidden @ weight.t()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
 
 
+@pytest.mark.parametrize("cap, smoothing", [(None, 0.0), (None, 0.1), (2.0, 0.1)])
 @pytest.mark.parametrize("chunk_size", [1, 5, 100])
-def test_loss_and_gradients_equal_torchs(inputs, monkeypatch, chunk_size):
+def test_loss_and_gradients_equal_torchs(inputs, monkeypatch, chunk_size, cap, smoothing):
     monkeypatch.setattr(module, "CHUNK_SIZE", chunk_size)
     *tensors, labels = inputs
     hidden, weight = leaves(*tensors)
-    expected = reference(hidden, weight, labels)
+    expected = reference(hidden, weight, labels, cap, smoothing)
     (expected * 0.3).backward()
     our_hidden, our_weight = leaves(*tensors)
-    loss, correct = chunked_cross_entropy(our_hidden, our_weight, labels)
+    loss, correct = chunked_cross_entropy(our_hidden, our_weight, labels, cap, smoothing)
     (loss * 0.3).backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(our_hidden.grad, hidden.grad)

@@ -62,6 +62,10 @@ def test_one_size_applies_to_all_encoders():
         ({"speech_encoder_type": "huge"},
          "unknown encoder size 'huge': choose from auto, tiny, small, medium, large"),
         ({"encoder_projector_ds_rate": 0}, "--encoder-projector-ds-rate 0 must be at least 1"),
+        ({"lora_r": 0}, "--lora-r 0 must be at least 1"),
+        ({"lora_alpha": -1}, "--lora-alpha -1 must be at least 1"),
+        ({"lora_dropout": 1.0}, "--lora-dropout 1 must be from 0 to 0.99"),
+        ({"lora_targets": ","}, "--lora-targets is empty"),
     ],
 )  # fmt: skip
 def test_invalid_values_are_an_error(values, sentence):
@@ -102,6 +106,7 @@ def test_an_old_export_loads_with_paths_in_its_directory(tmp_path):
         f"{tmp_path}/encoders/{k}/model.safetensors" for k in (1, 2)
     ]
     assert config.checkpoint == "projector.safetensors"
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (64, 16, 0.05)
 
 
 @pytest.mark.shared

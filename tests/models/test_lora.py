@@ -1,4 +1,4 @@
-"""LoRA: results, gradients and names are peft's; dropout follows its definition."""
+"""LoRA: results, gradients and names are peft's; dropout and options follow their definition."""
 
 import copy
 
@@ -7,8 +7,10 @@ import torch
 from peft.tuners import lora
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+from speechllm.errors import InputError
+from speechllm.models.config import ONE_ENCODER, ModelConfig
 from speechllm.models.llm import load_llm, prepare_llm
-from speechllm.models.lora import LORA, LoraLinear, LoraMLP, _sample_mask
+from speechllm.models.lora import LoraLinear, LoraMLP, _sample_mask
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_dropout_acts_on_the_input_of_a(llm):
     layer = layers(llm.train())[0]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = torch.randn(4, 50, a.size(1), requires_grad=True)
-    p, scaling = LORA["lora_dropout"], LORA["lora_alpha"] / LORA["r"]
+    p, scaling = ONE_ENCODER.lora_dropout, ONE_ENCODER.lora_alpha / ONE_ENCODER.lora_r
     torch.manual_seed(3)
     keep = _sample_mask(x, p)
     expected = layer.base_layer(x) + scaling * (x * keep / (1 - p)) @ a.t() @ b.t()
@@ -90,3 +92,36 @@ def test_dropout_of_the_feed_forward_module(llm):
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(torch.autograd.grad(found.square().sum(), given), wanted):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_rank_scale_dropout_and_layers_are_those_given(tiny_llm_dir, dropout):
+    config = ModelConfig(
+        lora_r=3, lora_alpha=6, lora_dropout=dropout, lora_targets="down_proj, q_proj"
+    )
+    llm = prepare_llm(load_llm(str(tiny_llm_dir))[0], True, True, config).train()
+    names = [name for name, module in llm.named_modules() if isinstance(module, lora.Linear)]
+    assert {name.rpartition(".")[2] for name in names} == {"down_proj", "q_proj"}
+    layer = layers(llm)[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert (a.size(0), b.size(1)) == (3, 3)
+    torch.nn.init.ones_(b)
+    x = torch.randn(4, 50, a.size(1))
+    torch.manual_seed(3)
+    keep = _sample_mask(x, dropout) if dropout else 1
+    expected = layer.base_layer(x) + 2 * (x * keep / (1 - dropout)) @ a.t() @ b.t()
+    torch.manual_seed(3)
+    torch.testing.assert_close(layer(x), expected)
+    llm(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in llm.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("unknown", ["wqkv", "lm_head"])
+def test_a_target_that_the_llm_lacks_is_an_error(tiny_llm_dir, unknown):
+    sentence = (
+        f"^--lora-targets q_proj,{unknown}: the LLM has no linear layer {unknown} inside, but "
+        "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj$"
+    )
+    with pytest.raises(InputError, match=sentence):
+        config = ModelConfig(lora_targets=f"q_proj,{unknown}")
+        prepare_llm(load_llm(str(tiny_llm_dir))[0], True, True, config)

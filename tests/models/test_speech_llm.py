@@ -119,3 +119,15 @@ def test_only_lora_and_projector_have_gradients(make_model, features):
     grads = gradients(model)
     assert len(grads) == 4 + 2 * 7 * 2
     assert all(gradient.any() for gradient in grads.values())
+
+
+def test_labels_are_smoothed_in_training_only(make_model, features):
+    model = make_model()
+    model.encoder_projector.eval()
+
+    def loss(smoothing, training):
+        model.label_smoothing, model.training = smoothing, training
+        return mean_loss(model, features).item()
+
+    assert loss(0.5, training=False) == loss(0.0, training=False)
+    assert loss(0.5, training=True) > loss(0.0, training=True)

@@ -24,7 +24,7 @@ from speechllm.distributed import DistEnv, launch
 from speechllm.errors import InputError
 from speechllm.training.config import TrainConfig
 from speechllm.training.engine import Engine
-from speechllm.training.optim import FixedLR
+from speechllm.training.optim import Schedule
 from speechllm.training.resume import TrainState, restore_state
 from speechllm.training.trainer import Loaders, Trainer
 
@@ -125,7 +125,7 @@ def make_trainer(
     loaders = Loaders(lambda epoch, skip: epochs[epoch - 1], lambda: [], 1.0)
     return Trainer(
         config=config, engine=Engine(model, optimizer, dist_env, dtype), loaders=loaders, loss=loss,
-        schedule=FixedLR(optimizer), model_state=lambda _: model.state_dict(),
+        schedule=Schedule(optimizer), model_state=lambda _: model.state_dict(),
         state=state or TrainState(),
     )  # fmt: skip
 

@@ -132,6 +132,65 @@ def test_best_valid_loss_is_that_of_an_epochs_end(tmp_path):
     assert best["epoch"] == state.best_train_epoch == 3
 
 
+class ScriptedErrors:
+    """Errors of 100 words in the order of `values`."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def __call__(self):
+        return {"errors": torch.tensor(self.values.pop(0)), "words": torch.tensor(100)}
+
+
+def steps_of(path):
+    return load_checkpoint(path)["batch_idx_train"]
+
+
+def test_the_model_with_the_lowest_wer_is_kept_and_patience_counts_validations(tmp_path, caplog):
+    """Before training, then after 10 and 20 batches of each epoch of 20."""
+    decode = ScriptedErrors(90, 30, 40, 20, 25, 20, 22, 10)
+    state, _ = run(tmp_path, batches=20, valid_interval=10, patience=3, num_epochs=9, decode=decode)
+    assert decode.values == [10] and state.batch_idx_train == 60
+    assert (state.lowest_valid_wer, state.validations_without_gain) == (20, 3)
+    assert steps_of(tmp_path / "best-valid-wer.pt") == 30  # in the middle of an epoch
+    assert load_checkpoint(tmp_path / "best-valid-wer.pt")["lowest_valid_wer"] == 20
+    assert logged(caplog, "Stopped early: 3 of --patience 3 validations without gain")
+    assert "wer=22, " in logged(caplog, "validation:")[-1]
+    caplog.clear()
+    options = {"batches": 20, "valid_interval": 10, "num_epochs": 9}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    run(tmp_path, start="epoch-3.pt", patience=3, decode=decode, **options)
+    assert logged(caplog, "Stopped early: 3") and not logged(caplog, "validation:")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    # More patience continues; the end of epoch 3 is validated again, and not counted twice.
+    decode = ScriptedErrors(22, 30, 21, 99)
+    state, _ = run(tmp_path, start="epoch-3.pt", patience=5, decode=decode, **options)
+    assert decode.values == [99] and (state.epoch, state.batch_idx_train) == (4, 80)
+
+
+def test_patience_within_an_epoch_saves_a_checkpoint(tmp_path):
+    decode = ScriptedErrors(20, 30)
+    state, _ = run(tmp_path, batches=20, valid_interval=10, patience=1, decode=decode)
+    assert state.batches_in_epoch == 10 and not (tmp_path / "epoch-1.pt").exists()
+    assert steps_of(tmp_path / "checkpoint-10.pt") == 10
+    assert steps_of(tmp_path / "best-valid-wer.pt") == 0
+    # More patience continues, and does not count the repeated validation.
+    decode = ScriptedErrors(30, 40, 99)
+    options = {"batches": 20, "valid_interval": 10, "patience": 2, "decode": decode}
+    state, _ = run(tmp_path, start="checkpoint-10.pt", **options)
+    assert decode.values == [99] and (state.epoch, state.batch_idx_train) == (1, 20)
+
+
+def test_without_decoding_patience_counts_losses(tmp_path):
+    losses = ScriptedLosses([0.9, 0.5, 0.6, 0.4, 0.7, 0.8])
+    state, _ = run(
+        tmp_path, batches=20, num_epochs=9, patience=2, loss=losses,
+        valid=lambda: make_batches(99, 1),
+    )  # fmt: skip
+    assert (state.epoch, state.lowest_valid_loss) == (5, pytest.approx(0.4))
+    assert not (tmp_path / "best-valid-wer.pt").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("start", ["epoch-2.pt", "checkpoint-28.pt", "checkpoint-40.pt"])

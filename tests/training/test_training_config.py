@@ -24,9 +24,17 @@ def test_defaults_are_those_of_the_published_recipe():
             "start_epoch", "num_epochs", "log_interval", "valid_interval", "keep_last_k",
             "grad_accum")),
         *((name, -1, "-1 must be at least 0") for name in (
-            "save_every_n", "save_every_minutes", "max_skipped_steps")),
+            "save_every_n", "save_every_minutes", "max_skipped_steps", "weight_decay",
+            "max_grad_norm", "valid_decode", "patience")),
+        *((name, -1, "-1 must be above 0") for name in (
+            "lr_epochs", "projector_lr", "lora_lr", "encoder_lr")),
         ("lr_batches", 0, "0 must be above 0"),
-        ("lr_epochs", -1, "-1 must be above 0"),
+        ("label_smoothing", 1, "1 must be from 0 to 0.99"),
+        ("betas", "0.9,1", "0.9,1 must be two numbers from 0 to below 1, such as 0.9,0.98"),
+        ("betas", "0.9", "0.9 must be two numbers from 0 to below 1, such as 0.9,0.98"),
+        ("weight_decay", 0.1, "0.1 needs --optimizer adamw"),
+        ("max_grad_norm", 2, "2 needs --optimizer adamw: scaled_adam clips relative to the median "
+         "of recent norms"),
         ("start_epoch", 12, "12 is beyond --num-epochs 10"),
     ],
 )  # fmt: skip
@@ -41,7 +49,27 @@ def test_options_that_contradict_each_other_are_named():
         TrainConfig(start_epoch=2, pretrained_model_path="x.pt")
     with pytest.raises(InputError, match="--deepspeed needs --optimizer adamw: --optimizer scaled"):
         TrainConfig(deepspeed="zero.json")
+    with pytest.raises(InputError, match="--freeze-projector true needs --pretrained-model-path"):
+        TrainConfig(freeze_projector=True)
     with pytest.raises(InputError, match="--max-batch-tokens 9 cannot be used with --concatenate-"):
         TrainDataConfig(max_batch_tokens=9, concatenate_cuts=True)
     with pytest.raises(InputError, match="--avg 0 must be at least 1"):
         EncoderConfig(avg=0)
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"projector_lr": 2.0}, "--deepspeed does not support --projector-lr 2.0"),
+    ({"lora_lr": 2.0}, "--deepspeed does not support --lora-lr 2.0"),
+    ({"encoder_lr": 0.5}, "--deepspeed does not support --encoder-lr 0.5"),
+    ({"valid_decode": 16}, "--deepspeed does not support --valid-decode 16"),
+    ({"freeze_projector": True, "pretrained_model_path": "x.pt"},
+     "--deepspeed does not support --freeze-projector true"),
+    ({"max_grad_norm": 1.0}, "--max-grad-norm 1: set gradient_clipping in the file of --deepspeed "
+     "instead"),
+])  # fmt: skip
+def test_options_that_zero_does_not_support_are_refused(options, sentence):
+    with pytest.raises(InputError) as error:
+        TrainConfig(deepspeed="zero.json", optimizer="adamw", **options)
+    assert str(error.value) == sentence
+    TrainConfig(deepspeed="zero.json", optimizer="adamw", weight_decay=0.1, betas="0.9,0.95",
+                label_smoothing=0.1, lr_schedule="cosine", patience=3)  # fmt: skip

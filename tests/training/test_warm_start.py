@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 from exp_dirs import log
+from tiny_speech_llm import speech_llm
 
+import decode
 import export
 import train
 import train_mose
@@ -100,6 +102,41 @@ def test_an_export_gives_projector_and_merged_llm_to_new_lora(
         else:
             assert torch.equal(value, before[name])
     assert load_model_config(tmp_path / "new").llm_path == str(exported)
+
+
+def test_a_frozen_projector_stays_and_is_saved(
+    tiny_exp, tiny_train_argv, tiny_argv, still, tmp_path
+):
+    exp_dir, start = tmp_path / "exp", tiny_exp / "epoch-2.pt"
+    frozen = ("--freeze-projector", "true", "--pretrained-model-path", str(start))
+    train.main([*tiny_train_argv(exp_dir), *frozen])
+    before, after = model_of(start), model_of(exp_dir / "epoch-2.pt")
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == name.startswith("encoder_projector."), name
+    decode.main([*tiny_argv(), "--exp-dir", str(exp_dir), "--test-cuts", "tiny_cuts_test",
+                 "--max-new-tokens", "3"])  # fmt: skip
+    train.main([*tiny_train_argv(exp_dir), *frozen, "--num-epochs", "3"])
+    assert "Resuming from" in log(exp_dir) and (exp_dir / "epoch-3.pt").is_file()
+    for flags, sentence in (
+        (("--encoder-projector-ds-rate", "2"), "projector 1 would stay untrained, as .*shape"),
+        (("--unfreeze-llm", "false"), "--unfreeze-llm false and .* leave nothing to train"),
+    ):
+        with pytest.raises(SystemExit, match=f"^--freeze-projector true.*{sentence}"):
+            train.main(still(tmp_path / "new", *frozen, *flags, "--dry-run", "true"))
+
+
+def test_a_frozen_projector_has_no_dropout():
+    model = speech_llm()
+    model.encoder_projector.requires_grad_(False)
+    model.train()
+    assert not model.encoder_projector[0].proj[0].training and model.llm.training
+
+
+def test_lora_of_another_scale_starts_fresh(tiny_exp, still, tmp_path):
+    start = tiny_exp / "epoch-2.pt"
+    train.main(still(tmp_path / "exp", "--pretrained-model-path", start, "--lora-alpha", "32"))
+    assert "projector 1; starts fresh: LoRA (trained with --lora-alpha 16)" in log(tmp_path / "exp")
 
 
 def test_parts_fit_as_a_whole():

@@ -1,6 +1,7 @@
 """A training of seconds: a toy model, its batches, and functions to compare its results."""
 
 import re
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from speechllm.checkpoints import load_checkpoint
 from speechllm.seeding import seed_everything
 from speechllm.training.config import TrainConfig
 from speechllm.training.engine import Engine
-from speechllm.training.optim import Eden
+from speechllm.training.optim import Schedule, eden
 from speechllm.training.resume import TrainState, restore_state
 from speechllm.training.scaled_adam import ScaledAdam
 from speechllm.training.trainer import Loaders, Trainer
@@ -64,7 +65,7 @@ def skipping(skip, batches):
 
 def run(
     exp_dir, start=None, batches=60, loss=ToyLoss(), train=None, valid=None, dtype=torch.float32,
-    invalid=None, **options,
+    invalid=None, decode=None, **options,
 ):  # fmt: skip
     """Train a toy, from the checkpoint `start` if given; returns state and model.
 
@@ -78,7 +79,7 @@ def run(
         model.load_state_dict(checkpoint["model"])
         state = restore_state(checkpoint)
     optimizer = ScaledAdam(model.parameters(), lr=0.05)
-    schedule = Eden(optimizer, lr_batches=50, lr_epochs=2, warmup_batches=10)
+    schedule = Schedule(optimizer, partial(eden, lr_batches=50, lr_epochs=2, warmup_batches=10))
     engine = Engine(model, optimizer, dtype=dtype)
     if checkpoint:
         engine.load_state_dict(checkpoint)
@@ -93,6 +94,7 @@ def run(
     trainer = Trainer(
         config=config, engine=engine, schedule=schedule, loss=loss, loaders=loaders, state=state,
         model_state=lambda _: model.state_dict(), sums=checkpoint.get("sums"), invalid=invalid,
+        decode=decode,
     )  # fmt: skip
     return trainer.run(), model
 

@@ -183,10 +183,11 @@ class EncoderCache:
                     row += count
         np.save(folder / INDEX, np.array(entries, ENTRY))
 
-    def cached_encoders(self) -> nn.ModuleList:
-        """Return modules that stand in for the encoders in a SpeechLLM."""
+    def cached_encoders(self, encoders: Iterable[ZipformerEncoder]) -> nn.ModuleList:
+        """Return modules that stand in for the encoders in a SpeechLLM, with their CTC heads."""
         ends = np.cumsum(self.dims).tolist()
-        return nn.ModuleList(_CachedEncoder(end - dim, end) for dim, end in zip(self.dims, ends))
+        parts = zip(self.dims, ends, encoders)
+        return nn.ModuleList(_CachedEncoder(end - dim, end, e.ctc_output) for dim, end, e in parts)
 
 
 class _CachedEncoder(nn.Module):
@@ -194,9 +195,9 @@ class _CachedEncoder(nn.Module):
 
     frozen = True
 
-    def __init__(self, start: int, end: int):
+    def __init__(self, start: int, end: int, ctc_output: nn.Module | None):
         super().__init__()
-        self.start, self.end = start, end
+        self.start, self.end, self.ctc_output = start, end, ctc_output
 
     def compile_layers(self) -> None:
         """Compile nothing, as the outputs are computed already."""

@@ -14,6 +14,7 @@ from speechllm.cli import comma_list
 from speechllm.data.config import DataConfig
 from speechllm.data.dataloader import evaluation_loader
 from speechllm.data.dataset import TextOptions, usable_batches
+from speechllm.data.encoder_cache import EncoderCache
 from speechllm.data.manifests import cuts_file, frames_needed, long_enough, read_cuts, sorted_by_id
 from speechllm.data.validation import (
     CutError,
@@ -111,6 +112,7 @@ def decode_shard(
     more_errors: Callable[[Cut], list[CutError]] = lambda cut: [],
     use_context: bool = False,
     dist_env: DistEnv = DistEnv(),
+    encoder_cache: EncoderCache | None = None,
 ) -> dict[str, Any]:
     """Return the results of this rank's share of a set by cut id; a CutError for invalid cuts.
 
@@ -120,6 +122,7 @@ def decode_shard(
       recognize: from batches (see speechllm.data.dataset) to pairs of a batch and its results.
       min_frames: shorter cuts are not decoded.
       more_errors: further validation of a cut.
+      encoder_cache: the batches hold its outputs instead of features.
     """
     results: dict[str, Any] = dict(cuts.errors)
     long_cuts = [cut for cut in cuts.cuts if cut.id not in results and long_enough(cut, min_frames)]
@@ -134,6 +137,7 @@ def decode_shard(
         text=TextOptions(use_context),
         rank=dist_env.rank,
         world_size=dist_env.world_size,
+        encoder_cache=encoder_cache,
     )
     seconds = sum(cut.duration for cut in usable)
     progress = ProgressBar(cuts.name, seconds, dist_env.is_main)

@@ -19,6 +19,8 @@ class BuildOptions:
     llm_dtype: torch.dtype = torch.float32
     encoder_dtype: torch.dtype = torch.float32  # dtype of frozen encoders
     encoder_feature_mask: bool = True  # in training
+    label_smoothing: float = 0.0  # in training
+    freeze_projector: bool = False
     use_flash_attn: bool = False
     device: str = "cpu"  # "meta": shapes without weights
 
@@ -38,7 +40,7 @@ def build_model(
     llm, tokenizer = load_llm(
         config.llm_path, options.llm_dtype, options.use_flash_attn, options.device
     )
-    llm = prepare_llm(llm, config.unfreeze_llm, config.use_lora)
+    llm = prepare_llm(llm, config.unfreeze_llm, config.use_lora, config)
     with torch.device(options.device):
         model = SpeechLLM(
             encoders,
@@ -48,5 +50,7 @@ def build_model(
             ),
             ds_rate=config.encoder_projector_ds_rate,
             encoder_feature_mask=options.encoder_feature_mask,
+            label_smoothing=options.label_smoothing,
         )
+    model.encoder_projector.requires_grad_(not options.freeze_projector)
     return model, tokenizer

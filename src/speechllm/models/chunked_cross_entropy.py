@@ -17,24 +17,29 @@ def cap_logits(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, cap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cap: float | None = None,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed cross entropy (nats) of N labels, and how many have the largest logit.
 
     Args:
       hidden: (N, D) hidden states that predict the labels; weight: (V, D) of the LLM's head.
       labels: (N,); cap: bound of the logits (see `cap_logits`).
+      smoothing: share of each label's probability that is spread over all V tokens.
     """
     if not torch.is_grad_enabled():  # the Function would compute gradients all the same
         hidden, weight = hidden.detach(), weight.detach()
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, cap)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, cap, smoothing)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes both gradients in the forward pass, while the logits exist."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, cap):
+    def forward(ctx, hidden, weight, labels, cap, smoothing):
         dtype = (hidden[:1] @ weight[:1].t()).dtype  # autocast's
         needed = ctx.needs_input_grad
         head, grads = weight.to(dtype), []
@@ -48,12 +53,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             highest, best = logits.max(dim=1, keepdim=True)
             correct += (best == targets).sum()
             logits -= highest
-            loss -= logits.gather(1, targets).sum()
+            loss -= (1 - smoothing) * logits.gather(1, targets).sum()
+            if smoothing:
+                loss -= smoothing * logits.mean(dim=1).sum()
             total = logits.exp_().sum(dim=1, keepdim=True)
             loss += total.log().sum()
             if any(needed):
                 logits /= total
-                logits.scatter_add_(1, targets, logits.new_full((1, 1), -1.0).expand_as(targets))
+                correction = logits.new_full((1, 1), smoothing - 1.0).expand_as(targets)
+                logits.scatter_add_(1, targets, correction)
+                if smoothing:
+                    logits -= smoothing / logits.size(1)
                 grad = (logits if slope is None else logits * slope).to(dtype)
                 grads.append((grad @ head).to(hidden.dtype))
                 if needed[1]:
@@ -65,4 +75,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
-        return *(None if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors), None, None
+        grads = (None if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors)
+        return *grads, None, None, None

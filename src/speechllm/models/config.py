@@ -25,10 +25,11 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 PATHS = ("llm_path", "speech_encoder_path", "speech_encoder_bpe_path")
 MAY_CHANGE = (  # when resuming; the shapes of the encoders' weights give their types
     "speech_encoder_type", "speech_encoder_bpe_path", "language", "command", "checkpoint",
-    "llm_hash", "encoder_hashes",
+    "llm_hash", "encoder_hashes", "lora_dropout",
 )  # fmt: skip
 HASHES = {"llm_path": "llm_hash", "speech_encoder_path": "encoder_hashes"}
 ENCODERS = ("transducer_large", "aed_crctc_large", "crctc_large", "transducer_crctc_large")
+LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 _option = partial(option, group="model")
 
 
@@ -73,6 +74,13 @@ class ModelConfig:
         True, "lower-case the transcripts; false trains a model that writes true case"
     )
     use_lora: bool = _option(True, "train LoRA matrices instead of the LLM itself")
+    lora_r: int = _option(64, "rank of the LoRA matrices")
+    lora_alpha: int = _option(16, "the LoRA update is scaled by alpha / rank")
+    lora_dropout: float = _option(0.05, "dropout before the LoRA matrices")
+    lora_targets: str = _option(
+        LORA_TARGETS, "linear layers with LoRA, comma-separated; of the default list those that "
+        "the LLM has",
+    )  # fmt: skip
     unfreeze_llm: bool = _option(True, "false: keep the LLM frozen")
     unfreeze_encoder: bool = _option(False, "also train the encoders")
     language: str | None = _option(None, "language of the transcripts, such as en")
@@ -95,7 +103,11 @@ class ModelConfig:
                 known = ", ".join((AUTO, *SIZES))
                 raise InputError(f"unknown encoder size {size!r}: choose from {known}")
         self._per_encoder("num_heads"), self._per_encoder("encoder_unmasked_dim")
-        check_range("encoder_projector_ds_rate", self.encoder_projector_ds_rate, 1)
+        for name in ("encoder_projector_ds_rate", "lora_r", "lora_alpha"):
+            check_range(name, getattr(self, name), 1)
+        check_range("lora_dropout", self.lora_dropout, 0, 0.99)
+        if not comma_list(self.lora_targets):
+            raise InputError("--lora-targets is empty")
 
     @property
     def encoder_files(self) -> list[tuple[str, str]]:
@@ -182,6 +194,7 @@ def with_exported_parts(path: str | None, default: ModelConfig) -> ModelConfig:
         return default
     exported = load_model_config(Path(path), default)
     trained = {"use_lora", "unfreeze_llm", "unfreeze_encoder", "command", "checkpoint"}
+    trained |= {name for name in vars(default) if name.startswith("lora_")}  # merged
     if exported.num_encoders == 1 < default.num_encoders:  # the projector goes to one of several
         trained |= {"speech_encoder_type", "speech_encoder_path", "speech_encoder_bpe_path"}
     return dataclasses.replace(exported, **{name: getattr(default, name) for name in trained})

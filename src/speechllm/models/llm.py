@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from speechllm.errors import InputError, first_line
-from speechllm.models.config import check_llm_path
+from speechllm.models.config import ONE_ENCODER, ModelConfig, check_llm_path
 from speechllm.models.int8 import INT8_FILE, is_int8, load_int8
 from speechllm.models.lora import with_lora
 from speechllm.models.prompt import add_speech_tokens
@@ -75,11 +75,17 @@ def add_embedding_rows(llm: nn.Module, rows: int) -> None:
             layer.weight[old:] = layer.weight[:old].float().mean(dim=0)
 
 
-def prepare_llm(llm: nn.Module, unfreeze: bool, use_lora: bool) -> nn.Module:
+def prepare_llm(
+    llm: nn.Module, unfreeze: bool, use_lora: bool, config: ModelConfig = ONE_ENCODER
+) -> nn.Module:
     """Make nothing, LoRA matrices (in float32) or all parameters of the LLM trainable.
 
+    Args:
+      config: describes the LoRA matrices.
+
     Raises:
-      InputError: the LLM has int8 weights and `unfreeze` is set.
+      InputError: the LLM has int8 weights and `unfreeze` is set, or lacks a layer of
+        --lora-targets.
     """
     if unfreeze and is_int8(llm):
         raise InputError(
@@ -87,7 +93,7 @@ def prepare_llm(llm: nn.Module, unfreeze: bool, use_lora: bool) -> nn.Module:
         )
     llm.requires_grad_(unfreeze and not use_lora)
     if unfreeze and use_lora:
-        llm = with_lora(llm)
+        llm = with_lora(llm, config)
     total = sum(p.numel() for p in llm.parameters())
     trainable = sum(p.numel() for p in llm.parameters() if p.requires_grad)
     logging.info(f"LLM: {total} parameters, {trainable} trainable")

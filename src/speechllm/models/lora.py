@@ -16,27 +16,51 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+from speechllm.cli import comma_list
+from speechllm.errors import InputError
+from speechllm.models.config import LORA_TARGETS, ONE_ENCODER, ModelConfig
+
 ADAPTER = "default"
-LORA = dict(
-    r=64,
-    lora_alpha=16,
-    lora_dropout=0.05,
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    task_type="CAUSAL_LM",
-)
 
 
-def with_lora(llm: nn.Module) -> PeftModel:
-    """Add LoRA matrices to a frozen LLM; only they are trainable."""
-    config = LoraConfig(**LORA)
-    config._register_custom_module({nn.Linear: LoraLinear})
+def with_lora(llm: nn.Module, config: ModelConfig = ONE_ENCODER) -> PeftModel:
+    """Add LoRA matrices to a frozen LLM; only they are trainable.
+
+    Raises:
+      InputError: the LLM lacks a layer of --lora-targets.
+    """
+    options = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=_targets(llm, config.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    options._register_custom_module({nn.Linear: LoraLinear})
     with warnings.catch_warnings():  # peft 0.21 uses a deprecated name of transformers 5.23
         warnings.simplefilter("ignore", FutureWarning)
-        llm = get_peft_model(llm, config)
+        llm = get_peft_model(llm, options)
     for module in llm.modules():
         if type(module) is Qwen2MLP and module.config.hidden_act == "silu":
             module.__class__ = LoraMLP
     return llm
+
+
+def _targets(llm: nn.Module, names: str) -> list[str]:
+    """Return the names of the layers with LoRA; LLMs may lack some of the default ones."""
+    head = llm.get_output_embeddings()  # its weights are used alone, see chunked_cross_entropy
+    existing = {
+        name.rpartition(".")[2]
+        for name, layer in llm.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head
+    }
+    if unknown := sorted(set(comma_list(names)) - existing):
+        if names != LORA_TARGETS:
+            raise InputError(
+                f"--lora-targets {names}: the LLM has no linear layer {unknown[0]} inside, but "
+                f"{', '.join(sorted(existing))}"
+            )
+    return comma_list(names)
 
 
 class LoraLinear(lora.Linear):
@@ -61,7 +85,7 @@ class LoraLinear(lora.Linear):
     def update_of(self, x: Tensor, dtype: torch.dtype) -> tuple:
         """Return the dropout mask (like x, or None), A and B in `dtype`, and the scale."""
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        p = LORA["lora_dropout"] if self.training else 0.0
+        p = getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
         keep = _sample_mask(x, p) if p else None
         return keep, a.to(dtype), b.to(dtype), self.scaling[ADAPTER] / (1 - p)
 

@@ -68,12 +68,14 @@ class SpeechLLM(nn.Module):
         chat: ChatTemplate,
         ds_rate: int = 4,
         encoder_feature_mask: bool = True,
+        label_smoothing: float = 0.0,
     ):
         """
         Args:
           encoders: trained unless they are `frozen`; their CTC heads are always frozen.
           ds_rate: encoder frames per speech embedding.
           encoder_feature_mask: mask encoder channels in training, as the published recipe does.
+          label_smoothing: of the loss in training.
         """
         super().__init__()
         llm_dim = llm.get_input_embeddings().embedding_dim
@@ -88,13 +90,15 @@ class SpeechLLM(nn.Module):
         self.chat = chat
         self.ds_rate = ds_rate
         self.encoder_feature_mask = encoder_feature_mask
+        self.label_smoothing = label_smoothing
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "SpeechLLM":
-        """Set training mode; a frozen LLM, like a frozen encoder, stays in evaluation mode."""
+        """Set training mode; frozen parts, like frozen encoders, stay in evaluation mode."""
         super().train(mode)
-        if not any(p.requires_grad for p in self.llm.parameters()):
-            self.llm.eval()
+        for part in (self.llm, self.encoder_projector):
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
         return self
 
     def checkpoint_activations(self) -> None:
@@ -258,7 +262,8 @@ class SpeechLLM(nn.Module):
         embeds, _, labels = self.merge(input_ids, labels, speech)
         hidden, targets = self.label_hidden_states(embeds, labels)
         weight = self.base_llm.get_output_embeddings().weight
-        loss, correct = chunked_cross_entropy(hidden, weight, targets, self.logit_cap)
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss, correct = chunked_cross_entropy(hidden, weight, targets, self.logit_cap, smoothing)
         return {"loss": loss, "correct": correct}
 
     def label_hidden_states(self, embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

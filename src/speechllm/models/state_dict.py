@@ -1,4 +1,7 @@
-"""State dict of a SpeechLLM's trainable parameters, under the keys of published checkpoints."""
+"""State dict of a SpeechLLM's trainable parameters, under the keys of published checkpoints.
+
+It always has the projectors: with --freeze-projector no other file of the training does.
+"""
 
 import re
 from collections.abc import Callable
@@ -71,8 +74,17 @@ def _is_copy_of_embedding(lm_head: Tensor, llm: nn.Module) -> bool:
     return tied and lm_head.shape == llm.get_input_embeddings().weight.shape
 
 
+def saved_parameters(model: SpeechLLM) -> dict[str, nn.Parameter]:
+    """Return the parameters of a checkpoint: those that are trained, and the projectors."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or name.startswith("encoder_projector.")
+    }
+
+
 def _published_parameters(model: SpeechLLM) -> dict[str, nn.Parameter]:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = saved_parameters(model)
     if len(model.encoder) > 1:
         return parameters
     index = re.compile(r"^(encoder|encoder_projector)\.0\.")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from speechllm.cli import check_range, option
+from speechllm.cli import check_range, comma_list, flag_name, option, spelled
 from speechllm.errors import InputError
 from speechllm.models.zipformer.config import SIZES
 
@@ -15,6 +15,7 @@ _memory = partial(option, group="precision and memory")
 _checkpoints = partial(option, group="checkpoints")
 _logging = partial(option, group="logging and diagnostics")
 _encoder = partial(option, group="encoder")
+LR_FACTORS = ("projector_lr", "lora_lr", "encoder_lr")  # times base_lr
 # fmt: off
 
 
@@ -42,6 +43,9 @@ class TrainConfig:
 
     pretrained_model_path: str | None = _trainable(
         None, "initialize the trainable parameters from this checkpoint")
+    freeze_projector: bool = _trainable(
+        False, "train only LoRA, the LLM or the encoders; the projectors are those of "
+        "--pretrained-model-path")
     encoder_feature_mask: bool = _trainable(
         True, "mask encoder channels in training, as in the published models")
     deepspeed: Path | None = _trainable(
@@ -50,10 +54,23 @@ class TrainConfig:
     optimizer: str = _optimizer("scaled_adam", "optimizer", choices=("scaled_adam", "adamw"))
     base_lr: float = _optimizer(
         0.01, "learning rate; the default is for scaled_adam, adamw needs less")
-    lr_schedule: str = _optimizer("fixed", "learning rate schedule", choices=("fixed", "eden"))
+    projector_lr: float = _optimizer(1.0, "learning rate of the projectors, times --base-lr")
+    lora_lr: float = _optimizer(1.0, "learning rate of the LoRA matrices, times --base-lr")
+    encoder_lr: float = _optimizer(1.0, "learning rate of the encoders, times --base-lr")
+    betas: str | None = _optimizer(
+        None, "decay of the optimizer's two averages",
+        unset="0.9,0.98 for scaled_adam, 0.9,0.999 for adamw")
+    weight_decay: float | None = _optimizer(None, "weight decay of adamw", unset="0.01")
+    max_grad_norm: float = _optimizer(
+        0.0, "with adamw: scale gradients with a larger norm down to this one; 0: never")
+    label_smoothing: float = _optimizer(
+        0.0, "share of each label's probability spread over all tokens, in training only")
+    lr_schedule: str = _optimizer(
+        "fixed", "learning rate schedule; linear and cosine end at 0 with the last epoch",
+        choices=("fixed", "eden", "linear", "cosine"))
     lr_batches: float = _optimizer(7500.0, "Eden: batches before the decay")
     lr_epochs: float = _optimizer(3.5, "Eden: epochs before the decay")
-    warmup_batches: float = _optimizer(500.0, "Eden: warm-up batches")
+    warmup_batches: float = _optimizer(500.0, "warm-up batches of eden, linear and cosine")
 
     use_fp16: bool | None = _memory(
         None, "autocast to float16 with a gradient scaler", unset="true on a GPU")
@@ -78,6 +95,12 @@ class TrainConfig:
 
     log_interval: int = _logging(50, "steps between log lines")
     valid_interval: int = _logging(5000, "steps between validations")
+    valid_decode: int = _logging(
+        0, "validation utterances to decode with each validation: their WER is logged, and the "
+        "model with the lowest kept as best-valid-wer.pt; 0: none")
+    patience: int = _logging(
+        0, "end training after this number of validations in a row without a lower WER, or loss "
+        "without --valid-decode; 0: never")
     tensorboard: bool = _logging(True, "write tensorboard files")
     inf_check: bool = _logging(False, "stop at the first module whose output is not finite")
     max_skipped_steps: int = _logging(
@@ -88,10 +111,13 @@ class TrainConfig:
         for name in ("start_epoch", "num_epochs", "log_interval", "valid_interval", "grad_accum",
                      "keep_last_k"):
             check_range(name, getattr(self, name), 1)
-        for name in ("save_every_n", "save_every_minutes", "max_skipped_steps", "base_lr"):
+        for name in ("save_every_n", "save_every_minutes", "max_skipped_steps", "base_lr",
+                     "weight_decay", "max_grad_norm", "valid_decode", "patience"):
             check_range(name, getattr(self, name), 0)
-        for name in ("lr_batches", "lr_epochs"):
+        for name in ("lr_batches", "lr_epochs", *LR_FACTORS):
             check_range(name, getattr(self, name), 0, above=True)
+        check_range("label_smoothing", self.label_smoothing, 0, 0.99)
+        self._check_optimizer()
         if self.start_epoch > self.num_epochs + 1:
             raise InputError(
                 f"--start-epoch {self.start_epoch} is beyond --num-epochs {self.num_epochs}")
@@ -99,10 +125,50 @@ class TrainConfig:
             raise InputError(
                 f"--start-epoch {self.start_epoch} resumes this training and cannot be combined "
                 f"with --pretrained-model-path {self.pretrained_model_path}")
-        if self.deepspeed and self.optimizer != "adamw":
+        if self.freeze_projector and self.start_epoch == 1 and not self.pretrained_model_path:
+            raise InputError(
+                "--freeze-projector true needs --pretrained-model-path: a new projector is random")
+        if self.deepspeed:
+            self._check_deepspeed()
+
+    @property
+    def adam_betas(self) -> tuple[float, float] | None:
+        """Values of --betas; None for the optimizer's own."""
+        if self.betas is None:
+            return None
+        try:
+            first, second = map(float, comma_list(self.betas))
+        except ValueError:
+            first = second = -1.0
+        if not (0 <= first < 1 and 0 <= second < 1):
+            raise InputError(
+                f"--betas {self.betas} must be two numbers from 0 to below 1, such as 0.9,0.98")
+        return first, second
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer == "scaled_adam":
+            if self.weight_decay is not None:
+                raise InputError(f"--weight-decay {self.weight_decay:g} needs --optimizer adamw")
+            if self.max_grad_norm:
+                raise InputError(
+                    f"--max-grad-norm {self.max_grad_norm:g} needs --optimizer adamw: scaled_adam "
+                    "clips relative to the median of recent norms")
+        self.adam_betas  # raises InputError
+
+    def _check_deepspeed(self) -> None:
+        if self.optimizer != "adamw":
             raise InputError(
                 f"--deepspeed needs --optimizer adamw: --optimizer {self.optimizer} needs whole "
                 "parameters, and ZeRO shards them")
+        if self.max_grad_norm:
+            raise InputError(
+                f"--max-grad-norm {self.max_grad_norm:g}: set gradient_clipping in the file of "
+                "--deepspeed instead")
+        unsupported = (*LR_FACTORS, "freeze_projector", "valid_decode")
+        for name in unsupported:
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default:
+                raise InputError(f"--deepspeed does not support {flag_name(name)} {spelled(value)}")
 
 
 @dataclass(frozen=True)

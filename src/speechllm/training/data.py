@@ -222,6 +222,12 @@ class TrainingData:
                 cuts = concatenate(cuts, config.duration_factor, config.gap)
             yield cuts
 
+    def count_batches(self, world_size: int) -> int:
+        """Count the batches of a rank in the first epoch; later ones have about as many."""
+        position = EpochPosition(seed=self.seed, world_size=world_size)
+        sampler = train_sampler(self.source(1), self.config, position, self.count_positions)
+        return sum(1 for _ in sampler)
+
     def _check_number_of_shards(self, dist_env: DistEnv) -> None:
         shards, workers = len(_shards(self.config)), max(1, self.config.num_workers)
         if shards < dist_env.world_size * workers:

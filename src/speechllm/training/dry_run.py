@@ -14,6 +14,7 @@ from speechllm.training.engine import trained
 from speechllm.training.fit import Training
 from speechllm.training.memory_estimate import MemoryEstimate, estimate_memory
 from speechllm.training.oom_scan import largest_batches, silent_batch
+from speechllm.training.optim import param_groups
 from speechllm.training.resume import Start, check_room, checkpoint_bytes
 
 NOT_COUNTED = "not counted: library workspaces and unused blocks of the allocator"
@@ -47,11 +48,14 @@ def describe_training(
         f"Batches: about {number:,} per epoch, of at most {data.config.max_duration:g} s; "
         f"{ranks} x {config.grad_accum} per step (ranks x --grad-accum): about {steps:,} steps"
     )
+    training.lr_factor(ranks)  # checks the warm-up
+    groups = param_groups(config, model)
+    rates = ", ".join(f"{rate:g}" for rate in sorted({group["lr"] for group in groups}))
     first = start.state.next_epoch
     origin = f"resumes from {start.path}" if start.path else "starts from scratch"
     yield f"Epochs: {config.num_epochs - first + 1} to train; {origin} in epoch {first}"
     yield (
-        f"Optimizer: {config.optimizer}, learning rate {config.base_lr:g}, {config.lr_schedule} "
+        f"Optimizer: {config.optimizer}, learning rate {rates}, {config.lr_schedule} "
         f"schedule; precision: {str(training.dtype).removeprefix('torch.')}"
     )
     yield from _memory_lines(training, model, loss, batches)
@@ -103,9 +107,10 @@ def model_lines(model: SpeechLLM, training: Training) -> Iterator[str]:
     for number, (encoder, (path, name)) in enumerate(zip(model.encoder, config.encoder_files), 1):
         state = "frozen" if encoder.frozen else "trainable"
         yield f"Encoder {number}: {name}, {count(encoder):,} parameters, {state}: {path}"
+    state = "frozen" if training.config.freeze_projector else "trainable"
     yield (
         f"Projectors: {len(model.encoder)}, {count(model.encoder_projector):,} parameters, "
-        f"trainable, {config.encoder_projector_ds_rate} encoder frames per speech embedding"
+        f"{state}, {config.encoder_projector_ds_rate} encoder frames per speech embedding"
     )
     lora = sum(p.numel() for name, p in model.llm.named_parameters() if "lora_" in name)
     state = "trainable" if model.llm.get_input_embeddings().weight.requires_grad else "frozen"

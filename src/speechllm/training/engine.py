@@ -25,12 +25,15 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         dist_env: DistEnv = DistEnv(),
         dtype: torch.dtype = torch.float32,
+        max_grad_norm: float = 0.0,
     ):
         """
         Args:
           dtype: autocast dtype; float16 has a gradient scaler.
+          max_grad_norm: a larger norm of all gradients is scaled down to this one; 0: never.
         """
         self.module, self.optimizer, self.dist_env, self.dtype = model, optimizer, dist_env, dtype
+        self.max_grad_norm = max_grad_norm
         self.model = wrap_ddp(model, dist_env)  # called in training
         self.sent: set[Tensor] = set()  # parameters whose gradients DDP received in this step
         if dist_env.world_size > 1:
@@ -79,6 +82,9 @@ class Engine:
 
     def step(self) -> bool:
         """Update the parameters and clear the gradients; false if the update was skipped."""
+        if self.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(trained(self.module), self.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.zero_grad()

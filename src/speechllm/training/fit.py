@@ -6,9 +6,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from speechllm.distributed import DistEnv, is_first_process, launch
+from speechllm.errors import InputError
 from speechllm.models.config import ModelConfig
 from speechllm.precision import autocast_dtype
 from speechllm.progress import setup_logging
@@ -20,10 +21,19 @@ from speechllm.training.engine import Engine
 from speechllm.training.exp_dir_lock import exclusive
 from speechllm.training.invalid_utterances import INVALID_CUTS, InvalidUtteranceTracker
 from speechllm.training.oom_scan import scan_memory
-from speechllm.training.optim import make_optimizer, make_schedule
+from speechllm.training.optim import (
+    Factor,
+    Schedule,
+    load_keeping_flags,
+    lr_factor,
+    make_optimizer,
+    needs_num_steps,
+    param_groups,
+)
 from speechllm.training.resume import (
     Start,
     archive_later_checkpoints,
+    check_groups,
     check_room,
     find_start,
     order_of,
@@ -53,6 +63,19 @@ class Training:
         """The dtype of autocast."""
         return autocast_dtype(self.config.use_fp16, self.config.use_bf16)
 
+    def lr_factor(self, world_size: int) -> Factor:
+        """Return the function of the learning rate schedule.
+
+        Raises:
+          InputError: the training ends within the warm-up.
+        """
+        config, num_steps = self.config, None
+        if needs_num_steps(config):
+            steps = -(-self.data.count_batches(world_size) // config.grad_accum)
+            num_steps = config.num_epochs * steps
+            logging.info(f"Learning rate: {config.lr_schedule} over about {num_steps} steps")
+        return lr_factor(config, num_steps)
+
 
 def launch_training(
     run: Callable[[DistEnv, Training], None],
@@ -62,7 +85,8 @@ def launch_training(
     """Run a training in all processes, or describe it with --dry-run (returns False).
 
     Raises:
-      InputError: another training uses --exp-dir, too many cuts are invalid, or `run` raised it.
+      InputError: another training uses --exp-dir, too many cuts are invalid, the schedule does not
+        fit the data, or `run` raised it.
     """
     config = training.config
     writes = is_first_process() and not config.dry_run
@@ -73,6 +97,11 @@ def launch_training(
 
 def _launch(run, training: Training, describe, writes: bool) -> None:
     data, config = training.data, training.config
+    if needs_num_steps(config) and data.config.shar_dir:
+        raise InputError(
+            f"--lr-schedule {config.lr_schedule} needs a known number of steps, which shards "
+            f"(--shar-dir {data.config.shar_dir}) do not give: use --train-cuts, eden or fixed"
+        )
     data.check_invalid(config.exp_dir, write=writes)
     lines = [f"Training cuts: {data.train}", *data.describe_corpora()]
     lines.append(f"Validation cuts: {data.valid}")
@@ -103,8 +132,12 @@ def fit(
     model_state: ModelState,
     start: Start,
     dist_env: DistEnv,
+    decode: Callable[[], dict[str, Tensor]] | None = None,
 ) -> Engine:
     """Train `model`, whose parameters are those of `start` already.
+
+    Args:
+      decode: see `Trainer`.
 
     Raises:
       InputError: the data, the checkpoint or the device does not fit.
@@ -113,18 +146,18 @@ def fit(
     data, config = training.data, training.config
     data.check_invalid(config.exp_dir, write=dist_env.is_main)
     _prepare_modules(model, config)
-    optimizer = make_optimizer(config, model.parameters())
-    schedule = make_schedule(config, optimizer)
+    optimizer = make_optimizer(config, param_groups(config, model))
+    schedule = Schedule(optimizer, training.lr_factor(dist_env.world_size))
     order, sums = order_of(data.config, config.seed), None
     tracker = InvalidUtteranceTracker(
         config.exp_dir / INVALID_CUTS, data.train.total, data.config.max_invalid_fraction,
         dist_env, data.train.invalid_cuts,
     )  # fmt: skip
+    if start.path:
+        check_groups(start, optimizer)
     engine = _make_engine(training, model, optimizer, dist_env)
     if start.path:
-        engine.load_state_dict(start.checkpoint)
-        for group in optimizer.param_groups:
-            group["initial_lr"] = config.base_lr  # takes precedence over the saved rate
+        load_keeping_flags(optimizer, lambda: engine.load_state_dict(start.checkpoint))
         schedule.load_state_dict(start.checkpoint["scheduler"])
         warn_if_order_changed(order, start)
         tracker.load_state_dict(start.invalid)
@@ -141,6 +174,7 @@ def fit(
     Trainer(
         config=config, engine=engine, schedule=schedule, loss=loss, loaders=loaders,
         model_state=model_state, state=start.state, sums=sums, order=order, invalid=tracker,
+        decode=decode,
     ).run()  # fmt: skip
     return engine
 
@@ -159,7 +193,7 @@ def _make_engine(
 ) -> Engine:
     if training.zero:
         return ZeroEngine(model, optimizer, dist_env, training.dtype, training.zero)
-    return Engine(model, optimizer, dist_env, training.dtype)
+    return Engine(model, optimizer, dist_env, training.dtype, training.config.max_grad_norm)
 
 
 def _prepare_exp_dir(model: nn.Module, start: Start, config: TrainConfig) -> None:

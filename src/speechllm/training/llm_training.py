@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,8 +66,17 @@ class LlmLoss:
         return {**sums, "frames": (batch["feature_lens"] // 2).sum()}
 
 
-def train_llm(model: ModelConfig, data: TrainDataConfig, config: TrainConfig) -> None:
+# From model, training and ranks: a function that decodes validation utterances, see `Trainer`.
+MakeDecoder = Callable[[SpeechLLM, Training, DistEnv], Callable[[], dict[str, Tensor]]]
+
+
+def train_llm(
+    model: ModelConfig, data: TrainDataConfig, config: TrainConfig, make_decoder: MakeDecoder
+) -> None:
     """Train a SpeechLLM, or describe the training with --dry-run.
+
+    Args:
+      make_decoder: used with --valid-decode; picklable.
 
     Raises:
       FileNotFoundError, InputError: a file is missing or invalid, or options contradict each other.
@@ -76,10 +85,11 @@ def train_llm(model: ModelConfig, data: TrainDataConfig, config: TrainConfig) ->
     if starts_new_stage(model, config):
         config = replace(config, resume="never")
     scanned = scan_training_data(data, seed=config.seed, ds_rate=model.encoder_projector_ds_rate)
-    launch_training(run_llm_training, Training(model, scanned, config, zero), _describe)
+    run = partial(run_llm_training, make_decoder=make_decoder)
+    launch_training(run, Training(model, scanned, config, zero), _describe)
 
 
-def run_llm_training(dist_env: DistEnv, training: Training) -> None:
+def run_llm_training(dist_env: DistEnv, training: Training, make_decoder: MakeDecoder) -> None:
     """Train in one process of `launch`."""
     config, start = training.config, begin(training, dist_env)
     if start.path:
@@ -95,10 +105,11 @@ def run_llm_training(dist_env: DistEnv, training: Training) -> None:
     logging.info(f"Number of trainable parameters: {sum(p.numel() for p in trained(model))}")
     if training.data.config.encoder_cache_dir:
         cache = fill_encoder_cache(model.encoder, training, dist_env)
-        model.encoder = cache.cached_encoders()
+        model.encoder = cache.cached_encoders(model.encoder)
         training = replace(training, data=replace(training.data, encoder_cache=cache))
     loss = LlmLoss(dist_env.device)
-    fit(training, model, loss, partial(trainable_state, model), start, dist_env)
+    decode = make_decoder(model, training, dist_env) if config.valid_decode else None
+    fit(training, model, loss, partial(trainable_state, model), start, dist_env, decode)
 
 
 def starts_new_stage(model: ModelConfig, config: TrainConfig) -> bool:
@@ -112,6 +123,11 @@ def _check_options(model: ModelConfig, data: TrainDataConfig, config: TrainConfi
     check_model_files(model)
     if (Path(model.llm_path) / INT8_FILE).is_file():  # integers have no gradients
         raise InputError(f"--llm-path {model.llm_path} has int8 weights, which are for decoding")
+    if config.freeze_projector and not model.unfreeze_llm and not model.unfreeze_encoder:
+        raise InputError(
+            "--freeze-projector true, --unfreeze-llm false and --unfreeze-encoder false leave "
+            "nothing to train"
+        )
     if config.activation_checkpointing and not model.unfreeze_llm:
         raise InputError("--activation-checkpointing true needs an LLM that is trained")
     if data.encoder_cache_dir:
@@ -153,6 +169,8 @@ def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[Spe
             llm_dtype=torch.float32 if training.model.trains_llm else dtype,
             encoder_dtype=dtype,
             encoder_feature_mask=config.encoder_feature_mask,
+            label_smoothing=config.label_smoothing,
+            freeze_projector=config.freeze_projector,
             use_flash_attn=config.use_flash_attn,
             device=device,
         ),

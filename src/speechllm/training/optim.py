@@ -1,50 +1,160 @@
 """Optimizers, and learning-rate schedules that follow from batch and epoch numbers.
 
-    schedule = Eden(optimizer)
+    schedule = Schedule(optimizer, lr_factor(config))
     schedule.step_epoch(epoch)      # at the start of each epoch: epochs completed
     schedule.step_batch(batch_idx)  # before each step: batches trained on in all epochs
 """
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from speechllm.cli import flag_name
+from speechllm.errors import InputError
 from speechllm.training.config import TrainConfig
 from speechllm.training.scaled_adam import ScaledAdam
 
+PARTS = {  # options with the learning rate of a part, relative to --base-lr: its parameters
+    "projector_lr": re.compile(r"encoder_projector\."),
+    "lora_lr": re.compile(r".*\.lora_[AB]\."),
+    "encoder_lr": re.compile(r"encoder\."),
+}
+FROM_FLAGS = ("initial_lr", "betas", "weight_decay")  # of a group, when training resumes
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """Return the optimizer that --optimizer selects, for the parameters that require gradients."""
-    parameters = [p for p in parameters if p.requires_grad]
+
+def param_groups(config: TrainConfig, model: nn.Module) -> list[dict]:
+    """Return the trained parameters, in order, in a group for each learning rate.
+
+    Raises:
+      InputError: a learning rate is given for a part that is not trained.
+    """
+    factors = {name: getattr(config, name) for name in PARTS}
+    groups: dict[float, list[nn.Parameter]] = {}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        part = next((part for part in PARTS if PARTS[part].match(name)), None)
+        groups.setdefault(factors.get(part, 1.0), []).append(parameter)
+    for part, factor in factors.items():
+        if factor != 1 and not any(map(PARTS[part].match, trained)):
+            raise InputError(f"{flag_name(part)} {factor:g}: this part of the model is not trained")
+    return [{"params": some, "lr": config.base_lr * factor} for factor, some in groups.items()]
+
+
+def make_optimizer(
+    config: TrainConfig, parameters: Iterable[Tensor] | list[dict]
+) -> torch.optim.Optimizer:
+    """Return the optimizer that --optimizer selects, for parameters or groups of them."""
+    options = {"betas": config.adam_betas, "weight_decay": config.weight_decay}
+    options = {name: value for name, value in options.items() if value is not None}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.base_lr)
-    return ScaledAdam(parameters, lr=config.base_lr, clipping_scale=2.0)
+        return torch.optim.AdamW(parameters, lr=config.base_lr, **options)
+    return ScaledAdam(parameters, lr=config.base_lr, clipping_scale=2.0, **options)
 
 
-def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> "FixedLR":
-    """Return the schedule that --lr-schedule selects."""
-    if config.lr_schedule == "eden":
-        return Eden(optimizer, config.lr_batches, config.lr_epochs, config.warmup_batches)
-    return FixedLR(optimizer)
+def load_keeping_flags(optimizer: torch.optim.Optimizer, load: Callable[[], None]) -> None:
+    """Call `load`, which loads the optimizer's state; options set by flags stay as they are."""
+    kept = [{k: v for k, v in one.items() if k in FROM_FLAGS} for one in optimizer.param_groups]
+    load()
+    for group, options in zip(optimizer.param_groups, kept, strict=True):
+        group.update(options)
 
 
-class FixedLR:
-    """Constant learning rates; base class of the other schedules.
+# ---- schedules: (batches, epochs trained on) -> learning rate relative to the initial one
+
+Factor = Callable[[int, int], float]
+
+
+def fixed(batch: int, epoch: int) -> float:
+    """Return 1: a constant learning rate."""
+    return 1.0
+
+
+def eden(
+    batch: int,
+    epoch: int,
+    lr_batches: float = 7500,
+    lr_epochs: float = 3.5,
+    warmup_batches: float = 500,
+) -> float:
+    """Decay with batch b and epoch e, after a linear warm-up from a half.
+
+    ((b² + B²) / B²)^(-1/4) · ((e² + E²) / E²)^(-1/4) · warm-up, from Yao et al., "Zipformer",
+    2023, section 3.5, https://arxiv.org/abs/2310.11230.
+
+    Args:
+      lr_batches: B, batches after which the decay sets in.
+      lr_epochs: E, likewise in epochs.
+      warmup_batches: length of the warm-up; 0 for none.
+    """
+    by_batch = (1 + (batch / lr_batches) ** 2) ** -0.25
+    by_epoch = (1 + (epoch / lr_epochs) ** 2) ** -0.25
+    if batch >= warmup_batches:
+        return by_batch * by_epoch
+    return by_batch * by_epoch * (0.5 + 0.5 * (batch / warmup_batches))
+
+
+def linear(batch: int, epoch: int, warmup_batches: float, num_steps: int) -> float:
+    """Rise from 0 to 1 in the warm-up and fall to 0 at step `num_steps`, as in transformers."""
+    if batch < warmup_batches:
+        return batch / warmup_batches
+    return max(0.0, (num_steps - batch) / (num_steps - warmup_batches))
+
+
+def cosine(batch: int, epoch: int, warmup_batches: float, num_steps: int) -> float:
+    """Rise as `linear`, and fall to 0 along half a cosine."""
+    if batch < warmup_batches:
+        return batch / warmup_batches
+    return 0.5 - 0.5 * math.cos(math.pi * linear(batch, epoch, warmup_batches, num_steps))
+
+
+SCHEDULES = {  # by name: the function and its options, those of TrainConfig and num_steps
+    "fixed": (fixed, ()),
+    "eden": (eden, ("lr_batches", "lr_epochs", "warmup_batches")),
+    "linear": (linear, ("warmup_batches", "num_steps")),
+    "cosine": (cosine, ("warmup_batches", "num_steps")),
+}
+
+
+def needs_num_steps(config: TrainConfig) -> bool:
+    """Return whether the schedule depends on the number of steps of the training."""
+    return "num_steps" in SCHEDULES[config.lr_schedule][1]
+
+
+def lr_factor(config: TrainConfig, num_steps: int | None = None) -> Factor:
+    """Return the function of the schedule that --lr-schedule selects.
+
+    Args:
+      num_steps: steps of the whole training, where the schedule depends on it.
+
+    Raises:
+      InputError: the training ends within the warm-up.
+    """
+    function, names = SCHEDULES[config.lr_schedule]
+    values = {**vars(config), "num_steps": num_steps}
+    if "num_steps" in names and num_steps <= config.warmup_batches:
+        raise InputError(
+            f"--warmup-batches {config.warmup_batches:g} must be below the {num_steps} steps of "
+            f"this training (--lr-schedule {config.lr_schedule})"
+        )
+    return partial(function, **{name: values[name] for name in names})
+
+
+class Schedule:
+    """Learning rates of all groups: the initial ones times a factor.
 
     The initial rate of a group is its `initial_lr` if set (torch saves it with the optimizer's
     state), else its `lr`.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer, self.batch, self.epoch = optimizer, 0, 0
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Factor = fixed):
+        self.optimizer, self.factor, self.batch, self.epoch = optimizer, factor, 0, 0
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._set_lr()
-
-    def factor(self) -> float:
-        """Return the learning rate relative to the initial one."""
-        return 1.0
 
     def step_batch(self, batch_idx: int) -> None:
         """Set the learning rates for a batch, counted from 0 over all epochs."""
@@ -71,35 +181,4 @@ class FixedLR:
 
     def _set_lr(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.factor()
-
-
-class Eden(FixedLR):
-    """Learning rates that decay with batch b and epoch e, after a linear warm-up from half of them.
-
-    lr · ((b² + B²) / B²)^(-1/4) · ((e² + E²) / E²)^(-1/4) · warm-up, from Yao et al.,
-    "Zipformer", 2023, section 3.5, https://arxiv.org/abs/2310.11230.
-
-    Args:
-      lr_batches: B, batches after which the decay sets in.
-      lr_epochs: E, likewise in epochs.
-      warmup_batches: length of the warm-up; 0 for none.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        lr_batches: float = 7500,
-        lr_epochs: float = 3.5,
-        warmup_batches: float = 500,
-    ):
-        self.lr_batches, self.lr_epochs, self.warmup_batches = lr_batches, lr_epochs, warmup_batches
-        super().__init__(optimizer)
-
-    def factor(self) -> float:
-        """Return decay by batches times decay by epochs times warm-up."""
-        by_batch = (1 + (self.batch / self.lr_batches) ** 2) ** -0.25
-        by_epoch = (1 + (self.epoch / self.lr_epochs) ** 2) ** -0.25
-        if self.batch >= self.warmup_batches:
-            return by_batch * by_epoch
-        return by_batch * by_epoch * (0.5 + 0.5 * (self.batch / self.warmup_batches))
+            group["lr"] = group["initial_lr"] * self.factor(self.batch, self.epoch)

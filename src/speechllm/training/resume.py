@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from speechllm.checkpoints import epoch_path, load_checkpoint, numbered_files, write_checkpoint
+from speechllm.cli import flag_name
 from speechllm.data.config import TrainDataConfig
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.io import atomic_write, check_space
 from speechllm.models.config import MODEL_FILE
-from speechllm.training.config import TrainConfig
+from speechllm.training.config import LR_FACTORS, TrainConfig
 from speechllm.training.optim import make_optimizer
 
 REQUIRED = ("optimizer", "scheduler", "grad_scaler")  # entries without which resuming fails
@@ -39,7 +40,7 @@ FORMER_NAMES = {  # former names of options, as in older checkpoints
 
 @dataclass
 class TrainState:
-    """Progress of a training, and its best losses."""
+    """Progress of a training, and its best losses and WER."""
 
     epoch: int = 0
     batch_idx_train: int = 0
@@ -51,6 +52,10 @@ class TrainState:
     skipped_steps: int = 0  # in total (see skipped_steps.py)
     recently_skipped: float = 0.0  # decays with successful steps
     skipped_since: int = 0  # batch_idx_train when recently_skipped was last 0
+    lowest_valid_loss: float = float("inf")  # of all validations, also within an epoch
+    lowest_valid_wer: float = float("inf")
+    validations_without_gain: int = 0  # in a row
+    validated_at: int = -1  # batch_idx_train of the last validation
 
     @property
     def next_epoch(self) -> int:
@@ -62,6 +67,19 @@ class TrainState:
         if loss < getattr(self, f"best_{kind}_loss"):
             setattr(self, f"best_{kind}_loss", loss)
             setattr(self, f"best_{kind}_epoch", self.epoch)
+
+    def note_validation(self, means: dict[str, float]) -> bool:
+        """Count a validation; return whether its WER, or loss without one, is the lowest so far."""
+        name = "wer" if "wer" in means else "loss"
+        lowest = f"lowest_valid_{name}"
+        is_new = self.batch_idx_train != self.validated_at  # not repeated after resuming
+        self.validated_at = self.batch_idx_train
+        if means[name] < getattr(self, lowest):
+            setattr(self, lowest, means[name])
+            self.validations_without_gain = 0
+            return True
+        self.validations_without_gain += is_new
+        return False
 
 
 def restore_state(checkpoint: dict) -> TrainState:
@@ -99,7 +117,7 @@ def remove_old_checkpoints(exp_dir: Path, keep: int) -> None:
 def remove_partial_checkpoints(exp_dir: Path) -> None:
     """Delete incomplete files of a training that was killed while it wrote them."""
     for path in exp_dir.glob(".part-*"):
-        if re.fullmatch(r"\.part-\d+-(epoch-\d+|checkpoint-\d+|best-.*-loss)\.pt", path.name):
+        if re.fullmatch(r"\.part-\d+-(epoch-\d+|checkpoint-\d+|best-.*)\.pt", path.name):
             path.unlink()
 
 
@@ -238,6 +256,20 @@ def check_optimizer(start: Start, config: TrainConfig) -> None:
     if saved.keys() - {*now, "initial_lr"}:
         raise InputError(
             f"{start.path} was written with another optimizer than --optimizer {config.optimizer}"
+        )
+
+
+def check_groups(start: Start, optimizer: torch.optim.Optimizer) -> None:
+    """Check that the parameters are in groups of the same sizes as in the checkpoint.
+
+    Raises:
+      InputError: they are not.
+    """
+    saved = start.checkpoint["optimizer"]["param_groups"]
+    if [len(one["params"]) for one in saved] != [len(g["params"]) for g in optimizer.param_groups]:
+        flags = ", ".join(map(flag_name, LR_FACTORS))
+        raise InputError(
+            f"{start.path} was written with other values of {flags} or --freeze-projector"
         )
 
 

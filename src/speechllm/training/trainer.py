@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from speechllm.training.engine import Engine
 from speechllm.training.grad_scaler import adjust_grad_scale
 from speechllm.training.invalid_utterances import InvalidUtteranceTracker
 from speechllm.training.metrics import RESET_INTERVAL, Metrics, TensorBoard, ThroughputMeter
-from speechllm.training.optim import FixedLR
+from speechllm.training.optim import Schedule
 from speechllm.training.resume import (
     TrainState,
     copy_best,
@@ -38,7 +38,12 @@ from speechllm.training.skipped_steps import (
 )
 from speechllm.training.validate import BatchLoss, validate
 
+BEST_WER = "best-valid-wer.pt"
 ModelState = Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]]
+
+
+class OutOfPatience(Exception):
+    """--patience ends the training within an epoch."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,13 @@ class Trainer:
       model_state: returns the model part of a checkpoint, given a function that copies a parameter.
       sums: (ranks, 2, …), the metrics of the epoch and the recent ones, from a checkpoint.
       order: options that determine the order of batches, kept in checkpoints.
+      decode: decodes validation utterances with the model, and returns their `errors` and `words`
+        over all ranks.
     """
 
     config: TrainConfig
     engine: Engine
-    schedule: FixedLR
+    schedule: Schedule
     loss: BatchLoss
     loaders: Loaders
     model_state: ModelState
@@ -83,9 +90,10 @@ class Trainer:
     sums: Tensor | None = None
     order: dict[str, str] = field(default_factory=dict)
     invalid: InvalidUtteranceTracker | None = None
+    decode: Callable[[], dict[str, Tensor]] | None = None
 
     def run(self) -> TrainState:
-        """Train; returns the state after the last epoch.
+        """Train; returns the state after the last epoch, or after --patience validations.
 
         Raises:
           Preempted: some rank received a stop signal; a checkpoint was saved.
@@ -102,13 +110,17 @@ class Trainer:
         if self.first_epoch > config.num_epochs:
             logging.info(f"Already trained for {config.num_epochs} epochs")
             return state
+        if self._out_of_patience():
+            return state
         self.saved = time.monotonic()
         enabled = config.tensorboard and dist_env.is_main
         folder = config.exp_dir / "tensorboard"
         self.board = TensorBoard(folder, enabled, purge_step=state.batch_idx_train)
-        with stop_signal() as self.stop_requested:
+        with stop_signal() as self.stop_requested, suppress(OutOfPatience):
             for epoch in range(self.first_epoch, config.num_epochs + 1):
                 self._epoch(epoch)
+                if self._out_of_patience():
+                    break
         self.board.close()
         logging.info("Done!")
         return state
@@ -131,6 +143,7 @@ class Trainer:
         state.batches_in_epoch = 0
         self.epoch_sums, self.recent = Metrics(), Metrics()
         self._save(epoch_path(self.config.exp_dir, epoch))
+        self.saved = time.monotonic()
         if self.engine.dist_env.is_main:
             copy_best(self.config.exp_dir, state)
 
@@ -181,6 +194,9 @@ class Trainer:
             with self.meter.paused():
                 self._validate()
                 self.engine.model.train()
+            if self._out_of_patience():
+                self._save_checkpoint()
+                raise OutOfPatience
         tokens, stop, save = self._agree(batches)
         metrics = self._train_step(batch_idx, batches, tokens)
         self.meter.step(batches)
@@ -287,10 +303,22 @@ class Trainer:
             totals = validate(self.engine, self.loss, self.loaders.valid(), self.stop_requested)
         except StopRequested:
             self._stop()
+        if self.decode:
+            totals = totals + Metrics(self.decode())
         logging.info(f"Epoch {self.state.epoch}, validation: {totals}")
         means = totals.means()
         self.board.add("train/valid_", means, self.state.batch_idx_train)
+        if self.state.note_validation(means) and self.decode:
+            self._save(self.config.exp_dir / BEST_WER)
         return means["loss"]
+
+    def _out_of_patience(self) -> bool:
+        """Return whether --patience ends the training, and log it."""
+        number, limit = self.state.validations_without_gain, self.config.patience
+        if not 0 < limit <= number:
+            return False
+        logging.info(f"Stopped early: {number} of --patience {limit} validations without gain")
+        return True
 
     def _stop(self) -> None:
         """Save a checkpoint and exit; the same command resumes."""
@@ -305,6 +333,7 @@ class Trainer:
         if not self.state.batches_in_epoch:
             return  # epoch-N.pt of the epoch before is the checkpoint
         self._save(checkpoint_path(self.config.exp_dir, self.state.batch_idx_train))
+        self.saved = time.monotonic()
         if self.engine.dist_env.is_main:
             remove_old_checkpoints(self.config.exp_dir, self.config.keep_last_k)
 
@@ -321,7 +350,6 @@ class Trainer:
                 sums=sums, order=self.order, invalid=invalid.state_dict() if invalid else {},
             )  # fmt: skip
         dist_env.barrier()
-        self.saved = time.monotonic()
 
     def _log_batch(self, batch_idx: int, batches: list[dict], metrics: Metrics) -> None:
         if self.invalid:

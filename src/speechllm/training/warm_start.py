@@ -17,7 +17,7 @@ from speechllm.errors import InputError
 from speechllm.models.config import ModelConfig, load_model_config
 from speechllm.models.identity import content_hash
 from speechllm.models.speech_llm import SpeechLLM
-from speechllm.models.state_dict import IGNORED_KEYS
+from speechllm.models.state_dict import IGNORED_KEYS, saved_parameters
 
 Parts = dict[str, dict[str, Tensor]]  # by name of the part, then by key
 NUMBERED = re.compile(r"(encoder_projector|encoder)\.(\d+\.)?(?=\D)")
@@ -31,17 +31,21 @@ def initialize(model: SpeechLLM, config: ModelConfig, path: Path) -> None:
 
     Raises:
       FileNotFoundError: the checkpoint is missing.
-      InputError: it cannot be read, or no part of it fits.
+      InputError: it cannot be read, no part of it fits, or a projector that is frozen does not.
     """
     path, described = _find_checkpoint(path)
     saved = _parts(load_checkpoint(path)["model"])
-    own = _parts({name: p for name, p in model.named_parameters() if p.requires_grad})
+    own = _parts(saved_parameters(model))
     places = _places(saved, config, described)
     saved = {_moved(part, places): (part, state) for part, state in saved.items()}
     loaded, fresh = [], []
     for part, parameters in own.items():
         origin, state = saved.pop(part, (part, {}))
-        if reason := _difference(parameters, state):
+        reason = _difference(parameters, state)
+        if part == "LoRA" and described and described.lora_alpha != config.lora_alpha:
+            reason = reason or f"trained with --lora-alpha {described.lora_alpha}"
+        if reason:
+            _check_trained(part, parameters, reason)
             fresh.append(f"{part} ({reason})")
             continue
         _copy(parameters, state)
@@ -60,6 +64,14 @@ def initialize(model: SpeechLLM, config: ModelConfig, path: Path) -> None:
         logging.warning(
             f"{path} also holds {', '.join(trained)}, which this training does not use: export "
             "that model and start from the directory to keep them"
+        )
+
+
+def _check_trained(part: str, parameters: dict[str, nn.Parameter], reason: str) -> None:
+    if not any(p.requires_grad for p in parameters.values()):
+        raise InputError(
+            f"--freeze-projector true: {part} would stay untrained, as --pretrained-model-path "
+            f"does not fit it ({reason})"
         )
 
 
