@@ -9,6 +9,7 @@ from speechllm.cli import check_range, comma_list, flag_name, option
 from speechllm.errors import InputError
 
 MAX_NEW_TOKENS = 200
+HOTWORD_SCORE = 2.0
 BEAM_SIZE = 4
 LAG = 0.03  # s; encoders trained from a flat start emit CTC spikes this late
 EXP_DIR = Path("exp/asr_librispeech_zipformer_qwen2_1.5B")
@@ -77,6 +78,10 @@ class SearchConfig:
     )  # fmt: skip
     word_timestamps: bool = _search(True, "write word times (needs a CTC head)")
     ctc_lag: float = _search(LAG, "delay of the CTC spikes in seconds, subtracted from word times")
+    hotwords: Path | None = _search(
+        None, "file of phrases, one per line, that beam search favours where they may be spoken"
+    )
+    hotword_score: float = _search(HOTWORD_SCORE, "bonus for each token of a hotword, in nats")
     max_new_tokens: int = _search(MAX_NEW_TOKENS, "maximum tokens per hypothesis")
 
     def __post_init__(self):
@@ -86,6 +91,7 @@ class SearchConfig:
         check_range("ctc_weight", self.ctc_weight, 0, 1)
         check_range("draft_accept_prob", self.draft_accept_prob, 0, 1)
         check_range("ctc_bypass_entropy", self.ctc_bypass_entropy, 0)
+        check_range("hotword_score", self.hotword_score, 0)
         method = self._method(has_ctc=True)
         if method != "beam" and self._beam_options:
             raise InputError(f"--method {method} has no beam: {self._beam_options[0]}")
@@ -110,7 +116,8 @@ class SearchConfig:
         """The options given that need a beam."""
         least = {"beam_size": 1, "nbest": 1, "ctc_weight": 0}
         values = {name: getattr(self, name) or 0 for name in least}
-        return [f"{flag_name(name)} {x}" for name, x in values.items() if x > least[name]]
+        given = [f"{flag_name(name)} {x}" for name, x in values.items() if x > least[name]]
+        return given + ([f"--hotwords {self.hotwords}"] if self.hotwords else [])
 
     def _method(self, has_ctc: bool) -> str:
         return self.method or ("beam" if self._beam_options else "draft" if has_ctc else "greedy")
@@ -137,5 +144,7 @@ class SearchConfig:
             (self.draft_accept_prob < 1, f"relaxed{self.draft_accept_prob:g}"),
             (self.ctc_bypass_entropy, f"confident{self.ctc_bypass_entropy:g}"),
             (self.guard != "stop", f"guard-{self.guard}"),
+            (self.hotwords, f"hotwords-{self.hotwords and self.hotwords.stem}"),
+            (self.hotwords and self.hotword_score != HOTWORD_SCORE, f"{self.hotword_score:g}"),
         )
         return "-".join(part for is_used, part in parts if is_used)

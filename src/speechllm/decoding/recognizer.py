@@ -22,6 +22,7 @@ from speechllm.decoding.hallucination import (
     hallucination_flags,
     spectral_variation,
 )
+from speechllm.decoding.hotwords import Hotwords, PrefixTree, read_hotwords
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.speculative import speculative_decode
 from speechllm.errors import InputError
@@ -89,6 +90,13 @@ class Recognizer:
             raise InputError(NEEDS_CTC.format(search.ctc_options[0]))
         self.model, self.tokenizer, self.ctc_decoder = model, tokenizer, ctc_decoder
         self.search, self.device, self.dtype = search, device, dtype
+        self.hotwords = None
+        if search.hotwords:
+            phrases, bpe = read_hotwords(search.hotwords), ctc_decoder and ctc_decoder.tokenizer
+            phrases = list(map(model.chat.spelled, phrases))
+            self.hotwords = Hotwords(
+                phrases, search.hotword_score, tokenizer, model.chat.ends, bpe
+            )
         self.start_counting()
 
     def start_counting(self) -> None:
@@ -194,12 +202,20 @@ class Recognizer:
 
         with autocast(self.device, self.dtype):
             if search.method == "beam":
-                found = beam_search(self.model, *prompts, search.beam_size, limit, is_repetition)
+                trees = self._hotword_trees(encoded, rows)
+                options = search.beam_size, limit, is_repetition, trees
+                found = beam_search(self.model, *prompts, *options)
             else:
                 drafts = [encoded.ctc_ids[b] if search.method == "draft" else None for b in rows]
                 options = drafts, limit, search.draft_accept_prob, is_repetition
                 found = [[one] for one in speculative_decode(self.model, *prompts, *options)]
         return {b: self._choose(encoded, b, some, search) for b, some in zip(rows, found)}
+
+    def _hotword_trees(self, encoded: EncodedBatch, rows: list[int]) -> list[PrefixTree | None]:
+        if not self.hotwords:
+            return []
+        vocab_size = self.model.llm.config.get_text_config().vocab_size
+        return [self.hotwords.tree(encoded.ctc[b], vocab_size) for b in rows]
 
     def _choose(
         self, encoded: EncodedBatch, b: int, hypotheses: list[Hypothesis], search: SearchConfig
