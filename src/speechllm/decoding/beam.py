@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from speechllm.decoding.hotwords import PrefixTree
 from speechllm.decoding.hypothesis import Hypothesis
+from speechllm.decoding.prefix_tree import PrefixTree
 from speechllm.decoding.speculative import token_scores
 from speechllm.models.speech_llm import SpeechLLM
 
@@ -22,7 +22,7 @@ def beam_search(
     beam_size: int,
     max_new_tokens: int,
     is_repetition: Callable[[int, list[int]], bool] = lambda b, ids: False,
-    hotwords: Sequence[PrefixTree | None] = (),
+    trees: Sequence[PrefixTree | None] = (),
 ) -> list[list[Hypothesis]]:
     """Return the distinct hypotheses of each utterance, by mean log-probability.
 
@@ -32,7 +32,7 @@ def beam_search(
       is_repetition: called with the utterance and the ids of its most probable hypothesis; true
         ends the search, as the other hypotheses would soon repeat too. Hypotheses ended this way
         are dropped, or reduced to the best one if none ended with the closing token.
-      hotwords: the prefix tree of each utterance.
+      trees: the hotwords of each utterance, whose bonus is added; none if empty.
     """
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -47,7 +47,7 @@ def beam_search(
         inputs_embeds=embeds,
         attention_mask=mask.long(),
         generation_config=config,
-        logits_processor=[*([_HotwordBonus(hotwords)] if any(hotwords) else []), stopper],
+        logits_processor=[*([_HotwordBonus(trees)] if any(trees) else []), stopper],
     )
     hypotheses = [
         list(takewhile(lambda token: token not in model.chat.ends, row))
@@ -60,8 +60,8 @@ def beam_search(
         distinct: dict[tuple[int, ...], Hypothesis] = {}
         for hypothesis in scored[b * beam_size : (b + 1) * beam_size]:
             hypothesis.passes += generated.size(1)
-            if hotwords and hotwords[b]:
-                hypothesis.bonus = hotwords[b].score(hypothesis.ids)
+            if trees and trees[b]:
+                hypothesis.bonus = trees[b].score(hypothesis.ids)
             distinct.setdefault(tuple(hypothesis.ids), hypothesis)
         complete = [distinct[ids] for ids in distinct if (b, ids) not in stopper.stopped]
         found.append(complete or list(distinct.values())[:1])
@@ -102,7 +102,11 @@ class _HotwordBonus(LogitsProcessor):
         beam_size = len(input_ids) // len(self.trees)
         for row, ids in enumerate(input_ids.tolist()):
             if tree := self.trees[row // beam_size]:
-                scores[row] += tree.next_scores(ids).to(scores)
+                added, other = tree.next_scores(ids)
+                tokens = torch.tensor(list(added), device=scores.device)
+                added = torch.tensor(list(added.values())).to(scores)
+                scores[row] += other
+                scores[row, tokens] += added - other
         return scores
 
 

@@ -79,8 +79,9 @@ class SearchConfig:
     word_timestamps: bool = _search(True, "write word times (needs a CTC head)")
     ctc_lag: float = _search(LAG, "delay of the CTC spikes in seconds, subtracted from word times")
     hotwords: Path | None = _search(
-        None, "file of phrases, one per line, that beam search favours where they may be spoken"
+        None, "file of phrases, one per line, favoured where the CTC posteriors allow them"
     )
+    hotword: tuple[str, ...] = _search((), "a phrase besides those of --hotwords; repeatable")
     hotword_score: float = _search(HOTWORD_SCORE, "bonus for each token of a hotword, in nats")
     max_new_tokens: int = _search(MAX_NEW_TOKENS, "maximum tokens per hypothesis")
 
@@ -116,11 +117,11 @@ class SearchConfig:
         """The options given that need a beam."""
         least = {"beam_size": 1, "nbest": 1, "ctc_weight": 0}
         values = {name: getattr(self, name) or 0 for name in least}
-        given = [f"{flag_name(name)} {x}" for name, x in values.items() if x > least[name]]
-        return given + ([f"--hotwords {self.hotwords}"] if self.hotwords else [])
+        return [f"{flag_name(name)} {x}" for name, x in values.items() if x > least[name]]
 
     def _method(self, has_ctc: bool) -> str:
-        return self.method or ("beam" if self._beam_options else "draft" if has_ctc else "greedy")
+        needs_beam = self._beam_options or (not has_ctc and (self.hotwords or self.hotword))
+        return self.method or ("beam" if needs_beam else "draft" if has_ctc else "greedy")
 
     def resolve(self, has_ctc: bool, default_guard: str = "stop") -> "SearchConfig":
         """Return the config with method, beam size and guard set.
@@ -144,7 +145,8 @@ class SearchConfig:
             (self.draft_accept_prob < 1, f"relaxed{self.draft_accept_prob:g}"),
             (self.ctc_bypass_entropy, f"confident{self.ctc_bypass_entropy:g}"),
             (self.guard != "stop", f"guard-{self.guard}"),
-            (self.hotwords, f"hotwords-{self.hotwords and self.hotwords.stem}"),
-            (self.hotwords and self.hotword_score != HOTWORD_SCORE, f"{self.hotword_score:g}"),
+            (self.hotwords or self.hotword, "hotwords"),
+            (self.hotwords, self.hotwords and self.hotwords.stem),
+            (self.hotword_score != HOTWORD_SCORE, f"score{self.hotword_score:g}"),
         )
         return "-".join(part for is_used, part in parts if is_used)
