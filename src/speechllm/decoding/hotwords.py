@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from speechllm.decoding.alignment import CTC_FRAME_SHIFT, FRAME_CENTRE
 from speechllm.decoding.ctc_decoder import BpeTokenizer, CtcOutput
 from speechllm.errors import InputError
+from speechllm.models.prompt import encode_continuations, encode_transcripts
 from speechllm.models.zipformer.ctc_head import BLANK
 
 LEAST_RATIO = -3.0  # nats per piece: a phrase against the best path, over the frames it takes
@@ -33,14 +34,14 @@ def read_hotwords(path: Path) -> list[str]:
       InputError: it is not UTF-8, or has no phrase.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--hotwords {path} does not exist")
+        raise FileNotFoundError(f"hotwords: {path} does not exist")
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"--hotwords {path} is not UTF-8: {error}") from None
+        raise InputError(f"hotwords: {path} is not UTF-8: {error}") from None
     phrases = [line for line in lines if line.strip()]
     if not phrases:
-        raise InputError(f"--hotwords {path} has no phrase")
+        raise InputError(f"hotwords: {path} has no phrase")
     return phrases
 
 
@@ -75,12 +76,9 @@ class Hotwords:
           InputError: a phrase has no token, or none in the CTC head's vocabulary.
         """
         texts = list(dict.fromkeys(" ".join(phrase.split()) for phrase in phrases))
-        plain, spaced = (
-            tokenizer([space + text for text in texts], add_special_tokens=False)["input_ids"]
-            for space in ("", " ")
-        ) if texts else ([], [])
+        tokens = [encode_transcripts(tokenizer, texts), encode_continuations(tokenizer, texts)]
         pieces = [bpe.encode(text) if bpe else [] for text in texts]
-        self.entries = list(map(Hotword, texts, zip(plain, spaced), pieces))
+        self.entries = list(map(Hotword, texts, zip(*tokens), pieces))
         for one in self.entries:
             if not one.tokens[0] or (bpe and not one.pieces):
                 raise InputError(f"hotword {one.text!r} cannot be tokenized")
@@ -105,9 +103,8 @@ def spot_hotwords(
     """Return the phrases of each utterance's list that its CTC posteriors allow."""
     found: list[list[Spotted]] = [[] for _ in outputs]
     ratios = [one.log_probs - one.log_probs.max(dim=1, keepdim=True).values for one in outputs]
-    possible = [
-        (b, one) for b, entries in enumerate(lists) if entries for one in entries.possible(ratios[b])
-    ]
+    pairs = [(b, entries) for b, entries in enumerate(lists) if entries]
+    possible = [(b, one) for b, entries in pairs for one in entries.possible(ratios[b])]
     if not possible:
         return found
     utterances, hotwords = zip(*possible)
@@ -137,18 +134,19 @@ def _spot(
     last, rows = lens - 1, torch.arange(n)
     differs = pad(index[:, 1:] != index[:, :-1], (1, 0), value=True)
     # Paths that end on piece j, and on a blank after it: scores and first frames.
-    on_piece = torch.full(pieces.shape, IMPOSSIBLE)
-    on_blank, piece_start, blank_start = on_piece, torch.zeros_like(pieces), torch.zeros_like(pieces)
+    on_piece = on_blank = torch.full(pieces.shape, IMPOSSIBLE)
+    piece_start = blank_start = torch.zeros_like(pieces)
     best, start, end = on_piece[:, 0], piece_start[:, 0], piece_start[:, 0]
     for t in range(ratios.size(1)):
         from_piece = pad(on_piece[:, :-1], (1, 0), value=IMPOSSIBLE).where(differs, IMPOSSIBLE)
         from_blank = pad(on_blank[:, :-1], (1, 0), value=0.0)  # begin at any frame
-        starts = [piece_start, *(pad(s[:, :-1], (1, 0), value=t) for s in (piece_start, blank_start))]
+        entered = [pad(one[:, :-1], (1, 0), value=t) for one in (piece_start, blank_start)]
+        starts = torch.stack([piece_start, *entered])
         on_blank, source = torch.stack([on_blank, on_piece]).max(dim=0)
         blank_start = torch.stack([blank_start, piece_start]).gather(0, source[None])[0]
         on_blank = on_blank + ratios[utterances, t, BLANK][:, None]
         on_piece, source = torch.stack([on_piece, from_piece, from_blank]).max(dim=0)
-        piece_start = torch.stack(starts).gather(0, source[None])[0]
+        piece_start = starts.gather(0, source[None])[0]
         on_piece = on_piece + ratios[utterances[:, None], t, index]
         is_better = on_piece[rows, last] > best
         best = torch.where(is_better, on_piece[rows, last], best)

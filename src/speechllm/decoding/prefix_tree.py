@@ -67,8 +67,7 @@ class PrefixTree:
         match = self._match(ids)
         before = match.complete + match.partial
         following = {
-            token: self._step(match, token)
-            for token in (*self.root.children, *match.node.children)
+            token: self._step(match, token) for token in (*self.root.children, *match.node.children)
         }
         added = {token: one.complete + one.partial - before for token, one in following.items()}
         return {token: self.bonus * n for token, n in added.items()}, -self.bonus * match.partial

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -95,15 +95,17 @@ class Recognizer:
         self.model, self.tokenizer, self.ctc_decoder = model, tokenizer, ctc_decoder
         self.search, self.device, self.dtype = search, device, dtype
         phrases = [*(read_hotwords(search.hotwords) if search.hotwords else ()), *search.hotword]
-        self.hotwords = self.tokenize_hotwords(phrases) if phrases else None
+        self.hotwords = self.tokenize_hotwords(phrases)
         self.start_counting()
 
-    def tokenize_hotwords(self, phrases: list[str]) -> Hotwords:
-        """Return the list of phrases that a batch's `hotwords` may hold.
+    def tokenize_hotwords(self, phrases: Sequence[str]) -> Hotwords | None:
+        """Return phrases as a batch's `hotwords` may hold them; None without phrases.
 
         Raises:
           InputError: a phrase cannot be tokenized, or neither a CTC head nor a beam can use it.
         """
+        if not phrases:
+            return None
         if not self.ctc_decoder and self.search.method != "beam":
             raise InputError(NEEDS_CTC.format("hotwords without --method beam"))
         bpe = self.ctc_decoder and self.ctc_decoder.tokenizer
@@ -172,7 +174,7 @@ class Recognizer:
                 ctc_ids = encode_transcripts(self.tokenizer, [output.text for output in ctc])
         seconds = (lens * FRAME_SHIFT).tolist()
         variations = [spectral_variation(features[b, :n]) for b, n in enumerate(lens.tolist())]
-        hotwords = self._hotwords(ctc, batch.get("hotwords") or [self.hotwords] * len(lens))
+        hotwords = self._hotwords(ctc, batch.get("hotwords") or [None] * len(lens))
         return EncodedBatch(
             prompt.embeds, prompt.mask, seconds, variations, ctc, ctc_ids, *hotwords
         )
@@ -180,8 +182,12 @@ class Recognizer:
     def _hotwords(
         self, ctc: list[CtcOutput | None], lists: list[Hotwords | None]
     ) -> tuple[list[list[Spotted]], list[PrefixTree | None]]:
-        """Return the spotted hotwords and the prefix tree of each utterance."""
-        spotted = [[] for _ in ctc]
+        """Return the spotted hotwords and the prefix tree of each utterance.
+
+        Args:
+          lists: of each utterance, instead of that of the search.
+        """
+        spotted, lists = [[] for _ in ctc], [one or self.hotwords for one in lists]
         if self.ctc_decoder and any(lists):
             spotted = spot_hotwords(ctc, lists)
             lists = [[one.hotword for one in found] for found in spotted]
