@@ -16,7 +16,8 @@ class Change:
 
 
 def other_models(folder, tiny_encoder_dir, tiny_llm_dir) -> None:
-    """Write another encoder `other.pt`, its `bpe.model`, and another LLM `llm` to `folder`."""
+    """Write other files to `folder`: `other.pt`, its `bpe.model`, an LLM `llm`, `hotwords.txt`."""
+    (folder / "hotwords.txt").write_text("c a b\n")
     (folder / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
     (folder / "bpe.model").symlink_to(tiny_encoder_dir / "bpe.model")
     llm = shutil.copytree(tiny_llm_dir, folder / "llm")

@@ -91,6 +91,14 @@ def test_a_list_gives_a_list(asr, clips, tmp_path):
     assert asr.transcribe([]) == []
 
 
+def test_hotwords_change_the_transcript(tiny_exp, clips):
+    asr = speechllm.load(tiny_exp, epoch=1, avg=1, method="beam", hotword_score=500.0)
+    plain, changed = (asr.transcribe(clips[0], hotwords=some) for some in ((), ["c a b"]))
+    assert "c a b" in changed.text and "c a b" not in plain.text
+    with pytest.raises(InputError, match="hotword '' cannot be tokenized"):
+        asr.transcribe(clips[0], hotwords=["a", " "])
+
+
 def test_an_unreadable_recording_raises(asr, tmp_path):
     with pytest.raises(FileNotFoundError, match="no.wav is not a file"):
         asr.transcribe(tmp_path / "no.wav")

@@ -26,6 +26,7 @@ class Config:
     use_lora: bool = option(True, "train LoRA", group="training")
     exp_dir: Path | None = option(None, "output directory", unset="none")
     optimizer: str = option("adamw", "optimizer at 100%", choices=("adamw", "sgd"))
+    hotword: tuple[str, ...] = option((), "a phrase; repeatable")
     command: str = ""  # without a flag
 
     def __post_init__(self):
@@ -45,7 +46,8 @@ def parse(*words, config=Config):
 def test_flags_become_a_config():
     assert parse() == Config(command="x")
     found = parse("--num-epochs", "3", "--use-lora", "no", "--exp-dir", "exp", "--optimizer", "sgd")
-    assert found == Config(3, False, Path("exp"), "sgd", "x")
+    assert found == Config(3, False, Path("exp"), "sgd", command="x")
+    assert parse("--hotword", "a b", "--hotword", "c").hotword == ("a b", "c")
 
 
 def test_an_instance_gives_the_defaults():

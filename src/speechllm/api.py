@@ -72,15 +72,32 @@ class SpeechRecognizer:
 
     @overload
     def transcribe(
-        self, audio: Audio, *, sampling_rate: int = ..., context: str = ...
+        self,
+        audio: Audio,
+        *,
+        sampling_rate: int = ...,
+        context: str = ...,
+        hotwords: Sequence[str] = ...,
     ) -> Transcript: ...
 
     @overload
     def transcribe(
-        self, audio: Sequence[Audio], *, sampling_rate: int = ..., context: str = ...
+        self,
+        audio: Sequence[Audio],
+        *,
+        sampling_rate: int = ...,
+        context: str = ...,
+        hotwords: Sequence[str] = ...,
     ) -> list[Transcript]: ...
 
-    def transcribe(self, audio, *, sampling_rate: int = SAMPLING_RATE, context: str = ""):
+    def transcribe(
+        self,
+        audio,
+        *,
+        sampling_rate: int = SAMPLING_RATE,
+        context: str = "",
+        hotwords: Sequence[str] = (),
+    ):
         """Transcribe recordings of any length; several share batches.
 
         Args:
@@ -89,6 +106,7 @@ class SpeechRecognizer:
           sampling_rate: sampling rate of arrays, in Hz.
           context: text for the LLM besides the audio, such as names; only for models trained with
             --use-context.
+          hotwords: phrases to favour, such as names, instead of those given to `load`.
 
         Returns:
           A Transcript, or a list of them, in which a recording that cannot be read has an `error`
@@ -96,12 +114,14 @@ class SpeechRecognizer:
 
         Raises:
           FileNotFoundError, InputError: a single recording cannot be read.
-          InputError: the model does not take this context, or an array has the wrong shape or type.
+          InputError: the model does not take this context or a hotword, or an array has the wrong
+            shape or type.
         """
         self.transcriber.check_context(context)
+        entries = self.transcriber.recognizer.tokenize_hotwords(hotwords)
         several = isinstance(audio, list | tuple)
         sources = [_source(one, sampling_rate) for one in (audio if several else [audio])]
-        transcripts = self.transcriber(sources, context)
+        transcripts = self.transcriber(sources, context, entries)
         if several:
             return transcripts
         if transcripts[0].error:

@@ -17,7 +17,7 @@ import shutil
 import types
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from speechllm.errors import InputError
 
@@ -81,10 +81,11 @@ def add_options(
         if "help" not in field.metadata or field.name in skip:
             continue
         default = getattr(config, field.name, field.default)
-        shown = field.metadata["unset"] if default is None else spelled(default)
+        shown = field.metadata["unset"] if default in (None, ()) else spelled(default)
         text = field.metadata["help"] + (f" (default: {shown})" if shown else "")
         _group(parser, field.metadata["group"]).add_argument(
             flag_name(field.name),
+            action="append" if get_origin(kinds[field.name]) is tuple else "store",
             type=_parser_of(kinds[field.name]),
             choices=field.metadata["choices"],
             required=field.name in required,
@@ -100,7 +101,7 @@ def from_args(config: type[Config] | Config, args: argparse.Namespace, **values:
       config: the class, or an instance whose values stand in for flags that were not given.
     """
     given = {
-        field.name: value
+        field.name: tuple(value) if isinstance(value, list) else value
         for field in dataclasses.fields(config)
         if "help" in field.metadata and (value := getattr(args, field.name, None)) is not None
     }
@@ -133,9 +134,11 @@ def spelled(value: Any) -> str:
 
 
 def _parser_of(kind: Any) -> Callable[[str], Any]:
-    """Return the function that parses a flag of this type; `X | None` is parsed as X."""
+    """Return the function that parses a flag of this type; `X | None` and `tuple[X, ...]` as X."""
     if isinstance(kind, types.UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
     return str2bool if kind is bool else kind
 
 

@@ -33,6 +33,18 @@ def lines(path):
     return path.read_text(encoding="utf-8").splitlines()
 
 
+def test_words_of_the_biasing_list_are_scored_alone(cuts, tmp_path):
+    decoded = [DecodedCut(cuts[0], result())]
+    first, *others = decoded[0].reference.lower().split()
+    (tmp_path / "list.txt").write_text(f"{first.upper()}\nmissing\n")
+    config = EvalConfig(biasing_list=tmp_path / "list.txt")
+    write_results(decoded, tmp_path, "x", "y", config, {})
+    rates = [line for line in lines(tmp_path / "wer-summary-x-y.txt") if "-WER" in line]
+    assert [rate.split(":")[0] for rate in rates] == ["B-WER", "U-WER"]
+    assert rates[0].endswith(f" of {1 + others.count(first)} words")
+    assert rates[1].endswith(f" of {len(others) - others.count(first)} words")
+
+
 def test_word_times_are_relative_to_the_recording(cuts, tmp_path):
     later = cuts[1].truncate(offset=0.5, duration=1.0, preserve_id=True)
     mixed = cuts[2].pad(duration=9.0, preserve_id=True).with_id("of several")

@@ -112,6 +112,16 @@ def test_neighbouring_errors_share_a_bracket(ref, hyp, shown):
     assert details(ref, hyp) == shown
 
 
+def test_errors_of_biased_and_unbiased_words():
+    """The reference word decides; for insertions the inserted one."""
+    pairs = "call:call anna:hannah *:anna on:* anna:* the:anna *:a".split()
+    words = [[() if word == "*" else (word,) for word in pair.split(":")] for pair in pairs]
+    one = wer.ScoredUtterance("a", [], [], [tuple(pair) for pair in words])
+    biased, unbiased = wer.biased_error_counts([one], {"anna", "hannah", "missing"})
+    assert biased == ErrorCounts(1, 1, 1, ref_words=2, rate="B-WER")
+    assert unbiased == ErrorCounts(1, 1, 1, ref_words=3, rate="U-WER")
+
+
 def test_counts_agree_with_kaldialign_on_random_words():
     rng = random.Random(0)
     words = [rng.choices("abcd", k=rng.randrange(9)) for _ in range(400)]

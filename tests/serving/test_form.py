@@ -80,10 +80,26 @@ def test_granularities_with_and_without_brackets(send, fields):
 def test_ignored_fields_are_named(send):
     response = send(
         "chunking_strategy=auto", "task=transcribe", "seed=1", "temperature=0", "languages[]=en",
-        "keywords[]=Ada", "vad_filter=é", "timestamp_granularities[]=segment",
+        "keywords[]=7", "vad_filter=é", "timestamp_granularities[]=segment",
     )  # fmt: skip
     names = response.headers["x-ignored"].split(", ")
     assert sorted(names) == ["keywords", "seed", "timestamp_granularities", "vad_filter"]
+
+
+def test_hotwords_are_those_of_the_request(send, transcriber, monkeypatch):
+    found, recognize = [], transcriber.recognize
+    monkeypatch.setattr(
+        transcriber, "recognize", lambda chunks: found.extend(chunks) or recognize(chunks)
+    )
+    response = send("hotwords=a b,c", "keywords[]=b", "prompt=Cab: a, ac.\nba")
+    assert "x-ignored" not in response.headers
+    assert send().status_code == 200
+    given, none = found
+    assert [one.text for one in given.hotwords.entries] == ["a b", "c", "cab", "a", "ac", "ba", "b"]
+    assert none.hotwords is None
+    refused = send("hotwords=a,7")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "hotword '7' cannot be tokenized"
 
 
 def test_the_language_is_ignored_by_a_model_of_unknown_language(send, transcriber, monkeypatch):

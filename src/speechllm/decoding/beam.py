@@ -1,7 +1,7 @@
 """Beam search with transformers, and the log-probabilities of given hypotheses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from speechllm.decoding.hypothesis import Hypothesis
+from speechllm.decoding.prefix_tree import PrefixTree
 from speechllm.decoding.speculative import token_scores
 from speechllm.models.speech_llm import SpeechLLM
 
@@ -21,6 +22,7 @@ def beam_search(
     beam_size: int,
     max_new_tokens: int,
     is_repetition: Callable[[int, list[int]], bool] = lambda b, ids: False,
+    trees: Sequence[PrefixTree | None] = (),
 ) -> list[list[Hypothesis]]:
     """Return the distinct hypotheses of each utterance, by mean log-probability.
 
@@ -30,6 +32,7 @@ def beam_search(
       is_repetition: called with the utterance and the ids of its most probable hypothesis; true
         ends the search, as the other hypotheses would soon repeat too. Hypotheses ended this way
         are dropped, or reduced to the best one if none ended with the closing token.
+      trees: the hotwords of each utterance, whose bonus is added; none if empty.
     """
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -44,7 +47,7 @@ def beam_search(
         inputs_embeds=embeds,
         attention_mask=mask.long(),
         generation_config=config,
-        logits_processor=[stopper],
+        logits_processor=[*([_HotwordBonus(trees)] if any(trees) else []), stopper],
     )
     hypotheses = [
         list(takewhile(lambda token: token not in model.chat.ends, row))
@@ -57,6 +60,8 @@ def beam_search(
         distinct: dict[tuple[int, ...], Hypothesis] = {}
         for hypothesis in scored[b * beam_size : (b + 1) * beam_size]:
             hypothesis.passes += generated.size(1)
+            if trees and trees[b]:
+                hypothesis.bonus = trees[b].score(hypothesis.ids)
             distinct.setdefault(tuple(hypothesis.ids), hypothesis)
         complete = [distinct[ids] for ids in distinct if (b, ids) not in stopper.stopped]
         found.append(complete or list(distinct.values())[:1])
@@ -85,6 +90,24 @@ def score_hypotheses(
         Hypothesis(ids, [next(log_probs) for _ in scored], passes=1)
         for ids, scored in zip(hypotheses, closed)
     ]
+
+
+class _HotwordBonus(LogitsProcessor):
+    """Adds the hotwords' bonus to the log-probabilities of all beams."""
+
+    def __init__(self, trees: Sequence[PrefixTree | None]):
+        self.trees = trees
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        beam_size = len(input_ids) // len(self.trees)
+        for row, ids in enumerate(input_ids.tolist()):
+            if tree := self.trees[row // beam_size]:
+                added, other = tree.next_scores(ids)
+                tokens = torch.tensor(list(added), device=scores.device)
+                added = torch.tensor(list(added.values())).to(scores)
+                scores[row] += other
+                scores[row, tokens] += added - other
+        return scores
 
 
 class _RepetitionStopper(LogitsProcessor):

@@ -9,6 +9,7 @@ from speechllm.cli import check_range, comma_list, flag_name, option
 from speechllm.errors import InputError
 
 MAX_NEW_TOKENS = 200
+HOTWORD_SCORE = 2.0
 BEAM_SIZE = 4
 LAG = 0.03  # s; encoders trained from a flat start emit CTC spikes this late
 EXP_DIR = Path("exp/asr_librispeech_zipformer_qwen2_1.5B")
@@ -77,6 +78,11 @@ class SearchConfig:
     )  # fmt: skip
     word_timestamps: bool = _search(True, "write word times (needs a CTC head)")
     ctc_lag: float = _search(LAG, "delay of the CTC spikes in seconds, subtracted from word times")
+    hotwords: Path | None = _search(
+        None, "file of phrases, one per line, favoured where the CTC posteriors allow them"
+    )
+    hotword: tuple[str, ...] = _search((), "a phrase besides those of --hotwords; repeatable")
+    hotword_score: float = _search(HOTWORD_SCORE, "bonus for each token of a hotword, in nats")
     max_new_tokens: int = _search(MAX_NEW_TOKENS, "maximum tokens per hypothesis")
 
     def __post_init__(self):
@@ -86,6 +92,7 @@ class SearchConfig:
         check_range("ctc_weight", self.ctc_weight, 0, 1)
         check_range("draft_accept_prob", self.draft_accept_prob, 0, 1)
         check_range("ctc_bypass_entropy", self.ctc_bypass_entropy, 0)
+        check_range("hotword_score", self.hotword_score, 0)
         method = self._method(has_ctc=True)
         if method != "beam" and self._beam_options:
             raise InputError(f"--method {method} has no beam: {self._beam_options[0]}")
@@ -113,7 +120,8 @@ class SearchConfig:
         return [f"{flag_name(name)} {x}" for name, x in values.items() if x > least[name]]
 
     def _method(self, has_ctc: bool) -> str:
-        return self.method or ("beam" if self._beam_options else "draft" if has_ctc else "greedy")
+        needs_beam = self._beam_options or (not has_ctc and (self.hotwords or self.hotword))
+        return self.method or ("beam" if needs_beam else "draft" if has_ctc else "greedy")
 
     def resolve(self, has_ctc: bool, default_guard: str = "stop") -> "SearchConfig":
         """Return the config with method, beam size and guard set.
@@ -137,5 +145,8 @@ class SearchConfig:
             (self.draft_accept_prob < 1, f"relaxed{self.draft_accept_prob:g}"),
             (self.ctc_bypass_entropy, f"confident{self.ctc_bypass_entropy:g}"),
             (self.guard != "stop", f"guard-{self.guard}"),
+            (self.hotwords or self.hotword, "hotwords"),
+            (self.hotwords, self.hotwords and self.hotwords.stem),
+            (self.hotword_score != HOTWORD_SCORE, f"score{self.hotword_score:g}"),
         )
         return "-".join(part for is_used, part in parts if is_used)

@@ -15,10 +15,11 @@ class Hypothesis:
     accepted: int = 0  # draft tokens that were accepted
     text: str = ""
     ctc_log_prob: float | None = None  # None without a CTC head, or if the audio is too short
+    bonus: float = 0.0  # of hotwords, in nats
 
     def score(self, ctc_weight: float) -> float:
-        """Return `(1 - w) llm + w ctc` per token."""
-        llm_log_prob, num_tokens = sum(self.log_probs), len(self.log_probs)
+        """Return `(1 - w) llm + w ctc` per token, where llm includes the hotwords' bonus."""
+        llm_log_prob, num_tokens = sum(self.log_probs) + self.bonus, len(self.log_probs)
         if not ctc_weight:
             return llm_log_prob / num_tokens
         if self.ctc_log_prob is None:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -14,15 +14,18 @@ from transformers import PreTrainedTokenizerBase
 
 from speechllm.audio.fbank import FRAME_SHIFT
 from speechllm.decoding.alignment import TimedWord, align_transcript
-from speechllm.decoding.beam import beam_search
+from speechllm.decoding.beam import beam_search, score_hypotheses
 from speechllm.decoding.config import SearchConfig
+from speechllm.decoding.correction import Correction, correct
 from speechllm.decoding.ctc_decoder import CtcDecoder, CtcOutput
 from speechllm.decoding.hallucination import (
     find_repetition,
     hallucination_flags,
     spectral_variation,
 )
+from speechllm.decoding.hotwords import Hotwords, Spotted, read_hotwords, spot_hotwords
 from speechllm.decoding.hypothesis import Hypothesis
+from speechllm.decoding.prefix_tree import PrefixTree
 from speechllm.decoding.speculative import speculative_decode
 from speechllm.errors import InputError
 from speechllm.models.prompt import (
@@ -49,6 +52,8 @@ class EncodedBatch:
     spectral_variations: list[float]
     ctc: list[CtcOutput | None]
     ctc_ids: list[list[int] | None]  # CTC texts as token ids of the LLM
+    spotted: list[list[Spotted]]  # hotwords that the CTC head may have emitted
+    trees: list[PrefixTree | None]  # of these hotwords; of all without a CTC head
 
 
 @dataclass
@@ -89,7 +94,22 @@ class Recognizer:
             raise InputError(NEEDS_CTC.format(search.ctc_options[0]))
         self.model, self.tokenizer, self.ctc_decoder = model, tokenizer, ctc_decoder
         self.search, self.device, self.dtype = search, device, dtype
+        phrases = [*(read_hotwords(search.hotwords) if search.hotwords else ()), *search.hotword]
+        self.hotwords = self.tokenize_hotwords(phrases)
         self.start_counting()
+
+    def tokenize_hotwords(self, phrases: Sequence[str]) -> Hotwords | None:
+        """Return phrases as a batch's `hotwords` may hold them; None without phrases.
+
+        Raises:
+          InputError: a phrase cannot be tokenized, or neither a CTC head nor a beam can use it.
+        """
+        if not phrases:
+            return None
+        if not self.ctc_decoder and self.search.method != "beam":
+            raise InputError(NEEDS_CTC.format("hotwords without --method beam"))
+        bpe = self.ctc_decoder and self.ctc_decoder.tokenizer
+        return Hotwords(map(self.model.chat.spelled, phrases), self.tokenizer, bpe)
 
     def start_counting(self) -> None:
         """Reset the counters and the clock."""
@@ -154,7 +174,32 @@ class Recognizer:
                 ctc_ids = encode_transcripts(self.tokenizer, [output.text for output in ctc])
         seconds = (lens * FRAME_SHIFT).tolist()
         variations = [spectral_variation(features[b, :n]) for b, n in enumerate(lens.tolist())]
-        return EncodedBatch(prompt.embeds, prompt.mask, seconds, variations, ctc, ctc_ids)
+        hotwords = self._hotwords(ctc, batch.get("hotwords") or [None] * len(lens))
+        return EncodedBatch(
+            prompt.embeds, prompt.mask, seconds, variations, ctc, ctc_ids, *hotwords
+        )
+
+    def _hotwords(
+        self, ctc: list[CtcOutput | None], lists: list[Hotwords | None]
+    ) -> tuple[list[list[Spotted]], list[PrefixTree | None]]:
+        """Return the spotted hotwords and the prefix tree of each utterance.
+
+        Args:
+          lists: of each utterance, instead of that of the search.
+        """
+        spotted, lists = [[] for _ in ctc], [one or self.hotwords for one in lists]
+        if self.ctc_decoder and any(lists):
+            spotted = spot_hotwords(ctc, lists)
+            lists = [[one.hotword for one in found] for found in spotted]
+        else:
+            lists = [entries.entries if entries else [] for entries in lists]
+        trees = [
+            PrefixTree((ids for one in found for ids in one.tokens), self.search.hotword_score)
+            if found
+            else None
+            for found in lists
+        ]
+        return spotted, trees
 
     @torch.no_grad()
     def decode_ctc(self, features: Tensor, lens: Tensor) -> list[CtcOutput]:
@@ -194,12 +239,35 @@ class Recognizer:
 
         with autocast(self.device, self.dtype):
             if search.method == "beam":
-                found = beam_search(self.model, *prompts, search.beam_size, limit, is_repetition)
+                trees = [encoded.trees[b] for b in rows]
+                options = search.beam_size, limit, is_repetition, trees
+                found = beam_search(self.model, *prompts, *options)
             else:
                 drafts = [encoded.ctc_ids[b] if search.method == "draft" else None for b in rows]
                 options = drafts, limit, search.draft_accept_prob, is_repetition
                 found = [[one] for one in speculative_decode(self.model, *prompts, *options)]
-        return {b: self._choose(encoded, b, some, search) for b, some in zip(rows, found)}
+        recognitions = {b: self._choose(encoded, b, some, search) for b, some in zip(rows, found)}
+        self._correct(encoded, recognitions)
+        return recognitions
+
+    def _correct(self, encoded: EncodedBatch, found: dict[int, Recognition]) -> None:
+        """Correct the recognitions by the hotwords that were spotted."""
+        rows = [b for b in found if encoded.spotted[b] and "repetition" not in found[b].flags]
+        corrections = [
+            Correction(found[b].hypothesis, encoded.ctc[b], encoded.spotted[b], encoded.trees[b])
+            for b in rows
+        ]
+
+        def score(indices: list[int], texts: list[str]) -> list[Hypothesis]:
+            utterances, ids = [rows[i] for i in indices], encode_transcripts(self.tokenizer, texts)
+            prompts = encoded.embeds[utterances], encoded.mask[utterances]
+            with autocast(self.device, self.dtype):
+                scored = score_hypotheses(self.model, *prompts, ids, self.search.max_new_tokens)
+            return [replace(one, text=text) for one, text in zip(scored, texts)]
+
+        correct(corrections, score)
+        for b in rows:  # flags stay: the LLM gives a corrected text a low probability
+            found[b].text = found[b].hypothesis.text
 
     def _choose(
         self, encoded: EncodedBatch, b: int, hypotheses: list[Hypothesis], search: SearchConfig

@@ -32,6 +32,10 @@ class EvalConfig:
         "auto", "auto: characters for languages written without spaces, else words",
         choices=("auto", "words", "characters"),
     )  # fmt: skip
+    biasing_list: Path | None = _eval(
+        None, "file of phrases: their words and all others are also scored alone (B-WER, U-WER)",
+        unset="--hotwords",
+    )  # fmt: skip
     world_size: int | None = _eval(
         None, "number of processes; ignored under torchrun", unset="one per GPU, at most 4"
     )

@@ -10,6 +10,7 @@ from speechllm.cli import comma_list
 from speechllm.data.manifests import frames_needed
 from speechllm.data.sampler import LLMPositions, TooManyPositions
 from speechllm.decoding.config import SearchConfig
+from speechllm.decoding.hotwords import read_hotwords
 from speechllm.decoding.load import TrainedModel, read_parameters
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.distributed import DistEnv
@@ -46,6 +47,8 @@ def prepare(
     sets = read_eval_sets(config.evaluation.test_cuts, config.data)
     if not sets:
         raise InputError(f"--test-cuts {config.evaluation.test_cuts!r} names no cut file")
+    for path in filter(None, (config.evaluation.biasing_list, config.search.hotwords)):
+        read_hotwords(path)  # fails before the model is loaded
     parameters, name = read_parameters(config.checkpoint, config.model.checkpoint, dist_env)
     setup_logging(config.out_dir / f"log-{program}-{name}", dist_env)
     logging.info(f"Decoding started: {asdict(config)}")
@@ -74,6 +77,8 @@ def decode_set(
     if dist_env.is_main:
         decoded, names = merge_results(cuts, results), (cuts.name, suffix)
         evaluation = config.evaluation
+        biasing_list = evaluation.biasing_list or config.search.hotwords
+        evaluation = replace(evaluation, biasing_list=biasing_list)
         if not config.model.lowercase and evaluation.normalize == "none":
             evaluation = replace(evaluation, normalize="cased")
         errors = write_results(decoded, config.out_dir, *names, evaluation, measurements)

@@ -1,18 +1,21 @@
 """Result files of a decoded test set: scores, report, flagged utterances, n-best lists, CTM."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lhotse.cut import Cut, MonoCut
 
 from speechllm.decoding.alignment import ctm_lines
+from speechllm.decoding.hotwords import read_hotwords
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut, error_rate, reasons, score_cuts
 from speechllm.evaluation.report import report_html
 from speechllm.io import atomic_write
-from speechllm.scoring.files import write_scores
-from speechllm.scoring.wer import ErrorCounts, total_counts
+from speechllm.scoring.files import log_line, write_scores
+from speechllm.scoring.normalize import NORMALIZERS
+from speechllm.scoring.wer import ErrorCounts, biased_error_counts, total_counts
 
 CTC_WEIGHTS = [k / 20 for k in range(21)]
 # Decimals of log-probabilities that do not depend on the batch: in float32 the sum over an
@@ -55,12 +58,23 @@ def write_results(
     texts = [one.result.text if one.result else "" for one in decoded]
     utterances = score_cuts(decoded, texts, config.normalize, unit)
     rate = error_rate(decoded, unit)
+    if config.biasing_list:
+        words = biased_words(config.biasing_list, config.normalize)
+        for errors in biased_error_counts(utterances, words):
+            logging.info(log_line(set_name, errors))
+            extra[errors.rate] = f"{errors.wer:.2f}% of {errors.ref_words} words"
     errors = write_scores(utterances, out_dir, set_name, suffix, extra, rate)
     for file, content in encoded.items():
         _write(out_dir / file, content)
     report = report_html(decoded, utterances, out_dir, set_name, suffix, config)
     _write(out_dir / f"report-{name}.html", report.encode(errors="replace"))
     return errors
+
+
+def biased_words(path: Path, normalize: str) -> set[str]:
+    """Return the words of a file of phrases as they are scored; raises as `read_hotwords`."""
+    function = NORMALIZERS[normalize]
+    return {word for phrase in read_hotwords(path) for word in function(phrase).split()}
 
 
 def _best_ctc_weight(decoded: list[DecodedCut], config: EvalConfig) -> str | None:

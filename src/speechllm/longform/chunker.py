@@ -14,6 +14,7 @@ from speechllm.audio.resample import windows
 from speechllm.data.manifests import frames_needed
 from speechllm.decoding.alignment import CTC_FRAME_SHIFT, FRAME_CENTRE
 from speechllm.decoding.ctc_decoder import CtcOutput
+from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.longform.config import LongformConfig
 from speechllm.longform.segmenter import (
@@ -38,12 +39,14 @@ class AudioChunk(NamedTuple):
     samples: (N,).
     features: (T, 80); None without speech, or if too short to recognize.
     context: text for the LLM besides the audio, such as names that may occur.
+    hotwords: phrases to favour, instead of those of the search.
     """
 
     start: int
     samples: Tensor
     features: Tensor | None
     context: str = ""
+    hotwords: Hotwords | None = None
 
 
 class Chunker:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
 from speechllm.data.manifests import speech_embeddings
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
+from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.load import TrainedModel
 from speechllm.decoding.recognizer import Recognition, Recognizer
 from speechllm.errors import InputError, first_line
@@ -102,13 +103,15 @@ class Transcriber:
                 f"the LLM has {limit}"
             )
 
-    def __call__(self, recordings: Recordings, context: str = "") -> list[Transcript]:
+    def __call__(
+        self, recordings: Recordings, context: str = "", hotwords: Hotwords | None = None
+    ) -> list[Transcript]:
         """Transcribe recordings, in order; see `stream`."""
-        results = self.stream(recordings, context)
+        results = self.stream(recordings, context, hotwords)
         return [result for _, result in results if isinstance(result, Transcript)]
 
     def stream(
-        self, recordings: Recordings, context: str = ""
+        self, recordings: Recordings, context: str = "", hotwords: Hotwords | None = None
     ) -> Iterator[tuple[str, Segment | Transcript]]:
         """Yield the name with each segment with speech once it is recognized, then the transcript.
 
@@ -120,9 +123,14 @@ class Transcriber:
           recordings: names with blocks of samples (N,), float32 at 16 kHz, such as
             `audio_blocks(path)` or `[samples]`.
           context: for all of them; see `check_context`.
+          hotwords: for all of them, from `recognizer.tokenize_hotwords`, instead of the search's.
         """
         open_recordings: deque[_Recording] = deque()
-        batches = self._batches(recordings, context, open_recordings)
+        chunks = (
+            (recording, chunk._replace(context=context, hotwords=hotwords))
+            for recording, chunk in self._chunks(recordings, open_recordings)
+        )
+        batches = self._batches(chunks)
         for chunks, recognitions in self._recognitions(batches):
             for (recording, chunk), recognition in zip(chunks, recognitions, strict=True):
                 recording.pending -= 1
@@ -188,12 +196,10 @@ class Transcriber:
 
     # ---- from recordings to batches
 
-    def _batches(
-        self, recordings: Recordings, context: str, open_recordings: deque[_Recording]
-    ) -> Iterator[dict]:
+    def _batches(self, arriving: Iterable[tuple[_Recording, AudioChunk]]) -> Iterator[dict]:
         """Batch chunks in order of arrival, so that recordings finish in order."""
         chunks, longest = [], 0
-        for recording, chunk in self._chunks(recordings, context, open_recordings):
+        for recording, chunk in arriving:
             samples = len(chunk.samples)
             longest = max(longest, samples)
             if chunks and (len(chunks) + 1) * longest > self.config.max_duration * SAMPLING_RATE:
@@ -204,7 +210,7 @@ class Transcriber:
             yield _collate(chunk for _, chunk in chunks) | {"chunks": chunks}
 
     def _chunks(
-        self, recordings: Recordings, context: str, open_recordings: deque[_Recording]
+        self, recordings: Recordings, open_recordings: deque[_Recording]
     ) -> Iterator[tuple[_Recording, AudioChunk]]:
         """Yield the chunks to recognize; those without speech become segments at once."""
         for name, blocks in recordings:
@@ -217,7 +223,7 @@ class Transcriber:
                     recording.segments.append(_segment(chunk))
                 else:
                     recording.pending += 1
-                    yield recording, chunk._replace(context=context)
+                    yield recording, chunk
             recording.ended = True
 
     # ---- what the model supports
@@ -281,6 +287,7 @@ def _collate(chunks: Iterable[AudioChunk]) -> dict:
         "feature_lens": torch.tensor([len(one) for one in features]),
         "seconds": sum(len(chunk.samples) for chunk in chunks) / SAMPLING_RATE,
         "contexts": [chunk.context for chunk in chunks],
+        "hotwords": [chunk.hotwords for chunk in chunks],
     }
 
 

@@ -118,6 +118,11 @@ def encode_contexts(
     """Tokenize contexts, each after a space; None without contexts or if the chat uses none."""
     if texts is None or not chat.use_context:
         return None
+    return encode_continuations(tokenizer, texts)
+
+
+def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokenize texts, each after a space; an empty one has no tokens."""
     return [_encode(tokenizer, f" {text.strip()}" if text.strip() else "") for text in texts]
 
 

@@ -6,9 +6,10 @@ character and the rate is called CER; MER where only some of the utterances are 
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import kaldialign
 
@@ -60,10 +61,7 @@ class ScoredUtterance:
     @cached_property
     def counts(self) -> ErrorCounts:
         """Word errors."""
-        ref_gaps = sum(not ref for ref, _ in self.pairs)
-        hyp_gaps = sum(not hyp for _, hyp in self.pairs)
-        different = sum(ref != hyp for ref, hyp in self.pairs)
-        return ErrorCounts(ref_gaps, hyp_gaps, different - ref_gaps - hyp_gaps, len(self.ref))
+        return _pair_counts(self.pairs)
 
     @cached_property
     def character_counts(self) -> ErrorCounts:
@@ -85,6 +83,30 @@ def align_utterance(cut_id: str, ref: Sequence[str], hyp: Sequence[str]) -> Scor
 def word_error_counts(utterances: Iterable[ScoredUtterance], rate: str = "WER") -> ErrorCounts:
     """Return the word errors of all utterances."""
     return total_counts((one.counts for one in utterances), rate)
+
+
+def biased_error_counts(
+    utterances: Iterable[ScoredUtterance], biased: Collection[str]
+) -> tuple[ErrorCounts, ErrorCounts]:
+    """Return the errors of the words of a biasing list, and those of all others.
+
+    B-WER and U-WER of Le et al., "Contextualized streaming end-to-end speech recognition with
+    trie-based deep biasing and shallow fusion", 2021 (https://arxiv.org/abs/2104.02194): the
+    reference word decides, for insertions the inserted one.
+    """
+    pairs = [pair for one in utterances for pair in one.pairs]
+    is_biased = [(ref or hyp)[0] in biased for ref, hyp in pairs]
+    return (
+        _pair_counts(list(compress(pairs, is_biased)), "B-WER"),
+        _pair_counts([pair for pair, other in zip(pairs, is_biased) if not other], "U-WER"),
+    )
+
+
+def _pair_counts(pairs: Sequence[Pair], rate: str = "WER") -> ErrorCounts:
+    ref_gaps, hyp_gaps = sum(not ref for ref, _ in pairs), sum(not hyp for _, hyp in pairs)
+    different = sum(ref != hyp for ref, hyp in pairs)
+    substitutions = different - ref_gaps - hyp_gaps
+    return ErrorCounts(ref_gaps, hyp_gaps, substitutions, len(pairs) - ref_gaps, rate)
 
 
 def character_error_counts(utterances: Iterable[ScoredUtterance]) -> ErrorCounts:

@@ -59,8 +59,10 @@ def create_app(service: Service) -> ASGIApp:
     async def transcriptions(request: Request) -> Response:
         raw, slot = await read_form(request), request.scope["slot"]
         try:
-            form, ignored = check_form(raw, service.config.model_name, service.transcriber)
-            await _unless_disconnected(request, service.submit(form.file, slot, form.context))
+            checked = check_form(raw, service.config.model_name, service.transcriber)
+            form, hotwords, ignored = checked
+            submitted = service.submit(form.file, slot, form.context, hotwords)
+            await _unless_disconnected(request, submitted)
         finally:
             await raw.close()
         headers = {"X-Ignored": _ascii(", ".join(ignored))} if ignored else {}

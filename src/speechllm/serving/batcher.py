@@ -10,6 +10,7 @@ from threading import Thread
 from torch import Tensor
 
 from speechllm.audio.fbank import SAMPLING_RATE
+from speechllm.decoding.hotwords import Hotwords
 from speechllm.longform.chunker import AudioChunk
 from speechllm.longform.transcriber import Transcriber
 from speechllm.longform.transcript import Segment
@@ -19,13 +20,19 @@ from speechllm.serving.admission import FAILED, ApiError
 class Job:
     """A submitted recording; its segments are read in the event loop that created it."""
 
-    def __init__(self, name: str, blocks: deque[Tensor], context: str = ""):
+    def __init__(
+        self,
+        name: str,
+        blocks: deque[Tensor],
+        context: str = "",
+        hotwords: Hotwords | None = None,
+    ):
         """
         Args:
           blocks: samples (N,) each; emptied as they are used.
-          context: for the LLM, see AudioChunk.
+          context, hotwords: see AudioChunk.
         """
-        self.name, self.blocks, self.context = name, blocks, context
+        self.name, self.blocks, self.context, self.hotwords = name, blocks, context, hotwords
         self.cancelled = False  # it failed, or the client disconnected
         self.chunks: Iterator[AudioChunk] = iter(())
         self.next_chunk: AudioChunk | None = None
@@ -122,7 +129,8 @@ class Worker:
                 longest = max(longest, len(job.next_chunk.samples))
                 if batch and (len(batch) + 1) * longest > self.max_samples:
                     break
-                batch.append((job, job.next_chunk._replace(context=job.context)))
+                chunk = job.next_chunk._replace(context=job.context, hotwords=job.hotwords)
+                batch.append((job, chunk))
                 self._advance(job)
             self.turns.popleft()
         return batch

@@ -15,6 +15,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
+from speechllm.decoding.hotwords import Hotwords
+from speechllm.decoding.recognizer import Recognizer
 from speechllm.errors import InputError
 from speechllm.longform.transcriber import Transcriber
 from speechllm.serving.admission import CLIENT_CLOSED_REQUEST, ApiError
@@ -49,7 +51,10 @@ Granularities = Annotated[list[Literal["segment", "word"]], BeforeValidator(_spl
 
 
 class TranscriptionForm(BaseModel):
-    """Fields of a transcription request; `prompt` and `keywords` are the LLM's context."""
+    """Fields of a transcription request.
+
+    `prompt` and `keywords` are the LLM's context, if it takes one, and hotwords.
+    """
 
     file: Any
     model: str
@@ -61,13 +66,14 @@ class TranscriptionForm(BaseModel):
     temperature: float = 0.0
     prompt: str = ""
     keywords: Texts = []
+    hotwords: Texts = []
 
     @property
     def context(self) -> str:
         return " ".join(filter(None, (self.prompt, ", ".join(self.keywords))))
 
 
-LISTS = ("timestamp_granularities", "languages", "keywords")
+LISTS = ("timestamp_granularities", "languages", "keywords", "hotwords")
 
 
 class _Parser(MultiPartParser):
@@ -100,8 +106,8 @@ async def read_form(request: Request) -> FormData:
 
 def check_form(
     raw: FormData, model_name: str, transcriber: Transcriber
-) -> tuple[TranscriptionForm, list[str]]:
-    """Return the fields and the names of those that are ignored.
+) -> tuple[TranscriptionForm, Hotwords | None, list[str]]:
+    """Return the fields, the hotwords in them, and the names of those that are ignored.
 
     Raises:
       ApiError: 400, a field is missing, invalid or unsupported; 404, another model.
@@ -122,14 +128,30 @@ def check_form(
     ignored = [name for name in fields if name not in TranscriptionForm.model_fields]
     ignored += _check_language(form, transcriber.language)
     ignored += _check_format(form, "timestamp_granularities" in fields, transcriber)
+    hotwords, unused = _hotwords(form, transcriber.recognizer)
     if not transcriber.takes_context:
-        ignored += [name for name in ("prompt", "keywords") if name in fields]
-        return form.model_copy(update={"prompt": "", "keywords": []}), ignored
+        return form.model_copy(update={"prompt": "", "keywords": []}), hotwords, ignored + unused
     try:
         transcriber.check_context(form.context)
     except InputError as error:
         raise ApiError(400, str(error), "prompt") from None
-    return form, ignored
+    return form, hotwords, ignored
+
+
+def _hotwords(form: TranscriptionForm, recognizer: Recognizer) -> tuple[Hotwords | None, list[str]]:
+    """Return the hotwords of all fields, and OpenAI's fields that cannot be tokenized."""
+    phrases, unused = list(form.hotwords), []
+    in_prompt = _split(re.split(r"[.;:?!\n]", form.prompt))
+    for name, found in (("prompt", in_prompt), ("keywords", form.keywords)):
+        try:
+            recognizer.tokenize_hotwords(found)
+            phrases += found
+        except InputError:
+            unused.append(name)
+    try:
+        return recognizer.tokenize_hotwords(phrases), unused
+    except InputError as error:
+        raise ApiError(400, str(error), "hotwords") from None
 
 
 def check_model(name: str, served: str) -> None:

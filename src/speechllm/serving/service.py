@@ -14,6 +14,7 @@ from torch import Tensor
 
 from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.audio.resample import stream_blocks
+from speechllm.decoding.hotwords import Hotwords
 from speechllm.errors import InputError
 from speechllm.longform.transcriber import Transcriber
 from speechllm.longform.transcript import Segment, Transcript
@@ -43,7 +44,9 @@ class Service:
         self.worker = Worker(transcriber, self.metrics.batch_parts.observe)
         self.decoders = ThreadPoolExecutor(os.cpu_count(), "decode")
 
-    async def submit(self, upload: UploadFile, slot: Slot, context: str) -> None:
+    async def submit(
+        self, upload: UploadFile, slot: Slot, context: str, hotwords: Hotwords | None
+    ) -> None:
         """Decode an upload and submit it to the model thread as `slot.job`.
 
         Raises:
@@ -54,7 +57,7 @@ class Service:
         blocks = await loop.run_in_executor(
             self.decoders, decode_upload, upload.file, name, self.config.max_audio_seconds, slot
         )
-        slot.job = Job(name, blocks, context)
+        slot.job = Job(name, blocks, context, hotwords)
         self.worker.submit(slot.job)
 
     def transcript(self, slot: Slot, segments: list[Segment]) -> Transcript:

@@ -1,0 +1,75 @@
+"""Correction of hypotheses by spotted hotwords.
+
+A phrase replaces the words of a hypothesis at the same time, or is inserted between them, if LLM,
+CTC and the bonus of the hotwords together give the new text a higher score.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from speechllm.decoding.alignment import align_words
+from speechllm.decoding.ctc_decoder import CtcOutput
+from speechllm.decoding.hotwords import Spotted
+from speechllm.decoding.hypothesis import Hypothesis
+from speechllm.decoding.prefix_tree import PrefixTree
+
+
+@dataclass
+class Correction:
+    """The hypothesis of one utterance, changed in place, with what it is corrected by."""
+
+    hypothesis: Hypothesis
+    ctc: CtcOutput
+    spotted: list[Spotted]
+    tree: PrefixTree
+
+    def candidates(self) -> list[str]:
+        """Return the texts with one of the phrases in its place."""
+        words, texts = self.hypothesis.text.split(), []
+        spans = align_words(self.ctc.log_probs, list(map(self.ctc.tokenizer.encode, words)))
+        for hotword, start, end in self.spotted:
+            inside = [i for i, s in enumerate(spans) if s and s.start <= end and start <= s.end]
+            before = sum(span is not None and span.end < start for span in spans)
+            first, after = (inside[0], inside[-1] + 1) if inside else (before, before)
+            if words[first:after] != hotword.text.split():
+                texts.append(" ".join([*words[:first], hotword.text, *words[after:]]))
+        return texts
+
+    def score(self, hypothesis: Hypothesis) -> float:
+        """Return the log-probabilities of LLM and CTC, and the bonus, in nats."""
+        hypothesis.ctc_log_prob = self.ctc.log_prob(hypothesis.text)
+        hypothesis.bonus = self.tree.score(hypothesis.ids)
+        if hypothesis.ctc_log_prob is None:
+            return -torch.inf
+        return sum(hypothesis.log_probs) + hypothesis.ctc_log_prob + hypothesis.bonus
+
+    def take_best(self, candidates: list[Hypothesis]) -> bool:
+        """Replace the hypothesis by the best candidate; return false if none is better."""
+        self.hypothesis.passes += 1
+        best = max(candidates, key=self.score)
+        is_better = self.score(best) > self.score(self.hypothesis)
+        if is_better:
+            for name in ("ids", "log_probs", "text", "ctc_log_prob", "bonus"):
+                setattr(self.hypothesis, name, getattr(best, name))
+        return is_better
+
+
+def correct(
+    corrections: list[Correction], score: Callable[[list[int], list[str]], list[Hypothesis]]
+) -> None:
+    """Take the best candidate of each hypothesis, again and again until none is better.
+
+    Args:
+      score: from indices of corrections, and a text for each, to the LLM's hypotheses.
+    """
+    active = range(len(corrections))
+    while active:
+        texts = [(i, text) for i in active for text in corrections[i].candidates()]
+        scored: dict[int, list[Hypothesis]] = {}
+        if texts:
+            rows, texts = map(list, zip(*texts))
+            for i, hypothesis in zip(rows, score(rows, texts)):
+                scored.setdefault(i, []).append(hypothesis)
+        active = [i for i, candidates in scored.items() if corrections[i].take_best(candidates)]
