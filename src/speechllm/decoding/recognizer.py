@@ -193,13 +193,9 @@ class Recognizer:
             lists = [[one.hotword for one in found] for found in spotted]
         else:
             lists = [entries.entries if entries else [] for entries in lists]
-        trees = [
-            PrefixTree((ids for one in found for ids in one.tokens), self.search.hotword_score)
-            if found
-            else None
-            for found in lists
-        ]
-        return spotted, trees
+        bonus = self.search.hotword_score
+        trees = [PrefixTree((ids for one in found for ids in one.tokens), bonus) for found in lists]
+        return spotted, [tree if tree.root.children else None for tree in trees]
 
     @torch.no_grad()
     def decode_ctc(self, features: Tensor, lens: Tensor) -> list[CtcOutput]:
