@@ -3,9 +3,9 @@
 
     python3 tests/check_goldens.py tests/goldens
 
-Checks zipformer_*.pt, zipformer_*_keys.json and causal_zipformer_*, speech_llm_*.pt, scaled_adam*.pt, and results-*.json
-with recogs-*.txt and errs-*.txt. Prints a line with the largest error for each file and exits with
-status 1 if one is too large.
+Checks zipformer_*.pt and zipformer_*_keys.json, also with the prefix causal_, speech_llm_*.pt,
+scaled_adam*.pt, and results-*.json with recogs-*.txt and errs-*.txt. Prints a line with the largest
+error for each file and exits with status 1 if one is too large.
 """
 
 import json
@@ -35,9 +35,9 @@ from speechllm.models.prompt import IGNORED, ChatTemplate, training_ids  # noqa:
 from speechllm.models.speech_llm import SpeechLLM  # noqa: E402
 from speechllm.models.state_dict import load_trainable_state  # noqa: E402
 from speechllm.models.zipformer.checkpoint import encoder_from_state  # noqa: E402
+from speechllm.models.zipformer.chunk_encoder import ChunkEncoder  # noqa: E402
 from speechllm.models.zipformer.config import SIZES, Chunking, ZipformerConfig  # noqa: E402
 from speechllm.models.zipformer.encoder import ZipformerEncoder  # noqa: E402
-from speechllm.models.zipformer.streaming import ChunkEncoder  # noqa: E402
 from speechllm.scoring.files import errs_text, recogs_text  # noqa: E402
 from speechllm.scoring.wer import align_utterance  # noqa: E402
 

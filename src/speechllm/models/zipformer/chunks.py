@@ -56,13 +56,15 @@ class Frames(NamedTuple):
 
     valid: (B, T), False on padding.
     sources: frames that each frame attends to, (B, 1 or T, L + T).
-    chunk: frames per chunk; 0: each utterance is one chunk.
+    chunk: frames per chunk.
+    chunk_lens: frames of each utterance's chunks, (B,): fewer if it is shorter than a chunk.
     left: L, the number of frames before the chunk; 0 offline.
     """
 
     valid: Tensor
     sources: Tensor
-    chunk: int = 0
+    chunk: int
+    chunk_lens: Tensor
     left: int = 0
     history: History | None = None
 
@@ -79,16 +81,17 @@ def stack_frames(lens: Tensor, num_frames: int, chunks: Chunking | History, fact
         left = chunks.left // factor
         before = torch.arange(-left, 0, device=lens.device) >= -(chunks.seen // factor)[:, None]
         sources = torch.cat([before[:, None], sources], dim=2)
-        return Frames(valid, sources, num_frames, left, chunks)
+        chunk_lens = lens.where(chunks.seen == 0, num_frames)
+        return Frames(valid, sources, num_frames, chunk_lens, left, chunks)
     if chunks.chunk_size < 0:
-        return Frames(valid, sources)
+        return Frames(valid, sources, num_frames, lens)
     size = chunks.chunk_size // factor
     chunk = torch.arange(num_frames, device=lens.device) // size
     distance = chunk[:, None] - chunk  # (T, T), in chunks
     allowed = distance >= 0
     if chunks.left_chunks is not None:
         allowed &= distance <= chunks.left_chunks
-    return Frames(valid, sources & allowed, size)
+    return Frames(valid, sources & allowed, size, lens.clamp(max=size))
 
 
 class CausalConv(nn.Module):
@@ -113,14 +116,12 @@ class CausalConv(nn.Module):
     def _within_chunks(self, x: Tensor, frames: Frames) -> Tensor:
         """Convolve each chunk alone, scaled near its edges: (B, C, T) -> (B, C, T)."""
         num_frames = x.size(2)
-        if not frames.chunk:  # an utterance ends at its own length
-            return self.chunkwise_conv(x) * self._scale(frames.valid.sum(dim=1), num_frames)
         groups = -(-num_frames // frames.chunk)
         x = F.pad(x, (0, groups * frames.chunk - num_frames))
         x = x.unflatten(2, (groups, frames.chunk)).transpose(1, 2)  # (B, groups, C, chunk)
-        size = torch.tensor([frames.chunk], device=x.device)
-        y = self.chunkwise_conv(x.flatten(0, 1)) * self._scale(size, frames.chunk)
-        return y.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2)[..., :num_frames]
+        y = self.chunkwise_conv(x.flatten(0, 1)).unflatten(0, (-1, groups))
+        y = y * self._scale(frames.chunk_lens, frames.chunk)[:, None]
+        return y.transpose(1, 2).flatten(2)[..., :num_frames]
 
     def _scale(self, lens: Tensor, num_frames: int) -> Tensor:
         """Return the scale (N, C, T) of N chunks with lens (N,) frames: 1 far from their edges."""

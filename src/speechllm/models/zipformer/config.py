@@ -76,10 +76,14 @@ class Chunking(NamedTuple):
         if self.chunk_size < 0:
             return
         if not config.causal:
-            raise InputError(f"{size}: the encoder is not causal (pretrain_encoder.py --causal true)")
+            raise InputError(
+                f"{size}: the encoder is not causal (pretrain_encoder.py --causal true)"
+            )
         for factor in (2, *config.downsampling_factor):  # 2: after the last stack
             if self.chunk_size % factor:
-                raise InputError(f"{size} is not a multiple of {factor}, the downsampling of a stack")
+                raise InputError(
+                    f"{size} is not a multiple of {factor}, the downsampling of a stack"
+                )
         stacks = zip(config.cnn_module_kernel, config.downsampling_factor)
         needed = max(kernel // 2 * factor for kernel, factor in stacks)
         if 0 <= left < needed:

@@ -9,7 +9,6 @@ from speechllm.models.zipformer.config import frontend_out_lens
 from speechllm.models.zipformer.layer import BiasNorm, Dropout
 from speechllm.models.zipformer.swoosh import swoosh_l, swoosh_r
 
-
 CONTEXT = 3  # frames on both sides that ConvNeXt looks at
 
 

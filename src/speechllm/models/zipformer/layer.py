@@ -96,7 +96,7 @@ class AttentionWeights(nn.Module):
         self.linear_pos = scaled_linear(pos_dim, heads * pos_head_dim, 0.05, bias=False)
 
     def forward(self, x: Tensor, pos_emb: Tensor, frames: Frames) -> Tensor:
-        """Return weights, 0 outside `frames.sources`, for x (B, T, C), pos_emb (L + 2T, pos_dim)."""
+        """Return weights for x (B, T, C), pos_emb (L + 2T, pos_dim); 0 outside `frames.sources`."""
         q, k, p = self.in_proj(x).split(self.sizes, dim=-1)
         k = frames.with_history(k)
         q, k, p = (
