@@ -154,6 +154,8 @@ CHANGES = {
     "--speech-encoder-path": Change(
         "{tmp}/other.pt", parameter("encoder.0.encoder_embed.conv.0.bias")
     ),
+    "--chunk-size": Change("16", message),  # these encoders are not causal
+    "--left-context-frames": Change("0", message),
     "--encoder-projector-ds-rate": Change("2", lambda r: r.model.encoder_projector[0].ds_rate),
     "--instruction": Change("write it", lambda r: r.model.chat.prompt(1)),
     "--use-context": Change("true", lambda r: [batch.get("contexts") for batch in train_loader(r)]),
@@ -289,6 +291,8 @@ DECODE = {
     "--encoder-unmasked-dim": Change("x", lambda s: s.message),
     "--speech-encoder-path": Change("{tmp}/other.pt", files),
     "--speech-encoder-bpe-path": Change("{tmp}/bpe.model", names),
+    "--chunk-size": Change("16", files),
+    "--left-context-frames": Change("0", files),
     "--encoder-projector-ds-rate": Change("2", files),
     "--instruction": Change("write it", files),
     "--use-context": Change("true", files),

@@ -158,6 +158,7 @@ class SpeechLLM(nn.Module):
         On every rank all trainable parameters need a gradient, even if it is zero.
         """
         outputs = []
+        chunking = self.encoder[0].sample_chunking() if self.training else None
         for k, encoder in enumerate(self.encoder):
             rows = [b for b, used in enumerate(encoders) if k in used] or [0]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
@@ -165,6 +166,7 @@ class SpeechLLM(nn.Module):
                     features[_to(features.device, torch.tensor(rows))],
                     feature_lens[rows],
                     feature_mask=self.encoder_feature_mask and self.training,
+                    chunking=chunking,
                 )
             outputs.append(EncoderOutput(rows, encoder_out, lens))
         return outputs

@@ -3,7 +3,7 @@
 A causal encoder has chunks (see `Chunking`), a property of each pass and not of the weights.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import NamedTuple, TypeVar
 
@@ -42,13 +42,13 @@ class ZipformerConfig:
     frontend_channels: int = 128  # in all released models
     pos_dim: int = 48
     feature_dim: int = 80
-    causal: bool = False
+    causal: bool = field(default=False, repr=False)  # the names of the parameters show it
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (one.name for one in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, tuple) and len(value) == 1:
-                object.__setattr__(self, field.name, value * len(self.encoder_dim))
+                object.__setattr__(self, name, value * len(self.encoder_dim))
 
 
 class Chunking(NamedTuple):
@@ -65,6 +65,11 @@ class Chunking(NamedTuple):
     def left_chunks(self) -> int | None:
         """Number of earlier chunks that a frame attends to; None: all."""
         return None if self.left_context < 0 else max(1, self.left_context // self.chunk_size)
+
+    def __str__(self) -> str:
+        """Return a part of file names, such as `chunk32-left128`; "" for whole utterances."""
+        left = "" if self.left_context < 0 else f"-left{self.left_context}"
+        return "" if self.chunk_size < 0 else f"chunk{self.chunk_size}{left}"
 
     def check(self, config: ZipformerConfig) -> None:
         """Check that an encoder of this configuration can use these chunks.
