@@ -201,8 +201,14 @@ class SpeechLLM(nn.Module):
           features: (B, T, 80); feature_lens: (B,), on the CPU.
           contexts: token ids of each utterance's context (see `prompt.encode_contexts`).
         """
-        encoders = self.all_encoders(features.size(0))
-        outputs = self.encode(features, feature_lens, encoders)
+        outputs = self.encode(features, feature_lens, self.all_encoders(len(features)))
+        return self.embed_prompts(outputs, contexts)
+
+    def embed_prompts(
+        self, outputs: list[EncoderOutput], contexts: list[list[int]] | None = None
+    ) -> PromptEmbeddings:
+        """Embed the prompts for the outputs of all encoders; see `prompt`."""
+        encoders = self.all_encoders(len(outputs[0].lens))
         input_ids = prompt_ids(self.chat, [len(used) for used in encoders], contexts)
         embeds, mask, _ = self.merge(input_ids, None, self.project(outputs, encoders))
         return PromptEmbeddings(embeds, mask, outputs)
