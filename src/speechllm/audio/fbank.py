@@ -24,25 +24,28 @@ class StreamingFbank:
     """Features of a stream, block by block: the same as those of the whole recording."""
 
     def __init__(self):
-        self._held = torch.zeros(0)  # before the first window
-        self._remainder: Tensor | None = None  # samples of the next windows, (1, N)
+        self._held = torch.zeros(0)  # samples that do not complete a window
+        self._remainder: Tensor | None = None  # samples before them of the same window, (1, N)
         self._samples = 0
 
     def __call__(self, samples: Tensor, last: bool = False) -> Tensor:
         """Return the features (T, 80) that are complete; with `last`, the remaining ones."""
         self._samples += len(samples)
-        if self._remainder is None:
-            samples = self._held = torch.cat([self._held, samples])
-            if len(samples) < WINDOW:  # too short to recognize if it is all
-                return torch.zeros(0, NUM_MEL_BINS)
         features = self._next(samples)
-        if last:  # lhotse mirrors the end
-            frames = (self._samples + SHIFT // 2) // SHIFT
-            missing = (frames - 1) * SHIFT + WINDOW - (WINDOW - SHIFT) // 2 - self._samples
-            features = torch.cat([features, self._next(self._remainder[0, -missing:].flip(0))])
-        return features
+        if not last or self._remainder is None:  # shorter than a window: nothing to recognize
+            return features
+        # lhotse mirrors the end.
+        frames = (self._samples + SHIFT // 2) // SHIFT
+        missing = (frames - 1) * SHIFT + WINDOW - (WINDOW - SHIFT) // 2 - self._samples
+        end = torch.cat([self._remainder[0], self._held])[-missing:]
+        return torch.cat([features, self._next(end.flip(0))])
 
     def _next(self, samples: Tensor) -> Tensor:
+        self._held = torch.cat([self._held, samples])
+        before = 0 if self._remainder is None else self._remainder.size(1)
+        if before + len(self._held) < WINDOW:
+            return torch.zeros(0, NUM_MEL_BINS)
         extractor = _shared_extractor().extractor
-        features, self._remainder = extractor.online_inference(samples[None], self._remainder)
+        features, remainder = extractor.online_inference(self._held[None], self._remainder)
+        self._held, self._remainder = torch.zeros(0), remainder.clone()
         return features[0]
