@@ -11,7 +11,7 @@ A phrase ends in a pause; then the LLM verifies its CTC text. Everything before 
 forgotten, so memory does not grow. `Streamer.advance` runs many streams in shared batches.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 
 import torch
@@ -26,6 +26,7 @@ from speechllm.longform.config import LongformConfig
 from speechllm.longform.segmenter import FRAMES_PER_SECOND
 from speechllm.longform.transcriber import make_segment
 from speechllm.longform.transcript import Segment, word_separator
+from speechllm.longform.writers import segment_json
 from speechllm.models.zipformer.config import Chunking
 from speechllm.models.zipformer.ctc_head import BLANK
 from speechllm.scoring.wer import by_characters, units
@@ -50,6 +51,15 @@ class Partial:
 
 
 Event = Partial | Segment  # a segment is final
+
+
+def event_json(event: Event) -> dict:
+    """Return an event as written by transcribe.py --stream: `type`, `partial` or `final`, and all
+    fields.
+    """
+    if isinstance(event, Segment):
+        return {"type": "final", **segment_json(event)}
+    return {"type": "partial", **asdict(event), "start": round(event.start, 3)}
 
 
 class Streamer:
