@@ -151,7 +151,7 @@ class Stream:
         self._forget()
 
     def feed(self, samples: Tensor) -> list[Event]:
-        """Add samples (N,), float from -1 to 1, and return the events they lead to."""
+        """Add samples (N,), floats from -1 to 1, and return the events they lead to."""
         self.push(samples)
         return self.streamer.advance([self])[0]
 
@@ -162,6 +162,7 @@ class Stream:
 
     def push(self, samples: Tensor = NO_SAMPLES, end: bool = False) -> None:
         """Add samples for the next `Streamer.advance`; with `end`, no more will follow."""
+        samples = torch.as_tensor(samples, dtype=torch.float32)
         features = self._fbank(self._resample(samples, end), end)
         self.encoded.phrase.features = torch.cat([self.encoded.phrase.features, features])
         self.encoded.ended |= end
