@@ -87,6 +87,10 @@ def finals(events):
     return [event for event in events if isinstance(event, Segment)]
 
 
+def times_and_texts(segments):
+    return [(one.start, one.end, one.text) for one in segments]
+
+
 # ---- features
 
 
@@ -117,8 +121,8 @@ def test_resampling_block_by_block_is_that_of_the_whole(rate):
         ("__ab_" + "_" * 11, (0, 14)),
         ("_" * 40 + "A" + "_" * 20, (15, 51)),
         ("Ab_" * 19, None),  # 57 frames of at most 60
-        ("Abbb_____" + "Ab__" * 6 + "______Ab_" + "Ab__" * 6, (0, 37)),  # the gap in the middle
-        ("Abb" + "b" * 60, (0, 63)),  # no gap
+        ("Abbb_____" + "Ab__" * 6 + "______Ab_" + "Ab__" * 6, (0, 35)),  # the gap in the middle
+        ("Abb" + "b" * 60, (0, 60)),  # no gap
     ],
 )
 def test_where_a_phrase_ends(frames, expected):
@@ -133,7 +137,8 @@ def test_blocks_do_not_change_the_final_segments(streamer):
     samples = noise(12.3)
     expected = finals(run(streamer.open(), samples, [len(samples)]))
     assert len(expected) > 4 and any(one.text for one in expected)
-    assert finals(run(streamer.open(), samples, [160, 5000, 1, 3333])) == expected
+    found = finals(run(streamer.open(), samples, [160, 5000, 1, 3333]))
+    assert times_and_texts(found) == times_and_texts(expected)
     assert all(one.end - one.start <= CONFIG.max_segment_duration for one in expected)
     assert all(one.end <= later.start for one, later in zip(expected, expected[1:]))
     assert 0 <= expected[0].start and expected[-1].end <= 12.3
@@ -151,9 +156,7 @@ def test_a_stream_is_the_same_alone_and_among_others(streamer):
         for own, events in zip(together, streamer.advance(streams)):
             own += events
     for found, expected in zip(map(finals, together), alone):
-        assert [(one.start, one.end, one.text) for one in found] == [
-            (one.start, one.end, one.text) for one in expected
-        ]
+        assert times_and_texts(found) == times_and_texts(expected)
 
 
 def test_partial_texts_keep_what_is_stable(streamer):

@@ -104,15 +104,19 @@ class Reencoding:
 
     def is_ready(self, stream: EncodedStream) -> bool:
         """Return whether there is enough new audio."""
-        has_enough = len(stream.phrase.features) >= MIN_FEATURE_FRAMES
-        return has_enough and stream.pending >= (1 if stream.ended else REENCODING_STEP)
+        if stream.ended and len(stream.phrase.features) >= MIN_FEATURE_FRAMES:
+            return stream.pending > 0
+        return stream.pending >= REENCODING_STEP
 
     @torch.no_grad()
     def __call__(self, streams: list[EncodedStream]) -> None:
         """Encode the open phrase of each stream."""
         recognizer, model = self.recognizer, self.recognizer.model
-        features = pad_sequence([one.phrase.features for one in streams], batch_first=True)
-        lens = torch.tensor([len(one.phrase.features) for one in streams])
+        for one in streams:
+            one.encoded = min(one.encoded + REENCODING_STEP, len(one.phrase.features))
+        parts = [one.phrase.features[: one.encoded] for one in streams]
+        features = pad_sequence(parts, batch_first=True)
+        lens = torch.tensor([one.encoded for one in streams])
         with autocast(recognizer.device, recognizer.dtype):
             all_encoders = model.all_encoders(len(streams))
             encoded = model.encode(features.to(recognizer.device), lens, all_encoders)
@@ -120,7 +124,6 @@ class Reencoding:
         best = _best_tokens(recognizer, outputs)
         for b, (stream, n) in enumerate(zip(streams, encoded[0].lens.tolist())):
             stream.phrase.outputs, stream.phrase.best = [out[b, :n] for out in outputs], best[b, :n]
-            stream.encoded = len(stream.phrase.features)
 
     def embed(self, phrases: list[Phrase], contexts: list[str]) -> EncodedBatch:
         """Return the LLM's prompts for phrases, encoded as offline."""

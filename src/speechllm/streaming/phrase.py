@@ -87,7 +87,7 @@ def phrase_end(
         return None
     gaps = [
         (after - before, (before + after + 1) // 2)
-        for before, after in pairwise(tokens.tolist())
+        for before, after in pairwise(tokens[tokens < longest].tolist())
         if after >= longest // 2 and best[after] != best[before] and begins_word(int(best[after]))
     ]
-    return first, max(gaps)[1] if gaps else len(best)
+    return first, max(gaps)[1] if gaps else longest

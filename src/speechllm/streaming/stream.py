@@ -85,7 +85,7 @@ class Streamer:
         encoders = recognizer.model.encoder
         if all(encoder.config.causal for encoder in encoders):
             own = encoders[0].chunkings[-1]
-            chunking = chunking or (own if min(own) > 0 else DEFAULT_CHUNKING)
+            chunking = chunking or (own if own.chunk_size > 0 else DEFAULT_CHUNKING)
             self.encoding = CausalEncoding(recognizer, chunking)
         else:
             for encoder in encoders:
@@ -117,7 +117,8 @@ class Streamer:
             for (i, _), segment in zip(ended, segments):
                 events[i].append(segment)
             for own, stream in zip(events, streams):
-                own += stream.new_partial()
+                if stream in ready:
+                    own += stream.new_partial()
             if not ready:
                 return events
 
@@ -182,7 +183,7 @@ class Stream:
         return found
 
     def new_partial(self) -> list[Partial]:
-        """Return the partial text if it has changed; without one, drop old silence."""
+        """Return the partial text of a new encoding if it has changed, or drop old silence."""
         phrase, streamer = self.encoded.phrase, self.streamer
         tokens = [token for token, _ in groupby(phrase.best.tolist()) if token != BLANK]
         if not tokens:
@@ -191,13 +192,15 @@ class Stream:
             return []
         text = streamer.recognizer.ctc_decoder.tokenizer.decode(tokens)
         found = units(text, by_characters(streamer.language))
-        if found == self._units:
-            return []
         self._commit(found)
-        self._units = found
-        shown, space = self._stable + found[len(self._stable) :], word_separator(streamer.language)
+        self._units, space = found, word_separator(streamer.language)
+        shown = self._stable + found[len(self._stable) :]
         start = phrase.start + int((phrase.best != BLANK).argmax())
-        return [Partial(start * CTC_FRAME_SHIFT, space.join(shown), space.join(self._stable))]
+        partial = Partial(start * CTC_FRAME_SHIFT, space.join(shown), space.join(self._stable))
+        if partial == self._last_partial:
+            return []
+        self._last_partial = partial
+        return [partial]
 
     def _commit(self, found: list[str]) -> None:
         """Extend the stable words: all but the last, or those that two encodings agree on."""
@@ -211,3 +214,4 @@ class Stream:
     def _forget(self) -> None:
         self._units: list[str] = []
         self._stable: list[str] = []
+        self._last_partial: Partial | None = None
