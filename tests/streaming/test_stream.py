@@ -8,15 +8,17 @@ import torch
 
 from speechllm.audio.fbank import StreamingFbank, fbank_extractor
 from speechllm.audio.resample import StreamResampler, resampled
-from speechllm.decoding.config import CheckpointConfig, SearchConfig
+from speechllm.decoding.config import SearchConfig
+from speechllm.decoding.ctc_decoder import find_ctc_decoder
+from speechllm.decoding.recognizer import Recognizer
 from speechllm.errors import InputError
 from speechllm.longform.config import LongformConfig
-from speechllm.longform.transcriber import load_transcriber
 from speechllm.longform.transcript import Segment
-from speechllm.models.config import load_model_config
+from speechllm.models.build import build_model
+from speechllm.models.config import ModelConfig
 from speechllm.models.speech_llm import EncoderOutput
 from speechllm.models.zipformer.checkpoint import load_encoder, save_encoder
-from speechllm.models.zipformer.config import SIZES, Chunking
+from speechllm.models.zipformer.config import OFFLINE, SIZES, Chunking
 from speechllm.models.zipformer.encoder import ZipformerEncoder
 from speechllm.streaming.phrase import phrase_end
 from speechllm.streaming.stream import Partial, Streamer
@@ -27,7 +29,7 @@ BLANK_BIAS = 0.4  # makes about half of the frames of these encoders blank
 
 
 @pytest.fixture(scope="module")
-def recognizers(tiny_exp, tiny_encoder_dir, encoder_size, tmp_path_factory):
+def recognizers(tiny_llm_dir, tiny_encoder_dir, encoder_size, tmp_path_factory):
     """Recognizers by name: with a causal encoder, with another one, and without CTC."""
     folder = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
@@ -43,21 +45,16 @@ def recognizers(tiny_exp, tiny_encoder_dir, encoder_size, tmp_path_factory):
         save_encoder(encoder, folder / f"{name}.pt")
 
     def load(name, bpe_path):
-        model = replace(
-            load_model_config(tiny_exp),
-            speech_encoder_path=str(folder / f"{name}.pt"),
-            speech_encoder_bpe_path=bpe_path,
-        )
-        checkpoint = CheckpointConfig(tiny_exp, checkpoint="epoch-2.pt", use_fp16=False)
-        search = SearchConfig(max_new_tokens=6, guard="stop")
-        return load_transcriber(model, checkpoint, search).recognizer
+        encoder_path = str(folder / f"{name}.pt")
+        config = ModelConfig(str(tiny_llm_dir), encoder_size, speech_encoder_path=encoder_path)
+        model, tokenizer = build_model(config)
+        ctc = find_ctc_decoder(model.eval(), [bpe_path] if bpe_path else [])
+        search = SearchConfig(max_new_tokens=6).resolve(ctc is not None)
+        return Recognizer(model, tokenizer, ctc, search, torch.device("cpu"), torch.float32)
 
     bpe_path = str(tiny_encoder_dir / "bpe.model")
-    return {
-        "causal": load("causal", bpe_path),
-        "offline": load("offline", bpe_path),
-        "no CTC": load("offline", ""),
-    }
+    found = {name: load(name, bpe_path) for name in ("causal", "offline")}
+    return found | {"no CTC": load("offline", "")}
 
 
 @pytest.fixture(params=["causal", "offline"])
@@ -217,6 +214,14 @@ def test_memory_does_not_grow(streamer):
 def test_models_that_cannot_stream_are_an_error(recognizers, name, options, sentence):
     with pytest.raises(InputError, match=sentence):
         Streamer(recognizers[name], **options)
+
+
+def test_the_chunks_of_the_model_are_the_default(recognizers):
+    encoder = recognizers["causal"].model.encoder[0]
+    assert Streamer(recognizers["causal"]).encoding.advance == 64
+    encoder.set_chunkings((CHUNKING,))
+    assert Streamer(recognizers["causal"]).encoding.advance == 16
+    encoder.set_chunkings((OFFLINE,))
 
 
 def test_an_unsupported_rate_is_an_error(streamer):
