@@ -38,7 +38,7 @@ def another_value(config, field):
     """Return a valid value other than the default."""
     kind = get_type_hints(config)[field.name]
     kind = next((part for part in get_args(kind) if part is not type(None)), kind)
-    if field.name in ("num_heads", "encoder_unmasked_dim"):
+    if field.name in ("num_heads", "encoder_unmasked_dim", "chunk_size", "left_context_frames"):
         return "8"
     if field.name == "speech_encoder_type":
         return "medium"

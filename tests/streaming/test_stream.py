@@ -131,21 +131,21 @@ def test_where_a_phrase_ends(frames, expected):
 
 
 def test_blocks_do_not_change_the_final_segments(streamer):
-    samples = noise(12.3)
+    samples = noise(6.3)
     expected = finals(run(streamer.open(), samples, [len(samples)]))
-    assert len(expected) > 4 and any(one.text for one in expected)
+    assert len(expected) > 1 and any(one.text for one in expected)
     found = finals(run(streamer.open(), samples, [160, 5000, 1, 3333]))
     assert times_and_texts(found) == times_and_texts(expected)
     assert all(one.end - one.start <= CONFIG.max_segment_duration for one in expected)
     assert all(one.end <= later.start for one, later in zip(expected, expected[1:]))
-    assert 0 <= expected[0].start and expected[-1].end <= 12.3
+    assert 0 <= expected[0].start and expected[-1].end <= 6.3
 
 
 def test_a_stream_is_the_same_alone_and_among_others(streamer):
-    recordings = [noise(seconds, seed) for seed, seconds in enumerate((3.1, 9.0, 0.4, 6.2))]
+    recordings = [noise(seconds, seed) for seed, seconds in enumerate((2.1, 4.0, 0.4, 3.2))]
     alone = [finals(run(streamer.open(), one, [1600])) for one in recordings]
     streams, together = [streamer.open() for _ in recordings], [[] for _ in recordings]
-    for step in range(0, 9 * 16000 + 8000, 1600):
+    for step in range(0, 72000, 1600):
         for stream, own, begin in zip(streams, recordings, (0, 0, 4800, 3200)):
             block = own[max(0, step - begin) : max(0, step + 1600 - begin)]
             if len(block):
@@ -157,7 +157,7 @@ def test_a_stream_is_the_same_alone_and_among_others(streamer):
 
 
 def test_partial_texts_keep_what_is_stable(streamer):
-    events = run(streamer.open(), noise(12.3), [1600])
+    events = run(streamer.open(), noise(6.3), [1600])
     assert any(isinstance(event, Partial) and event.stable for event in events)
     stable = ""
     for event in events:
@@ -169,7 +169,7 @@ def test_partial_texts_keep_what_is_stable(streamer):
 
 
 def test_final_texts_are_those_of_the_offline_llm(streamer, monkeypatch):
-    recognizer, samples = streamer.recognizer, noise(9.0)
+    recognizer, samples = streamer.recognizer, noise(4.0)
     features = fbank_extractor().extract(samples, 16000)[None]
     lens = torch.tensor([features.size(1)])
     is_causal = recognizer.model.encoder[0].config.causal
@@ -189,7 +189,7 @@ def test_final_texts_are_those_of_the_offline_llm(streamer, monkeypatch):
 def test_memory_does_not_grow(streamer):
     stream, sizes = streamer.open(), []
     block = noise(1.0)
-    for _ in range(40):
+    for _ in range(12):
         stream.feed(block)
         phrase, states = stream.encoded.phrase, stream.encoded.states
         sizes.append(len(phrase.features))
@@ -199,7 +199,7 @@ def test_memory_does_not_grow(streamer):
         assert shapes == [
             one.shape for state in streamer.encoding.open().states for one in state.stored
         ]
-    assert max(sizes[20:]) <= max(sizes[:20]) + 100
+    assert max(sizes[6:]) <= max(sizes[:6]) + 100
 
 
 @pytest.mark.parametrize(
