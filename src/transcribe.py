@@ -4,6 +4,7 @@
     python src/transcribe.py --exp-dir models/mine talk.flac
     python src/transcribe.py --exp-dir exp/x --format srt,json --out subtitles talks/ more.mp3
     cat talk.ogg | python src/transcribe.py --exp-dir exp/x --format vtt - > talk.vtt
+    arecord -f S16_LE -r 16000 | python src/transcribe.py --exp-dir exp/x --stream true -
 
 Takes audio files, folders (searched at any depth) and - for standard input, in any format that
 soundfile or PyAV reads; channels are averaged and resampled to 16 kHz. Long recordings are cut in
@@ -11,19 +12,24 @@ pauses; segments of all recordings are recognized together. Writes to standard o
 one file per recording and format. A recording that cannot be read is reported at the end, after
 all others are transcribed; the exit code is then 1.
 
+With --stream, standard input is recognized while it arrives: 16-bit WAV, or 16-bit PCM at 16 kHz.
+Events are written as JSON lines: `partial` texts by CTC, and `final` segments in each pause.
+
 speechllm/longform/transcript.py describes the JSON fields, speechllm/api.py the Python API.
 """
 
 import argparse
 import hashlib
+import json
 import logging
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
-from speechllm.cli import Parser, add_options, comma_list, from_args
+from speechllm.cli import Parser, add_options, comma_list, from_args, str2bool
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.errors import InputError, exit_on_user_error, redact_secrets
 from speechllm.io import atomic_write, files_below
@@ -43,6 +49,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--context", default="",
         help="text for the LLM besides the audio, such as names; for models trained with "
              "--use-context")  # fmt: skip
+    add("--stream", type=str2bool, default=False,
+        help="recognize standard input while it arrives")  # fmt: skip
     for config in (LongformConfig, CheckpointConfig, SearchConfig, ModelConfig):
         add_options(parser, config)
     return parser
@@ -158,6 +166,20 @@ def transcribe(transcriber, names: list[str], context: str, formats: list[str], 
     return failed
 
 
+def transcribe_stream(transcriber, context: str) -> None:
+    """Recognize standard input while it arrives, and print events as JSON lines."""
+    from speechllm.streaming.pcm import open_pcm
+    from speechllm.streaming.stream import Streamer, event_json
+
+    rate, blocks = open_pcm(sys.stdin.buffer, "standard input")
+    streamer = Streamer(transcriber.recognizer, transcriber.config, transcriber.language)
+    stream = streamer.open(rate, context)
+    for samples in chain(blocks, [None]):
+        events = stream.finish() if samples is None else stream.feed(samples)
+        for event in events:
+            write_stdout(json.dumps(event_json(event), ensure_ascii=False) + "\n")
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
@@ -165,6 +187,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = from_args(CheckpointConfig, args)
     model = model_config(args, checkpoint.exp_dir)
     search, longform = from_args(SearchConfig, args), from_args(LongformConfig, args)
+    if args.stream and (args.recordings != [STDIN] or args.out or formats != ["text"]):
+        raise InputError("--stream true reads - and writes JSON lines: omit files, --format, --out")
     names = find_recordings(args.recordings)
     if not args.out and (len(formats) > 1 or (len(names) > 1 and {"srt", "vtt"} & set(formats))):
         raise InputError(f"--format {args.format} of {len(names)} recordings needs --out")
@@ -177,6 +201,9 @@ def main(argv: list[str] | None = None) -> None:
     if "ctm" in formats and not transcriber.has_word_times:
         raise InputError("--format ctm: this model has no word times")
     transcriber.check_context(args.context)
+    if args.stream:
+        transcribe_stream(transcriber, args.context)
+        return
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     if failed := transcribe(transcriber, names, args.context, formats, files):

@@ -3,15 +3,15 @@
 
     python3 tests/check_goldens.py tests/goldens
 
-Checks zipformer_*.pt, zipformer_*_keys.json, speech_llm_*.pt, scaled_adam*.pt, and results-*.json
-with recogs-*.txt and errs-*.txt. Prints a line with the largest error for each file and exits with
-status 1 if one is too large.
+Checks zipformer_*.pt and zipformer_*_keys.json, also with the prefix causal_, speech_llm_*.pt,
+scaled_adam*.pt, and results-*.json with recogs-*.txt and errs-*.txt. Prints a line with the largest
+error for each file and exits with status 1 if one is too large.
 """
 
 import json
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,8 @@ from speechllm.models.prompt import IGNORED, ChatTemplate, training_ids  # noqa:
 from speechllm.models.speech_llm import SpeechLLM  # noqa: E402
 from speechllm.models.state_dict import load_trainable_state  # noqa: E402
 from speechllm.models.zipformer.checkpoint import encoder_from_state  # noqa: E402
-from speechllm.models.zipformer.config import SIZES, ZipformerConfig  # noqa: E402
+from speechllm.models.zipformer.chunk_encoder import ChunkEncoder  # noqa: E402
+from speechllm.models.zipformer.config import SIZES, Chunking, ZipformerConfig  # noqa: E402
 from speechllm.models.zipformer.encoder import ZipformerEncoder  # noqa: E402
 from speechllm.scoring.files import errs_text, recogs_text  # noqa: E402
 from speechllm.scoring.wer import align_utterance  # noqa: E402
@@ -60,14 +61,14 @@ def distance(ours: torch.Tensor, golden: torch.Tensor) -> float:
     return error if error == error else float("inf")  # a NaN must not pass
 
 
-def zipformer_config(values: dict) -> ZipformerConfig:
+def zipformer_config(values: dict, causal: bool = False) -> ZipformerConfig:
     """Parse icefall's configuration, such as `{"encoder_dim": "192,256"}`."""
     config = {}
     for field in fields(ZipformerConfig):
-        if field.name in values:
+        if field.name in values and field.name != "causal":
             value = tuple(int(v) for v in str(values[field.name]).split(","))
             config[field.name] = value[0] if field.type is int else value
-    return ZipformerConfig(**config)
+    return ZipformerConfig(**config, causal=causal)
 
 
 @torch.no_grad()
@@ -95,12 +96,44 @@ def check_zipformer(path: Path) -> float:
     return max(errors)
 
 
+@torch.no_grad()
+def check_causal_zipformer(path: Path) -> float:
+    golden = torch.load(path, weights_only=True)
+    config = zipformer_config(golden["config"], golden["causal"])
+    encoder = encoder_from_state(golden["state_dict"], config).freeze()
+    features, lens = golden["features"], golden["feature_lens"]
+    errors = []
+    for masked in golden["masked"]:
+        chunking = Chunking(masked["chunk_size"], masked["left_context_frames"])
+        batched, batched_lens = encoder(features, lens, chunking=chunking)
+        for i, expected in enumerate(masked["encoder_out"]):
+            alone, _ = encoder(features[i : i + 1, : lens[i]], lens[i : i + 1], chunking=chunking)
+            errors.append(distance(alone[0], expected))
+            errors.append(distance(batched[i, : batched_lens[i]], expected))
+    for streamed in golden["streaming"]:
+        chunking = Chunking(streamed["chunk_size"], streamed["left_context_frames"])
+        chunks = ChunkEncoder(encoder, chunking)
+        same("window", chunks.window, streamed["feature_frames_a_chunk"])
+        same("advance", chunks.advance, streamed["advance"])
+        for i, expected in enumerate(streamed["encoder_out"]):
+            tail = features.new_full((streamed["tail_padding"], 80), streamed["tail_value"])
+            padded = torch.cat([features[i, : lens[i]], tail])
+            states, found = [chunks.initial_state()], []
+            for window in padded.unfold(0, chunks.window, chunks.advance).transpose(1, 2):
+                out, _, states = chunks(window[None], torch.tensor([len(window)]), states)
+                found.append(out[0])
+            errors.append(distance(torch.cat(found), expected))
+    return max(errors)
+
+
 def check_zipformer_keys(path: Path) -> float:
     golden = json.loads(path.read_text())
-    size = path.name.split("_")[1]
-    same("config", SIZES[size], zipformer_config(golden["config"]))
+    causal = path.name.startswith("causal_")
+    config = replace(SIZES[path.name.split("_")[-2]], causal=causal)
+    if "config" in golden:
+        same("config", config, zipformer_config(golden["config"]))
     with torch.device("meta"):
-        encoder = ZipformerEncoder(SIZES[size])
+        encoder = ZipformerEncoder(config)
     ours = {name: list(parameter.shape) for name, parameter in encoder.named_parameters()}
     same("parameters", ours, golden["parameters"])
     same("buffers", dict(encoder.named_buffers()), golden["buffers"])
@@ -196,6 +229,8 @@ def check_results(path: Path) -> float:
 CHECKS = {
     "zipformer_*_keys.json": check_zipformer_keys,
     "zipformer_*.pt": check_zipformer,
+    "causal_zipformer_*_keys.json": check_zipformer_keys,
+    "causal_zipformer_*.pt": check_causal_zipformer,
     "speech_llm_*.pt": check_speech_llm,
     "scaled_adam*.pt": check_scaled_adam,
     "results-*.json": check_results,
@@ -205,8 +240,6 @@ CHECKS = {
 def check_folder(folder: Path) -> bool:
     """Check every file of a known format; return True if there is one and all agree."""
     passed = []
-    for path in sorted(folder.glob("causal_*")):  # the causal encoder
-        print(f"{path.name}: not checked yet")
     for pattern, check in CHECKS.items():
         for path in sorted(folder.glob(pattern)):
             try:

@@ -35,7 +35,8 @@ OPTIONS = [
 
 
 VALUES = {
-    "num_heads": "8", "encoder_unmasked_dim": "8", "speech_encoder_type": "medium",
+    "num_heads": "8", "encoder_unmasked_dim": "8", "chunk_size": "8", "left_context_frames": "8",
+    "speech_encoder_type": "medium",
     "corpus_weights": "2", "replay": "old:0.2", "max_invalid_fraction": 0.5, "lora_dropout": 0.5,
     "label_smoothing": 0.5, "betas": "0.5,0.9",
 }  # fmt: skip
@@ -190,6 +191,8 @@ CHANGES = {
     "--speech-encoder-path": Change(
         "{tmp}/other.pt", parameter("encoder.0.encoder_embed.conv.0.bias")
     ),
+    "--chunk-size": Change("16", message),  # these encoders are not causal
+    "--left-context-frames": Change("0", message),
     "--encoder-projector-ds-rate": Change("2", lambda r: r.model.encoder_projector[0].ds_rate),
     "--instruction": Change("write it", lambda r: r.model.chat.prompt(1)),
     "--use-context": Change("true", lambda r: [batch.get("contexts") for batch in train_loader(r)]),
@@ -335,6 +338,8 @@ DECODE = {
     "--encoder-unmasked-dim": Change("x", lambda s: s.message),
     "--speech-encoder-path": Change("{tmp}/other.pt", files),
     "--speech-encoder-bpe-path": Change("{tmp}/bpe.model", names),
+    "--chunk-size": Change("16", files),
+    "--left-context-frames": Change("0", files),
     "--encoder-projector-ds-rate": Change("2", files),
     "--instruction": Change("write it", files),
     "--use-context": Change("true", files),

@@ -19,6 +19,7 @@ STAGES = [
     ["data"],
     ["training", "decoding"],
     ["evaluation", "longform"],
+    ["streaming"],
     ["serving"],
     ["vllm"],
     ["api"],

@@ -18,6 +18,7 @@ from same_checkpoints import differences
 import pretrain_encoder
 from speechllm.checkpoints import load_checkpoint
 from speechllm.models.zipformer.checkpoint import load_encoder
+from speechllm.models.zipformer.config import OFFLINE, Chunking
 from speechllm.models.zipformer.encoder import Stack
 from speechllm.training import ctc_training, fit
 
@@ -240,6 +241,13 @@ def test_flags_that_reach_the_training(reached, flag, value, seen):
     assert seen(reached(**{flag: value})) == value
 
 
+def test_causal_encoders_draw_from_the_given_chunks(reached):
+    more = {"--causal": "true", "--chunk-size": "8,-1", "--left-context-frames": "96,128"}
+    encoder = reached(**more).module.encoder
+    assert encoder.config.causal
+    assert {*encoder.chunkings} == {Chunking(8, 96), Chunking(8, 128), OFFLINE}
+
+
 # ---- test sets and errors
 
 
@@ -250,6 +258,7 @@ def test_flags_that_reach_the_training(reached, flag, value, seen):
         ("--max-utterance-duration", 0.31, "no usable cuts"),
         ("--vocab-size", 3, "no BPE model with --vocab-size 3: "),
         ("--avg", 0, "--avg 0 must be at least 1"),
+        ("--chunk-size", 16, "--chunk-size 16 needs --causal true"),
     ],
 )
 def test_invalid_values_are_named(flags, tmp_path, flag, value, message):
@@ -259,7 +268,7 @@ def test_invalid_values_are_named(flags, tmp_path, flag, value, message):
 def test_a_checkpoint_of_another_encoder_is_an_error(flags, trained, resumable):
     path, more = resumable / "epoch-1.pt", {"--num-epochs": 2}
     message = error_of(flags, resumable, **more, **{"--encoder-size": "tiny"})
-    assert message.startswith(f"{path} does not match --encoder-size tiny: ")
+    assert message.startswith(f"{path} does not match --encoder-size tiny --causal false: ")
     model = ctc_training.train_bpe(["ONE TWO THREE"] * 9, 18)
     (resumable / "bpe.model").write_bytes(model)
     pieces = read_bpe(resumable).vocab_size()

@@ -71,6 +71,7 @@ FLAGS = {
     "--max-queued-seconds": Change("90", lambda s: s.service.admission.max_queued_seconds),
     "--max-segment-duration": Change("4", longform),
     "--min-silence": Change("0.3", longform),
+    "--endpoint-silence": Change("0.3", longform),
     "--max-duration": Change("50", longform),
     "--language": Change("de", lambda s: s.transcriber.language),
     "--max-new-tokens": Change("7", lambda s: s.transcriber.recognizer.search),

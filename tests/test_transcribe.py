@@ -79,6 +79,56 @@ def test_standard_input_gives_the_same_text(run, recordings, monkeypatch):
     assert json.loads(piped.out)["name"] == "-"
 
 
+def pipe(content):
+    return SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(content)))
+
+
+def stereo_wav(rate, subtype="PCM_16"):
+    file = io.BytesIO()
+    time = np.arange(3 * rate) / rate
+    tones = 0.3 * np.sin(2 * np.pi * (300 + 200 * (time // 0.5)) * time) * (time % 0.5 < 0.4)
+    soundfile.write(file, np.stack([tones, tones], axis=1), rate, subtype, format="WAV")
+    return file.getvalue()
+
+
+def test_a_stream_is_recognized_while_it_arrives(run, monkeypatch, tiny_encoder_dir):
+    flags = ("--speech-encoder-bpe-path", tiny_encoder_dir / "bpe.model", "--stream", "true", "-")
+    wav = stereo_wav(16000)
+    mono = np.frombuffer(wav[44:], "<i2")[::2].tobytes()
+    endless = wav[:40] + b"\xff" * 4 + wav[44:]  # a recorder does not know the length
+    printed = []
+    for content in (wav, endless, mono, mono + b"\0"):
+        monkeypatch.setattr(sys, "stdin", pipe(content))
+        printed.append(run(*flags).out)
+    assert printed[0] and printed[1:] == printed[:1] * 3
+    events = [json.loads(line) for line in printed[0].splitlines()]
+    assert {event["type"] for event in events} == {"partial", "final"}
+    final = next(event for event in events if event["type"] == "final")
+    assert final["source"] == "LLM" and [word["word"] for word in final["words"]]
+    monkeypatch.setattr(sys, "stdin", pipe(stereo_wav(24000)))
+    assert '"final"' in run(*flags).out
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (b"RIFF\0\0\0\0junk", (), "standard input: not a WAV file of 16-bit PCM: "),
+        (stereo_wav(16000, "PCM_24"), (), "standard input: 24-bit samples, 16 bits are supported"),
+        (stereo_wav(16000, "FLOAT"), (), "standard input: not a WAV file of 16-bit PCM: "),
+        (b"", ("--chunk-size", "16"), "--chunk-size 16: the encoder is not causal"),
+        (b"", ("--out", "x"), "--stream true reads - and writes JSON lines: omit files, --format"),
+        (b"", ("--speech-encoder-bpe-path", ""), "streaming: no encoder has both a CTC head"),
+    ],
+)
+def test_what_cannot_be_streamed_is_an_error(
+    run, monkeypatch, tiny_encoder_dir, content, flags, message
+):
+    monkeypatch.setattr(sys, "stdin", pipe(content))
+    bpe = ("--speech-encoder-bpe-path", tiny_encoder_dir / "bpe.model")
+    result = run(*bpe, *flags, "--stream", "true", "-")
+    assert result.code.startswith(message) and "\n" not in result.code and not result.out
+
+
 def test_unreadable_files_are_reported_after_the_others(run, recordings, tmp_path):
     (recordings / "0.wav").write_bytes(b"plain text")
     result = run("--out", tmp_path / "out", recordings)
@@ -157,6 +207,8 @@ FLAGS = {  # another value and flags that it needs; one flag of each config of d
     "--context": ("Ada Lovelace", "--use-context", "true", *WITH_CTC),
     "--max-segment-duration": ("4",),
     "--min-silence": ("0.4", "--max-segment-duration", "11"),
+    "--endpoint-silence": ("0",),  # tests/streaming shows its effect
+    "--stream": ("true",),  # below
     "--max-duration": ("5",),
     "--checkpoint": ("epoch-1.pt",),
     "--max-new-tokens": ("1",),

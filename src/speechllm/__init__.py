@@ -12,9 +12,17 @@ See speechllm.api. torch and the other heavy libraries are imported by `load`, n
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from speechllm.api import InputError, Segment, SpeechRecognizer, Transcript, Word, load
+    from speechllm.api import (
+        InputError,
+        Partial,
+        Segment,
+        SpeechRecognizer,
+        Transcript,
+        Word,
+        load,
+    )
 
-__all__ = ["InputError", "Segment", "SpeechRecognizer", "Transcript", "Word", "load"]
+__all__ = ["InputError", "Partial", "Segment", "SpeechRecognizer", "Transcript", "Word", "load"]
 
 
 def __getattr__(name: str):

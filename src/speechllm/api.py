@@ -4,6 +4,12 @@
     for transcript in asr.transcribe(["talk.mp3", "film.mp4"]):
         print(transcript.text, transcript.error)
     asr.transcribe(samples, sampling_rate=44100).segments[0].confidence
+
+    stream = asr.stream(sampling_rate=48000)
+    for samples in microphone:
+        for event in stream.feed(samples):  # Partial: text by CTC so far; Segment: final text
+            print(event.text)
+    print(stream.finish())
 """
 
 import dataclasses
@@ -24,8 +30,10 @@ from speechllm.longform.config import LongformConfig
 from speechllm.longform.transcriber import Transcriber, load_transcriber
 from speechllm.longform.transcript import Segment, Transcript, Word
 from speechllm.models.config import ONE_ENCODER, load_model_config
+from speechllm.models.zipformer.config import Chunking
+from speechllm.streaming.stream import DEFAULT_CHUNKING, Partial, Stream, Streamer
 
-__all__ = ["InputError", "Segment", "SpeechRecognizer", "Transcript", "Word", "load"]
+__all__ = ["InputError", "Partial", "Segment", "SpeechRecognizer", "Transcript", "Word", "load"]
 Audio = str | PathLike | np.ndarray | Tensor  # a file, or samples (N,): float in -1 to 1, or int16
 
 
@@ -64,6 +72,7 @@ class SpeechRecognizer:
 
     def __init__(self, transcriber: Transcriber):
         self.transcriber = transcriber
+        self._streamers: dict[Chunking | None, Streamer] = {}
 
     @property
     def language(self) -> str | None:
@@ -128,6 +137,36 @@ class SpeechRecognizer:
             missing = not isinstance(audio, np.ndarray | Tensor) and not Path(audio).exists()
             raise (FileNotFoundError if missing else InputError)(transcripts[0].error)
         return transcripts[0]
+
+    def stream(
+        self,
+        *,
+        sampling_rate: int = SAMPLING_RATE,
+        context: str = "",
+        chunk_size: int | None = None,
+        left_context_frames: int = DEFAULT_CHUNKING.left_context,
+    ) -> Stream:
+        """Return a stream: `feed` blocks of samples, `finish` at the end; both return events.
+
+        Args:
+          sampling_rate: of the samples, in Hz.
+          context: as for `transcribe`.
+          chunk_size: of causal encoders, in frames of 20 ms: the delay of the partial texts; by
+            default that of model.json if it is one, else 32.
+          left_context_frames: with `chunk_size`, the frames before a chunk that attention sees.
+
+        Raises:
+          InputError: the model has no CTC head or takes no such chunks or context, or the sampling
+            rate is not supported.
+        """
+        self.transcriber.check_context(context)
+        chunking = Chunking(chunk_size, left_context_frames) if chunk_size else None
+        if chunking not in self._streamers:
+            parts = self.transcriber
+            self._streamers[chunking] = Streamer(
+                parts.recognizer, parts.config, self.language, chunking
+            )
+        return self._streamers[chunking].open(sampling_rate, context)
 
 
 def _source(audio: Audio, sampling_rate: int) -> tuple[str, Iterable[Tensor]]:

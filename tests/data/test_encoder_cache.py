@@ -280,6 +280,8 @@ def test_interrupted_filling_leaves_complete_parts_only(encoders, cuts, tmp_path
          "needs --enable-reverb false, --enable-musan false: the encoders' outputs must be the "
          "same in every epoch"),
         ("cache", ("--shar-dir", "x"), "needs cut files, not shards (--shar-dir x)"),
+        ("cache", ("--chunk-size", "16,-1"),
+         "needs one --chunk-size and one --left-context-frames"),
         ("file", (), "cannot be a directory: File exists"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ from small_model import LENS, TOKENS, TRANSCRIPTS, gradients, mean_loss, run
 
 from speechllm.models.prompt import IGNORED, training_ids
 from speechllm.models.speech_llm import Projector
+from speechllm.models.zipformer.config import OFFLINE, Chunking
 from speechllm.models.zipformer.swoosh import swoosh_r
 
 # ---- projector
@@ -131,3 +132,18 @@ def test_labels_are_smoothed_in_training_only(make_model, features):
 
     assert loss(0.5, training=False) == loss(0.0, training=False)
     assert loss(0.5, training=True) > loss(0.0, training=True)
+
+
+def test_training_draws_the_chunks_of_a_batch_for_all_encoders(make_model, features):
+    model, chunkings, seen = make_model(2), (Chunking(8, 16), OFFLINE), []
+    for encoder in model.encoder:
+        encoder.chunkings = chunkings
+        encoder.register_forward_pre_hook(
+            lambda module, inputs, options: seen.append(options["chunking"]), with_kwargs=True
+        )
+    model.train()
+    for _ in range(20):
+        model.encode(features, LENS, model.all_encoders(len(features)))
+    assert seen[::2] == seen[1::2] and set(seen) == set(chunkings)
+    model.eval().encode(features, LENS, model.all_encoders(len(features)))
+    assert seen[-2:] == [None, None]  # the last one of `chunkings`

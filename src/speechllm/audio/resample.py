@@ -77,6 +77,12 @@ def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
             raise InputError(str(error).replace(file.name, name)) from None
 
 
+def _check_rate(rate: int, name: str | Path) -> None:
+    step = math.gcd(rate, SAMPLING_RATE) or 1
+    if rate <= 0 or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
+        raise InputError(f"{name}: unsupported sample rate {rate} Hz")
+
+
 def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator[Tensor]:
     """Resample blocks (N,) to 16 kHz, with the same result as for the whole at once.
 
@@ -85,13 +91,43 @@ def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator
     Raises:
       InputError: the rate is unsupported, or samples are not finite; it begins with `name`.
     """
-    step = math.gcd(rate, SAMPLING_RATE) or 1
-    if rate <= 0 or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
-        raise InputError(f"{name}: unsupported sample rate {rate} Hz")
+    _check_rate(rate, name)
     for block in _resampled(blocks, rate):
         if not block.isfinite().all():
             raise InputError(f"{name}: samples contain NaN or infinity")
         yield block
+
+
+class StreamResampler:
+    """Resamples a stream to 16 kHz block by block, 10 ms behind."""
+
+    def __init__(self, rate: int):
+        """
+        Raises:
+          InputError: the rate is not supported.
+        """
+        _check_rate(rate, "stream")
+        self.rate = rate
+        self._step = rate // math.gcd(rate, SAMPLING_RATE)  # blocks end on samples of both rates
+        self._context = -(-rate // 100 // self._step) * self._step
+        self._held, self._before = torch.zeros(0), 0
+
+    def __call__(self, samples: Tensor, last: bool = False) -> Tensor:
+        """Return the samples at 16 kHz that are complete; with `last`, the remaining ones."""
+        if self.rate == SAMPLING_RATE:
+            return samples
+        held, before = torch.cat([self._held, samples]), self._before
+        length = len(held) - before
+        if not last:
+            length = max(0, length - self._context) // self._step * self._step
+        if not length:
+            self._held = held
+            return torch.zeros(0)
+        resample = get_or_create_resampler(self.rate, SAMPLING_RATE)
+        start, end = (-(-n * SAMPLING_RATE // self.rate) for n in (before, before + length))
+        kept = max(0, before + length - self._context)
+        self._held, self._before = held[kept:], before + length - kept
+        return resample(held)[start:end]
 
 
 def _resampled(blocks: Iterable[Tensor], rate: int) -> Iterator[Tensor]:

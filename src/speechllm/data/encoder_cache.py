@@ -66,7 +66,7 @@ def hash_of_encoders(encoders: Iterable[ZipformerEncoder], *options) -> str:
     """Return 16 hexadecimal digits of the configurations and parameters, without the CTC heads."""
     digest = hashlib.sha256(repr(options).encode())
     for encoder in encoders:
-        digest.update(repr(encoder.config).encode())
+        digest.update(f"{encoder.config!r}{encoder.chunkings[-1]}".encode())
         for name, value in encoder.state_dict().items():
             if not name.startswith("ctc_output."):
                 digest.update(name.encode())
@@ -202,8 +202,11 @@ class _CachedEncoder(nn.Module):
     def compile_layers(self) -> None:
         """Compile nothing, as the outputs are computed already."""
 
+    def sample_chunking(self) -> None:
+        """Draw nothing: the outputs have the chunks of the cache."""
+
     def forward(
-        self, outputs: Tensor, feature_lens: Tensor, feature_mask: bool
+        self, outputs: Tensor, feature_lens: Tensor, feature_mask: bool, chunking: None
     ) -> tuple[Tensor, Tensor]:
         """outputs (B, T / 4, C), feature_lens (B,) -> (B, T / 4, end - start), lengths (B,)."""
         return outputs[..., self.start : self.end], encoder_out_lens(feature_lens)

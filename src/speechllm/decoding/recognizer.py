@@ -34,7 +34,7 @@ from speechllm.models.prompt import (
     encode_transcripts,
     word_log_probs,
 )
-from speechllm.models.speech_llm import SpeechLLM
+from speechllm.models.speech_llm import EncoderOutput, SpeechLLM
 from speechllm.precision import autocast
 
 FALLBACK_BEAM, FALLBACK_CTC_WEIGHT = 4, 0.3
@@ -164,19 +164,38 @@ class Recognizer:
     def encode(self, batch: dict) -> EncodedBatch:
         """Run the encoders, the projectors and the CTC head."""
         features, lens = batch["features"], batch["feature_lens"]
+        with autocast(self.device, self.dtype):
+            all_encoders = self.model.all_encoders(len(lens))
+            outputs = self.model.encode(features.to(self.device), lens, all_encoders)
+        return self.embed(outputs, features, lens, batch.get("contexts"), batch.get("hotwords"))
+
+    @torch.no_grad()
+    def embed(
+        self,
+        outputs: list[EncoderOutput],
+        features: Tensor,
+        lens: Tensor,
+        contexts: list[str] | None = None,
+        hotwords: list[Hotwords | None] | None = None,
+    ) -> EncodedBatch:
+        """Run the projectors and the CTC head on the outputs of all encoders.
+
+        Args:
+          features: (B, T, 80) of these outputs; lens: (B,), on the CPU.
+        """
         ctc, ctc_ids = [None] * len(lens), [None] * len(lens)
         with autocast(self.device, self.dtype):
-            contexts = encode_contexts(self.tokenizer, self.model.chat, batch.get("contexts"))
-            prompt = self.model.prompt(features.to(self.device), lens, contexts)
+            context_ids = encode_contexts(self.tokenizer, self.model.chat, contexts)
+            prompt = self.model.embed_prompts(outputs, context_ids)
             if self.ctc_decoder:
-                _, *encoder_output = prompt.encoder_outputs[self.ctc_decoder.encoder]
+                _, *encoder_output = outputs[self.ctc_decoder.encoder]
                 ctc = self.ctc_decoder(*encoder_output)
                 ctc_ids = encode_transcripts(self.tokenizer, [output.text for output in ctc])
         seconds = (lens * FRAME_SHIFT).tolist()
         variations = [spectral_variation(features[b, :n]) for b, n in enumerate(lens.tolist())]
-        hotwords = self._hotwords(ctc, batch.get("hotwords") or [None] * len(lens))
+        selected = self._hotwords(ctc, hotwords or [None] * len(lens))
         return EncodedBatch(
-            prompt.embeds, prompt.mask, seconds, variations, ctc, ctc_ids, *hotwords
+            prompt.embeds, prompt.mask, seconds, variations, ctc, ctc_ids, *selected
         )
 
     def _hotwords(

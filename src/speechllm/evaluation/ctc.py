@@ -1,7 +1,11 @@
-"""Greedy CTC decoding of test sets, at the end of pretrain_encoder.py."""
+"""Greedy CTC decoding of test sets, at the end of pretrain_encoder.py.
+
+A causal encoder is scored with each chunk size of its training, as streaming would use it.
+"""
 
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 
 import sentencepiece
@@ -18,7 +22,7 @@ from speechllm.evaluation.eval_sets import (
     score_cuts,
 )
 from speechllm.models.zipformer.checkpoint import encoder_from_state
-from speechllm.models.zipformer.config import SIZES
+from speechllm.models.zipformer.config import OFFLINE
 from speechllm.models.zipformer.ctc_head import ctc_greedy
 from speechllm.progress import setup_logging
 from speechllm.scoring.files import log_line, write_scores
@@ -36,7 +40,7 @@ def decode_with_ctc(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bpe = sentencepiece.SentencePieceProcessor(model_file=str(exp_dir / BPE_FILE))
     state = load_checkpoint(exp_dir / "pretrained.pt")["model"]
-    model = CtcModel(encoder_from_state(state, SIZES[encoder.encoder_size])).to(device).eval()
+    model = CtcModel(encoder_from_state(state, encoder.size)).to(device).eval()
 
     @torch.no_grad()
     def recognize(batches: Iterable[dict]) -> Iterator[tuple[dict, list[str]]]:
@@ -44,9 +48,13 @@ def decode_with_ctc(
             log_probs, lens = model(batch["features"].to(device), batch["feature_lens"])
             yield batch, bpe.decode(ctc_greedy(log_probs, lens))
 
-    for cuts in test_sets:
+    # each chunk size, with the last of its limited left contexts
+    by_size = {one.chunk_size: one for one in encoder.chunkings if one.left_context > 0}
+    for cuts, chunking in product(test_sets, [OFFLINE, *by_size.values()]):
+        model.encoder.set_chunkings((chunking,))
+        suffix = f"ctc-greedy-{chunking}".rstrip("-")
         decoded = merge_results(cuts, decode_shard(cuts, recognize, data))
         scored = score_cuts(decoded, [one.result or "" for one in decoded])
         rate = error_rate(decoded)
-        counts = write_scores(scored, exp_dir / "decode", cuts.name, "ctc-greedy", rate=rate)
-        logging.info(log_line(cuts.name, counts))
+        counts = write_scores(scored, exp_dir / "decode", cuts.name, suffix, rate=rate)
+        logging.info(log_line(f"{cuts.name} {chunking}".rstrip(), counts))

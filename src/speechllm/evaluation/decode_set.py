@@ -100,6 +100,7 @@ def result_suffix(config: DecodeConfig, search: SearchConfig, parameters_name: s
     parts = [
         "decode",
         search.name,
+        str(config.model.chunkings[-1]),
         parameters_name,
         "encoders" + "+".join(comma_list(used)) if used else "",
         "" if is_default else f"max{search.max_new_tokens}",

@@ -23,9 +23,13 @@ class LongformConfig:
     min_silence: float = option(
         0.8, "silence in seconds that ends a segment of a long recording", group="recordings"
     )
+    endpoint_silence: float = option(
+        0.8, "silence in seconds that ends a phrase of a stream", group="recordings"
+    )
     max_duration: float = option(200.0, "seconds of audio per batch", group="recordings")
 
     def __post_init__(self):
         check_range("max_segment_duration", self.max_segment_duration, 3, HOUR)
         check_range("min_silence", self.min_silence, 0, HOUR, above=True)
+        check_range("endpoint_silence", self.endpoint_silence, 0, HOUR, above=True)
         check_range("max_duration", self.max_duration, 0, 1000 * HOUR, above=True)

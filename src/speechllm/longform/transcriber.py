@@ -300,7 +300,11 @@ def _segment(chunk: AudioChunk, recognition: Recognition | None = None) -> Segme
     """Return the chunk's segment; a chunk without CTC tokens is non-speech, as an LLM generates
     text even for a click or cough.
     """
-    start, end = _times(chunk)
+    return make_segment(*_times(chunk), recognition)
+
+
+def make_segment(start: float, end: float, recognition: Recognition | None) -> Segment:
+    """Return the segment of a part of a recording, in seconds; None for non-speech."""
     flags = tuple(recognition.flags) if recognition else ()
     if recognition is None or recognition.ctc_text == "":
         return Segment(start, end, "", source=NO_SPEECH, flags=flags)

@@ -34,18 +34,7 @@ def as_json(transcript: Transcript) -> str:
         "duration": round(transcript.duration, 3),
         "language": transcript.language,
         "text": transcript.text,
-        "segments": [
-            {
-                "start": round(segment.start, 3),
-                "end": round(segment.end, 3),
-                "text": segment.text,
-                "confidence": round(segment.confidence, 3),
-                "source": segment.source,
-                "flags": list(segment.flags),
-                "words": [word_json(word, 3) for word in segment.words],
-            }
-            for segment in transcript.segments
-        ],
+        "segments": [segment_json(segment) for segment in transcript.segments],
     }
     return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
@@ -168,6 +157,19 @@ def _lines(words: list[Word], space: str) -> list[str]:
 def _printable_name(transcript: Transcript) -> str:
     """The name, with `?` for bytes of a file name that are not UTF-8."""
     return transcript.name.encode(errors="replace").decode()
+
+
+def segment_json(segment: Segment) -> dict:
+    """Return the fields of a segment and its words."""
+    return {
+        "start": round(segment.start, 3),
+        "end": round(segment.end, 3),
+        "text": segment.text,
+        "confidence": round(segment.confidence, 3),
+        "source": segment.source,
+        "flags": list(segment.flags),
+        "words": [word_json(word, 3) for word in segment.words],
+    }
 
 
 def word_json(word: Word, digits: int) -> dict:

@@ -35,6 +35,8 @@ def build_model(
     """
     files = zip(config.encoder_files, config.encoder_shapes)
     encoders = [load_encoder(*file, *shapes).to(options.device) for file, shapes in files]
+    for encoder in encoders:
+        encoder.set_chunkings(config.chunkings)
     if not config.unfreeze_encoder:
         encoders = [encoder.freeze(options.encoder_dtype) for encoder in encoders]
     llm, tokenizer = load_llm(

@@ -18,7 +18,7 @@ from speechllm.cli import check_range, comma_list, flag_name, from_args, option,
 from speechllm.errors import InputError
 from speechllm.io import atomic_write
 from speechllm.models.identity import content_hashes
-from speechllm.models.zipformer.config import AUTO, SIZES
+from speechllm.models.zipformer.config import AUTO, SIZES, Chunking, parse_chunkings
 
 MODEL_FILE = "model.json"
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -62,6 +62,14 @@ class ModelConfig:
         "models/zipformer/librispeech/bpe.model",
         "bpe.model of each encoder, or one for all; needed for CTC drafts",
     )
+    chunk_size: str = _option(
+        "-1", "causal encoders: frames per chunk, 20 ms each; -1: whole utterances; training draws "
+        "from comma-separated values for each batch, decoding uses the last",
+    )  # fmt: skip
+    left_context_frames: str = _option(
+        "128", "causal encoders: frames before a chunk that attention sees; -1: all; "
+        "several as for --chunk-size",
+    )  # fmt: skip
     encoder_projector_ds_rate: int = _option(4, "encoder frames per speech embedding")
     instruction: str = _option(
         "", "instruction to the LLM, after the speech; the published models have none"
@@ -108,6 +116,12 @@ class ModelConfig:
         check_range("lora_dropout", self.lora_dropout, 0, 0.99)
         if not comma_list(self.lora_targets):
             raise InputError("--lora-targets is empty")
+        parse_chunkings(self.chunk_size, self.left_context_frames)
+
+    @property
+    def chunkings(self) -> tuple[Chunking, ...]:
+        """Chunks of causal encoders to draw from in training; decoding uses the last."""
+        return parse_chunkings(self.chunk_size, self.left_context_frames)
 
     @property
     def encoder_files(self) -> list[tuple[str, str]]:

@@ -162,6 +162,7 @@ class SpeechLLM(nn.Module):
         On every rank all trainable parameters need a gradient, even if it is zero.
         """
         outputs = []
+        chunking = self.encoder[0].sample_chunking() if self.training else None
         for k, encoder in enumerate(self.encoder):
             rows = [b for b, used in enumerate(encoders) if k in used] or [0]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
@@ -169,6 +170,7 @@ class SpeechLLM(nn.Module):
                     features[_to(features.device, torch.tensor(rows))],
                     feature_lens[rows],
                     feature_mask=self.encoder_feature_mask and self.training,
+                    chunking=chunking,
                 )
             outputs.append(EncoderOutput(rows, encoder_out, lens))
         return outputs
@@ -203,8 +205,14 @@ class SpeechLLM(nn.Module):
           features: (B, T, 80); feature_lens: (B,), on the CPU.
           contexts: token ids of each utterance's context (see `prompt.encode_contexts`).
         """
-        encoders = self.all_encoders(features.size(0))
-        outputs = self.encode(features, feature_lens, encoders)
+        outputs = self.encode(features, feature_lens, self.all_encoders(len(features)))
+        return self.embed_prompts(outputs, contexts)
+
+    def embed_prompts(
+        self, outputs: list[EncoderOutput], contexts: list[list[int]] | None = None
+    ) -> PromptEmbeddings:
+        """Embed the prompts for the outputs of all encoders; see `prompt`."""
+        encoders = self.all_encoders(len(outputs[0].lens))
         input_ids = prompt_ids(self.chat, [len(used) for used in encoders], contexts)
         embeds, mask, _ = self.merge(input_ids, None, self.project(outputs, encoders))
         return PromptEmbeddings(embeds, mask, outputs)

@@ -1,12 +1,18 @@
 """TrainConfig and EncoderConfig: options of the training programs besides data and model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from speechllm.cli import check_range, comma_list, flag_name, option, spelled
 from speechllm.errors import InputError
-from speechllm.models.zipformer.config import SIZES
+from speechllm.models.zipformer.config import (
+    OFFLINE,
+    SIZES,
+    Chunking,
+    ZipformerConfig,
+    parse_chunkings,
+)
 
 _training = partial(option, group="training")
 _trainable = partial(option, group="trainable parameters")
@@ -181,6 +187,13 @@ class EncoderConfig:
 
     encoder_size: str = _encoder(
         "medium", "size of the encoder (models/zipformer/config.py)", choices=SIZES)
+    causal: bool = _encoder(False, "train an encoder that can stream: it sees only the past")
+    chunk_size: str | None = _encoder(
+        None, "causal: frames per chunk (20 ms), drawn for each batch; -1: whole utterances",
+        unset="16,32,64,-1")
+    left_context_frames: str | None = _encoder(
+        None, "causal: frames before a chunk that attention sees, drawn for each batch; -1: all",
+        unset="64,128,256,-1")
     vocab_size: int = _encoder(500, "maximum number of BPE pieces; small corpora give fewer")
     uppercase: bool = _encoder(False, "upper-case the texts, as the published encoders have them")
     lowercase: bool = _encoder(False, "lower-case the texts; by default they keep their case")
@@ -193,5 +206,24 @@ class EncoderConfig:
 
     def __post_init__(self):
         check_range("avg", self.avg, 1)
+        for name in ("chunk_size", "left_context_frames"):
+            if getattr(self, name) and not self.causal:
+                raise InputError(f"{flag_name(name)} {getattr(self, name)} needs --causal true")
+        if self.causal:
+            for chunking in self.chunkings:
+                chunking.check(self.size)
         if self.uppercase and self.lowercase:
             raise InputError("--uppercase true and --lowercase true exclude each other")
+
+    @property
+    def size(self) -> ZipformerConfig:
+        """Sizes of the encoder."""
+        return replace(SIZES[self.encoder_size], causal=self.causal)
+
+    @property
+    def chunkings(self) -> tuple[Chunking, ...]:
+        """Chunks to draw from in training; validation uses the last."""
+        if not self.causal:
+            return (OFFLINE,)
+        sizes, left = self.chunk_size or "16,32,64,-1", self.left_context_frames
+        return parse_chunkings(sizes, left or "64,128,256,-1")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.checkpoints import average_epochs, load_checkpoint, numbered_files
+from speechllm.cli import spelled
 from speechllm.data.config import TrainDataConfig
 from speechllm.data.dataset import TextOptions
 from speechllm.data.manifests import read_cuts
@@ -21,7 +22,6 @@ from speechllm.errors import InputError
 from speechllm.io import atomic_write
 from speechllm.models.zipformer.bpe import case_of
 from speechllm.models.zipformer.checkpoint import encoder_from_state, save_encoder
-from speechllm.models.zipformer.config import SIZES
 from speechllm.models.zipformer.ctc_head import ctc_greedy, ctc_loss
 from speechllm.models.zipformer.encoder import ZipformerEncoder, encoder_out_lens
 from speechllm.models.zipformer.flat_start import flat_start_loss
@@ -70,7 +70,8 @@ class CtcModel(nn.Module):
 
     def forward(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
         mask = self.feature_mask and self.training
-        encoder_out, lens = self.encoder(features, feature_lens, feature_mask=mask)
+        chunking = self.encoder.sample_chunking() if self.training else None
+        encoder_out, lens = self.encoder(features, feature_lens, mask, chunking)
         return self.encoder.ctc_output(encoder_out), lens
 
 
@@ -188,20 +189,24 @@ def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> Zipfor
     Raises:
       InputError: the checkpoint has another size or vocabulary.
     """
-    size = SIZES[config.encoder_size]
-    if not start.path:
-        return ZipformerEncoder(size, vocab_size, config.dropout)
-    try:
-        encoder = encoder_from_state(start.checkpoint["model"], size, config.dropout)
-    except InputError as error:
-        raise InputError(
-            f"{start.path} does not match --encoder-size {config.encoder_size}: {error}"
-        ) from None
+    if start.path:
+        encoder = _encoder_of(start, config)
+    else:
+        encoder = ZipformerEncoder(config.size, vocab_size, config.dropout)
+    encoder.set_chunkings(config.chunkings)
     if encoder.ctc_output is None or encoder.ctc_output.vocab_size != vocab_size:
         raise InputError(
             f"{start.path} does not match the {vocab_size} pieces of {BPE_FILE} in its directory"
         )
     return encoder
+
+
+def _encoder_of(start: Start, config: EncoderConfig) -> ZipformerEncoder:
+    try:
+        return encoder_from_state(start.checkpoint["model"], config.size, config.dropout)
+    except InputError as error:
+        flags = f"--encoder-size {config.encoder_size} --causal {spelled(config.causal)}"
+        raise InputError(f"{start.path} does not match {flags}: {error}") from None
 
 
 # ---- BPE model

@@ -150,6 +150,8 @@ def _check_encoder_cache(model: ModelConfig, data: TrainDataConfig, config: Trai
             f"{flag} needs {', '.join(changing)}: the encoders' outputs must be the same in every "
             "epoch"
         )
+    if len(model.chunkings) > 1:
+        raise InputError(f"{flag} needs one --chunk-size and one --left-context-frames")
     if data.shar_dir:
         raise InputError(f"{flag} needs cut files, not shards (--shar-dir {data.shar_dir})")
     try:

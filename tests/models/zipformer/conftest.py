@@ -1,5 +1,7 @@
 """An encoder small enough to run in milliseconds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,8 +32,9 @@ def fixed_seed():
 
 
 @pytest.fixture
-def config() -> ZipformerConfig:
-    return SMALL
+def config(request) -> ZipformerConfig:
+    """A small configuration; causal if parametrized with True."""
+    return replace(SMALL, causal=getattr(request, "param", False))
 
 
 @pytest.fixture

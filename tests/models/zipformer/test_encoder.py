@@ -14,6 +14,8 @@ from torch import nn
 from speechllm.errors import InputError
 from speechllm.models.zipformer.checkpoint import encoder_from_state
 
+CAUSAL = pytest.mark.parametrize("config", [False, True], indirect=True, ids=["", "causal"])
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.shared
@@ -32,6 +34,7 @@ def test_golden_utterances_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
+@CAUSAL
 def test_an_utterance_is_the_same_alone_and_in_a_batch(encoder, autocast):
     encoder.eval()
     lens = torch.cat([torch.arange(9, 25), torch.randint(25, 90, (6,)), torch.tensor([90])])
@@ -68,6 +71,7 @@ def test_half_precision_weights_give_the_result_of_autocast(encoder):
 # ---- training
 
 
+@CAUSAL
 def test_every_trainable_parameter_gets_a_gradient(encoder):
     out, lens = encoder(torch.randn(2, 90, 20), torch.tensor([90, 71]), feature_mask=False)
     encoder.ctc_output(out)[..., 1].sum().backward()

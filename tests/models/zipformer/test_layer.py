@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from speechllm.models.zipformer.chunks import stack_frames
+from speechllm.models.zipformer.config import OFFLINE
 from speechllm.models.zipformer.frontend import ConvNeXt
 from speechllm.models.zipformer.layer import AttentionWeights, Dropout, positional_embedding
 
@@ -16,7 +18,9 @@ def test_attention_softmax_is_float32_under_autocast(monkeypatch):
     module = AttentionWeights(4, 2, 3, 2, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         weights = module(
-            torch.randn(1, 5, 4), positional_embedding(5, 6), torch.ones(1, 5, dtype=torch.bool)
+            torch.randn(1, 5, 4),
+            positional_embedding(5, 6),
+            stack_frames(torch.tensor([5]), 5, OFFLINE, factor=1),
         )
     assert seen == [torch.float32] and weights.dtype == torch.bfloat16
 

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor
 
 from speechllm.checkpoints import copy_to_cpu, load_checkpoint, write_checkpoint
 from speechllm.errors import InputError
-from speechllm.models.zipformer.config import AUTO, SIZES, ZipformerConfig, config_from_shapes
+from speechllm.models.zipformer.config import (
+    AUTO,
+    CAUSAL_CONV,
+    SIZES,
+    ZipformerConfig,
+    config_from_shapes,
+)
 from speechllm.models.zipformer.encoder import ZipformerEncoder
 
 UNUSED_HEADS = ("decoder", "joiner", "simple_am_proj", "simple_lm_proj", "attention_decoder")
@@ -32,11 +39,12 @@ def load_encoder(
     """
     state = load_checkpoint(path)["model"]
     state = {key.removeprefix("module."): value for key, value in state.items()}  # DDP's prefix
+    sizes = _sizes_for(state)
     try:
-        config = _read_config(state, heads, unmasked) if size == AUTO else SIZES[size]
+        config = _read_config(state, heads, unmasked) if size == AUTO else sizes[size]
         encoder = encoder_from_state(state, config)
     except InputError as error:
-        others = [name for name in SIZES if not _difference(state, SIZES[name], None, "encoder.")]
+        others = [name for name in sizes if not _difference(state, sizes[name], None, "encoder.")]
         hint = f"; its shapes match size {others[0]!r}" if others and size not in others else ""
         if size == AUTO:
             raise InputError(f"{path} cannot be read as a Zipformer: {error}") from None
@@ -45,12 +53,18 @@ def load_encoder(
     return encoder
 
 
+def _sizes_for(state: dict[str, Tensor]) -> dict[str, ZipformerConfig]:
+    """Return `SIZES`, causal if the checkpoint is."""
+    causal = any(key.endswith(CAUSAL_CONV) for key in state)
+    return {name: replace(size, causal=causal) for name, size in SIZES.items()}
+
+
 def _read_config(
     state: dict[str, Tensor], heads: tuple[int, ...], unmasked: tuple[int, ...]
 ) -> ZipformerConfig:
     """Return the size in `SIZES` with these shapes if there is one, or else a new one."""
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    for size in () if heads or unmasked else SIZES.values():
+    for size in () if heads or unmasked else _sizes_for(state).values():
         with suppress(InputError):
             if config_from_shapes(shapes, size.num_heads, size.encoder_unmasked_dim) == size:
                 return size

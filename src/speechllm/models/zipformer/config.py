@@ -1,13 +1,18 @@
-"""Sizes of the Zipformer: the released ones, and `tiny` for small corpora; its frame counts."""
+"""Sizes of the Zipformer: the released ones, and `tiny` for small corpora; its frame counts.
 
-from dataclasses import dataclass, fields
-from typing import TypeVar
+A causal encoder has chunks (see `Chunking`), a property of each pass and not of the weights.
+"""
 
-from speechllm.cli import flag_name
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import NamedTuple, TypeVar
+
+from speechllm.cli import comma_list, flag_name
 from speechllm.errors import InputError
 
 Frames = TypeVar("Frames")  # int, numpy array or tensor of int64
 MIN_FEATURE_FRAMES = 9  # needed for a single output frame
+CAUSAL_CONV = "depthwise_conv.causal_conv.weight"  # in the names of a causal encoder's parameters
 
 
 def frontend_out_lens(feature_lens: Frames) -> Frames:
@@ -37,12 +42,80 @@ class ZipformerConfig:
     frontend_channels: int = 128  # in all released models
     pos_dim: int = 48
     feature_dim: int = 80
+    causal: bool = field(default=False, repr=False)  # the names of the parameters show it
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (one.name for one in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, tuple) and len(value) == 1:
-                object.__setattr__(self, field.name, value * len(self.encoder_dim))
+                object.__setattr__(self, name, value * len(self.encoder_dim))
+
+
+class Chunking(NamedTuple):
+    """Chunks of a causal encoder, in frames at 50 per second; -1: no limit.
+
+    A frame sees its own chunk and `left_context` frames of earlier ones, in whole chunks and at
+    least one; with `chunk_size` -1, the whole utterance.
+    """
+
+    chunk_size: int = -1
+    left_context: int = -1
+
+    @property
+    def left_chunks(self) -> int | None:
+        """Number of earlier chunks that a frame attends to; None: all."""
+        return None if self.left_context < 0 else max(1, self.left_context // self.chunk_size)
+
+    def __str__(self) -> str:
+        """Return a part of file names, such as `chunk32-left128`; "" for whole utterances."""
+        left = "" if self.left_context < 0 else f"-left{self.left_context}"
+        return "" if self.chunk_size < 0 else f"chunk{self.chunk_size}{left}"
+
+    def check(self, config: ZipformerConfig) -> None:
+        """Check that an encoder of this configuration can use these chunks.
+
+        Raises:
+          InputError: it is not causal, or the sizes do not fit its downsampling or convolutions.
+        """
+        size, left = f"--chunk-size {self.chunk_size}", self.left_context
+        if self.chunk_size < 0:
+            return
+        if not config.causal:
+            raise InputError(
+                f"{size}: the encoder is not causal (pretrain_encoder.py --causal true)"
+            )
+        for factor in (2, *config.downsampling_factor):  # 2: after the last stack
+            if self.chunk_size % factor:
+                raise InputError(
+                    f"{size} is not a multiple of {factor}, the downsampling of a stack"
+                )
+        stacks = zip(config.cnn_module_kernel, config.downsampling_factor)
+        needed = max(kernel // 2 * factor for kernel, factor in stacks)
+        if 0 <= left < needed:
+            raise InputError(
+                f"--left-context-frames {left} is too short: the convolutions need {needed}"
+            )
+
+
+OFFLINE = Chunking()
+
+
+def parse_chunkings(chunk_sizes: str, left_contexts: str) -> tuple[Chunking, ...]:
+    """Combine comma-separated chunk sizes and left contexts; the last value is the default.
+
+    Raises:
+      InputError: a value is neither positive nor -1.
+    """
+    given = {"--chunk-size": chunk_sizes, "--left-context-frames": left_contexts}
+    values = []
+    for flag, text in given.items():
+        try:
+            values.append([int(one) for one in comma_list(text)])
+        except ValueError:
+            values.append([])
+        if not values[-1] or any(n != -1 and n < 1 for n in values[-1]):
+            raise InputError(f"{flag} {text} must be positive numbers or -1, comma-separated")
+    return tuple(OFFLINE if size < 0 else Chunking(size, left) for size, left in product(*values))
 
 
 _COMMON = dict(downsampling_factor=(1, 2, 4, 8, 4, 2), cnn_module_kernel=(31, 31, 15, 15, 15, 31))
@@ -119,6 +192,7 @@ def config_from_shapes(
         frontend_channels=channels,
         pos_dim=pos_dim,
         feature_dim=4 * frequencies + 4,
+        causal=any(key.endswith(CAUSAL_CONV) for key in shapes),
     )
 
 
@@ -132,6 +206,8 @@ def _stack_sizes(
     pos, pos_dim = shapes[f"{first}self_attn_weights.linear_pos.weight"]
     all_queries = shapes[f"{first}self_attn_weights.in_proj.weight"][0] - pos
     values = shapes[f"{first}self_attn1.in_proj.weight"][0]
+    conv = f"{first}conv_module1.depthwise_conv."
+    kernel = shapes.get(f"{conv}chunkwise_conv.weight") or shapes[f"{conv}weight"]
     heads = num_heads[min(stack, len(num_heads) - 1)] if num_heads else pos // 4
     usual = (heads * 64, heads * 12) == (all_queries, values)
     if heads < 1 or any(n % heads for n in (pos, all_queries // 2, values)):
@@ -145,7 +221,7 @@ def _stack_sizes(
         "feedforward_dim": shapes[f"{first}feed_forward2.in_proj.weight"][0],
         "num_heads": heads,
         "encoder_dim": shapes[f"{first}norm.bias"][0],
-        "cnn_module_kernel": shapes[f"{first}conv_module1.depthwise_conv.weight"][-1],
+        "cnn_module_kernel": kernel[-1],
         "query_head_dim": all_queries // 2 // heads,
         "value_head_dim": values // heads,
         "pos_head_dim": pos // heads,

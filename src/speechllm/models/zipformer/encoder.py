@@ -5,14 +5,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from speechllm.errors import InputError
-from speechllm.models.zipformer.config import MIN_FEATURE_FRAMES, ZipformerConfig, encoder_out_lens
+from speechllm.models.zipformer.chunks import History, stack_frames
+from speechllm.models.zipformer.config import (
+    MIN_FEATURE_FRAMES,
+    OFFLINE,
+    Chunking,
+    ZipformerConfig,
+    encoder_out_lens,
+)
 from speechllm.models.zipformer.ctc_head import CtcHead
 from speechllm.models.zipformer.frontend import Frontend
 from speechllm.models.zipformer.layer import (
     Bypass,
     ZipformerLayer,
     positional_embedding,
-    valid_frames,
 )
 from speechllm.precision import cast_frozen
 
@@ -41,21 +47,24 @@ class Downsample(nn.Module):
 class Stack(nn.Module):
     """Layers at the frame rate of their input: (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, layers: list[ZipformerLayer], pos_dim: int):
+    def __init__(self, layers: list[ZipformerLayer], pos_dim: int, factor: int):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.pos_dim = pos_dim
+        self.factor = factor  # downsampling of the input
         self.checkpointed = False
 
-    def forward(self, x: Tensor, lens: Tensor, mask: Tensor | float) -> Tensor:
-        pos_emb = positional_embedding(x.size(1), self.pos_dim, x.device).to(x.dtype)
-        valid = valid_frames(lens, x.size(1))
+    def forward(
+        self, x: Tensor, lens: Tensor, mask: Tensor | float, chunks: Chunking | History
+    ) -> Tensor:
+        frames = stack_frames(lens, x.size(1), chunks, self.factor)
+        pos_emb = positional_embedding(x.size(1), self.pos_dim, x.device, frames.left).to(x.dtype)
         x = x * mask
         for layer in self.layers:
             if self.checkpointed and torch.is_grad_enabled():
-                x = checkpoint(layer, x, pos_emb, valid, use_reentrant=False) * mask
+                x = checkpoint(layer, x, pos_emb, frames, use_reentrant=False) * mask
             else:
-                x = layer(x, pos_emb, valid) * mask
+                x = layer(x, pos_emb, frames) * mask
         return x
 
 
@@ -69,9 +78,11 @@ class DownsampledStack(nn.Module):
         self.out_combiner = Bypass(dim)
         self.factor = factor
 
-    def forward(self, x: Tensor, lens: Tensor, mask: Tensor | float) -> Tensor:
+    def forward(
+        self, x: Tensor, lens: Tensor, mask: Tensor | float, chunks: Chunking | History
+    ) -> Tensor:
         low, low_lens = self.downsample(x, lens)
-        low = self.encoder(low, low_lens, mask)
+        low = self.encoder(low, low_lens, mask, chunks)
         up = low.repeat_interleave(self.factor, dim=1)[:, : x.size(1)]
         return self.out_combiner(x, up)
 
@@ -86,7 +97,8 @@ class Zipformer(nn.Module):
         stacks = []
         for i, factor in enumerate(config.downsampling_factor):
             layers = range(config.num_encoder_layers[i])
-            stack = Stack([ZipformerLayer(config, i, dropout) for _ in layers], config.pos_dim)
+            layers = [ZipformerLayer(config, i, dropout) for _ in layers]
+            stack = Stack(layers, config.pos_dim, factor)
             if factor > 1:
                 stack = DownsampledStack(stack, factor, config.encoder_dim[i])
             stacks.append(stack)
@@ -106,18 +118,26 @@ class Zipformer(nn.Module):
             masks.append(mask)
         return masks
 
-    def stack_outputs(self, x: Tensor, lens: Tensor, feature_mask: bool = False) -> list[Tensor]:
+    def stack_outputs(
+        self,
+        x: Tensor,
+        lens: Tensor,
+        feature_mask: bool = False,
+        chunks: Chunking | History = OFFLINE,
+    ) -> list[Tensor]:
         """Return each stack's output (B, T, d_i) for x (B, T, d0)."""
         masks = self.feature_masks(x) if feature_mask else [1.0] * len(self.encoders)
         outputs = []
         for stack, dim, mask in zip(self.encoders, self.dims, masks):
             x = nn.functional.pad(x, (0, dim - x.size(-1)))  # a negative number truncates
-            x = stack(x, lens, mask)
+            x = stack(x, lens, mask, chunks)
             outputs.append(x)
         return outputs
 
-    def forward(self, x: Tensor, lens: Tensor, feature_mask: bool) -> Tensor:
-        outputs = self.stack_outputs(x, lens, feature_mask)
+    def forward(
+        self, x: Tensor, lens: Tensor, feature_mask: bool, chunks: Chunking | History
+    ) -> Tensor:
+        outputs = self.stack_outputs(x, lens, feature_mask, chunks)
         # Wider channel ranges come from the latest stack that has them.
         pieces, dim = [outputs[-1]], self.dims[-1]
         for output in reversed(outputs[:-1]):
@@ -145,6 +165,7 @@ class ZipformerEncoder(nn.Module):
         self.encoder = Zipformer(config, dropout)
         self.ctc_output = CtcHead(self.output_dim, vocab_size, dropout) if vocab_size else None
         self.frozen = False
+        self.chunkings: tuple[Chunking, ...] = (OFFLINE,)
 
     @property
     def output_dim(self) -> int:
@@ -159,6 +180,22 @@ class ZipformerEncoder(nn.Module):
         self.frozen = True
         self.requires_grad_(False)
         return self.eval()
+
+    def set_chunkings(self, chunkings: tuple[Chunking, ...]) -> None:
+        """Set the chunks to draw from in training; other passes use the last one.
+
+        Raises:
+          InputError: the encoder is not causal, or cannot have such chunks.
+        """
+        for chunking in chunkings:
+            chunking.check(self.config)
+        self.chunkings = chunkings
+
+    def sample_chunking(self) -> Chunking:
+        """Draw the chunks of a training batch."""
+        if len(self.chunkings) == 1:
+            return self.chunkings[0]
+        return self.chunkings[int(torch.randint(len(self.chunkings), (), device="cpu"))]
 
     def checkpoint_activations(self) -> None:
         """Store only each layer's input; the backward pass recomputes the rest."""
@@ -176,13 +213,18 @@ class ZipformerEncoder(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(
-        self, features: Tensor, feature_lens: Tensor, feature_mask: bool = False
+        self,
+        features: Tensor,
+        feature_lens: Tensor,
+        feature_mask: bool = False,
+        chunking: Chunking | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode features (B, T, 80) with lengths (B,) to (B, T / 4, output_dim), lengths (B,).
 
         Args:
           feature_lens: on the CPU, where the output lengths stay: nothing waits for a GPU.
           feature_mask: zero upper channels of random utterances, as in the published training.
+          chunking: chunks of a causal encoder, by default the last one of `set_chunkings`.
 
         Raises:
           InputError: an utterance is too short for a single output frame.
@@ -195,4 +237,5 @@ class ZipformerEncoder(nn.Module):
             )
         on_device = feature_lens.to(features.device, non_blocking=True)
         x, lens = self.encoder_embed(features, on_device)
-        return self.encoder(x, lens, feature_mask), encoder_out_lens(feature_lens)
+        chunks = self.chunkings[-1] if chunking is None else chunking
+        return self.encoder(x, lens, feature_mask, chunks), encoder_out_lens(feature_lens)

@@ -4,9 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechllm.models.zipformer.chunks import History, valid_frames
 from speechllm.models.zipformer.config import frontend_out_lens
-from speechllm.models.zipformer.layer import BiasNorm, Dropout, valid_frames
+from speechllm.models.zipformer.layer import BiasNorm, Dropout
 from speechllm.models.zipformer.swoosh import swoosh_l, swoosh_r
+
+CONTEXT = 3  # frames on both sides that ConvNeXt looks at
 
 
 class ConvNeXt(nn.Module):
@@ -18,9 +21,18 @@ class ConvNeXt(nn.Module):
         self.pointwise_conv1 = nn.Conv2d(channels, 3 * channels, 1)
         self.pointwise_conv2 = nn.Conv2d(3 * channels, channels, 1)
 
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """`valid` (B, T) hides the padding after an utterance from the 7-frame kernel."""
-        y = self._depthwise(x * valid[:, None, :, None])
+    def forward(self, x: Tensor, valid: Tensor, history: History | None = None) -> Tensor:
+        """`valid` (B, T) hides the padding after an utterance from the 7-frame kernel.
+
+        With `history`, x is a chunk and the 3 frames after it: (B, C, T + 3, F) -> (B, C, T, F).
+        """
+        y = x * valid[:, None, :, None]
+        if history is None:
+            y = self._depthwise(y)
+        else:
+            x = x[:, :, :-CONTEXT]
+            y = history.extend(y, CONTEXT, after=CONTEXT, dim=2)
+            y = self._depthwise(y)[:, :, CONTEXT:-CONTEXT]
         y = y.permute(0, 2, 3, 1)  # (B, C, T, F) -> (B, T, F, C): a 1x1 convolution is a Linear
         y = swoosh_l(_pointwise(self.pointwise_conv1, y))
         return x + _pointwise(self.pointwise_conv2, y).permute(0, 3, 1, 2)
@@ -55,14 +67,19 @@ class Frontend(nn.Module):
         self.out_norm = BiasNorm(out_dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the frames and the number of valid ones per utterance, (B,)."""
+    def forward(
+        self, features: Tensor, feature_lens: Tensor, history: History | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the frames and the number of valid ones per utterance, (B,).
+
+        With `history`, the features of a chunk of c frames are (B, 2c + 13, feature_dim).
+        """
         x = features.unsqueeze(1)  # (B, T, F) -> (B, 1, T, F)
         x = x.to(memory_format=torch.channels_last)  # twice as fast on CPUs
         x = swoosh_r(self.conv["0"](x))
         x = swoosh_r(self.conv["4"](x))
         x = swoosh_r(self.conv["7"](x))  # (B, 128, (T - 7) // 2, 19)
         lens = frontend_out_lens(feature_lens)
-        x = self.convnext(x, valid_frames(lens, x.size(2)))
+        x = self.convnext(x, valid_frames(lens, x.size(2)), history)
         x = x.transpose(1, 2).flatten(2)  # (B, C, T, F) -> (B, T, C * F)
-        return self.dropout(self.out_norm(self.out(x))), lens
+        return self.dropout(self.out_norm(self.out(x))), lens.clamp(max=x.size(1))

@@ -5,13 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from speechllm.models.zipformer.chunks import CausalConv, Frames
 from speechllm.models.zipformer.config import ZipformerConfig
 from speechllm.models.zipformer.swoosh import swoosh_l, swoosh_r
-
-
-def valid_frames(lens: Tensor, max_len: int) -> Tensor:
-    """Return a mask (B, max_len) that is True up to each utterance's length, lens (B,)."""
-    return torch.arange(max_len, device=lens.device) < lens[:, None]
 
 
 class BiasNorm(nn.Module):
@@ -62,12 +58,14 @@ def scaled_linear(in_dim: int, out_dim: int, scale: float, bias: bool = True) ->
     return linear
 
 
-def positional_embedding(num_frames: int, dim: int, device=None) -> Tensor:
-    """Return embeddings of the offsets -(T-1) … T, shape (2T, dim), float32.
+def positional_embedding(num_frames: int, dim: int, device=None, left: int = 0) -> Tensor:
+    """Return embeddings of the offsets -(L+T-1) … T, shape (L + 2T, dim), float32.
 
-    Offset T is unused; it spares `relative_shift` a special case for T = 1.
+    `left` is L, the frames before a chunk. Offset T is unused; it spares `relative_shift` a special
+    case for T = 1.
     """
-    offsets = torch.arange(1 - num_frames, num_frames + 1, device=device, dtype=torch.float32)
+    first = 1 - num_frames - left
+    offsets = torch.arange(first, num_frames + 1, device=device, dtype=torch.float32)
     length = math.sqrt(dim)
     compressed = length * offsets.sign() * ((offsets.abs() + length) / length).log()
     angle = (compressed / (dim / (2.0 * math.pi))).atan()
@@ -78,17 +76,17 @@ def positional_embedding(num_frames: int, dim: int, device=None) -> Tensor:
 
 
 def relative_shift(x: Tensor) -> Tensor:
-    """Convert scores by offset (…, T, 2T) to scores by source frame (…, T, T).
+    """Convert scores by offset (…, T, L + 2T) to scores by source frame (…, T, L + T).
 
-    Row t of the result starts at column T - 1 - t of the input, i.e. at offset -t.
+    Row t of the result starts at column T - 1 - t of the input, i.e. at offset -L - t.
     """
-    num_frames = x.size(-2)
+    num_frames, num_offsets = x.shape[-2:]
     flat = x.flatten(-2)[..., num_frames - 1 : -1]
-    return flat.unflatten(-1, (num_frames, 2 * num_frames - 1))[..., :num_frames]
+    return flat.unflatten(-1, (num_frames, num_offsets - 1))[..., : num_offsets - num_frames]
 
 
 class AttentionWeights(nn.Module):
-    """Self-attention weights (B, H, T, T) from content and relative position."""
+    """Self-attention weights (B, H, T, L + T) from content and relative position."""
 
     def __init__(self, dim: int, heads: int, query_dim: int, pos_head_dim: int, pos_dim: int):
         super().__init__()
@@ -97,15 +95,17 @@ class AttentionWeights(nn.Module):
         self.in_proj = scaled_linear(dim, sum(self.sizes), query_dim**-0.25)
         self.linear_pos = scaled_linear(pos_dim, heads * pos_head_dim, 0.05, bias=False)
 
-    def forward(self, x: Tensor, pos_emb: Tensor, valid: Tensor) -> Tensor:
-        """Return weights, 0 on padding, for x (B, T, C), pos_emb (2T, pos_dim), valid (B, T)."""
+    def forward(self, x: Tensor, pos_emb: Tensor, frames: Frames) -> Tensor:
+        """Return weights for x (B, T, C), pos_emb (L + 2T, pos_dim); 0 outside `frames.sources`."""
+        q, k, p = self.in_proj(x).split(self.sizes, dim=-1)
+        k = frames.with_history(k)
         q, k, p = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, head dim)
-            for part in self.in_proj(x).split(self.sizes, dim=-1)
+            for part in (q, k, p)
         )
         r = self.linear_pos(pos_emb).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)
-        scores = q @ k.transpose(-1, -2) + relative_shift(p @ r)  # r (H, head dim, 2T)
-        scores = scores.masked_fill(~valid[:, None, None, :], -1000.0)
+        scores = q @ k.transpose(-1, -2) + relative_shift(p @ r)  # r (H, head dim, L + 2T)
+        scores = scores.masked_fill(~frames.sources[:, None], -1000.0)
         return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
 
 
@@ -118,8 +118,9 @@ class SelfAttention(nn.Module):
         self.in_proj = nn.Linear(dim, heads * value_dim)
         self.out_proj = scaled_linear(heads * value_dim, dim, 0.05)
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        values = self.in_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def forward(self, x: Tensor, weights: Tensor, frames: Frames) -> Tensor:
+        values = frames.with_history(self.in_proj(x))
+        values = values.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return self.out_proj((weights @ values).transpose(1, 2).flatten(2))
 
 
@@ -131,9 +132,9 @@ class NonlinAttention(nn.Module):
         self.in_proj = nn.Linear(dim, 3 * hidden_dim)
         self.out_proj = scaled_linear(hidden_dim, dim, 0.05)
 
-    def forward(self, x: Tensor, first_head: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first_head: Tensor, frames: Frames) -> Tensor:
         s, x, y = self.in_proj(x).chunk(3, dim=-1)
-        return self.out_proj((first_head @ (x * s.tanh())) * y)
+        return self.out_proj((first_head @ frames.with_history(x * s.tanh())) * y)
 
 
 class FeedForward(nn.Module):
@@ -152,16 +153,24 @@ class FeedForward(nn.Module):
 class ConvModule(nn.Module):
     """A gated depthwise convolution over time: (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, dim: int, kernel: int):
+    def __init__(self, dim: int, kernel: int, causal: bool):
         super().__init__()
         self.in_proj = nn.Linear(dim, 2 * dim)
-        self.depthwise_conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.causal = causal
+        self.depthwise_conv = (
+            CausalConv(dim, kernel)
+            if causal
+            else nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        )
         self.out_proj = scaled_linear(dim, dim, 0.05)
 
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
         x, s = self.in_proj(x).chunk(2, dim=-1)
-        x = (x * s.sigmoid()) * valid[:, :, None]
-        x = self.depthwise_conv(x.transpose(1, 2)).transpose(1, 2)
+        x = (x * s.sigmoid()) * frames.valid[:, :, None]
+        if self.causal:
+            x = self.depthwise_conv(x, frames)
+        else:
+            x = self.depthwise_conv(x.transpose(1, 2)).transpose(1, 2)
         return self.out_proj(swoosh_r(x))
 
 
@@ -181,25 +190,25 @@ class ZipformerLayer(nn.Module):
         self.feed_forward1 = FeedForward(dim, feedforward_dim * 3 // 4, dropout)
         self.feed_forward2 = FeedForward(dim, feedforward_dim, dropout)
         self.feed_forward3 = FeedForward(dim, feedforward_dim * 5 // 4, dropout)
-        self.conv_module1 = ConvModule(dim, kernel)
-        self.conv_module2 = ConvModule(dim, kernel)
+        self.conv_module1 = ConvModule(dim, kernel, config.causal)
+        self.conv_module2 = ConvModule(dim, kernel, config.causal)
         self.norm = BiasNorm(dim)
         self.bypass = Bypass(dim)
         self.bypass_mid = Bypass(dim)
         # Unused; icefall's state dicts have it.
         self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5), requires_grad=False)
 
-    def forward(self, x: Tensor, pos_emb: Tensor, valid: Tensor) -> Tensor:
-        """Return (B, T, C) for x (B, T, C), pos_emb (2T, pos_dim) and valid (B, T)."""
+    def forward(self, x: Tensor, pos_emb: Tensor, frames: Frames) -> Tensor:
+        """Return (B, T, C) for x (B, T, C) and pos_emb (L + 2T, pos_dim)."""
         orig = x
-        weights = self.self_attn_weights(x, pos_emb, valid)
+        weights = self.self_attn_weights(x, pos_emb, frames)
         x = x + self.feed_forward1(x)
-        x = x + self.nonlin_attention(x, weights[:, 0])
-        x = x + self.self_attn1(x, weights)
-        x = x + self.conv_module1(x, valid)
+        x = x + self.nonlin_attention(x, weights[:, 0], frames)
+        x = x + self.self_attn1(x, weights, frames)
+        x = x + self.conv_module1(x, frames)
         x = x + self.feed_forward2(x)
         x = self.bypass_mid(orig, x)
-        x = x + self.self_attn2(x, weights)
-        x = x + self.conv_module2(x, valid)
+        x = x + self.self_attn2(x, weights, frames)
+        x = x + self.conv_module2(x, frames)
         x = x + self.feed_forward3(x)
         return self.bypass(orig, self.norm(x))

@@ -1,0 +1,133 @@
+"""Chunks of a causal Zipformer: attention mask, depthwise convolution, state between chunks.
+
+The same layers run over whole utterances with a mask (`Chunking`), or chunk by chunk with the
+frames before it (`History`); both give the same output.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechllm.models.zipformer.config import Chunking
+
+
+def valid_frames(lens: Tensor, max_len: int) -> Tensor:
+    """Return a mask (B, max_len) that is True up to each utterance's length, lens (B,)."""
+    return torch.arange(max_len, device=lens.device) < lens[:, None]
+
+
+class History:
+    """The last frames before a chunk, of each module that looks back, for a batch of streams.
+
+    Modules call `extend` in the same order for every chunk.
+
+    Attributes:
+      seen: frames at 50 per second before the chunk, (B,).
+      left: frames at 50 per second that attention looks back.
+      updated: what to store for the next chunk; batch first.
+    """
+
+    def __init__(self, seen: Tensor, left: int, stored: list[Tensor] | None = None):
+        """Without `stored`, all frames are zeros."""
+        self.seen, self.left, self.updated = seen, left, []
+        self._stored = None if stored is None else iter(stored)
+
+    def extend(self, x: Tensor, count: int, after: int = 0, dim: int = 1) -> Tensor:
+        """Prepend the `count` frames before a chunk, and store its last ones.
+
+        Args:
+          after: frames at the end of `x` that belong to the next chunk.
+        """
+        if self._stored is None:
+            shape = list(x.shape)
+            shape[dim] = count
+            before = x.new_zeros(shape)
+        else:
+            before = next(self._stored)
+        x = torch.cat([before, x], dim)
+        self.updated.append(x.narrow(dim, x.size(dim) - after - count, count))
+        return x
+
+
+class Frames(NamedTuple):
+    """Frames that the layers of a stack combine.
+
+    valid: (B, T), False on padding.
+    sources: frames that each frame attends to, (B, 1 or T, L + T).
+    chunk: frames per chunk.
+    chunk_lens: frames of each utterance's chunks, (B,): fewer if it is shorter than a chunk.
+    left: L, the number of frames before the chunk; 0 offline.
+    """
+
+    valid: Tensor
+    sources: Tensor
+    chunk: int
+    chunk_lens: Tensor
+    left: int = 0
+    history: History | None = None
+
+    def with_history(self, x: Tensor) -> Tensor:
+        """Prepend the L frames before a chunk: (B, T, C) -> (B, L + T, C)."""
+        return x if self.history is None else self.history.extend(x, self.left)
+
+
+def stack_frames(lens: Tensor, num_frames: int, chunks: Chunking | History, factor: int) -> Frames:
+    """Return the frames of a stack that downsamples by `factor`, with lens (B,) valid ones."""
+    valid = valid_frames(lens, num_frames)
+    sources = valid[:, None]
+    if isinstance(chunks, History):
+        left = chunks.left // factor
+        before = torch.arange(-left, 0, device=lens.device) >= -(chunks.seen // factor)[:, None]
+        sources = torch.cat([before[:, None], sources], dim=2)
+        chunk_lens = lens.where(chunks.seen == 0, num_frames)
+        return Frames(valid, sources, num_frames, chunk_lens, left, chunks)
+    if chunks.chunk_size < 0:
+        return Frames(valid, sources, num_frames, lens)
+    size = chunks.chunk_size // factor
+    chunk = torch.arange(num_frames, device=lens.device) // size
+    distance = chunk[:, None] - chunk  # (T, T), in chunks
+    allowed = distance >= 0
+    if chunks.left_chunks is not None:
+        allowed &= distance <= chunks.left_chunks
+    return Frames(valid, sources & allowed, size, lens.clamp(max=size))
+
+
+class CausalConv(nn.Module):
+    """Depthwise convolution over the past, plus one within each chunk: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim: int, kernel: int):
+        super().__init__()
+        self.causal_conv = nn.Conv1d(dim, dim, (kernel + 1) // 2, groups=dim)
+        self.chunkwise_conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, dim, kernel))
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        """Convolve `x`, which is zero on padding."""
+        context = self.causal_conv.kernel_size[0] - 1
+        if frames.history is None:
+            past = F.pad(x, (0, 0, context, 0))
+        else:
+            past = frames.history.extend(x, context)
+        past = self.causal_conv(past.transpose(1, 2))  # (B, C, T)
+        return (past + self._within_chunks(x.transpose(1, 2), frames)).transpose(1, 2)
+
+    def _within_chunks(self, x: Tensor, frames: Frames) -> Tensor:
+        """Convolve each chunk alone, scaled near its edges: (B, C, T) -> (B, C, T)."""
+        num_frames = x.size(2)
+        groups = -(-num_frames // frames.chunk)
+        x = F.pad(x, (0, groups * frames.chunk - num_frames))
+        x = x.unflatten(2, (groups, frames.chunk)).transpose(1, 2)  # (B, groups, C, chunk)
+        y = self.chunkwise_conv(x.flatten(0, 1)).unflatten(0, (-1, groups))
+        y = y * self._scale(frames.chunk_lens, frames.chunk)[:, None]
+        return y.transpose(1, 2).flatten(2)[..., :num_frames]
+
+    def _scale(self, lens: Tensor, num_frames: int) -> Tensor:
+        """Return the scale (N, C, T) of N chunks with lens (N,) frames: 1 far from their edges."""
+        at_start, at_end = self.chunkwise_conv_scale
+        kernel = at_start.size(1)
+        at_start = F.pad(at_start[:, :num_frames], (0, max(0, num_frames - kernel)))
+        column = kernel - lens[:, None] + torch.arange(num_frames, device=lens.device)
+        at_end = at_end[:, column.clamp(0, kernel - 1)].transpose(0, 1)  # (C, N, T) -> (N, C, T)
+        return 1 + at_start + at_end * (column >= 0)[:, None]

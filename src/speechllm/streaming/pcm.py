@@ -1,0 +1,44 @@
+"""Audio from a pipe while it is being recorded: raw PCM or WAV."""
+
+import wave
+from collections.abc import Iterator
+from io import BufferedReader
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speechllm.audio.fbank import SAMPLING_RATE
+from speechllm.errors import InputError
+
+BLOCK_BYTES = 1 << 16  # at most; a pipe gives what it has
+
+
+def open_pcm(stream: BufferedReader, name: str) -> tuple[int, Iterator[Tensor]]:
+    """Return the sampling rate and blocks of samples (N,) as they arrive, channels averaged.
+
+    Args:
+      stream: 16-bit WAV, or mono 16-bit little-endian PCM at 16 kHz without a header.
+
+    Raises:
+      InputError: a WAV header is damaged, or its format is not supported.
+    """
+    if stream.peek(4)[:4] != b"RIFF":
+        return SAMPLING_RATE, _blocks(stream, 1)
+    try:
+        header = wave.open(stream)  # reads up to the first sample; recorders do not know the length
+    except (wave.Error, EOFError) as error:
+        raise InputError(f"{name}: not a WAV file of 16-bit PCM: {error}") from None
+    if header.getsampwidth() != 2:
+        raise InputError(f"{name}: {8 * header.getsampwidth()}-bit samples, 16 bits are supported")
+    return header.getframerate(), _blocks(stream, header.getnchannels())
+
+
+def _blocks(stream: BufferedReader, channels: int) -> Iterator[Tensor]:
+    held = b""
+    while data := stream.read1(BLOCK_BYTES):
+        held += data
+        whole = len(held) // (2 * channels) * 2 * channels
+        samples = np.frombuffer(held[:whole], "<i2").reshape(-1, channels).mean(axis=1)
+        yield torch.from_numpy(samples / 32768).float()
+        held = held[whole:]

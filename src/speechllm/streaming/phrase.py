@@ -1,0 +1,93 @@
+"""The open phrase of a stream: what is encoded and has no final text yet, and where it ends."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speechllm.audio.fbank import NUM_MEL_BINS
+from speechllm.models.zipformer.ctc_head import BLANK
+
+FEATURES_PER_FRAME = 4
+BEFORE = 25  # frames of a phrase before its first token, which CTC emits late
+AFTER = 10  # frames of a phrase after its last token
+
+
+class Phrase(NamedTuple):
+    """A part of a stream for the LLM; times in encoder frames of the stream.
+
+    features: (4 T, 80).
+    outputs: (T, C) of each encoder.
+    """
+
+    start: int
+    end: int
+    features: Tensor
+    outputs: list[Tensor]
+
+
+class OpenPhrase:
+    """Features and encoder output since the last final text.
+
+    Attributes:
+      start: the first frame, counted from the beginning of the stream.
+      features: (N, 80) from that frame on, also those not encoded yet.
+      outputs: (T, C) of each encoder.
+      best: most probable CTC token of each frame, (T,).
+    """
+
+    def __init__(self):
+        self.start = 0
+        self.features = torch.zeros(0, NUM_MEL_BINS)
+        self.outputs: list[Tensor] = []
+        self.best = np.zeros(0, dtype=int)
+
+    def __len__(self) -> int:
+        return len(self.best)
+
+    def append(self, outputs: list[Tensor], best: np.ndarray) -> None:
+        """Append the frames that follow."""
+        if self.outputs:
+            outputs = [torch.cat(parts) for parts in zip(self.outputs, outputs)]
+        self.outputs, self.best = outputs, np.concatenate([self.best, best])
+
+    def cut(self, first: int, end: int) -> Phrase:
+        """Remove all frames before `end`; return those from `first` on."""
+        features = self.features[FEATURES_PER_FRAME * first : FEATURES_PER_FRAME * end]
+        outputs = [one[first:end] for one in self.outputs]
+        phrase = Phrase(self.start + first, self.start + end, features, outputs)
+        self.start += end
+        self.features = self.features[FEATURES_PER_FRAME * end :].clone()  # frees the rest
+        self.outputs = [one[end:].clone() for one in self.outputs]
+        self.best = self.best[end:]
+        return phrase
+
+
+def phrase_end(
+    best: np.ndarray, begins_word: Callable[[int], bool], silence: int, longest: int
+) -> tuple[int, int] | None:
+    """Return the first and the end frame of a phrase that is complete; None if it continues.
+
+    It ends with `silence` frames of blanks, or after `longest` frames, then in the longest gap
+    between words in its second half.
+
+    Args:
+      best: CTC tokens (T,).
+    """
+    tokens = np.flatnonzero(best != BLANK)
+    if not len(tokens):
+        return None
+    first, last = max(0, int(tokens[0]) - BEFORE), int(tokens[-1]) + 1
+    if len(best) - last >= silence:
+        return first, min(len(best), last + AFTER)
+    if len(best) < longest:
+        return None
+    gaps = [
+        (after - before, (before + after + 1) // 2)
+        for before, after in pairwise(tokens[tokens < longest].tolist())
+        if after >= longest // 2 and best[after] != best[before] and begins_word(int(best[after]))
+    ]
+    return first, max(gaps)[1] if gaps else longest

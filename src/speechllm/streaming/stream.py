@@ -1,0 +1,217 @@
+"""Streams of audio to events: partial texts by CTC, and final segments by the LLM.
+
+    streamer = Streamer(recognizer, LongformConfig(), language="en")
+    stream = streamer.open()
+    for samples in microphone:
+        for event in stream.feed(samples):
+            print(event)
+    print(stream.finish())
+
+A phrase ends in a pause; then the LLM verifies its CTC text. Everything before the open phrase is
+forgotten, so memory does not grow. `Streamer.advance` runs many streams in shared batches.
+"""
+
+from dataclasses import asdict, dataclass
+from itertools import groupby, takewhile
+
+import torch
+from torch import Tensor
+
+from speechllm.audio.fbank import SAMPLING_RATE, StreamingFbank
+from speechllm.audio.resample import StreamResampler
+from speechllm.decoding.alignment import CTC_FRAME_SHIFT
+from speechllm.decoding.recognizer import NEEDS_CTC, Recognizer
+from speechllm.errors import InputError
+from speechllm.longform.config import LongformConfig
+from speechllm.longform.segmenter import FRAMES_PER_SECOND
+from speechllm.longform.transcriber import make_segment
+from speechllm.longform.transcript import Segment, word_separator
+from speechllm.longform.writers import segment_json
+from speechllm.models.zipformer.config import Chunking
+from speechllm.models.zipformer.ctc_head import BLANK
+from speechllm.scoring.wer import by_characters, units
+from speechllm.streaming.encoding import CausalEncoding, Reencoding
+from speechllm.streaming.phrase import BEFORE, Phrase, phrase_end
+
+NO_SAMPLES = torch.zeros(0)
+DEFAULT_CHUNKING = Chunking(chunk_size=32, left_context=128)  # 640 ms
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Text of the open phrase so far, by CTC.
+
+    start: seconds.
+    stable: the beginning of `text` that later partial texts of this phrase keep.
+    """
+
+    start: float
+    text: str
+    stable: str
+
+
+Event = Partial | Segment  # a segment is final
+
+
+def event_json(event: Event) -> dict:
+    """Return an event as written by transcribe.py --stream: `type`, `partial` or `final`, and all
+    fields.
+    """
+    if isinstance(event, Segment):
+        return {"type": "final", **segment_json(event)}
+    return {"type": "partial", **asdict(event), "start": round(event.start, 3)}
+
+
+class Streamer:
+    """Opens streams of a recognizer and runs them in shared batches."""
+
+    def __init__(
+        self,
+        recognizer: Recognizer,
+        config: LongformConfig = LongformConfig(),
+        language: str | None = None,
+        chunking: Chunking | None = None,
+    ):
+        """
+        Args:
+          chunking: of causal encoders; by default that of the model, or DEFAULT_CHUNKING.
+
+        Raises:
+          InputError: no encoder has a CTC head, or the encoders cannot have such chunks.
+        """
+        if recognizer.ctc_decoder is None:
+            raise InputError(NEEDS_CTC.format("streaming"))
+        self.recognizer, self.config, self.language = recognizer, config, language
+        encoders = recognizer.model.encoder
+        if all(encoder.config.causal for encoder in encoders):
+            own = encoders[0].chunkings[-1]
+            chunking = chunking or (own if own.chunk_size > 0 else DEFAULT_CHUNKING)
+            self.encoding = CausalEncoding(recognizer, chunking)
+        else:
+            for encoder in encoders:
+                (chunking or Chunking()).check(encoder.config)
+            self.encoding = Reencoding(recognizer)
+        self.silence = max(1, round(config.endpoint_silence * FRAMES_PER_SECOND))
+        self.longest = round(config.max_segment_duration * FRAMES_PER_SECOND)
+
+    def open(self, sampling_rate: int = SAMPLING_RATE, context: str = "") -> "Stream":
+        """Return a new stream.
+
+        Args:
+          context: text for the LLM besides the audio; see Transcriber.check_context.
+
+        Raises:
+          InputError: the sampling rate is not supported.
+        """
+        return Stream(self, sampling_rate, context)
+
+    def advance(self, streams: list["Stream"]) -> list[list[Event]]:
+        """Encode what was pushed to the streams, and return the events of each."""
+        events: list[list[Event]] = [[] for _ in streams]
+        while True:
+            ready = [one for one in streams if self.encoding.is_ready(one.encoded)]
+            if ready:
+                self.encoding([one.encoded for one in ready])
+            ended = [(i, phrase) for i, one in enumerate(streams) for phrase in one.ended_phrases()]
+            segments = self._recognize([(streams[i], phrase) for i, phrase in ended])
+            for (i, _), segment in zip(ended, segments):
+                events[i].append(segment)
+            for own, stream in zip(events, streams):
+                if stream in ready:
+                    own += stream.new_partial()
+            if not ready:
+                return events
+
+    def _recognize(self, phrases: list[tuple["Stream", Phrase]]) -> list[Segment]:
+        """Return the final segments of phrases, recognized as one batch."""
+        shortest = self.recognizer.model.ds_rate
+        long = [(s, one) for s, one in phrases if one.end - one.start >= shortest]
+        found = iter(())
+        if long:
+            contexts = [stream.context for stream, _ in long]
+            encoded = self.encoding.embed([one for _, one in long], contexts)
+            found = iter(self.recognizer.decode(encoded))
+        return [
+            make_segment(
+                one.start * CTC_FRAME_SHIFT,
+                one.end * CTC_FRAME_SHIFT,
+                next(found) if one.end - one.start >= shortest else None,
+            )
+            for _, one in phrases
+        ]
+
+
+class Stream:
+    """Audio of one speaker or microphone, fed block by block; see Streamer."""
+
+    def __init__(self, streamer: Streamer, sampling_rate: int, context: str):
+        self.streamer, self.context = streamer, context
+        self.encoded = streamer.encoding.open()
+        self._resample = StreamResampler(sampling_rate)
+        self._fbank = StreamingFbank()
+        self._forget()
+
+    def feed(self, samples: Tensor) -> list[Event]:
+        """Add samples (N,), floats from -1 to 1, and return the events they lead to."""
+        self.push(samples)
+        return self.streamer.advance([self])[0]
+
+    def finish(self) -> list[Event]:
+        """End the stream and return its last events."""
+        self.push(end=True)
+        return self.streamer.advance([self])[0]
+
+    def push(self, samples: Tensor = NO_SAMPLES, end: bool = False) -> None:
+        """Add samples for the next `Streamer.advance`; with `end`, no more will follow."""
+        samples = torch.as_tensor(samples, dtype=torch.float32)
+        features = self._fbank(self._resample(samples, end), end)
+        self.encoded.phrase.features = torch.cat([self.encoded.phrase.features, features])
+        self.encoded.ended |= end
+
+    # ---- for Streamer
+
+    def ended_phrases(self) -> list[Phrase]:
+        """Remove complete phrases from the open one and return them."""
+        found, streamer = [], self.streamer
+        silence = streamer.silence
+        if self.encoded.ended and not streamer.encoding.is_ready(self.encoded):
+            silence = 0
+        begins_word = streamer.recognizer.ctc_decoder.tokenizer.begins_word
+        while end := phrase_end(self.encoded.phrase.best, begins_word, silence, streamer.longest):
+            found.append(self.encoded.cut(*end))
+            self._forget()
+        return found
+
+    def new_partial(self) -> list[Partial]:
+        """Return the partial text of a new encoding if it has changed, or drop old silence."""
+        phrase, streamer = self.encoded.phrase, self.streamer
+        tokens = [token for token, _ in groupby(phrase.best.tolist()) if token != BLANK]
+        if not tokens:
+            if len(phrase) > BEFORE:
+                self.encoded.cut(0, len(phrase) - BEFORE)
+            return []
+        text = streamer.recognizer.ctc_decoder.tokenizer.decode(tokens)
+        found = units(text, by_characters(streamer.language))
+        self._commit(found)
+        self._units, space = found, word_separator(streamer.language)
+        shown = self._stable + found[len(self._stable) :]
+        start = phrase.start + int((phrase.best != BLANK).argmax())
+        partial = Partial(start * CTC_FRAME_SHIFT, space.join(shown), space.join(self._stable))
+        if partial == self._last_partial:
+            return []
+        self._last_partial = partial
+        return [partial]
+
+    def _commit(self, found: list[str]) -> None:
+        """Extend the stable words: all but the last, or those that two encodings agree on."""
+        agreed = found[:-1]
+        if isinstance(self.streamer.encoding, Reencoding):  # LocalAgreement-2
+            pairs = takewhile(lambda pair: pair[0] == pair[1], zip(found, self._units))
+            agreed = [word for word, _ in pairs]
+        if len(agreed) > len(self._stable):
+            self._stable = self._stable + agreed[len(self._stable) :]
+
+    def _forget(self) -> None:
+        self._units: list[str] = []
+        self._stable: list[str] = []
+        self._last_partial: Partial | None = None
