@@ -20,8 +20,8 @@ import export
 import train
 from speechllm.checkpoints import load_checkpoint
 from speechllm.models.build import build_model
-from speechllm.models.config import load_model_config
-from speechllm.models.export import INDEX, write_index
+from speechllm.models.config import INDEX_FILE, load_model_config
+from speechllm.models.export import write_index
 from speechllm.models.identity import content_hashes
 from speechllm.models.state_dict import load_trainable_state
 
@@ -155,23 +155,23 @@ def test_the_directory_has_what_vllm_needs(exported, experiment):
     trained = json.loads((experiment(2) / "model.json").read_text())
     assert model.longest_utterance == trained["longest_utterance"] > 0.5
     files = dict.fromkeys(load_file(out / "model.safetensors"), "model.safetensors")
-    assert json.loads((out / INDEX).read_text())["weight_map"] == files
+    assert json.loads((out / INDEX_FILE).read_text())["weight_map"] == files
 
 
 def test_an_older_export_is_completed_by_exporting_it_again(exported, tmp_path):
     old, again = exported(), tmp_path / "again"
-    expected = (old / INDEX).read_text()
-    (old / INDEX).unlink()
+    expected = (old / INDEX_FILE).read_text()
+    (old / INDEX_FILE).unlink()
     export.main(["--exp-dir", str(old), "--out", str(again)])
-    assert (again / INDEX).read_text() == expected
+    assert (again / INDEX_FILE).read_text() == expected
     for name in ("model.safetensors", "projector.safetensors", "encoders/1/model.safetensors"):
         assert (again / name).read_bytes() == (old / name).read_bytes()
 
 
 def test_the_index_of_an_llm_in_several_files_is_kept(tmp_path):
-    (tmp_path / INDEX).write_text("{}")
+    (tmp_path / INDEX_FILE).write_text("{}")
     write_index(tmp_path)
-    assert (tmp_path / INDEX).read_text() == "{}"
+    assert (tmp_path / INDEX_FILE).read_text() == "{}"
 
 
 def test_the_card_has_command_data_and_error_rates(exported, decoded, experiment, tiny_llm_dir):

@@ -20,6 +20,8 @@ from speechllm.models.identity import content_hashes
 from speechllm.models.zipformer.config import AUTO, SIZES
 
 MODEL_FILE = "model.json"
+INDEX_FILE = "model.safetensors.index.json"  # of the LLM's weights in an exported model
+VLLM_MODEL = "SpeechLLMForConditionalGeneration"  # the class that vLLM loads, in speechllm/vllm
 MAX_NEW_TOKENS = 200  # of a transcript
 REPOSITORY = Path(__file__).resolve().parents[3]
 PATHS = ("llm_path", "speech_encoder_path", "speech_encoder_bpe_path")

@@ -25,7 +25,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from speechllm.errors import InputError
 from speechllm.io import check_space
-from speechllm.models.config import MAX_NEW_TOKENS, ModelConfig, save_model_config
+from speechllm.models.config import (
+    INDEX_FILE,
+    MAX_NEW_TOKENS,
+    VLLM_MODEL,
+    ModelConfig,
+    save_model_config,
+)
 from speechllm.models.identity import content_hashes
 from speechllm.models.int8 import INT8_FILE, int8_state
 from speechllm.models.lora import ADAPTER
@@ -33,8 +39,7 @@ from speechllm.models.speech_llm import SpeechLLM
 from speechllm.models.state_dict import trainable_state
 
 PROJECTOR, ENCODER, BPE = "projector.safetensors", "model.safetensors", "bpe.model"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-VLLM_MODEL = "SpeechLLMForConditionalGeneration"  # see speechllm/vllm
+WEIGHTS = "model.safetensors"
 
 
 def write_lora(llm: PeftModel, folder: Path) -> None:
@@ -129,11 +134,11 @@ def write_index(folder: Path) -> None:
 
     Without it vLLM reads each safetensors file of the directory, the projectors' too.
     """
-    if not (folder / INDEX).exists():
+    if not (folder / INDEX_FILE).exists():
         with safe_open(folder / WEIGHTS, "pt") as weights:
             weight_map = dict.fromkeys(weights.keys(), WEIGHTS)
         index = {"metadata": {}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_encoders(model: SpeechLLM, bpe_paths: list[str], folder: Path) -> dict[str, str]:
