@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -38,6 +39,8 @@ from speechllm.vllm.processor import (
     max_clip,
 )
 
+MIN_PIECE = SAMPLING_RATE  # samples
+
 
 def load_speech_encoders(
     folder: str, llm_dim: int, chat: ChatTemplate, dtype: torch.dtype
@@ -66,7 +69,7 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
     """An exported model in vLLM: `speech` is ours, `language_model` is vLLM's.
 
     Attributes:
-      on_encoded: called with the keys (B, 16) and encoder outputs of each encoded batch.
+      on_encoded: called with the keys (8,) of each encoded batch and its encoder outputs.
     """
 
     supported_languages = ISO639_1_SUPPORTED_LANGS
@@ -152,8 +155,11 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
         if trained and stt_params.language not in (None, trained):
             raise ValueError(f"language {stt_params.language!r}: this model is for {trained!r}")
         context = " ".join(filter(None, (stt_params.request_prompt, stt_params.hotwords)))
-        tokenizer = cached_tokenizer_from_config(config)
-        return generation_prompt(config.model, tokenizer, stt_params.audio, context)
+        samples, tokenizer = stt_params.audio, cached_tokenizer_from_config(config)
+        # The last piece of a long recording, a view of it, may be too short.
+        if samples.base is not None and samples.size < min(MIN_PIECE, samples.base.size):
+            samples = np.pad(samples, (0, MIN_PIECE - samples.size))
+        return generation_prompt(config.model, tokenizer, samples, context)
 
     @classmethod
     def post_process_output(cls, text: str) -> str:

@@ -144,9 +144,7 @@ class SpeechProcessor(BaseMultiModalProcessor[SpeechProcessingInfo]):
         features = self.fbank.extract(np.asarray(samples, np.float32), SAMPLING_RATE)
         return torch.as_tensor(features)
 
-    def _get_mm_fields_config(
-        self, hf_inputs, hf_processor_mm_kwargs
-    ) -> Mapping[str, MultiModalFieldConfig]:
+    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> dict:
         return {
             "features": MultiModalFieldConfig.batched("audio"),
             "keys": MultiModalFieldConfig.batched("audio", keep_on_cpu=True),
