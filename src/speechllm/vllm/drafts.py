@@ -7,18 +7,20 @@ vLLM verifies each proposal, so a missing or stale draft costs speed only.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
-from vllm.config import VllmConfig
-from vllm.tokenizers import cached_tokenizer_from_config
 
 from speechllm.decoding.ctc_decoder import find_ctc_decoder
 from speechllm.decoding.speculative import Draft
 from speechllm.errors import InputError
-from speechllm.models.prompt import IM_START, ChatTemplate, encode_transcripts
+from speechllm.models.prompt import encode_transcripts
 from speechllm.models.speech_llm import EncoderOutput
-from speechllm.vllm.processor import KEY_SIZE, chat_template, exported_config
+from speechllm.vllm.exported import chat_template, exported_config, split_request
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 MAX_DRAFTS = 4096  # the oldest are dropped
 
@@ -30,12 +32,13 @@ class CtcDraftProposer:
     place of the first speech embeddings.
     """
 
-    def __init__(self, vllm_config: VllmConfig):
+    def __init__(self, vllm_config: "VllmConfig"):
+        from vllm.tokenizers import cached_tokenizer_from_config
+
         model_config = vllm_config.model_config
         self.config = exported_config(model_config.model)
         self.tokenizer = cached_tokenizer_from_config(model_config)
         self.chat = chat_template(model_config.model, self.tokenizer)
-        self.im_start = self.tokenizer.convert_tokens_to_ids(IM_START)
         self.max_tokens = vllm_config.speculative_config.num_speculative_tokens
         self.max_length = model_config.max_model_len
         self.drafts: dict[tuple[int, ...], tuple[list[int], Draft, int]] = {}
@@ -82,7 +85,7 @@ class CtcDraftProposer:
         ]
 
     def _proposal(self, ids: list[int]) -> list[int]:
-        key, answer = split_request(self.chat, self.im_start, ids)
+        key, answer = split_request(self.chat, self.tokenizer, ids)
         if key not in self.drafts:
             return []
         tokens, draft, length = self.drafts[key]
@@ -92,14 +95,3 @@ class CtcDraftProposer:
             draft.advance(token)
         self.drafts[key] = tokens, draft, len(answer)
         return draft.remaining[: min(self.max_tokens, self.max_length - len(ids) - 1)]
-
-
-def split_request(
-    chat: ChatTemplate, im_start: int, ids: list[int]
-) -> tuple[tuple[int, ...], list[int]]:
-    """Return the key of the audio and the answer's ids, from those of a request."""
-    first, end_speech = len(chat.before) + 1, chat.group[2]
-    key = tuple(ids[first : min(first + KEY_SIZE, ids.index(end_speech))])
-    role = chat.after[chat.after.index(im_start) :]  # <|im_start|>assistant⏎
-    start = len(ids) - 1 - ids[::-1].index(im_start)
-    return key, ids[start + len(role) :]

@@ -20,26 +20,25 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.checkpoints import load_checkpoint
-from speechllm.errors import InputError
 from speechllm.models.build import load_encoders
-from speechllm.models.config import check_model_files
-from speechllm.models.identity import content_hashes
 from speechllm.models.prompt import ChatTemplate
 from speechllm.models.speech_llm import SpeechEncoders
 from speechllm.models.state_dict import load_trainable_state
 from speechllm.precision import autocast
+from speechllm.vllm.exported import (
+    chat_template,
+    check_encoders,
+    exported_config,
+    max_clip,
+)
 from speechllm.vllm.processor import (
     GROUP,
     SpeechDummyInputs,
     SpeechProcessingInfo,
     SpeechProcessor,
-    chat_template,
-    exported_config,
     generation_prompt,
-    max_clip,
+    shortest_audio,
 )
-
-MIN_PIECE = SAMPLING_RATE  # samples
 
 
 def load_speech_encoders(
@@ -51,9 +50,7 @@ def load_speech_encoders(
       FileNotFoundError, InputError: a file is missing, damaged or differs from the export.
     """
     config = exported_config(folder)
-    check_model_files(config)
-    if content_hashes(config.speech_encoder_path) != config.encoder_hashes:
-        raise InputError(f"{folder}/encoders: the files are not those of the export")
+    check_encoders(folder)
     with set_default_torch_dtype(torch.float32):
         encoders = load_encoders(config, dtype, "cpu")
         model = SpeechEncoders(encoders, llm_dim, chat, config.encoder_projector_ds_rate)
@@ -157,8 +154,9 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
         context = " ".join(filter(None, (stt_params.request_prompt, stt_params.hotwords)))
         samples, tokenizer = stt_params.audio, cached_tokenizer_from_config(config)
         # The last piece of a long recording, a view of it, may be too short.
-        if samples.base is not None and samples.size < min(MIN_PIECE, samples.base.size):
-            samples = np.pad(samples, (0, MIN_PIECE - samples.size))
+        missing = shortest_audio(exported_config(config.model)) - samples.size
+        if missing > 0 and samples.base is not None and samples.base.size > samples.size:
+            samples = np.pad(samples, (0, missing))
         return generation_prompt(config.model, tokenizer, samples, context)
 
     @classmethod

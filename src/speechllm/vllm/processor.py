@@ -1,15 +1,6 @@
-"""Prompts and features: from samples at 16 kHz to the inputs of the model, on the CPU.
+"""vLLM's processor: from samples at 16 kHz to features and the expanded prompt, on the CPU."""
 
-The prompt has one speech group for each audio; it becomes n groups with one token per speech
-embedding, as `ChatTemplate.prompt` and `expand_speech` make them for our own decoding. Embeddings
-replace these tokens, so their ids are free: they hold a hash of the features, by which
-`CtcDraftProposer` finds the draft of a request.
-"""
-
-import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,53 +17,26 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE, fbank_extractor
-from speechllm.errors import InputError
-from speechllm.models.config import INDEX_FILE, ModelConfig, load_model_config
-from speechllm.models.int8 import INT8_FILE
+from speechllm.audio.fbank import SAMPLING_RATE, fbank_extractor
+from speechllm.data.manifests import frames_needed
+from speechllm.models.config import ModelConfig
 from speechllm.models.prompt import (
     END_SPEECH,
     SPEECH,
     START_SPEECH,
     ChatTemplate,
-    build_chat_template,
     encode_contexts,
 )
-from speechllm.models.zipformer.config import encoder_out_lens
+from speechllm.vllm.exported import (
+    chat_template,
+    exported_config,
+    feature_key,
+    max_clip,
+    num_embeddings,
+    speech_groups,
+)
 
 GROUP = f"{START_SPEECH}{SPEECH}{END_SPEECH}"
-MAX_CLIP = 20  # s; for models whose longest training utterance is unknown
-KEY_SIZE = 16  # bytes; each is the id of a token in any vocabulary
-
-
-@cache
-def exported_config(folder: str) -> ModelConfig:
-    """Return the configuration of an exported model.
-
-    Raises:
-      InputError: the directory is not an exported model, or one that vLLM cannot serve.
-    """
-    path = Path(folder)
-    config = load_model_config(path)
-    if config is None or not config.checkpoint:
-        raise InputError(f"{folder} is not a directory written by export.py")
-    if (path / INT8_FILE).is_file():
-        raise InputError(f"{folder} has int8 weights: export with --int8 false for vLLM")
-    if not (path / INDEX_FILE).is_file():
-        command = f"python src/export.py --exp-dir {folder} --out {folder}-vllm"
-        raise InputError(f"{folder} has no {INDEX_FILE}, complete it with: {command}")
-    return config
-
-
-@cache
-def chat_template(folder: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    config = exported_config(folder)
-    return build_chat_template(tokenizer, config.instruction, config.use_context, config.lowercase)
-
-
-def max_clip(folder: str) -> int:
-    """Return the seconds above which vLLM splits a recording at quiet points."""
-    return max(1, int(exported_config(folder).longest_utterance or MAX_CLIP))
 
 
 def generation_prompt(
@@ -89,8 +53,13 @@ def generation_prompt(
     return TokensPrompt(prompt_token_ids=chat.prompt(1, ids[0]), multi_modal_data={"audio": audio})
 
 
+def shortest_audio(config: ModelConfig) -> int:
+    """Return the samples that give a speech embedding."""
+    return frames_needed(config.encoder_projector_ds_rate) * SAMPLING_RATE // 100
+
+
 class SpeechProcessingInfo(BaseProcessingInfo):
-    """Limits and helpers of a model."""
+    """Limits of a model, and its configuration."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"audio": 1}
@@ -106,10 +75,6 @@ class SpeechProcessingInfo(BaseProcessingInfo):
     @property
     def chat(self) -> ChatTemplate:
         return chat_template(self.model_id, self.get_tokenizer())
-
-    def num_embeddings(self, num_frames: int) -> int:
-        """Return the speech embeddings of each encoder for `num_frames` feature frames."""
-        return encoder_out_lens(num_frames) // self.config.encoder_projector_ds_rate
 
 
 class SpeechDummyInputs(BaseDummyInputsBuilder[SpeechProcessingInfo]):
@@ -131,16 +96,14 @@ class SpeechProcessor(BaseMultiModalProcessor[SpeechProcessingInfo]):
         self.fbank = fbank_extractor()
 
     def _call_hf_processor(self, hf_data: Mapping, hf_kwargs: Mapping) -> BatchFeature:
-        """Return features (T, 80) and their keys (16,), in float32 whatever the model's dtype."""
+        """Return features (T, 80) and their keys (8,), in float32 whatever the model's dtype."""
         features = [self._features(samples) for samples in hf_data["audio"]]
-        keys = [feature_key(one) for one in features]
+        keys = [torch.tensor(feature_key(one)) for one in features]
         return BatchFeature({"features": features, "keys": keys})
 
     def _features(self, samples: np.ndarray) -> Tensor:
-        frames = round(len(samples) / SAMPLING_RATE / FRAME_SHIFT)
-        if frames < 1 or self.info.num_embeddings(frames) < 1:
-            seconds = len(samples) / SAMPLING_RATE
-            raise ValueError(f"the audio is too short: {seconds:.2f} s")
+        if len(samples) < shortest_audio(self.info.config):
+            raise ValueError(f"the audio is too short: {len(samples) / SAMPLING_RATE:.2f} s")
         features = self.fbank.extract(np.asarray(samples, np.float32), SAMPLING_RATE)
         return torch.as_tensor(features)
 
@@ -151,28 +114,13 @@ class SpeechProcessor(BaseMultiModalProcessor[SpeechProcessingInfo]):
         }
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs) -> Sequence:
-        chat, encoders = self.info.chat, self.info.config.num_encoders
+        chat, config = self.info.chat, self.info.config
 
         def groups(index: int) -> PromptUpdateDetails:
             item = out_mm_kwargs["audio"][index].get_data()
-            size = self.info.num_embeddings(len(item["features"]))
-            return expanded_groups(chat, encoders, size, item["keys"].tolist())
+            size = num_embeddings(config, len(item["features"]))
+            key = item["keys"].tolist()
+            ids, is_embed = speech_groups(chat, config.num_encoders, size, key)
+            return PromptUpdateDetails(full=ids, is_embed=lambda _: torch.tensor(is_embed))
 
         return [PromptReplacement(modality="audio", target=list(chat.group), replacement=groups)]
-
-
-def expanded_groups(
-    chat: ChatTemplate, encoders: int, size: int, key: list[int]
-) -> PromptUpdateDetails:
-    """Return the ids of the speech groups, `size` tokens in each, and which become embeddings."""
-    start, speech, end = chat.group
-    tokens = (key + [speech] * size)[:size]
-    ids = [start, *tokens, end] * encoders
-    is_embed = torch.tensor(([False] + [True] * size + [False]) * encoders)
-    return PromptUpdateDetails(full=ids, is_embed=lambda _: is_embed)
-
-
-def feature_key(features: Tensor) -> Tensor:
-    """Return 16 bytes (16,) that identify features."""
-    digest = hashlib.blake2b(features.numpy().tobytes(), digest_size=KEY_SIZE).digest()
-    return torch.tensor(list(digest))
