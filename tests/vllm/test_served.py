@@ -177,11 +177,11 @@ def test_prompt_and_hotwords_are_the_context(post, greedy, clips, fields):
     assert texts != [text for _, text in greedy(2, clips[:3])]
 
 
-def wav(samples, rate=16000):
+def wav(samples, rate=16000, format="wav"):
     import io
 
     file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="wav")
+    soundfile.write(file, samples, rate, format=format)
     return file.getvalue()
 
 
@@ -193,10 +193,11 @@ def wav(samples, rate=16000):
         (b"not audio" * 100, {}, "nvalid"),
         (wav(np.zeros(0)), {}, "too short: 0.00 s"),
         (wav(np.zeros(800)), {}, "too short: 0.05 s"),
+        (wav(np.zeros(3600 * 16000, np.int16), format="flac"), {}, "600"),
         (wav(np.zeros(16000)), {"language": "de"}, "language 'de': this model is for 'en'"),
         (wav(np.zeros(16000)), {"response_format": "verbose_json"}, "verbose_json"),
     ],
-    ids=["empty", "garbage", "no samples", "short", "language", "verbose"],
+    ids=["empty", "garbage", "no samples", "short", "hour", "language", "verbose"],
 )
 def test_bad_requests_get_400_and_the_engine_lives_on(post, greedy, clips, audio, fields, message):
     response = post(audio, **fields)
