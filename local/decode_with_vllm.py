@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """Decode test sets with an exported model in vLLM, from the audio; the files are decode.py's.
 
-    .venv-vllm/bin/python local/decode_with_vllm.py --exp-dir models/mine --test-cuts mine_cuts_test
-
---world-size divides the LLM among GPUs (tensor parallelism); the encoders run on each of them.
+.venv-vllm/bin/python local/decode_with_vllm.py --exp-dir models/mine --test-cuts mine_cuts_test
 """
 
 import time
@@ -17,47 +15,46 @@ from speechllm.errors import exit_on_user_error
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    add = parser.add_argument
+    add = (parser := Parser(__doc__)).add_argument
     add("--exp-dir", required=True, help="directory written by export.py")
     add("--test-cuts", required=True, help="cut files, comma-separated")
     add("--manifest-dir", type=Path, default=Path("data/fbank"))
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    add("--world-size", type=int, default=1, help="number of GPUs")
+    add("--world-size", type=int, default=1, help="number of GPUs, for tensor parallelism")
     add("--gpu-memory-utilization", type=float, default=0.9, help="also of the CPU's memory")
     args = parser.parse_args(argv)
     from vllm import LLM
 
     from speechllm.audio.fbank import SAMPLING_RATE
+    from speechllm.data import manifests, validation
     from speechllm.data.config import DataConfig
-    from speechllm.data.manifests import context_of, frames_needed, long_enough
     from speechllm.decoding.recognizer import Hypothesis, Recognition
-    from speechllm.evaluation import eval_sets, results
     from speechllm.evaluation.config import EvalConfig
-    from speechllm.vllm.exported import exported_config
-    from speechllm.vllm.processor import generation_prompt
+    from speechllm.evaluation.eval_sets import merge_results, read_eval_sets
+    from speechllm.evaluation.results import write_results
+    from speechllm.scoring.files import log_line
+    from speechllm.vllm import exported, processor
 
-    data = DataConfig(args.manifest_dir, on_the_fly_feats=True)
-    sets = eval_sets.read_eval_sets(args.test_cuts, data)
-    least = frames_needed(exported_config(args.exp_dir).encoder_projector_ds_rate)
+    sets = read_eval_sets(args.test_cuts, DataConfig(args.manifest_dir, on_the_fly_feats=True))
+    least = processor.shortest_audio(exported.exported_config(args.exp_dir)) / SAMPLING_RATE
     options = dict(gpu_memory_utilization=args.gpu_memory_utilization, dtype=args.dtype)
     llm = LLM(args.exp_dir, tensor_parallel_size=args.world_size, **options)
-    sampling, tokenizer = llm.get_default_sampling_params(), llm.get_tokenizer()
+    tokenizer, sampling = llm.get_tokenizer(), llm.get_default_sampling_params()
     sampling.temperature = 0.0
     for one in sets:
-        start, found, prompts = time.monotonic(), dict(one.errors), []
-        cuts = [cut for cut in one.cuts if cut.id not in found and long_enough(cut, least)]
-        for cut in cuts:
-            samples = cut.resample(SAMPLING_RATE).load_audio().mean(axis=0)
-            prompts.append(generation_prompt(args.exp_dir, tokenizer, samples, context_of(cut)))
-        for cut, answer in zip(cuts, llm.generate(prompts, sampling)):
-            text = answer.outputs[0].text.strip()
-            found[cut.id] = Recognition(text, Hypothesis([*answer.outputs[0].token_ids]))
-        seconds = time.monotonic() - start
-        rtfx = {"RTFx (audio seconds per second)": sum(cut.duration for cut in cuts) / seconds}
-        files = Path(args.exp_dir) / "decode", one.name, f"decode-vllm-{args.dtype}"
-        decoded = eval_sets.merge_results(one, found)
-        print(one.name, results.write_results(decoded, *files, EvalConfig(), rtfx))
+        found, prompts, start = dict(one.errors), {}, time.monotonic()
+        for cut in (cut for cut in one.cuts if cut.id not in found and cut.duration >= least):
+            found |= {error.id: error for error in validation.read_errors(cut, False)}
+            if cut.id not in found:
+                inputs = cut.resample(SAMPLING_RATE).load_audio()[0], manifests.context_of(cut)
+                prompts[cut.id] = processor.generation_prompt(args.exp_dir, tokenizer, *inputs)
+        for name, answer in zip(prompts, llm.generate([*prompts.values()], sampling)):
+            found[name] = Recognition(answer.outputs[0].text.strip(), Hypothesis())
+        seconds = sum(cut.duration for cut in one.cuts if cut.id in prompts)
+        speed = {"RTFx (audio seconds per second)": seconds / (time.monotonic() - start)}
+        files = Path(args.exp_dir) / "decode", one.name, f"vllm-{args.dtype}"
+        errors = write_results(merge_results(one, found), *files, EvalConfig(), speed)
+        print(log_line(one.name, errors))
 
 
 if __name__ == "__main__":
