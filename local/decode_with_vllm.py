@@ -51,10 +51,11 @@ def main(argv: list[str] | None = None) -> None:
         for name, answer in zip(prompts, llm.generate([*prompts.values()], sampling)):
             found[name] = Recognition(answer.outputs[0].text.strip(), Hypothesis())
         seconds = sum(cut.duration for cut in one.cuts if cut.id in prompts)
-        speed = {"RTFx (audio seconds per second)": seconds / (time.monotonic() - start)}
-        files = Path(args.exp_dir) / "decode", one.name, f"vllm-{args.dtype}"
-        errors = write_results(merge_results(one, found), *files, EvalConfig(), speed)
-        print(log_line(one.name, errors))
+        rtfx = {"RTFx (audio seconds per second)": seconds / (time.monotonic() - start)}
+        out = Path(args.exp_dir) / "decode", one.name, f"vllm-{args.dtype}"
+        print(
+            log_line(one.name, write_results(merge_results(one, found), *out, EvalConfig(), rtfx))
+        )
 
 
 if __name__ == "__main__":
