@@ -52,10 +52,8 @@ def main(argv: list[str] | None = None) -> None:
             found[name] = Recognition(answer.outputs[0].text.strip(), Hypothesis())
         seconds = sum(cut.duration for cut in one.cuts if cut.id in prompts)
         rtfx = {"RTFx (audio seconds per second)": seconds / (time.monotonic() - start)}
-        out = Path(args.exp_dir) / "decode", one.name, f"vllm-{args.dtype}"
-        print(
-            log_line(one.name, write_results(merge_results(one, found), *out, EvalConfig(), rtfx))
-        )
+        to = Path(args.exp_dir) / "decode", one.name, f"vllm-{args.dtype}"
+        print(log_line(one.name, write_results(merge_results(one, found), *to, EvalConfig(), rtfx)))
 
 
 if __name__ == "__main__":

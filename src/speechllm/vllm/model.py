@@ -79,7 +79,8 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
         chat = chat_template(config.model, cached_tokenizer_from_config(config))
         llm_dim = config.hf_text_config.hidden_size
         with self._mark_tower_model(vllm_config, "audio"):
-            self.speech = load_speech_encoders(config.model, llm_dim, chat, self.dtype)
+            speech = load_speech_encoders(config.model, llm_dim, chat, self.dtype)
+            self.speech = speech.to(vllm_config.device_config.device)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config,
