@@ -1,4 +1,4 @@
-"""vLLM plugin: exported models as `SpeechLLMForConditionalGeneration` (see README.md).
+"""vLLM plugin: exported models as `SpeechLLMForConditionalGeneration` (see src/README.md).
 
 vLLM finds `register` by the entry point in src/pyproject.toml. Nothing else in speechllm imports
 vLLM.
