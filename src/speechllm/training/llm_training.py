@@ -89,7 +89,7 @@ def run_llm_training(dist_env: DistEnv, training: Training) -> None:
     if dist_env.is_main:
         if config.resume == "never" and not start.path:  # with the model.json of those
             archive_later_checkpoints(config.exp_dir, start.state)
-        longest = training.data.train.longest
+        longest = float(training.data.train.longest)
         trained_model = replace(with_hashes(training.model), longest_utterance=longest)
         save_model_config(trained_model, config.exp_dir)
     model.to(dist_env.device)
