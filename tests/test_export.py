@@ -13,14 +13,16 @@ from decode_results import hypotheses
 from huggingface_hub import RepoUrl
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import decode
 import export
 import train
 from speechllm.checkpoints import load_checkpoint
 from speechllm.models.build import build_model
-from speechllm.models.config import load_model_config
+from speechllm.models.config import INDEX_FILE, load_model_config
+from speechllm.models.export import write_index
+from speechllm.models.identity import content_hashes
 from speechllm.models.state_dict import load_trainable_state
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -138,6 +140,38 @@ def test_all_trained_parameters_are_exported(tiny_train_argv, decoded, bpe, tmp_
     export.main(["--exp-dir", str(exp_dir), "--checkpoint", "epoch-1.pt", "--out", str(out)])
     expected = decoded(exp_dir, "--checkpoint", "epoch-1.pt", name="epoch-1")
     assert decoded(out) == expected
+
+
+def test_the_directory_has_what_vllm_needs(exported, experiment):
+    out = exported(n=2)
+    config = json.loads((out / "config.json").read_text())
+    names = ["SpeechLLMForConditionalGeneration", "Qwen2ForCausalLM"]
+    assert (config["architectures"], config["model_type"]) == (names, "qwen2")
+    limits = json.loads((out / "generation_config.json").read_text())
+    ends = AutoTokenizer.from_pretrained(out).convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert (limits["eos_token_id"], limits["max_new_tokens"]) == (ends, 200)
+    model = load_model_config(out)
+    assert model.encoder_hashes == content_hashes(model.speech_encoder_path) != ""
+    trained = json.loads((experiment(2) / "model.json").read_text())
+    assert model.longest_utterance == trained["longest_utterance"] > 0.5
+    files = dict.fromkeys(load_file(out / "model.safetensors"), "model.safetensors")
+    assert json.loads((out / INDEX_FILE).read_text())["weight_map"] == files
+
+
+def test_an_older_export_is_completed_by_exporting_it_again(exported, tmp_path):
+    old, again = exported(), tmp_path / "again"
+    expected = (old / INDEX_FILE).read_text()
+    (old / INDEX_FILE).unlink()
+    export.main(["--exp-dir", str(old), "--out", str(again)])
+    assert (again / INDEX_FILE).read_text() == expected
+    for name in ("model.safetensors", "projector.safetensors", "encoders/1/model.safetensors"):
+        assert (again / name).read_bytes() == (old / name).read_bytes()
+
+
+def test_the_index_of_an_llm_in_several_files_is_kept(tmp_path):
+    (tmp_path / INDEX_FILE).write_text("{}")
+    write_index(tmp_path)
+    assert (tmp_path / INDEX_FILE).read_text() == "{}"
 
 
 def test_the_card_has_command_data_and_error_rates(exported, decoded, experiment, tiny_llm_dir):

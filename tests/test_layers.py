@@ -73,6 +73,8 @@ def layer_violations(source: Source) -> list[str]:
         top, imported, *_ = [*name.split("."), "", ""]
         if top in SCRIPTS:
             found[source.at(node, f"the library imports the script {top}")] = None
+        if top == "vllm" != source.top:
+            found[source.at(node, f"{source.top} must not import vllm")] = None
         if top != "speechllm" or imported == source.top or imported not in RANKS:
             continue
         own, other = RANKS[source.top], RANKS[imported]
@@ -181,6 +183,8 @@ def made_up(path: str, text: str) -> Source:
         ("io.py", "from speechllm.signals import f", "io must not import signals"),
         ("audio/x.py", "import torch\nimport train", ":2: the library imports the script train"),
         ("wrong/x.py", "", ":1: wrong is in no layer"),
+        ("serving/x.py", "def f():\n from vllm import LLM", ":2: serving must not import vllm"),
+        ("vllm/x.py", "from vllm import LLM\nfrom speechllm import decoding", None),
         ("data/x.py", "from speechllm.models import llm\nfrom . import sampler", None),
         ("signals.py", "from speechllm.io import x", None),
     ],

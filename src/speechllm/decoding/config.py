@@ -7,8 +7,8 @@ from pathlib import Path
 
 from speechllm.cli import check_range, comma_list, flag_name, option
 from speechllm.errors import InputError
+from speechllm.models.config import MAX_NEW_TOKENS
 
-MAX_NEW_TOKENS = 200
 HOTWORD_SCORE = 2.0
 BEAM_SIZE = 4
 LAG = 0.03  # s; encoders trained from a flat start emit CTC spikes this late

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speechllm.errors import InputError
-from speechllm.models.speech_llm import SpeechLLM
+from speechllm.models.speech_llm import SpeechEncoders
 from speechllm.models.zipformer.bpe import case_of
 from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, ctc_loss
 
@@ -68,7 +68,7 @@ class CtcOutput:
 class CtcDecoder:
     """The CTC head of one of the model's encoders, with its BPE model."""
 
-    def __init__(self, model: SpeechLLM, encoder: int, tokenizer: BpeTokenizer):
+    def __init__(self, model: SpeechEncoders, encoder: int, tokenizer: BpeTokenizer):
         self.encoder, self.tokenizer = encoder, tokenizer
         self.ctc_output = model.encoder[encoder].ctc_output
 
@@ -78,7 +78,7 @@ class CtcDecoder:
         return [CtcOutput(log_probs[b, :n], self.tokenizer) for b, n in enumerate(lens.tolist())]
 
 
-def find_ctc_decoder(model: SpeechLLM, bpe_paths: list[str]) -> CtcDecoder | None:
+def find_ctc_decoder(model: SpeechEncoders, bpe_paths: list[str]) -> CtcDecoder | None:
     """Return the decoder of the first encoder with a CTC head and a BPE model, if any.
 
     Raises:

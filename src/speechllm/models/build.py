@@ -10,6 +10,7 @@ from speechllm.models.llm import load_llm, prepare_llm
 from speechllm.models.prompt import build_chat_template
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.models.zipformer.checkpoint import load_encoder
+from speechllm.models.zipformer.encoder import ZipformerEncoder
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,7 @@ def build_model(
     Raises:
       FileNotFoundError, InputError: a file is missing, damaged or does not match the config.
     """
-    files = zip(config.encoder_files, config.encoder_shapes)
-    encoders = [load_encoder(*file, *shapes).to(options.device) for file, shapes in files]
-    for encoder in encoders:
-        encoder.set_chunkings(config.chunkings)
-    if not config.unfreeze_encoder:
-        encoders = [encoder.freeze(options.encoder_dtype) for encoder in encoders]
+    encoders = load_encoders(config, options.encoder_dtype, options.device)
     llm, tokenizer = load_llm(
         config.llm_path, options.llm_dtype, options.use_flash_attn, options.device
     )
@@ -56,3 +52,14 @@ def build_model(
         )
     model.encoder_projector.requires_grad_(not options.freeze_projector)
     return model, tokenizer
+
+
+def load_encoders(config: ModelConfig, dtype: torch.dtype, device: str) -> list[ZipformerEncoder]:
+    """Load the encoders; those that are frozen have their linear layers in `dtype`."""
+    files = zip(config.encoder_files, config.encoder_shapes)
+    encoders = [load_encoder(*file, *shapes).to(device) for file, shapes in files]
+    for encoder in encoders:
+        encoder.set_chunkings(config.chunkings)
+    if not config.unfreeze_encoder:
+        encoders = [encoder.freeze(dtype) for encoder in encoders]
+    return encoders

@@ -21,11 +21,14 @@ from speechllm.models.identity import content_hashes
 from speechllm.models.zipformer.config import AUTO, SIZES, Chunking, parse_chunkings
 
 MODEL_FILE = "model.json"
+INDEX_FILE = "model.safetensors.index.json"  # of the LLM's weights in an exported model
+VLLM_MODEL = "SpeechLLMForConditionalGeneration"  # the class that vLLM loads, in speechllm/vllm
+MAX_NEW_TOKENS = 200  # of a transcript
 REPOSITORY = Path(__file__).resolve().parents[3]
 PATHS = ("llm_path", "speech_encoder_path", "speech_encoder_bpe_path")
 MAY_CHANGE = (  # when resuming; the shapes of the encoders' weights give their types
     "speech_encoder_type", "speech_encoder_bpe_path", "language", "command", "checkpoint",
-    "llm_hash", "encoder_hashes", "lora_dropout",
+    "llm_hash", "encoder_hashes", "lora_dropout", "longest_utterance",
 )  # fmt: skip
 HASHES = {"llm_path": "llm_hash", "speech_encoder_path": "encoder_hashes"}
 ENCODERS = ("transducer_large", "aed_crctc_large", "crctc_large", "transducer_crctc_large")
@@ -96,6 +99,7 @@ class ModelConfig:
     checkpoint: str | None = None  # file in the directory of an exported model
     llm_hash: str | None = None  # identity of the LLM and the encoders (see identity.py)
     encoder_hashes: str | None = None  # comma-separated
+    longest_utterance: float | None = None  # of the training, in seconds
 
     def __post_init__(self):
         paths, sizes = comma_list(self.speech_encoder_path), comma_list(self.speech_encoder_type)

@@ -1,6 +1,7 @@
 """Write a trained model as one directory that can be moved, without pickled files:
 
     config.json, model.safetensors, tokenizer…  the LLM with LoRA merged: a plain Qwen2
+    model.safetensors.index.json                the LLM's weights alone, for vLLM
     projector.safetensors                       projectors
     encoders/1/model.safetensors, bpe.model     each encoder with its CTC head
     model.json                                  ModelConfig
@@ -10,25 +11,35 @@ With int8, model-int8.safetensors (see speechllm/models/int8.py) replaces model.
 
 import copy
 import dataclasses
+import json
 import logging
 import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from speechllm.errors import InputError
 from speechllm.io import check_space
-from speechllm.models.config import ModelConfig, save_model_config
+from speechllm.models.config import (
+    INDEX_FILE,
+    MAX_NEW_TOKENS,
+    VLLM_MODEL,
+    ModelConfig,
+    save_model_config,
+)
+from speechllm.models.identity import content_hashes
 from speechllm.models.int8 import INT8_FILE, int8_state
 from speechllm.models.lora import ADAPTER
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.models.state_dict import trainable_state
 
 PROJECTOR, ENCODER, BPE = "projector.safetensors", "model.safetensors", "bpe.model"
+WEIGHTS = "model.safetensors"
 
 
 def write_lora(llm: PeftModel, folder: Path) -> None:
@@ -76,7 +87,9 @@ def write_model(
         unfreeze_encoder=False,
         checkpoint=PROJECTOR,
         llm_hash=None,
-        encoder_hashes=None,
+        encoder_hashes=content_hashes(
+            ",".join(str(folder / path) for path in paths["speech_encoder_path"].split(","))
+        ),
     )
     save_model_config(exported, folder)
     for licence in Path(config.llm_path).glob("LICENSE*"):
@@ -102,13 +115,30 @@ def write_llm(
 ) -> None:
     """Write LLM and tokenizer, which has the speech tokens, for `from_pretrained`."""
     llm, chat = model.llm, model.chat
-    llm.generation_config = GenerationConfig(eos_token_id=chat.end, pad_token_id=chat.pad)
+    llm.generation_config = GenerationConfig(
+        eos_token_id=sorted({*chat.ends}), pad_token_id=chat.pad, max_new_tokens=MAX_NEW_TOKENS
+    )
     if int8:
-        llm.config.save_pretrained(folder)
         save_file(int8_state(llm), folder / INT8_FILE)
     else:
         llm.save_pretrained(folder)
+        write_index(folder)
+    # vLLM takes the first of these that it has, transformers goes by model_type.
+    llm.config.architectures = [VLLM_MODEL, type(llm).__name__]
+    llm.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_index(folder: Path) -> None:
+    """Write an index of the LLM's weights, unless they are in several files, which have one.
+
+    Without it vLLM reads each safetensors file of the directory, the projectors' too.
+    """
+    if not (folder / INDEX_FILE).exists():
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            weight_map = dict.fromkeys(weights.keys(), WEIGHTS)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_encoders(model: SpeechLLM, bpe_paths: list[str], folder: Path) -> dict[str, str]:

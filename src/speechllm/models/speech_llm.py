@@ -58,7 +58,83 @@ class Projector(nn.Module):
         return self.proj(x.flatten(2))  # (B, T // 4, 4 * C) -> (B, T // 4, D)
 
 
-class SpeechLLM(nn.Module):
+class SpeechEncoders(nn.Module):
+    """Encoders with a projector for each, from features to speech embeddings."""
+
+    def __init__(
+        self,
+        encoders: list[ZipformerEncoder],
+        llm_dim: int,
+        chat: ChatTemplate,
+        ds_rate: int = 4,
+        encoder_feature_mask: bool = True,
+    ):
+        """
+        Args:
+          encoders: trained unless they are `frozen`; their CTC heads are always frozen.
+          ds_rate: encoder frames per speech embedding.
+          encoder_feature_mask: mask encoder channels in training, as the published recipe does.
+        """
+        super().__init__()
+        for encoder in encoders:
+            if encoder.ctc_output is not None:
+                encoder.ctc_output.requires_grad_(False)
+        self.encoder = nn.ModuleList(encoders)
+        self.encoder_projector = nn.ModuleList(
+            Projector(encoder.output_dim, llm_dim, ds_rate) for encoder in encoders
+        )
+        self.chat = chat
+        self.ds_rate = ds_rate
+        self.encoder_feature_mask = encoder_feature_mask
+
+    def all_encoders(self, batch_size: int) -> list[list[int]]:
+        """Return all encoders in order for each utterance, as validation and decoding use them."""
+        return [list(range(len(self.encoder))) for _ in range(batch_size)]
+
+    def encode(
+        self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
+    ) -> list[EncoderOutput]:
+        """Run each encoder on the utterances that use it, or on the first if none does.
+
+        On every rank all trainable parameters need a gradient, even if it is zero.
+        """
+        outputs = []
+        chunking = self.encoder[0].sample_chunking() if self.training else None
+        for k, encoder in enumerate(self.encoder):
+            rows = [b for b, used in enumerate(encoders) if k in used] or [0]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
+                encoder_out, lens = encoder(
+                    features[_to(features.device, torch.tensor(rows))],
+                    feature_lens[rows],
+                    feature_mask=self.encoder_feature_mask and self.training,
+                    chunking=chunking,
+                )
+            outputs.append(EncoderOutput(rows, encoder_out, lens))
+        return outputs
+
+    def project(
+        self, outputs: list[EncoderOutput], encoders: list[list[int]]
+    ) -> list[list[Tensor]]:
+        """Return the speech embeddings (S, D) of each utterance's encoders, in that order."""
+        by_encoder: list[dict[int, Tensor]] = []
+        for projector, (rows, encoder_out, lens) in zip(self.encoder_projector, outputs):
+            embeddings = projector(encoder_out)
+            counts = (lens // self.ds_rate).tolist()
+            by_encoder.append({b: embeddings[i, : counts[i]] for i, b in enumerate(rows)})
+        speech = [[by_encoder[k][b] for k in used] for b, used in enumerate(encoders)]
+        in_use = {k for used in encoders for k in used}
+        unused = [table[0][:0] for k, table in enumerate(by_encoder) if k not in in_use]
+        speech[0][0] = torch.cat([speech[0][0], *unused])  # empty, but part of the graph
+        return speech
+
+    def speech_embeddings(
+        self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
+    ) -> list[list[Tensor]]:
+        """Encode and project: speech embeddings (S, D) of each utterance's encoders."""
+        return self.project(self.encode(features, feature_lens, encoders), encoders)
+
+
+class SpeechLLM(SpeechEncoders):
     """Encoders, projectors and LLM; a model with one encoder is the case n = 1."""
 
     def __init__(
@@ -70,27 +146,14 @@ class SpeechLLM(nn.Module):
         encoder_feature_mask: bool = True,
         label_smoothing: float = 0.0,
     ):
-        """
+        """For the other arguments see SpeechEncoders.
+
         Args:
-          encoders: trained unless they are `frozen`; their CTC heads are always frozen.
-          ds_rate: encoder frames per speech embedding.
-          encoder_feature_mask: mask encoder channels in training, as the published recipe does.
           label_smoothing: of the loss in training.
         """
-        super().__init__()
         llm_dim = llm.get_input_embeddings().embedding_dim
-        for encoder in encoders:
-            if encoder.ctc_output is not None:
-                encoder.ctc_output.requires_grad_(False)
-        self.encoder = nn.ModuleList(encoders)
-        self.encoder_projector = nn.ModuleList(
-            Projector(encoder.output_dim, llm_dim, ds_rate) for encoder in encoders
-        )
-        self.llm = llm
-        self.chat = chat
-        self.ds_rate = ds_rate
-        self.encoder_feature_mask = encoder_feature_mask
-        self.label_smoothing = label_smoothing
+        super().__init__(encoders, llm_dim, chat, ds_rate, encoder_feature_mask)
+        self.llm, self.label_smoothing = llm, label_smoothing
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "SpeechLLM":
@@ -149,52 +212,6 @@ class SpeechLLM(nn.Module):
             use_cache=cache is not None,
             **{name: cache},
         ).last_hidden_state
-
-    def all_encoders(self, batch_size: int) -> list[list[int]]:
-        """Return all encoders in order for each utterance, as validation and decoding use them."""
-        return [list(range(len(self.encoder))) for _ in range(batch_size)]
-
-    def encode(
-        self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
-    ) -> list[EncoderOutput]:
-        """Run each encoder on the utterances that use it, or on the first if none does.
-
-        On every rank all trainable parameters need a gradient, even if it is zero.
-        """
-        outputs = []
-        chunking = self.encoder[0].sample_chunking() if self.training else None
-        for k, encoder in enumerate(self.encoder):
-            rows = [b for b, used in enumerate(encoders) if k in used] or [0]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
-                encoder_out, lens = encoder(
-                    features[_to(features.device, torch.tensor(rows))],
-                    feature_lens[rows],
-                    feature_mask=self.encoder_feature_mask and self.training,
-                    chunking=chunking,
-                )
-            outputs.append(EncoderOutput(rows, encoder_out, lens))
-        return outputs
-
-    def project(
-        self, outputs: list[EncoderOutput], encoders: list[list[int]]
-    ) -> list[list[Tensor]]:
-        """Return the speech embeddings (S, D) of each utterance's encoders, in that order."""
-        by_encoder: list[dict[int, Tensor]] = []
-        for projector, (rows, encoder_out, lens) in zip(self.encoder_projector, outputs):
-            embeddings = projector(encoder_out)
-            counts = (lens // self.ds_rate).tolist()
-            by_encoder.append({b: embeddings[i, : counts[i]] for i, b in enumerate(rows)})
-        speech = [[by_encoder[k][b] for k in used] for b, used in enumerate(encoders)]
-        in_use = {k for used in encoders for k in used}
-        unused = [table[0][:0] for k, table in enumerate(by_encoder) if k not in in_use]
-        speech[0][0] = torch.cat([speech[0][0], *unused])  # empty, but part of the graph
-        return speech
-
-    def speech_embeddings(
-        self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
-    ) -> list[list[Tensor]]:
-        """Encode and project: speech embeddings (S, D) of each utterance's encoders."""
-        return self.project(self.encode(features, feature_lens, encoders), encoders)
 
     def prompt(
         self, features: Tensor, feature_lens: Tensor, contexts: list[list[int]] | None = None

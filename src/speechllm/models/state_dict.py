@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from speechllm.checkpoints import copy_to_cpu
 from speechllm.errors import InputError
-from speechllm.models.speech_llm import SpeechLLM
+from speechllm.models.speech_llm import SpeechEncoders
 
 IGNORED_KEYS = (  # in published checkpoints: an unused embedding, and copies of a frozen one
     "prompt_embedding.weight",
@@ -21,7 +21,7 @@ IGNORED_KEYS = (  # in published checkpoints: an unused embedding, and copies of
 
 
 def trainable_state(
-    model: SpeechLLM, value: Callable[[Tensor], Tensor] = copy_to_cpu
+    model: SpeechEncoders, value: Callable[[Tensor], Tensor] = copy_to_cpu
 ) -> dict[str, Tensor]:
     """Return the trainable parameters, each copied by `value`, under the published names.
 
@@ -31,7 +31,7 @@ def trainable_state(
 
 
 def load_trainable_state(
-    model: SpeechLLM, state: dict[str, Tensor], name: str = "the checkpoint"
+    model: SpeechEncoders, state: dict[str, Tensor], name: str = "the checkpoint"
 ) -> list[str]:
     """Load a checkpoint's `model` entry, published or ours; `name` is used in error messages.
 
@@ -74,7 +74,7 @@ def _is_copy_of_embedding(lm_head: Tensor, llm: nn.Module) -> bool:
     return tied and lm_head.shape == llm.get_input_embeddings().weight.shape
 
 
-def saved_parameters(model: SpeechLLM) -> dict[str, nn.Parameter]:
+def saved_parameters(model: SpeechEncoders) -> dict[str, nn.Parameter]:
     """Return the parameters of a checkpoint: those that are trained, and the projectors."""
     return {
         name: parameter
@@ -83,7 +83,7 @@ def saved_parameters(model: SpeechLLM) -> dict[str, nn.Parameter]:
     }
 
 
-def _published_parameters(model: SpeechLLM) -> dict[str, nn.Parameter]:
+def _published_parameters(model: SpeechEncoders) -> dict[str, nn.Parameter]:
     parameters = saved_parameters(model)
     if len(model.encoder) > 1:
         return parameters

@@ -99,7 +99,9 @@ def run_llm_training(dist_env: DistEnv, training: Training, make_decoder: MakeDe
     if dist_env.is_main:
         if config.resume == "never" and not start.path:  # with the model.json of those
             archive_later_checkpoints(config.exp_dir, start.state)
-        save_model_config(with_hashes(training.model), config.exp_dir)
+        longest = float(training.data.train.longest)
+        trained_model = replace(with_hashes(training.model), longest_utterance=longest)
+        save_model_config(trained_model, config.exp_dir)
     model.to(dist_env.device)
     logging.info(f"Number of model parameters: {count(model)}")
     logging.info(f"Number of trainable parameters: {sum(p.numel() for p in trained(model))}")
