@@ -81,8 +81,8 @@ def phrase_end(
     if not len(tokens):
         return None
     first, last = max(0, int(tokens[0]) - BEFORE), int(tokens[-1]) + 1
-    if len(best) - last >= silence:
-        return first, min(len(best), last + AFTER)
+    if len(best) - last >= silence and last <= longest:
+        return first, min(len(best), last + AFTER, first + longest)
     if len(best) < longest:
         return None
     gaps = [
