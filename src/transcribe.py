@@ -4,7 +4,7 @@
     python src/transcribe.py --exp-dir models/mine talk.flac
     python src/transcribe.py --exp-dir exp/x --format srt,json --out subtitles talks/ more.mp3
     cat talk.ogg | python src/transcribe.py --exp-dir exp/x --format vtt - > talk.vtt
-    arecord -f S16_LE -r 16000 | python src/transcribe.py --exp-dir exp/x --stream true -
+    arecord -f S16_LE -r 16000 | python src/transcribe.py --exp-dir exp/x --stream -
 
 Takes audio files, folders (searched at any depth) and - for standard input, in any format that
 soundfile or PyAV reads; channels are averaged and resampled to 16 kHz. Long recordings are cut in
@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from speechllm.cli import Parser, add_options, comma_list, from_args, str2bool
+from speechllm.cli import Parser, add_options, comma_list, from_args
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.errors import InputError, exit_on_user_error, redact_secrets
 from speechllm.io import atomic_write, files_below
@@ -49,8 +49,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--context", default="",
         help="text for the LLM besides the audio, such as names; for models trained with "
              "--use-context")  # fmt: skip
-    add("--stream", type=str2bool, default=False,
-        help="recognize standard input while it arrives")  # fmt: skip
+    add("--stream", action="store_true", help="recognize standard input while it arrives")
     for config in (LongformConfig, CheckpointConfig, SearchConfig, ModelConfig):
         add_options(parser, config)
     return parser
@@ -188,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     model = model_config(args, checkpoint.exp_dir)
     search, longform = from_args(SearchConfig, args), from_args(LongformConfig, args)
     if args.stream and (args.recordings != [STDIN] or args.out or formats != ["text"]):
-        raise InputError("--stream true reads - and writes JSON lines: omit files, --format, --out")
+        raise InputError("--stream reads - and writes JSON lines: omit files, --format, --out")
     names = find_recordings(args.recordings)
     if not args.out and (len(formats) > 1 or (len(names) > 1 and {"srt", "vtt"} & set(formats))):
         raise InputError(f"--format {args.format} of {len(names)} recordings needs --out")

@@ -82,7 +82,7 @@ def test_every_flag_has_an_entry():
     """Flags of the model are those of transcribe.py and tested there."""
     flags = set(serve.get_parser()._option_string_actions)
     of_transcribe = set(transcribe.get_parser()._option_string_actions)
-    assert flags == of_transcribe - {"--context", "--format", "--out"} | set(FLAGS)
+    assert flags == of_transcribe - {"--context", "--format", "--out", "--stream"} | set(FLAGS)
 
 
 @pytest.mark.slow

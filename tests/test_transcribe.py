@@ -92,7 +92,7 @@ def stereo_wav(rate, subtype="PCM_16"):
 
 
 def test_a_stream_is_recognized_while_it_arrives(run, monkeypatch, tiny_encoder_dir):
-    flags = ("--speech-encoder-bpe-path", tiny_encoder_dir / "bpe.model", "--stream", "true", "-")
+    flags = ("--speech-encoder-bpe-path", tiny_encoder_dir / "bpe.model", "--stream", "-")
     wav = stereo_wav(16000)
     mono = np.frombuffer(wav[44:], "<i2")[::2].tobytes()
     endless = wav[:40] + b"\xff" * 4 + wav[44:]  # a recorder does not know the length
@@ -116,7 +116,7 @@ def test_a_stream_is_recognized_while_it_arrives(run, monkeypatch, tiny_encoder_
         (stereo_wav(16000, "PCM_24"), (), "standard input: 24-bit samples, 16 bits are supported"),
         (stereo_wav(16000, "FLOAT"), (), "standard input: not a WAV file of 16-bit PCM: "),
         (b"", ("--chunk-size", "16"), "--chunk-size 16: the encoder is not causal"),
-        (b"", ("--out", "x"), "--stream true reads - and writes JSON lines: omit files, --format"),
+        (b"", ("--out", "x"), "--stream reads - and writes JSON lines: omit files, --format"),
         (b"", ("--speech-encoder-bpe-path", ""), "streaming: no encoder has both a CTC head"),
     ],
 )
@@ -125,7 +125,7 @@ def test_what_cannot_be_streamed_is_an_error(
 ):
     monkeypatch.setattr(sys, "stdin", pipe(content))
     bpe = ("--speech-encoder-bpe-path", tiny_encoder_dir / "bpe.model")
-    result = run(*bpe, *flags, "--stream", "true", "-")
+    result = run(*bpe, *flags, "--stream", "-")
     assert result.code.startswith(message) and "\n" not in result.code and not result.out
 
 
@@ -208,7 +208,6 @@ FLAGS = {  # another value and flags that it needs; one flag of each config of d
     "--max-segment-duration": ("4",),
     "--min-silence": ("0.4", "--max-segment-duration", "11"),
     "--endpoint-silence": ("0",),  # tests/streaming shows its effect
-    "--stream": ("true",),  # below
     "--max-duration": ("5",),
     "--checkpoint": ("epoch-1.pt",),
     "--max-new-tokens": ("1",),
@@ -218,7 +217,7 @@ FLAGS = {  # another value and flags that it needs; one flag of each config of d
 
 def test_every_flag_has_an_entry():
     """Flags of the model and the search are those of decode.py and tested there."""
-    flags = set(transcribe.get_parser()._option_string_actions)
+    flags = set(transcribe.get_parser()._option_string_actions) - {"--stream"}  # tested above
     assert flags - set(decode.get_parser()._option_string_actions) == FLAGS.keys() - {
         "--max-duration", "--checkpoint", "--max-new-tokens"
     }  # fmt: skip

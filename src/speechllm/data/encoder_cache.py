@@ -206,7 +206,7 @@ class _CachedEncoder(nn.Module):
         """Draw nothing: the outputs have the chunks of the cache."""
 
     def forward(
-        self, outputs: Tensor, feature_lens: Tensor, feature_mask: bool, chunking: None
+        self, outputs: Tensor, feature_lens: Tensor, feature_mask: bool, chunking: None = None
     ) -> tuple[Tensor, Tensor]:
         """outputs (B, T / 4, C), feature_lens (B,) -> (B, T / 4, end - start), lengths (B,)."""
         return outputs[..., self.start : self.end], encoder_out_lens(feature_lens)
