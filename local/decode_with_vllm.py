@@ -10,7 +10,7 @@ from pathlib import Path
 import _path  # noqa: F401
 
 from speechllm.cli import Parser
-from speechllm.errors import exit_on_user_error
+from speechllm.errors import InputError, exit_on_user_error
 
 
 @exit_on_user_error
@@ -23,7 +23,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--world-size", type=int, default=1, help="number of GPUs, for tensor parallelism")
     add("--gpu-memory-utilization", type=float, default=0.9, help="also of the CPU's memory")
     args = parser.parse_args(argv)
-    from vllm import LLM
+    try:
+        from vllm import LLM
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error}: install vLLM as src/README.md describes") from None
 
     from speechllm.audio.fbank import SAMPLING_RATE
     from speechllm.data import manifests, validation

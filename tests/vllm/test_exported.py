@@ -13,7 +13,7 @@ from speechllm.models.config import INDEX_FILE
 from speechllm.models.llm import load_llm
 from speechllm.models.prompt import prompt_ids
 from speechllm.models.speech_llm import expand_speech
-from speechllm.vllm.drafts import CtcDraftProposer
+from speechllm.vllm import CtcDraftProposer
 from speechllm.vllm.exported import (
     KEY_SIZE,
     chat_template,

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 0.2  # share of the machine's
 DRAFTS = {
     "method": "custom_class", "num_speculative_tokens": 16,
-    "model": "speechllm.vllm.drafts.CtcDraftProposer",
+    "model": "speechllm.vllm.CtcDraftProposer",
 }  # fmt: skip
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 

@@ -1,7 +1,7 @@
 """vLLM plugin: exported models as `SpeechLLMForConditionalGeneration` (see src/README.md).
 
-vLLM finds `register` by the entry point in src/pyproject.toml. Nothing else in speechllm imports
-vLLM.
+vLLM finds `register` by the entry point in src/pyproject.toml, and `CtcDraftProposer` by
+`--speculative-config`. Nothing else in speechllm imports vLLM.
 """
 
 from speechllm.models.config import VLLM_MODEL
@@ -12,3 +12,12 @@ def register() -> None:
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(VLLM_MODEL, f"speechllm.vllm.model:{VLLM_MODEL}")
+
+
+def __getattr__(name: str):
+    """Import `CtcDraftProposer` when it is used: `register` runs without the decoding modules."""
+    if name != "CtcDraftProposer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from speechllm.vllm.drafts import CtcDraftProposer
+
+    return CtcDraftProposer

@@ -1,7 +1,7 @@
 """CTC drafts for vLLM's speculative decoding: the same tokens in fewer forward passes.
 
     --speculative-config '{"method": "custom_class", "num_speculative_tokens": 16,
-                           "model": "speechllm.vllm.drafts.CtcDraftProposer"}'
+                           "model": "speechllm.vllm.CtcDraftProposer"}'
 
 vLLM verifies each proposal, so a missing or stale draft costs speed only.
 """
