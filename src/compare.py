@@ -22,7 +22,7 @@ def get_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("a", type=Path, metavar="A", help="recogs-*.txt of a decoding, or a model's directory")
-    add("b", type=Path, metavar="B", help="the same of another model, with the same normalization")
+    add("b", type=Path, metavar="B", help="likewise for model B, with the same normalization")
     add(
         "--html", type=Path, metavar="FILE",
         help="write a page with the differences; of directories, one per set: FILE-<set>",

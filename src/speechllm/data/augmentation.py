@@ -1,6 +1,6 @@
 """Augmentation with lhotse: speed, volume, reverberation, codecs, noise, SpecAugment.
 
-What follows the sampler draws with Python's generator, which is seeded for each batch.
+Transforms of batches draw from Python's generator, which is seeded for each batch.
 """
 
 import io

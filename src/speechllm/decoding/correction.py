@@ -26,7 +26,7 @@ class Correction:
     tree: PrefixTree
 
     def candidates(self) -> list[str]:
-        """Return the texts with one of the phrases in its place."""
+        """Return the texts in which one spotted phrase replaces or joins the words."""
         words, texts = self.hypothesis.text.split(), []
         spans = align_words(self.ctc.log_probs, list(map(self.ctc.tokenizer.encode, words)))
         for hotword, start, end in self.spotted:
@@ -48,8 +48,9 @@ class Correction:
     def take_best(self, candidates: list[Hypothesis]) -> bool:
         """Replace the hypothesis by the best candidate; return false if none is better."""
         self.hypothesis.passes += 1
-        best = max(candidates, key=self.score)
-        is_better = self.score(best) > self.score(self.hypothesis)
+        scores = [self.score(one) for one in candidates]
+        best = candidates[scores.index(max(scores))]
+        is_better = max(scores) > self.score(self.hypothesis)
         if is_better:
             for name in ("ids", "log_probs", "text", "ctc_log_prob", "bonus"):
                 setattr(self.hypothesis, name, getattr(best, name))

@@ -26,7 +26,7 @@ def open_pcm(stream: BufferedReader, name: str) -> tuple[int, Iterator[Tensor]]:
     if stream.peek(4)[:4] != b"RIFF":
         return SAMPLING_RATE, _blocks(stream, 1)
     try:
-        header = wave.open(stream)  # reads up to the first sample; recorders do not know the length
+        header = wave.open(stream)  # reads up to the first sample; recorders write no length
     except (wave.Error, EOFError) as error:
         raise InputError(f"{name}: not a WAV file of 16-bit PCM: {error}") from None
     if header.getsampwidth() != 2:

@@ -1,4 +1,4 @@
-"""The open phrase of a stream: what is encoded and has no final text yet, and where it ends."""
+"""The open phrase of a stream: audio without a final text yet, and where the phrase ends."""
 
 from collections.abc import Callable
 from itertools import pairwise
