@@ -1,6 +1,9 @@
 """Checkpoint files, atomic and checked by their CRC, and averages of them."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +42,26 @@ def test_a_checkpoint_without_a_model_is_an_error(tmp_path, content):
     torch.save(content, path)
     with pytest.raises(InputError, match=f"{path} has no 'model' entry with a state dict"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("bare", [True, False])
+def test_bare_state_dicts_and_the_format_of_torch_before_1_6_load(tmp_path, zipped, bare):
+    path, state = tmp_path / "x.pt", {"a": torch.randn(2, 3)}
+    saved = state if bare else {"model": state}
+    torch.save(saved, path, _use_new_zipfile_serialization=zipped)
+    assert equal(load_checkpoint(path)["model"], state)
+
+
+def test_objects_in_the_format_of_torch_before_1_6_are_refused_with_a_conversion(tmp_path):
+    path = tmp_path / "x.pt"
+    saved = {"model": {"a": torch.ones(2)}, "path": Path("x")}
+    torch.save(saved, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match="more than tensors .* convert it: python -c") as error:
+        load_checkpoint(path)
+    code = str(error.value).partition('python -c "')[2].removesuffix('"')
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert equal(load_checkpoint(tmp_path / "x-model.pt")["model"], saved["model"])
 
 
 def test_flipped_bits_and_truncation_are_detected(tmp_path):

@@ -4,7 +4,8 @@ import logging
 import mmap
 import sys
 from pathlib import Path
-from zipfile import ZipFile
+from pickle import UnpicklingError
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ CONVERT = (
     "torch.save({{'model': torch.load('{path}', weights_only=False)['model']}}, '{out}')\""
 )
 UNREADABLE = "cannot be read as a checkpoint of tensors"
+OLD_FORMAT = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # torch before 1.6
 
 
 def copy_to_cpu(value: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ def copy_to_cpu(value: Tensor) -> Tensor:
 def load_checkpoint(path: str | Path) -> dict:
     """Load a checkpoint to the CPU without running code from it.
 
-    A `*.safetensors` file becomes the 'model' entry of the result.
+    The state dict of a `*.safetensors` file, or a bare one, becomes the 'model' entry.
 
     Raises:
       FileNotFoundError: the file is missing.
@@ -52,6 +54,8 @@ def load_checkpoint(path: str | Path) -> dict:
             f"{path} {UNREADABLE}: it is empty, truncated, not written by torch.save, or contains "
             "more than tensors and plain values"
         ) from None
+    if checkpoint and _is_state_dict(checkpoint):
+        return {"model": checkpoint}
     if not isinstance(checkpoint, dict) or not _is_state_dict(checkpoint.get("model")):
         raise InputError(f"{path} has no 'model' entry with a state dict")
     return checkpoint
@@ -73,6 +77,8 @@ def _load_checked(path: str | Path) -> object:
       Exception: zipfile's or torch's, for a file that torch.save did not write.
     """
     with open(path, "rb") as file, _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[: len(OLD_FORMAT)] == OLD_FORMAT and not is_zipfile(file):
+            return _load_old_format(path)
         with ZipFile(content) as archive:
             if damaged := archive.testzip():
                 raise RuntimeError(f"wrong checksum of {damaged}")
@@ -85,6 +91,15 @@ def _load_checked(path: str | Path) -> object:
         content.seek(0)
         with torch.serialization.safe_globals(unused):
             return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def _load_old_format(path: str | Path) -> object:
+    """Load a file of torch before 1.6, which has no checksums and is not a zip archive."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        reason = f"it contains more than tensors and plain values{_advice(path, [])}"
+        raise InputError(f"{path} {UNREADABLE}: {reason}") from None
 
 
 def _advice(path: str | Path, names: list[str]) -> str:
