@@ -19,9 +19,9 @@ def tone(
     return np.sin(2 * np.pi * pitch * numbers * time) * 0.1 * numbers
 
 
-def write_by_av(path, samples: np.ndarray, rate: int, codec: str, **metadata: str) -> None:
-    """Write samples (N, C) in a format that soundfile does not support."""
-    with av.open(str(path), "w") as container:
+def write_by_av(path, samples: np.ndarray, rate: int, codec: str, options=None, **metadata: str):
+    """Write samples (N, C) in a format that soundfile does not support; options are ffmpeg's."""
+    with av.open(str(path), "w", options=options) as container:
         container.metadata.update(metadata)
         layout = "mono" if samples.shape[1] == 1 else "stereo"
         stream = container.add_stream(codec, rate, layout=layout)

@@ -199,6 +199,18 @@ def test_a_truncated_caf_is_named(tmp_path):
         samples_of(path)
 
 
+def test_a_truncated_fragmented_mp4_is_named(tmp_path):
+    """Its header has no duration: the sizes of its boxes remain."""
+    path = tmp_path / "x.mp4"
+    fragmented = {"movflags": "empty_moov+default_base_moof", "frag_duration": "500000"}
+    write_by_av(path, noise(6.0, RATE), RATE, "aac", options=fragmented)
+    whole = path.read_bytes()
+    assert len(samples_of(path)) == pytest.approx(6 * RATE, abs=0.1 * RATE)
+    path.write_bytes(whole[: whole.index(b"moof", len(whole) // 2) + 20])
+    with pytest.raises(InputError, match=r"x\.mp4 is truncated: \d+ of \d+ bytes"):
+        samples_of(path)
+
+
 def test_id3_tags_between_joined_mp3s_are_skipped(tmp_path):
     soundfile.write(tmp_path / "a.mp3", noise(2.0), 16000)
     image = np.random.default_rng(0).bytes(20_000)  # has what look like headers of frames

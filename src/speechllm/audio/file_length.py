@@ -41,6 +41,8 @@ def _end(file: BinaryIO, head: bytes, size: int) -> int:
         return _last_end(file, start, 4, _voc_length)
     if head[:4] == ASF:
         return _last_end(file, 0, 24, lambda chunk: struct.unpack("<16xq", chunk)[0] - 24)
+    if head[4:8] in (b"ftyp", b"styp"):
+        return _mp4_end(file)
     for packet, sync in TS_PACKETS:
         if head[sync] == head[sync + packet] == 0x47:
             return -(-size // packet) * packet
@@ -55,6 +57,17 @@ def _last_end(file: BinaryIO, end: int, header: int, length: Callable[[bytes], i
     """Return the end of the last chunk, as far as lengths (without headers) are not negative."""
     while len(chunk := _read_at(file, end, header)) == header and (size := length(chunk)) >= 0:
         end += header + size
+    return end
+
+
+def _mp4_end(file: BinaryIO) -> int:
+    """Return the end of the last box of an MP4 file, 0 if it extends to the end of the file."""
+    end = 0
+    while len(box := _read_at(file, end, 16)) >= 8 and box[4:8].isalnum():
+        length = int.from_bytes(box[8:] if box[:4] == b"\0\0\0\1" else box[:4], "big")
+        if length < 8:
+            return 0
+        end += length
     return end
 
 
