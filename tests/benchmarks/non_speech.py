@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Fraction of speech that would be skipped as non-speech (see speechllm/longform/segmenter.py).
+"""Fraction of speech, and of sounds without speech, that is skipped as non-speech.
 
     python tests/benchmarks/non_speech.py ../shared/corpora/an4 ../shared/corpora/minilibrispeech
 
 Takes folders of recordings that are speech from beginning to end, --clips of each, clean and with
-white and pink noise. `ratio` is the fraction skipped because of the sound alone; `ratio_if_blank`
-the fraction that would be skipped if the CTC head predicted only blanks.
+noise at several SNRs; and sounds of 10 s that it generates. `ratio` is the fraction skipped, see
+speechllm/longform/segmenter.py.
 """
 
 import random
@@ -19,6 +19,43 @@ SAMPLING_RATE = 16000  # Hz
 SNRS = (10, 5, 0, -5, -10)  # dB
 
 
+def keyboard(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Clicks of 10 to 40 ms, two to twelve a second."""
+    samples, start = 1e-4 * rng.standard_normal(count), 0
+    while (start := start + int(SAMPLING_RATE * rng.uniform(0.08, 0.4))) < count:
+        length = min(int(SAMPLING_RATE * rng.uniform(0.01, 0.04)), count - start)
+        click = rng.standard_normal(length) * np.exp(-5 * np.arange(length) / length)
+        samples[start : start + length] += rng.uniform(0.1, 0.6) * click
+    return samples
+
+
+def melody(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Notes of 0.3 s with four harmonics, struck and fading."""
+    time = np.arange(count) / SAMPLING_RATE
+    notes = 220 * 2 ** (rng.integers(0, 24, count) / 12)
+    pitch = notes[(time / 0.3).astype(int)]
+    harmonics = sum(np.sin(2 * np.pi * pitch * k * time) / k for k in (1, 2, 3, 4))
+    return 0.2 * harmonics * np.exp(-3 * (time % 0.3))
+
+
+def white(count: int, rng: np.random.Generator) -> np.ndarray:
+    return 0.1 * rng.standard_normal(count)
+
+
+def pink(count: int, rng: np.random.Generator) -> np.ndarray:
+    from make_spoken_corpus import noise
+
+    return 0.1 * noise(count, True, rng)
+
+
+def silence(count: int, rng: np.random.Generator) -> np.ndarray:
+    return np.zeros(count)
+
+
+def tone(count: int, rng: np.random.Generator) -> np.ndarray:
+    return 0.1 * np.sin(np.arange(count) * rng.uniform(0.05, 0.5))
+
+
 def read_clips(folder: Path, count: int) -> list[np.ndarray]:
     """Return `count` random recordings of a folder, without those of about a second."""
     paths = sorted(folder.rglob("*.flac"))
@@ -29,17 +66,17 @@ def read_clips(folder: Path, count: int) -> list[np.ndarray]:
 def measure_clips(as_json: bool, name: str, clips: list[np.ndarray]) -> None:
     import torch
 
-    from speechllm.audio.fbank import fbank_extractor
-    from speechllm.longform.segmenter import FRAMES_PER_SECOND, non_speech_mask
+    from speechllm.audio.vad import SpeechDetector
+    from speechllm.longform.segmenter import FRAME, FRAMES_PER_SECOND, non_speech_mask
 
-    fbank, frames, steady, if_blank = fbank_extractor(), 0, 0, 0
+    detect, frames, skipped = SpeechDetector(), 0, 0
     for samples in clips:
-        features = fbank.extract(torch.from_numpy(samples.astype(np.float32)), SAMPLING_RATE)
-        frames += len(features) // 4
-        steady += int(non_speech_mask(features, None).sum())
-        if_blank += int(non_speech_mask(features, []).sum())
-    ratios = {"ratio": steady / frames, "ratio_if_blank": if_blank / frames}
-    measure.report(as_json, name, **ratios, seconds=round(frames / FRAMES_PER_SECOND))
+        [speech] = detect([torch.from_numpy(samples.astype(np.float32))])
+        mask = non_speech_mask(speech, len(samples) // FRAME)
+        frames += len(mask)
+        skipped += int(mask.sum())
+    ratio, seconds = skipped / frames, round(frames / FRAMES_PER_SECOND)
+    measure.report(as_json, name, ratio=ratio, seconds=seconds)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,18 +84,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--clips", type=int, default=80)
     args = parser.parse_args(argv)
-    from make_spoken_corpus import noise
-
+    rng = np.random.default_rng(0)
+    for make in (white, pink, silence, tone, keyboard, melody):
+        sounds = [make(10 * SAMPLING_RATE, rng) for _ in range(8)]
+        measure_clips(args.json, f"{make.__name__} without speech", sounds)
     for folder in args.folders:
-        clips, rng = read_clips(folder, args.clips), np.random.default_rng(0)
+        clips = read_clips(folder, args.clips)
         measure_clips(args.json, f"{folder.name}, clean", clips)
-        for kind in ("white", "pink"):
+        for make in (white, pink, keyboard):
             for snr in SNRS:
+                noises = [make(len(clip), rng) for clip in clips]
                 noisy = [
-                    clip + clip.std() * 10 ** (-snr / 20) * noise(len(clip), kind == "pink", rng)
-                    for clip in clips
+                    clip + noise * clip.std() / noise.std() * 10 ** (-snr / 20)
+                    for clip, noise in zip(clips, noises)
                 ]
-                measure_clips(args.json, f"{folder.name}, {kind} noise, {snr} dB", noisy)
+                measure_clips(args.json, f"{folder.name}, {make.__name__}, {snr} dB", noisy)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.audio.fbank import SAMPLING_RATE, fbank_extractor
 from speechllm.audio.resample import windows
+from speechllm.audio.vad import SpeechDetector
 from speechllm.data.manifests import frames_needed
 from speechllm.decoding.alignment import CTC_FRAME_SHIFT, FRAME_CENTRE
 from speechllm.decoding.ctc_decoder import CtcOutput
@@ -18,6 +19,7 @@ from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.longform.config import LongformConfig
 from speechllm.longform.segmenter import (
+    FRAME,
     FRAMES_PER_SECOND,
     CtcSpike,
     SegmenterState,
@@ -27,7 +29,6 @@ from speechllm.longform.segmenter import (
 )
 from speechllm.models.zipformer.ctc_head import BLANK
 
-FRAME = SAMPLING_RATE // FRAMES_PER_SECOND  # samples
 WINDOW = 16 * SAMPLING_RATE  # samples per encoder pass that looks for cuts
 WINDOW_CONTEXT = 2 * SAMPLING_RATE  # on both sides
 
@@ -55,6 +56,7 @@ class Chunker:
     def __init__(self, recognizer: Recognizer, config: LongformConfig):
         self.recognizer, self.config = recognizer, config
         self.fbank = fbank_extractor()
+        self.detect_speech = SpeechDetector()
 
     def __call__(self, blocks: Iterable[Tensor]) -> Iterator[AudioChunk]:
         """Split a recording into chunks of at most `max_segment_duration`, without gaps.
@@ -74,8 +76,7 @@ class Chunker:
         elif held:
             chunk = self._chunk(0, torch.cat(first))
             features = chunk.features
-            # Looks at the spectrum alone: CTC tokens can only reduce the mask.
-            if features is not None and non_speech_mask(features, self._no_spikes()).any():
+            if features is not None and self._non_speech([chunk.samples])[0].any():
                 yield from self._split(first)
             else:
                 yield chunk
@@ -111,16 +112,21 @@ class Chunker:
         all_windows = windows(blocks, WINDOW, WINDOW_CONTEXT)
         while batch := list(islice(all_windows, max(1, per_batch))):
             features = [self.fbank.extract(samples, SAMPLING_RATE) for samples, *_ in batch]
-            for (samples, before, length), own, spikes in zip(
-                batch, features, self._spikes(features)
+            non_speech = self._non_speech([samples for samples, *_ in batch])
+            for (samples, before, length), own, spikes, mask in zip(
+                batch, features, self._spikes(features), non_speech
             ):
                 start, end = before // FRAME, (before + length) // FRAME
                 inside = [spike for spike in spikes or () if start <= spike.start < end]
                 yield samples[before : before + length], SegmenterState(
                     smoothed_energies(own)[start:end],
                     [spike.shifted(-start) for spike in inside],
-                    non_speech_mask(own, spikes)[start:end],
+                    mask[start:end],
                 )
+
+    def _non_speech(self, recordings: list[Tensor]) -> list[np.ndarray]:
+        speech = self.detect_speech(recordings)
+        return [non_speech_mask(p, len(own) // FRAME) for p, own in zip(speech, recordings)]
 
     def _no_spikes(self) -> list[CtcSpike] | None:
         return None if self.recognizer.ctc_decoder is None else []

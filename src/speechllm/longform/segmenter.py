@@ -4,8 +4,8 @@ A pause is quieter than the average around it and, with a CTC head, lies between
 a word and the first token of the next. Either alone is not enough: there is silence within words,
 and CTC spikes do not show how long a word lasts. A frame here is an encoder output frame, 40 ms.
 
-Non-speech: a stationary spectrum for over 2 s and only CTC blanks. It is cut off, because an LLM
-would hallucinate words for it.
+Non-speech: no speech for over 2 s, according to voice activity detection. It is cut off, because an
+LLM would hallucinate words for it.
 """
 
 from dataclasses import dataclass, field
@@ -13,17 +13,19 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-from scipy.ndimage import binary_dilation
+from scipy.ndimage import binary_dilation, binary_opening
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
+
+from speechllm.audio.fbank import SAMPLING_RATE
+from speechllm.audio.vad import WINDOW
 
 FRAMES_PER_SECOND = 25
+FRAME = SAMPLING_RATE // FRAMES_PER_SECOND  # samples
 MIN_SEGMENT = FRAMES_PER_SECOND  # frames
 SMOOTHING = 5  # frames: longer than the closure of a plosive within a word
-STATIONARY = 0.8  # spectral variation of a second; white and pink noise have 0.75 to 0.79
-NEARLY_STATIONARY = 1.5  # without CTC, 0.3 % of clean speech is below: benchmarks/non_speech.py
-TRIMMED = 8  # frames of the second of non-speech that would otherwise stay next to the speech
+SPEECH = 0.3  # probability: see benchmarks/non_speech.py
+MARGIN = 8  # frames of non-speech that stay next to speech
+SHORTEST_NON_SPEECH = 2 * FRAMES_PER_SECOND
 MAX_WORD_GAP = 20  # frames without a token within a word; more: CTC misrecognized the next token
 
 
@@ -126,36 +128,13 @@ def smoothed_energies(features: Tensor) -> np.ndarray:
     return np.convolve(padded, np.full(SMOOTHING, 1 / SMOOTHING), mode="valid")
 
 
-def non_speech_mask(features: Tensor, spikes: list[CtcSpike] | None) -> np.ndarray:
-    """Mask the frames without speech, (T // 4,) bool.
-
-    All frames for which every second around them is stationary, widened by TRIMMED.
+def non_speech_mask(speech: Tensor, frames: int) -> np.ndarray:
+    """Mask stretches of over 2 s without speech, (frames,) bool.
 
     Args:
-      features: log-mel energies in nats, (T, F).
-      spikes: CTC spikes in these frames; None without a CTC head.
+      speech: probabilities of audio.vad.SpeechDetector, (N,).
     """
-    frames = len(features) // 4
-    if frames < FRAMES_PER_SECOND:
-        return np.zeros(frames, dtype=bool)
-    variations = _variations(features[: 4 * frames])
-    stationary = variations < STATIONARY
-    if spikes is not None:
-        has_token = np.zeros(frames, dtype=bool)
-        for spike in spikes:
-            has_token[spike.start : spike.end] = True
-        tokens_in_second = sliding_window_view(has_token, FRAMES_PER_SECOND).any(axis=1)
-        stationary |= (variations < NEARLY_STATIONARY) & ~tokens_in_second
-    mask = np.ones(frames, dtype=bool)
-    for first in np.flatnonzero(~stationary):
-        mask[first : first + FRAMES_PER_SECOND] = False
-    return binary_dilation(mask, iterations=TRIMMED) if mask.any() else mask
-
-
-def _variations(features: Tensor) -> np.ndarray:
-    """hallucination.spectral_variation of the second from every 4th frame on: (T, F) -> (N,)."""
-    by_bin = features.T.double()[None]
-    means, squares = (
-        avg_pool1d(x, 4 * FRAMES_PER_SECOND, stride=4) for x in (by_bin, by_bin.square())
-    )
-    return (squares - means.square()).clamp(min=0).sqrt().mean(dim=1)[0].numpy()
+    centres = (np.arange(frames) + 0.5) * FRAME / WINDOW
+    has_speech = speech.numpy()[centres.astype(int)] >= SPEECH
+    quiet = ~binary_dilation(has_speech, iterations=MARGIN)
+    return binary_opening(quiet, np.ones(SHORTEST_NON_SPEECH - 2 * MARGIN))
