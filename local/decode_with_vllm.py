@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
                 inputs = cut.resample(SAMPLING_RATE).load_audio()[0], manifests.context_of(cut)
                 prompts[cut.id] = processor.generation_prompt(args.exp_dir, tokenizer, *inputs)
         for name, answer in zip(prompts, llm.generate([*prompts.values()], sampling)):
-            found[name] = Recognition(answer.outputs[0].text.strip(), Hypothesis())
+            # vLLM's own text leaves out an incomplete last character.
+            text = tokenizer.decode(answer.outputs[0].token_ids, skip_special_tokens=True)
+            found[name] = Recognition(text.strip(), Hypothesis())
         seconds = sum(cut.duration for cut in one.cuts if cut.id in prompts)
         rtfx = {"RTFx (audio seconds per second)": seconds / (time.monotonic() - start)}
         to = Path(args.exp_dir) / "decode", one.name, f"vllm-{args.dtype}"

@@ -14,4 +14,8 @@ if [ ! -f .venv-vllm/installed ]; then
 fi
 # The installed package has the entry point, the code is that of the working tree.
 export PYTHONPATH=$PWD/src OMP_WAIT_POLICY=passive
-exec .venv-vllm/bin/python -m pytest -c tests/pytest.ini --rootdir . -rs --durations 10 tests/vllm "$@"
+# torch.compile links and vLLM preloads libraries of the environment: its path must have no space.
+link=$(mktemp -d)/venv
+ln -s "$PWD/.venv-vllm" "$link"
+trap 'rm -r "${link%/*}"' EXIT
+"$link/bin/python" -m pytest -c tests/pytest.ini --rootdir . -rs --durations 10 tests/vllm "$@"

@@ -1,6 +1,5 @@
-"""The vLLM plugin's part without vLLM: prompts, refused directories, drafts."""
+"""The vLLM plugin's part without vLLM: prompts, drafts."""
 
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +7,6 @@ import pytest
 import torch
 
 from speechllm.decoding.speculative import Draft
-from speechllm.errors import InputError
-from speechllm.models.config import INDEX_FILE
 from speechllm.models.llm import load_llm
 from speechllm.models.prompt import prompt_ids
 from speechllm.models.speech_llm import expand_speech
@@ -17,8 +14,6 @@ from speechllm.vllm import CtcDraftProposer
 from speechllm.vllm.exported import (
     KEY_SIZE,
     chat_template,
-    check_encoders,
-    exported_config,
     feature_key,
     max_clip,
     speech_groups,
@@ -64,49 +59,6 @@ def test_a_request_is_split_into_key_and_answer(chat, tokenizer, size):
 
 def test_clips_are_as_long_as_the_longest_training_utterance(vllm_export):
     assert max_clip(str(vllm_export(2))) == 3
-
-
-# ---- refused directories
-
-
-@pytest.fixture
-def changed(vllm_export, tmp_path):
-    """A function that copies an export and changes it."""
-
-    def change(kind):
-        folder = shutil.copytree(vllm_export(1), tmp_path / "model")
-        encoder = folder / "encoders" / "1" / "model.safetensors"
-        if kind == "int8":
-            (folder / "model-int8.safetensors").touch()
-        elif kind == "old":
-            (folder / INDEX_FILE).unlink()
-        elif kind == "altered":
-            encoder.write_bytes(encoder.read_bytes()[:-1] + b"\1")
-        elif kind == "missing":
-            encoder.unlink()
-        else:
-            (folder / "model.json").unlink()
-        return str(folder)
-
-    return change
-
-
-REFUSED = {
-    "int8": "{} has int8 weights: export with --int8 false for vLLM",
-    "old": "{0} was exported before vLLM was supported, complete it: "
-    "python src/export.py --exp-dir {0} --out {0}-vllm",
-    "altered": "{}/encoders: a file was changed after the export",
-    "missing": "encoder {}/encoders/1/model.safetensors is missing (see local/download_models.sh)",
-    "plain": "{} is not a directory written by export.py",
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_a_directory_that_cannot_be_served_is_refused_in_a_sentence(changed, kind):
-    folder = changed(kind)
-    with pytest.raises((InputError, FileNotFoundError)) as error:
-        exported_config(folder), check_encoders(folder)
-    assert str(error.value) == REFUSED[kind].format(folder)
 
 
 # ---- drafts

@@ -58,15 +58,15 @@ def greedy(vllm_export):
             lens = torch.tensor([len(features)])
             batch = {"features": features[None], "feature_lens": lens, "contexts": [context]}
             found += recognizer.decode(recognizer.encode(batch))
-        return [(one.hypothesis.ids, one.text) for one in found]
+        # vLLM leaves out an incomplete last character, which an untrained model may write.
+        return [(one.hypothesis.ids, one.text.rstrip("\ufffd").strip()) for one in found]
 
     return decode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 2])
-def test_decode_with_vllm_writes_the_results_of_decode(vllm_export, tiny_corpus, tmp_path, n):
-    folder = shutil.copytree(vllm_export(n), tmp_path / "model")
+def test_decode_with_vllm_writes_the_results_of_decode(vllm_export, tiny_corpus, tmp_path):
+    folder = shutil.copytree(vllm_export(1), tmp_path / "model")
     flags = ["--exp-dir", folder, "--manifest-dir", tiny_corpus, "--test-cuts", "tiny_cuts_train"]
     ours = ["--method", "greedy", "--guard", "off", "--max-new-tokens", "12", "--use-fp16", "false",
             "--on-the-fly-feats", "true", "--num-workers", "0"]  # fmt: skip
@@ -104,8 +104,8 @@ def test_drafts_do_not_change_the_tokens(vllm_export, greedy, clips):
     for k, request in enumerate(found):
         ids = [i for i in request.outputs[0].token_ids if i not in ends]
         assert ids == expected[k % len(clips)]
-    proposed = {m.name: m.value for m in llm.get_metrics() if m.name.startswith("vllm:spec")}
-    assert proposed["vllm:spec_decode_num_draft_tokens"] > 0
+    name = "vllm:spec_decode_num_draft_tokens"
+    assert [metric.value > 0 for metric in llm.get_metrics() if metric.name == name] == [True]
 
 
 # ---- the server
@@ -211,16 +211,3 @@ def test_long_recordings_are_split_and_stereo_is_resampled(post, clips):
     assert post(wav(noise, 44100)).status_code == 200
     pieces = post(wav(np.random.default_rng(0).normal(scale=0.1, size=16000 * 7)))
     assert len(pieces.json()["text"]) > len(post(clips[0]).json()["text"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, message", [("missing", "is missing"), ("altered", "was changed")])
-def test_a_damaged_directory_is_refused_at_start(vllm_export, tmp_path, kind, message):
-    folder = shutil.copytree(vllm_export(1), tmp_path / "model")
-    encoder = folder / "encoders" / "1" / "model.safetensors"
-    if kind == "missing":
-        encoder.unlink()
-    else:
-        encoder.write_bytes(encoder.read_bytes()[:-1] + b"\1")
-    assert serve(folder, free_port()).wait(timeout=300) != 0
-    assert message in Path(f"{folder}.log").read_text()

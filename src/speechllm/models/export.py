@@ -123,8 +123,9 @@ def write_llm(
     else:
         llm.save_pretrained(folder)
         write_index(folder)
-    # vLLM takes the first of these that it has, transformers goes by model_type.
-    llm.config.architectures = [VLLM_MODEL, type(llm).__name__]
+    # transformers goes by model_type. vLLM must not find the LLM's class here: it would serve the
+    # LLM alone where the plugin is absent or broken.
+    llm.config.architectures = [VLLM_MODEL]
     llm.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

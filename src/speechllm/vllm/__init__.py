@@ -4,14 +4,18 @@ vLLM finds `register` by the entry point in src/pyproject.toml, and `CtcDraftPro
 `--speculative-config`. Nothing else in speechllm imports vLLM.
 """
 
-from speechllm.models.config import VLLM_MODEL
-
 
 def register() -> None:
-    """Register the model with vLLM, which calls this in each of its processes."""
+    """Register the model and its check with vLLM, which calls this in each of its processes."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from speechllm.models.config import VLLM_MODEL
+    from speechllm.vllm.check import ExportCheck
 
     ModelRegistry.register_model(VLLM_MODEL, f"speechllm.vllm.model:{VLLM_MODEL}")
+    for name in (VLLM_MODEL, "Qwen2ForCausalLM"):  # the name in exports of before
+        MODELS_CONFIG_MAP[name] = ExportCheck
 
 
 def __getattr__(name: str):

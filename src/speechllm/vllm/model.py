@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import ModelConfig, SpeechToTextConfig, VllmConfig
 from vllm.config.speech_to_text import SpeechToTextParams
 from vllm.inputs import PromptType
@@ -27,7 +28,6 @@ from speechllm.models.state_dict import load_trainable_state
 from speechllm.precision import autocast
 from speechllm.vllm.exported import (
     chat_template,
-    check_encoders,
     exported_config,
     max_clip,
 )
@@ -47,10 +47,9 @@ def load_speech_encoders(
     """Load the encoders and projectors of an exported model, for autocast to `dtype`.
 
     Raises:
-      FileNotFoundError, InputError: a file is missing, damaged or differs from the export.
+      InputError: a file is damaged.
     """
     config = exported_config(folder)
-    check_encoders(folder)
     with set_default_torch_dtype(torch.float32):
         encoders = load_encoders(config, dtype, "cpu")
         model = SpeechEncoders(encoders, llm_dim, chat, config.encoder_projector_ds_rate)
@@ -86,7 +85,7 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
                 vllm_config,
                 prefix=maybe_prefix(prefix, "language_model"),
                 hf_config=config.hf_config,
-                architectures=config.hf_config.architectures[1:],
+                architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.hf_config.model_type]],
             )
 
     # ---- inference

@@ -1,0 +1,24 @@
+"""Check of an exported directory when vLLM reads its configuration, before anything is loaded."""
+
+from pathlib import Path
+
+from vllm.config import ModelConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from speechllm.models.config import MODEL_FILE
+
+
+class ExportCheck(VerifyAndUpdateConfig):
+    """Refuses damaged, int8 and older exports; other directories are not checked."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Check the encoders of an exported directory.
+
+        Raises:
+          FileNotFoundError, InputError: vLLM cannot serve it, see `exported.check_encoders`.
+        """
+        if (Path(model_config.model) / MODEL_FILE).is_file():
+            from speechllm.vllm.exported import check_encoders  # slow, and not for other models
+
+            check_encoders(model_config.model)
