@@ -78,7 +78,7 @@ def gradients(batches, dist_env):
 
 def rank_together(dist_env, folder):
     """Save results of this rank; rank 1 has no sum `correct`, and more batches."""
-    from speechllm.training.data import EvenBatches
+    from speechllm.data.shar import EvenBatches
     from speechllm.training.metrics import Metrics
 
     rank, result = dist_env.rank, {}

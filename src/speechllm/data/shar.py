@@ -10,22 +10,27 @@ The index replaces the pass over all cuts that cut files need.
 """
 
 import json
+import logging
 import random
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import torch
 from lhotse import CutSet
 from lhotse.cut import Cut, MonoCut
 from lhotse.serialization import open_best
 from lhotse.shar import SharWriter
 from lhotse.utils import fastcopy, is_valid_url
+from torch.utils.data import DataLoader
 
 from speechllm.data.manifests import CutStatistics, frames_needed
 from speechllm.data.security import safe_cuts
 from speechllm.data.validation import CutError, read_errors, validate_cut
+from speechllm.distributed import DistEnv
 from speechllm.errors import InputError, first_line
 from speechllm.io import atomic_directory
 
@@ -238,3 +243,47 @@ def _first_cut_errors(fields: dict[str, list[str]], need_features: bool) -> list
     except Exception as error:  # gzip, tarfile, json and lhotse each have their own
         raise InputError(f"{fields['cuts'][0]} cannot be read: {first_line(error)}") from None
     return validate_cut(cut, need_features=need_features) or read_errors(cut, need_features)
+
+
+# ---- batches
+
+
+@dataclass(frozen=True)
+class EvenBatches:
+    """Batches of an epoch read from shards, the same number on every rank.
+
+    An exhausted rank would leave the others waiting for its gradients. With `drop_last` the epoch
+    ends on all ranks with the first that is exhausted, and the log counts the rest; without, it
+    ends with the last, and exhausted ranks start again.
+
+    Attributes:
+      loader: returns the batches after the first N, which were trained on.
+      num_cuts: cuts in an epoch.
+      skip: batches of the epoch that were trained on.
+    """
+
+    loader: Callable[[int], DataLoader]
+    dist_env: DistEnv
+    drop_last: bool
+    num_cuts: int
+    skip: int = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        batches, exhausted, done, first, again = iter(self.loader(self.skip)), False, 0, 0, 0
+        while True:
+            batch = next(batches, None)
+            exhausted = exhausted or batch is None
+            num_exhausted = int(self.dist_env.sum(torch.tensor(int(exhausted))))
+            if num_exhausted == self.dist_env.world_size or (num_exhausted and self.drop_last):
+                break
+            if batch is None:
+                batches = iter(self.loader(max(0, self.skip - done)))
+                batch = next(batches, None)
+            if batch is None:
+                raise InputError(f"rank {self.dist_env.rank} has no batch in its shards")
+            yield batch
+            done += 1
+            first += 0 if exhausted else len(batch["cut_ids"])
+            again += len(batch["cut_ids"]) if exhausted else 0
+        first, again = self.dist_env.sum(torch.tensor([first, again])).tolist()
+        logging.info(f"Shards: {first} of {self.num_cuts} utterances, {again} repeated")

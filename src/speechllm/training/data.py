@@ -8,10 +8,8 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
-from torch.utils.data import DataLoader
 
 from speechllm.cli import comma_list
 from speechllm.data.augmentation import concatenate, perturb_speed
@@ -39,7 +37,7 @@ from speechllm.data.manifests import (
     within,
 )
 from speechllm.data.sampler import EvenMix, LLMPositions, TooManyPositions
-from speechllm.data.shar import Shards, check_shards, read_shards
+from speechllm.data.shar import EvenBatches, Shards, check_shards, read_shards
 from speechllm.data.validation import (
     CutError,
     append_errors,
@@ -252,47 +250,6 @@ class TrainingData:
             if invalid := scan.invalid_cuts:
                 reasons, limit = count_reasons(invalid), self.config.max_invalid_fraction
                 check_invalid_fraction(reasons, scan.total, limit, invalid[0][0].message, listing)
-
-
-@dataclass(frozen=True)
-class EvenBatches:
-    """Batches of an epoch read from shards, the same number on every rank.
-
-    An exhausted rank would leave the others waiting for its gradients. With `drop_last` the epoch
-    ends on all ranks with the first that is exhausted, and the log counts the rest; without, it
-    ends with the last, and exhausted ranks start again.
-
-    Attributes:
-      loader: returns the batches after the first N, which were trained on.
-      num_cuts: cuts in an epoch.
-      skip: batches of the epoch that were trained on.
-    """
-
-    loader: Callable[[int], DataLoader]
-    dist_env: DistEnv
-    drop_last: bool
-    num_cuts: int
-    skip: int = 0
-
-    def __iter__(self) -> Iterator[dict]:
-        batches, exhausted, done, first, again = iter(self.loader(self.skip)), False, 0, 0, 0
-        while True:
-            batch = next(batches, None)
-            exhausted = exhausted or batch is None
-            num_exhausted = int(self.dist_env.sum(torch.tensor(int(exhausted))))
-            if num_exhausted == self.dist_env.world_size or (num_exhausted and self.drop_last):
-                break
-            if batch is None:
-                batches = iter(self.loader(max(0, self.skip - done)))
-                batch = next(batches, None)
-            if batch is None:
-                raise InputError(f"rank {self.dist_env.rank} has no batch in its shards")
-            yield batch
-            done += 1
-            first += 0 if exhausted else len(batch["cut_ids"])
-            again += len(batch["cut_ids"]) if exhausted else 0
-        first, again = self.dist_env.sum(torch.tensor([first, again])).tolist()
-        logging.info(f"Shards: {first} of {self.num_cuts} utterances, {again} repeated")
 
 
 def scan_training_data(
