@@ -169,7 +169,7 @@ def scan_manifests(
     invalid: CutErrors = {path: {} for path in paths}
     for path in paths:
         before = len(lengths)
-        for number, cut, errors in _checked(path, need_text, need_features, extra_check):
+        for number, cut, errors in checked_cuts(path, need_text, need_features, extra_check):
             if errors and not tolerate:
                 raise InputError(f"{path}: {errors[0].message}")
             if errors:
@@ -190,10 +190,13 @@ def scan_manifests(
     return statistics
 
 
-def _checked(
-    path: Path, need_text: bool | None, need_features: bool, extra_check: ExtraCheck | None
+def checked_cuts(
+    path: Path,
+    need_text: bool | None,
+    need_features: bool,
+    extra_check: ExtraCheck | None = None,
 ) -> Iterator[tuple[int, Cut, list[CutError]]]:
-    """Yield position, cut and errors of each cut of a file."""
+    """Yield position, cut and errors of each cut of a file; see `scan_manifests`."""
     ids: set[str] = set()
     can_be_read = False
     for number, cut in enumerate(read_cuts(path)):

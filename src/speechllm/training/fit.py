@@ -163,6 +163,7 @@ def fit(
         tracker.load_state_dict(start.invalid)
         if "sums" in start.checkpoint:
             sums = sums_for_ranks(start.state, start.checkpoint["sums"], dist_env.world_size)
+        start.checkpoint.clear()  # frees its memory: optimizers copy their state
     if dist_env.is_main:
         _prepare_exp_dir(model, start, config)
     if torch.cuda.is_available() if config.scan_oom is None else config.scan_oom:
