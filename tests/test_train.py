@@ -91,9 +91,7 @@ def test_initial_parameters_come_from_another_model(tiny_exp, tiny_train_argv, t
 
 
 @pytest.mark.slow
-def test_other_lora_matrices_are_trained_decoded_and_exported(
-    tiny_train_argv, tiny_argv, tmp_path
-):
+def test_other_lora_matrices_are_trained_decoded_and_exported(tiny_train_argv, tiny_argv, tmp_path):
     """Later programs read rank, scale and layers from model.json."""
     exp_dir = tmp_path / "exp"
     flags = ["--lora-r", "3", "--lora-alpha", "12", "--lora-targets", "q_proj,up_proj"]

@@ -6,10 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 from lhotse import load_manifest
+from sounds import write_noise
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +19,9 @@ PARTS = ("train-clean-100", "dev-clean")
 def add_chapter(corpus: Path, part: str, chapter: str, num_utterances: int = 2) -> None:
     """Write `<part>/<speaker>/<chapter>/` as in LibriSpeech; `chapter` is like 19-198."""
     folder = corpus / part / chapter.replace("-", "/")
-    folder.mkdir(parents=True)
     ids = [f"{chapter}-{i:04}" for i in range(num_utterances)]
     for utt in ids:
-        samples = np.random.default_rng(0).normal(scale=0.1, size=6400)
-        soundfile.write(folder / f"{utt}.flac", samples, 16000)
+        write_noise(folder / f"{utt}.flac", 0.4)
     (folder / f"{chapter}.trans.txt").write_text("".join(f"{utt} HELLO YOU\n" for utt in ids))
 
 
@@ -132,9 +129,7 @@ def test_transcripts_without_audio_are_an_error_and_leave_no_stamp(tmp_path):
 def test_musan_from_manifests_to_features(tmp_path):
     for part in ("music", "speech", "noise"):
         folder = tmp_path / "my dl" / "musan" / part / "source"
-        folder.mkdir(parents=True)
-        samples = np.random.default_rng(0).normal(scale=0.1, size=6 * 16000)
-        soundfile.write(folder / f"{part}-0.wav", samples, 16000)
+        write_noise(folder / f"{part}-0.wav", 6.0)
     notes = tmp_path / "my dl" / "musan" / "music" / "source" / "ANNOTATIONS"
     notes.write_text("music-0 rock Y someone\n")
     for stage in (2, 4):

@@ -123,9 +123,7 @@ def test_the_message_names_the_batch_and_the_size_that_fits(engine, two_batches,
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("restore_logging")
-def test_training_is_the_same_after_a_scan(
-    tiny_train_argv, tiny_mose_exp, tmp_path, monkeypatch
-):
+def test_training_is_the_same_after_a_scan(tiny_train_argv, tiny_mose_exp, tmp_path, monkeypatch):
     """Train with noise, SpecAugment, masks in the encoder and LoRA's dropout."""
     exp_dir = tmp_path / "scanned"
     train.main([*tiny_train_argv(exp_dir, 2), "--num-epochs", "1", "--scan-oom", "true"])
