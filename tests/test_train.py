@@ -164,9 +164,9 @@ def test_a_dry_run_finds_the_checkpoint_and_changes_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("flag, dtype", [("--use-fp16", "float16"), ("--use-bf16", "bfloat16")])
 def test_half_precision(tiny_exp, tiny_train_argv, tmp_path, flag, dtype):
-    train.main([*tiny_train_argv(tmp_path), flag, "true"])
-    assert validation_losses(tmp_path) == pytest.approx(validation_losses(tiny_exp), rel=0.02)
-    ours, exact = (load_checkpoint(d / "epoch-2.pt")["model"] for d in (tmp_path, tiny_exp))
+    train.main([*tiny_train_argv(tmp_path), flag, "true", "--num-epochs", "1"])
+    assert validation_losses(tmp_path) == pytest.approx(validation_losses(tiny_exp)[:2], rel=0.02)
+    ours, exact = (load_checkpoint(d / "epoch-1.pt")["model"] for d in (tmp_path, tiny_exp))
     assert {value.dtype for value in ours.values()} == {torch.float32}
     assert not any(torch.equal(ours[key], exact[key]) for key in ours)
     assert ("grad_scale: " in log(tmp_path)) == (dtype == "float16")
