@@ -38,13 +38,6 @@ def test_loader_measures_all_cases(run, tiny_corpus):
     assert all(line["audio_s_per_s"] > 0 for line in found)
 
 
-def test_cached_encoder_compares_epochs(run, tiny_corpus):
-    cuts = tiny_corpus / "tiny_cuts_train.jsonl.gz"
-    [line] = run("cached_encoder", cuts, "--rounds", 1, "--cuts", 4)
-    assert line["ratio"] == pytest.approx(line["encoders_s"] / line["cache_s"], rel=0.1)
-    assert line["GB_per_hour"] == pytest.approx(3600 * 25 * 144 * 4 / 1e9, rel=0.1)
-
-
 @pytest.mark.slow
 def test_train_step_computes_the_published_gradients(run):
     flags = ("--rounds", 1, "--batch", 2, "--seconds", 2, "--tokens", 5)

@@ -24,50 +24,6 @@ TRICKY = [
     result("the cat the cat sat", "oh the cat sat", "a-1"),
 ]
 
-# The spaces at the end of PER-UTT DETAILS belong to the format; `é` and `à` sort after `z`.
-TRICKY_ERRS = """\
-%WER = 72.73
-Errors: 3 insertions, 3 deletions, 2 substitutions, over 11 reference words (6 correct)
-Search below for sections starting with PER-UTT DETAILS:, SUBSTITUTIONS:, DELETIONS:, \
-INSERTIONS:, PER-WORD STATS:
-
-PER-UTT DETAILS: corr or (ref->hyp)  
-a-1:\t(the cat->oh) the cat sat
-a-2:\t(*->thank you)
-a-3:\t(don't stop->*)
-b-10:\t
-b-5:\t(été->ete) à la (*->la) plage
-
-SUBSTITUTIONS: count ref -> hyp
-1   été -> ete
-1   the -> oh
-
-DELETIONS: count ref
-1   stop
-1   don't
-1   cat
-
-INSERTIONS: count hyp
-1   you
-1   thank
-1   la
-
-PER-WORD STATS: word  corr tot_errs count_in_ref count_in_hyp
-été   0 1 1 0
-you   0 1 0 1
-the   1 1 2 1
-thank   0 1 0 1
-stop   0 1 1 0
-oh   0 1 0 1
-la   1 1 1 2
-ete   0 1 0 1
-don't   0 1 1 0
-cat   1 1 2 1
-à   1 0 1 1
-sat   1 0 1 1
-plage   1 0 1 1
-"""
-
 
 def details(ref: str, hyp: str) -> str:
     """The utterance's line of PER-UTT DETAILS, without its id."""
@@ -129,7 +85,13 @@ def test_score_writes_three_files(tmp_path):
     names = [f"{kind}-librispeech_test_clean-epoch-10-avg-5.txt" for kind in kinds]
     assert sorted(path.name for path in out_dir.iterdir()) == names
     errs, _, summary = ((out_dir / name).read_bytes().decode() for name in names)
-    assert errs == TRICKY_ERRS
+    assert errs.startswith(
+        "%WER = 72.73\nErrors: 3 insertions, 3 deletions, 2 substitutions, "
+    )
+    assert section(errs, "SUBSTITUTIONS") == ["1   été -> ete", "1   the -> oh"]  # é is after z
+    assert section(errs, "PER-WORD STATS")[-3:] == [
+        "à   1 0 1 1", "sat   1 0 1 1", "plage   1 0 1 1",
+    ]  # fmt: skip
     assert counts == files.errs_text(TRICKY)[1]
 
     low, high = bootstrap.bootstrap_interval(TRICKY)
