@@ -9,6 +9,7 @@ from lhotse import load_manifest
 from tiny_batches import all_ids, cut_file, train_batches
 
 from speechllm.data import manifests, shar
+from speechllm.data.manifests import Limits
 from speechllm.errors import InputError
 
 
@@ -78,10 +79,10 @@ def test_wrong_flags_are_an_error_before_writing(tiny_corpus, tmp_path, flags, m
 # ---- the index
 
 
-@pytest.mark.parametrize("limits", [{}, {"min_seconds": 0.6, "max_seconds": 1.9}])
+@pytest.mark.parametrize("limits", [Limits(), Limits(0.6, 1.9)])
 def test_the_index_has_the_statistics_of_the_cut_files(tiny_corpus, tiny_shards, limits):
-    expected = manifests.scan_manifests([cut_file(tiny_corpus, "many")], **limits)
-    found = shar.read_shards([str(tiny_shards)]).statistics(**limits)
+    expected = manifests.scan_manifests([cut_file(tiny_corpus, "many")], limits)
+    found = shar.read_shards([str(tiny_shards)]).statistics(limits)
     for name in ("kept", "too_short", "too_long"):
         assert getattr(found, name) == getattr(expected, name)
     assert found.seconds == pytest.approx(expected.seconds, abs=0.005 * expected.kept)
@@ -89,10 +90,10 @@ def test_the_index_has_the_statistics_of_the_cut_files(tiny_corpus, tiny_shards,
 
 
 def test_damaged_shards_are_named(copy, tiny_corpus, tmp_path):
-    def error_of(*directories, need_features=True, **limits):
+    def error_of(*directories, need_features=True, limits=Limits()):
         with pytest.raises((InputError, FileNotFoundError)) as error:
             found = shar.read_shards([str(one) for one in directories])
-            shar.check_shards(found, need_features=need_features, **limits)
+            shar.check_shards(found, limits, need_features=need_features)
         return str(error.value)
 
     assert "index.json is missing" in error_of(tmp_path)
@@ -100,7 +101,7 @@ def test_damaged_shards_are_named(copy, tiny_corpus, tmp_path):
         "s3://no/where"
     )
     assert "has no audio" in error_of(copy, need_features=False)
-    assert "no usable cuts: 0 utterances" in error_of(copy, max_seconds=0.1)
+    assert "no usable cuts: 0 utterances" in error_of(copy, limits=Limits(max_seconds=0.1))
     written(tiny_corpus, tmp_path / "audio", "--audio", "wav")
     assert f"{tmp_path}/audio and {copy} hold different kinds of data" in error_of(
         copy, tmp_path / "audio"

@@ -85,9 +85,7 @@ def test_score_writes_three_files(tmp_path):
     names = [f"{kind}-librispeech_test_clean-epoch-10-avg-5.txt" for kind in kinds]
     assert sorted(path.name for path in out_dir.iterdir()) == names
     errs, _, summary = ((out_dir / name).read_bytes().decode() for name in names)
-    assert errs.startswith(
-        "%WER = 72.73\nErrors: 3 insertions, 3 deletions, 2 substitutions, "
-    )
+    assert errs.startswith("%WER = 72.73\nErrors: 3 insertions, 3 deletions, 2 substitutions, ")
     assert section(errs, "SUBSTITUTIONS") == ["1   été -> ete", "1   the -> oh"]  # é is after z
     assert section(errs, "PER-WORD STATS")[-3:] == [
         "à   1 0 1 1", "sat   1 0 1 1", "plage   1 0 1 1",

@@ -20,12 +20,11 @@ from speechllm.data.manifests import (
     cuts_file,
     frames_needed,
     long_enough,
-    sorted_by_id,
 )
 from speechllm.data.validation import CutError, count_reasons, format_counts
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
-from speechllm.progress import ProgressBar
+from speechllm.progress import with_progress
 from speechllm.scoring.normalize import NORMALIZERS
 from speechllm.scoring.wer import ScoredUtterance, align_utterance, by_characters, rate_name, units
 
@@ -125,7 +124,7 @@ def decode_shard(
     if not usable:
         return results
     loader = evaluation_loader(
-        sorted_by_id(CutSet.from_cuts(usable)),
+        CutSet.from_cuts(sorted(usable, key=lambda cut: cut.id)),
         data,
         num_cuts=len(usable),
         text=TextOptions(use_context),
@@ -134,12 +133,10 @@ def decode_shard(
         encoder_cache=encoder_cache,
     )
     seconds = sum(cut.duration for cut in usable)
-    progress = ProgressBar(cuts.name, seconds, dist_env.is_main)
     unreadable: list[CutError] = []
-    for batch, found in recognize(usable_batches(loader, unreadable)):
+    batches = with_progress(usable_batches(loader, unreadable), cuts.name, seconds, dist_env)
+    for batch, found in recognize(batches):
         results |= zip(batch["cut_ids"], found, strict=True)
-        progress.advance(batch["seconds"] * dist_env.world_size)
-    progress.close()
     return results | {error.id: error for error in unreadable}
 
 

@@ -314,7 +314,7 @@ class Trainer:
         board.add("train/tot_", self.recent.means(), step)
         if scaler.is_enabled():
             board.add("train/", {"grad_scale": scaler.get_scale()}, step)
-        self.meter.bar.show(loss=self.recent.means()["loss"])
+        self.meter.bar.set_postfix(loss=self.recent.means()["loss"], refresh=False)
 
 
 def grouped(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
