@@ -16,7 +16,7 @@ import decode
 import export
 import train
 import train_mose
-from speechllm.checkpoints import average_epochs, load_checkpoint
+from speechllm.checkpoints import load_checkpoint
 from speechllm.models.zipformer.checkpoint import save_encoder
 from speechllm.models.zipformer.config import SIZES
 from speechllm.models.zipformer.encoder import ZipformerEncoder
@@ -237,29 +237,6 @@ def error_of(tiny_train_argv, tmp_path):
     return run
 
 
-def test_missing_and_damaged_models(error_of, tiny_llm_dir, tmp_path):
-    assert error_of("--llm-path", tmp_path / "llm") == (
-        f"LLM directory {tmp_path}/llm is missing or has no config.json"
-    )
-    llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
-    (llm / "model.safetensors").write_bytes(b"")
-    assert error_of("--llm-path", llm).startswith(f"the LLM cannot be loaded from {llm}: ")
-    assert error_of("--speech-encoder-path", tmp_path / "x.pt") == (
-        f"encoder {tmp_path}/x.pt is missing (see local/download_models.sh)"
-    )
-
-
-def test_encoder_sizes_and_files(error_of, encoder_size, tiny_encoder_dir, tmp_path):
-    assert error_of("--speech-encoder-type", f"{encoder_size},{encoder_size}") == (
-        "--speech-encoder-type names 2 encoders, --speech-encoder-path 1"
-    )
-    assert error_of("--speech-encoder-type", "huge").startswith("unknown encoder size 'huge'")
-    message = f"{tiny_encoder_dir}/a.pt is not a Zipformer of size 'medium': "
-    assert error_of("--speech-encoder-type", "medium").startswith(message)
-    (tmp_path / "x.pt").write_bytes(b"")
-    assert error_of("--speech-encoder-path", tmp_path / "x.pt").startswith(f"{tmp_path}/x.pt ")
-
-
 @pytest.mark.parametrize("dry_run", ["false", "true"])
 def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dry_run):
     def error(*flags):
@@ -277,16 +254,6 @@ def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dr
         "--lr-schedule linear needs a known number of steps, which shards "
         f"(--shar-dir {tiny_shards}) do not give: use --train-cuts, eden or fixed"
     )
-
-
-def test_checkpoints_that_cannot_be_resumed_from(error_of, tiny_exp, tmp_path):
-    path = tmp_path / "exp" / "epoch-1.pt"
-    assert error_of("--start-epoch", 2) == f"{path} is missing: --start-epoch 2 needs it"
-    copy = shutil.copytree(tiny_exp, tmp_path / "x", ignore=shutil.ignore_patterns("tensorboard"))
-    _, path = average_epochs(copy, 2, 2)
-    shutil.move(path, copy / "epoch-2.pt")
-    message = error_of("--resume", "never", "--start-epoch", 3, exp_dir=copy)
-    assert message.startswith(f"{copy}/epoch-2.pt has no optimizer to resume with ")
 
 
 @pytest.mark.parametrize("flags, message", [
