@@ -35,13 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     # heavy imports come after the flags are read
     import torch
 
-    from speechllm.data.manifests import cuts_file, cuts_within, scan_manifests
+    from speechllm.data.manifests import Limits, cuts_file, cuts_within, scan_manifests
     from speechllm.data.shar import read_shards, write_shards
 
     torch.set_num_threads(1)
     paths = [cuts_file(args.manifest_dir, name) for name in args.cuts]
     scan_manifests(paths, need_features=args.audio is None)
-    cuts = cuts_within(paths, min_frames=0)
+    cuts = cuts_within(paths, Limits(min_frames=0))
     count = write_shards(cuts, args.out, args.audio or "lilcom", args.shard_size, args.shuffle)
     shards = read_shards([str(args.out)])
     print(f"{args.out}: {len(shards)} shards, {count} cuts; {shards.statistics()}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decode sets in many ways with one loaded model: a table and a plot of WER against speed.
+"""Decode sets in many ways with one loaded model: a table of WER and speed.
 
     python src/sweep.py --epoch 10 --avg 5 --manifest-dir data/fbank --exp-dir exp/x \\
       --test-cuts my_cuts_dev --sweep draft-accept-prob 1 0.5 0.1 \\
@@ -9,8 +9,8 @@
 
 Takes decode.py's flags and tries all combinations of the values after --sweep. The model, with any
 number of encoders, is described by `<exp-dir>/model.json`. Writes decode.py's files for each
-combination to `<exp-dir>/decode/`, and sweep-<set>-<parameters>-<flags>.tsv and .png. In the table
-`*` marks a row that no other beats: as good in WER and speed, and better in one.
+combination to `<exp-dir>/decode/`, and the table to sweep-<set>-<parameters>-<flags>.tsv. In it `*`
+marks a row that no other beats: as good in WER and speed, and better in one.
 """
 
 import argparse

@@ -78,6 +78,17 @@ def hostile_cuts(canary) -> dict[str, tuple[dict, str]]:
     }  # fmt: skip
 
 
+def set_in(*keys, value):
+    """Return a change of a cut's JSON: the value of a nested field."""
+
+    def change(cut):
+        for key in keys[:-1]:
+            cut = cut[key]
+        cut[keys[-1]] = value
+
+    return change
+
+
 def write_lines(path: Path, lines: list[dict]) -> Path:
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,13 +1,24 @@
 """Signals and audio files for tests."""
 
+from pathlib import Path
+
 import av
 import numpy as np
+import soundfile
 
 
 def noise(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
     """Return white noise (N, C), float32."""
     shape = (round(seconds * rate), channels)
     return np.random.default_rng(0).uniform(-0.5, 0.5, shape).astype(np.float32)
+
+
+def write_noise(path: Path, seconds: float = 1.0, rate: int = 16000, channels: int = 1) -> Path:
+    """Write noise to a file, each channel louder than the previous one; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    loudness = 0.05 * (np.arange(channels) + 1)
+    soundfile.write(path, loudness * noise(seconds, rate, channels), rate)
+    return path
 
 
 def tone(

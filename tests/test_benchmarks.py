@@ -30,29 +30,12 @@ def run(load, capsys):
     return lines
 
 
-def test_buckets_and_token_limits_reduce_padding(run, tiny_corpus, tiny_llm_dir):
-    flags = [tiny_corpus / "tiny_cuts_many.jsonl.gz", "--tokenizer", tiny_llm_dir,
-             "--max-duration", 12, "--min-duration", 0.3, "--num-buckets"]  # fmt: skip
-    none, four = run("padding", *flags, 0, 4)
-    assert 0 < four["padding_frames"] < none["padding_frames"] < 1
-    assert 1 < four["ratio"] < none["ratio"]
-    [limited] = run("padding", *flags, 4, "--max-batch-tokens", 120)
-    assert limited["max_positions"] <= 120 < four["max_positions"]
-
-
 def test_loader_measures_all_cases(run, tiny_corpus):
     cuts, musan = tiny_corpus / "tiny_cuts_dev.jsonl.gz", tiny_corpus / "musan_cuts.jsonl.gz"
     found = run("loader", cuts, "--rounds", 1, "--noise", musan)
     assert len({line["name"] for line in found}) == 8
     assert found[0]["name"] == "features" and found[0]["ratio"] == 1
     assert all(line["audio_s_per_s"] > 0 for line in found)
-
-
-def test_cached_encoder_compares_epochs(run, tiny_corpus):
-    cuts = tiny_corpus / "tiny_cuts_train.jsonl.gz"
-    [line] = run("cached_encoder", cuts, "--rounds", 1, "--cuts", 4)
-    assert line["ratio"] == pytest.approx(line["encoders_s"] / line["cache_s"], rel=0.1)
-    assert line["GB_per_hour"] == pytest.approx(3600 * 25 * 144 * 4 / 1e9, rel=0.1)
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def gradients(batches, dist_env):
 
 def rank_together(dist_env, folder):
     """Save results of this rank; rank 1 has no sum `correct`, and more batches."""
-    from speechllm.training.data import EvenBatches
+    from speechllm.data.shar import EvenBatches
     from speechllm.training.metrics import Metrics
 
     rank, result = dist_env.rank, {}
@@ -89,7 +89,7 @@ def rank_together(dist_env, folder):
 
     own = [{"cut_ids": [f"{rank}-{i}"]} for i in range(2 + 3 * rank)]
     for drop_last in (True, False):
-        even = EvenBatches(lambda _: own, dist_env, drop_last, 7)
+        even = EvenBatches(lambda _: own, dist_env, drop_last)
         result[f"drop_last={drop_last}"] = [batch["cut_ids"][0] for batch in even]
     rows = [[0, 1], [2, 3]][rank]
     result["gradients"] = gradients([rows], dist_env)

@@ -46,15 +46,15 @@ def half_a_file(checkpoint, file):
 
 
 MOMENTS = {  # the call before which the process dies
-    "first step": (1, trainer.Trainer, "step"),
-    "middle of the epoch": (4, trainer.Trainer, "step"),
+    "first step": (1, trainer.OptimizerStep, "__call__"),
+    "middle of the epoch": (4, trainer.OptimizerStep, "__call__"),
     "half a save": (2, torch, "save", half_a_file),
     "before a file has its name": (2, io.os, "replace"),
     "first validation": (1, trainer, "validate"),
     "validation at the epoch's end": (2, trainer, "validate"),
     "before the epoch's file": (1, trainer, "epoch_path"),
     "after the epoch's file": (2, trainer, "copy_best"),
-    "a step later": (2, trainer.Trainer, "step"),
+    "a step later": (2, trainer.OptimizerStep, "__call__"),
 }
 
 
@@ -117,7 +117,7 @@ def argv(tiny_train_argv, tmp_path):
 def test_a_training_killed_many_times_equals_an_uninterrupted_one(argv, tmp_path, world_size):
     assert run(argv("whole"), world_size) == [0] * world_size
     for i, moment in enumerate(MOMENTS):
-        mortal = i % world_size if MOMENTS[moment][2] in ("step", "validate") else 0
+        mortal = i % world_size if MOMENTS[moment][2] in ("__call__", "validate") else 0
         assert run(argv("parts"), world_size, moment, mortal) == [-signal.SIGKILL], moment
     assert run(argv("parts"), world_size) == [0] * world_size
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from speechllm.distributed import DistEnv
-from speechllm.progress import ProgressBar, setup_logging
+from speechllm.progress import progress_bar, setup_logging
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,9 @@ class Terminal(io.StringIO):
 def test_the_bar_shows_seconds_of_audio_on_a_terminal(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    bar = ProgressBar("epoch 2", 100.0)
-    bar.advance(40.2)
-    bar.show(loss=0.5)
-    bar.bar.refresh()
+    bar = progress_bar("epoch 2", 100.0)
+    bar.update(40)
+    bar.set_postfix(loss=0.5)
     bar.close()
     assert "epoch 2" in terminal.getvalue()
     assert re.search(r"40%.* 40/100 s of audio .*loss=0.5", terminal.getvalue())

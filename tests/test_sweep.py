@@ -1,4 +1,4 @@
-"""sweep.py: combinations, the table and plot, and decoding with one loaded model."""
+"""sweep.py: combinations, the table, and decoding with one loaded model."""
 
 import re
 import shutil
@@ -101,8 +101,6 @@ def test_subsets_of_encoders_give_the_files_of_decode_mose(argv, out_dir, capsys
         assert errs.startswith(f"%WER = {one['WER %']}\n")
         assert float(one["RTFx"]) > 0
     assert "*" in {one["best"] for one in rows}
-    png = out_dir / "sweep-tiny_test-epoch-2-avg-2-use-encoders.png"
-    assert png.read_bytes().startswith(b"\x89PNG")
     assert "tiny_test\nuse-encoders " in capsys.readouterr().out
     assert not list(out_dir.glob(".part-*"))
 

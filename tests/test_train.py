@@ -8,16 +8,15 @@ import sys
 
 import pytest
 import torch
-from exp_dirs import equal, log, validation_losses
+from exp_dirs import log, validation_losses
 from free_port import free_port
-from lhotse import CutSet, load_manifest
 from same_checkpoints import differences
 
 import decode
 import export
 import train
 import train_mose
-from speechllm.checkpoints import average_epochs, load_checkpoint
+from speechllm.checkpoints import load_checkpoint
 from speechllm.models.zipformer.checkpoint import save_encoder
 from speechllm.models.zipformer.config import SIZES
 from speechllm.models.zipformer.encoder import ZipformerEncoder
@@ -63,18 +62,6 @@ def test_files_of_a_training(request, exp, n):
 
 @pytest.mark.slow
 @one_and_two_encoders
-def test_the_same_command_gives_the_same_checkpoint(request, exp, n, tiny_train_argv, tmp_path):
-    """Compare weights and optimizer state bit for bit, with all augmentation."""
-    program = train if n == 1 else train_mose
-    program.main([*tiny_train_argv(tmp_path, n), "--num-epochs", "1"])
-    (tmp_path / "expected").mkdir()
-    for name in ("epoch-1.pt", "best-train-loss.pt", "best-valid-loss.pt"):
-        shutil.copy(request.getfixturevalue(exp) / "epoch-1.pt", tmp_path / "expected" / name)
-    assert differences(tmp_path, tmp_path / "expected") == []
-
-
-@pytest.mark.slow
-@one_and_two_encoders
 def test_resuming_at_an_epochs_end_equals_an_uninterrupted_training(
     request, exp, n, tiny_train_argv, tmp_path
 ):
@@ -86,47 +73,25 @@ def test_resuming_at_an_epochs_end_equals_an_uninterrupted_training(
 
 
 @pytest.mark.slow
-@one_and_two_encoders
-def test_initial_parameters_come_from_another_model(request, exp, n, tiny_train_argv, tmp_path):
+def test_initial_parameters_come_from_another_model(tiny_exp, tiny_train_argv, tmp_path):
     """From an average with the unused keys of a published one."""
-    start = request.getfixturevalue(exp)
-    model = load_checkpoint(start / "epoch-2.pt")["model"]
+    model = load_checkpoint(tiny_exp / "epoch-2.pt")["model"]
     unused = {
         "prompt_embedding.weight": torch.zeros(4, 32),
         "llm.base_model.model.lm_head.weight": torch.zeros(320, 32),
     }
     torch.save({"model": model | unused}, tmp_path / "epoch-2-avg-1.pt")
-    argv = [*tiny_train_argv(tmp_path / "exp", n), "--num-epochs", "1"]
+    argv = [*tiny_train_argv(tmp_path / "exp"), "--num-epochs", "1"]
     train.main([*argv, "--pretrained-model-path", str(tmp_path / "epoch-2-avg-1.pt")])
-    assert validation_losses(tmp_path / "exp")[0] == validation_losses(start)[-1]
+    assert validation_losses(tmp_path / "exp")[0] == validation_losses(tiny_exp)[-1]
     assert re.search(
         r"Initialized from .*avg-1.pt: .*LoRA; starts fresh: nothing; ignored: prompt_embedding.we",
         log(tmp_path / "exp"),
     )
 
 
-def test_a_checkpoint_written_before_entries_were_renamed_resumes(
-    tiny_exp, tiny_train_argv, tmp_path, caplog
-):
-    """Such files have `bad` instead of `invalid`, and `order` with former names of flags."""
-    checkpoint = load_checkpoint(tiny_exp / "epoch-1.pt")
-    former = {"max_batch_tokens": "max_tokens", "min_duration": "min_utterance",
-              "max_utterance_duration": "max_utterance"}  # fmt: skip
-    order = checkpoint.pop("order")
-    checkpoint["order"] = {former.get(name, name): value for name, value in order.items()}
-    checkpoint["order"]["shar_dir"] = ""
-    checkpoint["bad"] = checkpoint.pop("invalid")
-    torch.save(checkpoint, tmp_path / "epoch-1.pt")
-    train.main([*tiny_train_argv(tmp_path), "--resume", "must"])
-    ours, theirs = (load_checkpoint(d / "epoch-2.pt")["model"] for d in (tmp_path, tiny_exp))
-    assert equal(ours, theirs)
-    assert "another order of batches" not in log(tmp_path)
-
-
 @pytest.mark.slow
-def test_other_lora_matrices_are_trained_decoded_and_exported(
-    tiny_train_argv, tiny_argv, tmp_path
-):
+def test_other_lora_matrices_are_trained_decoded_and_exported(tiny_train_argv, tiny_argv, tmp_path):
     """Later programs read rank, scale and layers from model.json."""
     exp_dir = tmp_path / "exp"
     flags = ["--lora-r", "3", "--lora-alpha", "12", "--lora-targets", "q_proj,up_proj"]
@@ -199,9 +164,9 @@ def test_a_dry_run_finds_the_checkpoint_and_changes_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("flag, dtype", [("--use-fp16", "float16"), ("--use-bf16", "bfloat16")])
 def test_half_precision(tiny_exp, tiny_train_argv, tmp_path, flag, dtype):
-    train.main([*tiny_train_argv(tmp_path), flag, "true"])
-    assert validation_losses(tmp_path) == pytest.approx(validation_losses(tiny_exp), rel=0.02)
-    ours, exact = (load_checkpoint(d / "epoch-2.pt")["model"] for d in (tmp_path, tiny_exp))
+    train.main([*tiny_train_argv(tmp_path), flag, "true", "--num-epochs", "1"])
+    assert validation_losses(tmp_path) == pytest.approx(validation_losses(tiny_exp)[:2], rel=0.02)
+    ours, exact = (load_checkpoint(d / "epoch-1.pt")["model"] for d in (tmp_path, tiny_exp))
     assert {value.dtype for value in ours.values()} == {torch.float32}
     assert not any(torch.equal(ours[key], exact[key]) for key in ours)
     assert ("grad_scale: " in log(tmp_path)) == (dtype == "float16")
@@ -272,29 +237,6 @@ def error_of(tiny_train_argv, tmp_path):
     return run
 
 
-def test_missing_and_damaged_models(error_of, tiny_llm_dir, tmp_path):
-    assert error_of("--llm-path", tmp_path / "llm") == (
-        f"LLM directory {tmp_path}/llm is missing or has no config.json"
-    )
-    llm = shutil.copytree(tiny_llm_dir, tmp_path / "llm")
-    (llm / "model.safetensors").write_bytes(b"")
-    assert error_of("--llm-path", llm).startswith(f"the LLM cannot be loaded from {llm}: ")
-    assert error_of("--speech-encoder-path", tmp_path / "x.pt") == (
-        f"encoder {tmp_path}/x.pt is missing (see local/download_models.sh)"
-    )
-
-
-def test_encoder_sizes_and_files(error_of, encoder_size, tiny_encoder_dir, tmp_path):
-    assert error_of("--speech-encoder-type", f"{encoder_size},{encoder_size}") == (
-        "--speech-encoder-type names 2 encoders, --speech-encoder-path 1"
-    )
-    assert error_of("--speech-encoder-type", "huge").startswith("unknown encoder size 'huge'")
-    message = f"{tiny_encoder_dir}/a.pt is not a Zipformer of size 'medium': "
-    assert error_of("--speech-encoder-type", "medium").startswith(message)
-    (tmp_path / "x.pt").write_bytes(b"")
-    assert error_of("--speech-encoder-path", tmp_path / "x.pt").startswith(f"{tmp_path}/x.pt ")
-
-
 @pytest.mark.parametrize("dry_run", ["false", "true"])
 def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dry_run):
     def error(*flags):
@@ -312,16 +254,6 @@ def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dr
         "--lr-schedule linear needs a known number of steps, which shards "
         f"(--shar-dir {tiny_shards}) do not give: use --train-cuts, eden or fixed"
     )
-
-
-def test_checkpoints_that_cannot_be_resumed_from(error_of, tiny_exp, tmp_path):
-    path = tmp_path / "exp" / "epoch-1.pt"
-    assert error_of("--start-epoch", 2) == f"{path} is missing: --start-epoch 2 needs it"
-    copy = shutil.copytree(tiny_exp, tmp_path / "x", ignore=shutil.ignore_patterns("tensorboard"))
-    _, path = average_epochs(copy, 2, 2)
-    shutil.move(path, copy / "epoch-2.pt")
-    message = error_of("--resume", "never", "--start-epoch", 3, exp_dir=copy)
-    assert message.startswith(f"{copy}/epoch-2.pt has no optimizer to resume with ")
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -348,22 +280,3 @@ def test_initial_parameters_of_another_model(error_of, tiny_exp, tmp_path):
     assert "the checkpoint has LLM" in message
     message = error_of("--pretrained-model-path", tiny_exp)
     assert message.startswith(f"--pretrained-model-path {tiny_exp} is not an exported model")
-
-
-def test_cuts_that_are_unusable(error_of, tiny_corpus, tmp_path):
-    whole = tiny_corpus / "tiny_cuts_train.jsonl.gz"
-    path = tmp_path / "cuts.jsonl.gz"
-    flags = ("--train-cuts", path)
-
-    assert error_of(*flags) == f"cut file {path} is missing"
-    path.write_bytes(whole.read_bytes()[:-40])
-    assert re.match(rf"{path} cannot be read beyond cut \d+: .", error_of(*flags))
-
-    cuts = list(load_manifest(whole))
-    cuts[4].supervisions[0].text = None
-    CutSet.from_cuts(cuts).to_file(path)
-    assert error_of(*flags).startswith("1 of 12 utterances are invalid (1 no-text), more than --ma")
-    flags += ("--max-invalid-fraction", 0)
-    assert error_of(*flags) == f"{path}: cut train-4 has no text"
-    message = error_of("--max-utterance-duration", 1.0)
-    assert message.startswith(f"{whole}: no usable cuts: 0 utterances")

@@ -3,6 +3,7 @@
 import datetime
 import logging
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from speechllm.errors import redact_secrets
@@ -40,26 +41,23 @@ class _TerminalHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-class ProgressBar:
-    """Progress bar over seconds of audio, with speed, time left and values; needs a terminal."""
+def progress_bar(name: str, seconds: float, enabled: bool = True):
+    """Return tqdm's bar over seconds of audio, with speed and time left; needs a terminal."""
+    from tqdm import tqdm
 
-    def __init__(self, name: str, seconds: float, enabled: bool = True):
-        from tqdm import tqdm
+    return tqdm(
+        total=round(seconds),
+        desc=name,
+        unit="s",
+        disable=not (enabled and sys.stderr.isatty()),
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s of audio "
+        "[{elapsed}<{remaining}, {rate_fmt} {postfix}]",
+    )
 
-        self.bar = tqdm(
-            total=round(seconds),
-            desc=name,
-            unit="s",
-            disable=not (enabled and sys.stderr.isatty()),
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s of audio "
-            "[{elapsed}<{remaining}, {rate_fmt} {postfix}]",
-        )
 
-    def advance(self, seconds: float) -> None:
-        self.bar.update(round(seconds))
-
-    def show(self, **values: float) -> None:
-        self.bar.set_postfix(values, refresh=False)
-
-    def close(self) -> None:
-        self.bar.close()
+def with_progress(batches: Iterable[dict], name: str, seconds: float, dist_env) -> Iterator[dict]:
+    """Yield this rank's batches, with a bar over the audio of all ranks."""
+    with progress_bar(name, seconds, dist_env.is_main) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(round(batch["seconds"] * dist_env.world_size))

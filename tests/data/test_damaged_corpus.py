@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import validate_manifest
+from hostile_cuts import set_in, write_lines
 from lhotse import NumpyFilesWriter, Recording, SupervisionSegment
 
 from speechllm.audio.fbank import fbank_extractor
@@ -31,17 +32,8 @@ TEXT_ONLY = ("long-text", "not-unicode", "no-text")  # the audio can be decoded
 # ---- damage: functions of the cut as JSON, of the bytes of its file, or of its samples
 
 
-def put(*keys, value):
-    def change(cut):
-        for key in keys[:-1]:
-            cut = cut[key]
-        cut[keys[-1]] = value
-
-    return change
-
-
 def text(value):
-    return put("supervisions", 0, "text", value=value)
+    return set_in("supervisions", 0, "text", value=value)
 
 
 def stereo(cut):
@@ -52,20 +44,26 @@ def stereo(cut):
 
 MANIFEST = {  # manifests of corpora with features or audio
     "no text": (text(None), "no-text"),
-    "no supervision": (put("supervisions", value=[]), "no-text"),
+    "no supervision": (set_in("supervisions", value=[]), "no-text"),
     "thousands of words": (text("HELLO " * 3000), "long-text"),
     "replacement character": (text("CAF\ufffd"), "not-unicode"),
     "number as text": (text(7), "malformed"),
-    "duration nan": (put("duration", value=float("nan")), "malformed"),
-    "supervision too early": (put("supervisions", 0, "start", value=-1.0), "supervision-outside"),
-    "supervision too long": (put("supervisions", 0, "duration", value=99.0), "supervision-outside"),
+    "duration nan": (set_in("duration", value=float("nan")), "malformed"),
+    "supervision too early": (
+        set_in("supervisions", 0, "start", value=-1.0),
+        "supervision-outside",
+    ),
+    "supervision too long": (
+        set_in("supervisions", 0, "duration", value=99.0),
+        "supervision-outside",
+    ),
 }
 FEATURES = {
     "features gone": (lambda cut: cut.pop("features"), "no-features"),
-    "40 dimensions": (put("features", "num_features", value=40), "feature-dim"),
-    "12.5 ms": (put("features", "frame_shift", value=0.0125), "frame-shift"),
-    "frames too few": (put("features", "num_frames", value=9), "wrong-length"),
-    "unknown storage": (put("features", "storage_key", value="gone.npy"), "unreadable-features"),
+    "40 dimensions": (set_in("features", "num_features", value=40), "feature-dim"),
+    "12.5 ms": (set_in("features", "frame_shift", value=0.0125), "frame-shift"),
+    "frames too few": (set_in("features", "num_frames", value=9), "wrong-length"),
+    "unknown storage": (set_in("features", "storage_key", value="gone.npy"), "unreadable-features"),
 }
 FILES = {
     "missing": None,
@@ -86,11 +84,11 @@ FEATURE_VALUES = {
 }  # fmt: skip
 AUDIO = {
     "recording gone": (lambda cut: cut.pop("recording"), "no-audio"),
-    "8 kHz": (put("recording", "sampling_rate", value=8000), "sampling-rate"),
+    "8 kHz": (set_in("recording", "sampling_rate", value=8000), "sampling-rate"),
     "two channels": (stereo, "channels"),
     "file elsewhere": (
-        put("recording", "sources", 0, "source", value="gone.wav"), "unreadable-audio"),
-    "too few samples": (put("recording", "num_samples", value=9), "malformed"),
+        set_in("recording", "sources", 0, "source", value="gone.wav"), "unreadable-audio"),
+    "too few samples": (set_in("recording", "num_samples", value=9), "malformed"),
 }  # fmt: skip
 AUDIO_FILES = {name: (damage, "unreadable-audio") for name, damage in FILES.items()} | {
     "truncated": (FILES["truncated"], "unreadable-audio|wrong-length"),
@@ -166,10 +164,7 @@ class Corpus:
         return self
 
     def write(self) -> Path:
-        path = self.folder / "an4_cuts_damaged.jsonl.gz"
-        with gzip.open(path, "wt") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.lines)
-        return path
+        return write_lines(self.folder / "an4_cuts_damaged.jsonl.gz", self.lines)
 
 
 @pytest.fixture(scope="module", params=["features", "audio"])

@@ -100,14 +100,6 @@ def test_training_with_the_cache_equals_training_with_encoders(trained, cache_fl
 
 
 @pytest.mark.slow
-def test_training_is_bit_identical_with_batches_of_one_utterance(trained, cache_flags):
-    single = ("--max-duration", "0.5", "--num-epochs", "2")
-    encoded = trained("encoded", *single, n=2)
-    cached = trained("cached", *single, *cache_flags, n=2)
-    assert equal(state_of(encoded), state_of(cached))
-
-
-@pytest.mark.slow
 @pytest.mark.ranks
 def test_ranks_share_the_encoding(trained, tmp_path, cache_flags, port):
     save_encoder(ZipformerEncoder(SIZES["tiny"], vocab_size=7), tmp_path / "tiny.pt")
@@ -214,23 +206,6 @@ def test_hash_depends_on_the_outputs_of_the_encoders_only(encoders):
         assert hash_of_encoders([one]) == before
         next(one.parameters())[0] += 1e-6
     assert hash_of_encoders([one]) != before
-
-
-@pytest.mark.slow
-def test_only_changed_cuts_and_encoders_are_encoded_again(
-    trained, tiny_corpus, tiny_encoder_dir, tmp_path, cache_flags
-):
-    flags = ("--num-epochs", "1", *cache_flags)
-    trained("first", *flags)
-    cuts = list(load_manifest(cut_file(tiny_corpus)))
-    cuts[3].supervisions[0].duration = 2.0
-    cuts[6].supervisions[0].text = "other words"
-    CutSet.from_cuts(cuts).to_file(tmp_path / "changed.jsonl.gz")
-    flags = (*flags, "--train-cuts", tmp_path / "changed.jsonl.gz")
-    assert found_and_encoded(trained("changed", *flags)) == (12, 1)
-    flags = (*flags, "--speech-encoder-path", tiny_encoder_dir / "b.pt")
-    assert found_and_encoded(trained("other", *flags)) == (0, 13)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 # ---- errors

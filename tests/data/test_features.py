@@ -1,9 +1,8 @@
 """Fbank that is computed once and stored next to the cut file."""
 
-import numpy as np
 import pytest
-import soundfile
 from lhotse import CutSet, Recording
+from sounds import write_noise
 
 from speechllm.data import features
 from speechllm.errors import InputError
@@ -11,10 +10,8 @@ from speechllm.errors import InputError
 
 @pytest.fixture
 def cuts(tmp_path):
-    noise = np.random.default_rng(0).normal(scale=0.1, size=4800)
-    for name in "ab":
-        soundfile.write(tmp_path / f"{name}.wav", noise, 16000)
-    return CutSet.from_cuts(Recording.from_file(tmp_path / f"{n}.wav").to_cut() for n in "ab")
+    files = [write_noise(tmp_path / f"{name}.wav", 0.3) for name in "ab"]
+    return CutSet.from_cuts(Recording.from_file(file).to_cut() for file in files)
 
 
 def test_unreadable_audio_is_an_error_and_leaves_nothing(cuts, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from lhotse import CutSet, load_manifest
 
 from speechllm.data import manifests
+from speechllm.data.manifests import Limits
 from speechllm.errors import InputError
 
 
@@ -65,7 +66,7 @@ def test_shares_of_all_ranks_are_the_whole(tiny_corpus, world_size):
 
 def test_scan_counts_kept_and_dropped_cuts(tiny_corpus, altered):
     paths = [path_of(tiny_corpus), altered(set_duration(0.2), part="dev")]
-    statistics = manifests.scan_manifests(paths, min_seconds=0.5, max_seconds=2)
+    statistics = manifests.scan_manifests(paths, Limits(min_seconds=0.5, max_seconds=2))
     assert (statistics.too_short, statistics.too_long) == (3 + 1, 4 + 1)
     seconds = [cut.duration for path in paths for cut in load_manifest(path)]
     kept = [s for s in seconds if 0.5 <= s <= 2]
@@ -94,20 +95,20 @@ def test_tolerated_invalid_cuts_are_skipped_and_counted(altered):
     )
 
 
-@pytest.mark.parametrize("limits", [{}, {"min_seconds": 2.0, "max_seconds": 2.1}])
+@pytest.mark.parametrize("limits", [Limits(), Limits(2.0, 2.1)])
 def test_nothing_to_use_is_an_error(tiny_corpus, tmp_path, limits):
     path = path_of(tiny_corpus)
-    if not limits:
+    if limits == Limits():
         path = tmp_path / "none.jsonl.gz"
         cuts = [cut.drop_features() for cut in load_manifest(path_of(tiny_corpus))]
         CutSet.from_cuts(cuts).to_file(path)
     skipped = "8 too short, 4 too long"
-    if not limits:
+    if limits == Limits():
         skipped = (
             "0 too short, 0 too long, 12 invalid (12 no-features), "
             "e.g. cut train-0 has no features (see --on-the-fly-feats)"
         )
-    assert error_of([path], tolerate=True, **limits) == (
+    assert error_of([path], tolerate=True, limits=limits) == (
         f"{path}: no usable cuts: 0 utterances, 0.00 hours; skipped: {skipped}"
     )
 

@@ -19,7 +19,7 @@ from lhotse import CutSet, load_manifest
 from runs_code import was_executed
 
 from speechllm.data import features
-from speechllm.data.manifests import cuts_within, read_cuts, scan_manifests
+from speechllm.data.manifests import Limits, cuts_within, read_cuts, scan_manifests
 from speechllm.data.security import check_safe
 from speechllm.data.shar import check_shards, read_shards
 from speechllm.errors import InputError
@@ -46,7 +46,7 @@ def test_every_reader_rejects_the_attack(hostile_manifest, tmp_path):
     path, message = hostile_manifest
     for read in (
         lambda: list(read_cuts(path)),
-        lambda: list(cuts_within([path], min_frames=0)),
+        lambda: list(cuts_within([path], Limits(min_frames=0))),
         lambda: scan_manifests([path], need_features=False),
         lambda: features.compute_fbank(load_manifest(path), tmp_path / "out_cuts.jsonl.gz"),
     ):

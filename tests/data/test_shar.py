@@ -6,15 +6,11 @@ import pytest
 import torch
 import write_shar
 from lhotse import load_manifest
+from tiny_batches import all_ids, cut_file, train_batches
 
 from speechllm.data import manifests, shar
-from speechllm.data.config import TrainDataConfig
-from speechllm.data.dataloader import CutSource, EpochPosition, Extras, training_loader
+from speechllm.data.manifests import Limits
 from speechllm.errors import InputError
-
-
-def path_of(tiny_corpus, part="many"):
-    return tiny_corpus / f"tiny_cuts_{part}.jsonl.gz"
 
 
 @pytest.fixture
@@ -30,24 +26,8 @@ def written(tiny_corpus, out, *flags):
     return shar.read_shards([str(out)])
 
 
-def batches_of(directory, position=EpochPosition(), extras=Extras(), **options):
-    options = {"max_duration": 6.0, "drop_last": False, "enable_spec_aug": False,
-               "num_workers": 0, **options}  # fmt: skip
-    config = TrainDataConfig(**options)
-    found = shar.read_shards([str(directory)])
-    statistics = found.statistics()
-    cuts = found.cuts(position.seed + position.epoch if config.shuffle else None)
-    sample = manifests.within(found.sample())
-    source = CutSource(manifests.within(cuts), statistics.kept, statistics.seconds, sample)
-    return list(training_loader(source, config, position, extras))
-
-
-def all_ids(batches):
-    return sorted(cut_id for batch in batches for cut_id in batch["cut_ids"])
-
-
 def many_ids(tiny_corpus):
-    return sorted(cut.id for cut in load_manifest(path_of(tiny_corpus)))
+    return sorted(cut.id for cut in load_manifest(cut_file(tiny_corpus, "many")))
 
 
 # ---- writing
@@ -59,7 +39,7 @@ def many_ids(tiny_corpus):
 def test_shards_hold_the_data_of_the_cut_files(tiny_corpus, tmp_path, flags, tolerance):
     found = written(tiny_corpus, tmp_path / "x", *flags)
     assert len(found) == 3
-    before = {cut.id: cut for cut in load_manifest(path_of(tiny_corpus, "train"))}
+    before = {cut.id: cut for cut in load_manifest(cut_file(tiny_corpus))}
     cuts = list(found.cuts())
     assert {cut.id for cut in cuts} == before.keys() and len(cuts) == len(before)
     for cut in cuts:
@@ -99,10 +79,10 @@ def test_wrong_flags_are_an_error_before_writing(tiny_corpus, tmp_path, flags, m
 # ---- the index
 
 
-@pytest.mark.parametrize("limits", [{}, {"min_seconds": 0.6, "max_seconds": 1.9}])
+@pytest.mark.parametrize("limits", [Limits(), Limits(0.6, 1.9)])
 def test_the_index_has_the_statistics_of_the_cut_files(tiny_corpus, tiny_shards, limits):
-    expected = manifests.scan_manifests([path_of(tiny_corpus)], **limits)
-    found = shar.read_shards([str(tiny_shards)]).statistics(**limits)
+    expected = manifests.scan_manifests([cut_file(tiny_corpus, "many")], limits)
+    found = shar.read_shards([str(tiny_shards)]).statistics(limits)
     for name in ("kept", "too_short", "too_long"):
         assert getattr(found, name) == getattr(expected, name)
     assert found.seconds == pytest.approx(expected.seconds, abs=0.005 * expected.kept)
@@ -110,10 +90,10 @@ def test_the_index_has_the_statistics_of_the_cut_files(tiny_corpus, tiny_shards,
 
 
 def test_damaged_shards_are_named(copy, tiny_corpus, tmp_path):
-    def error_of(*directories, need_features=True, **limits):
+    def error_of(*directories, need_features=True, limits=Limits()):
         with pytest.raises((InputError, FileNotFoundError)) as error:
             found = shar.read_shards([str(one) for one in directories])
-            shar.check_shards(found, need_features=need_features, **limits)
+            shar.check_shards(found, limits, need_features=need_features)
         return str(error.value)
 
     assert "index.json is missing" in error_of(tmp_path)
@@ -121,7 +101,7 @@ def test_damaged_shards_are_named(copy, tiny_corpus, tmp_path):
         "s3://no/where"
     )
     assert "has no audio" in error_of(copy, need_features=False)
-    assert "no usable cuts: 0 utterances" in error_of(copy, max_seconds=0.1)
+    assert "no usable cuts: 0 utterances" in error_of(copy, limits=Limits(max_seconds=0.1))
     written(tiny_corpus, tmp_path / "audio", "--audio", "wav")
     assert f"{tmp_path}/audio and {copy} hold different kinds of data" in error_of(
         copy, tmp_path / "audio"
@@ -141,7 +121,8 @@ def test_damaged_shards_are_named(copy, tiny_corpus, tmp_path):
 
 @pytest.mark.parametrize(("bucketing", "num_workers"), [(True, 3), (False, 1)])
 def test_workers_read_every_cut_once(tiny_corpus, tiny_shards, num_workers, bucketing):
-    batches = batches_of(tiny_shards, num_workers=num_workers, bucketing_sampler=bucketing)
+    options = {"num_workers": num_workers, "bucketing_sampler": bucketing}
+    batches = train_batches(tiny_shards, shuffle=True, **options)
     assert all_ids(batches) == many_ids(tiny_corpus)
 
 
@@ -152,7 +133,7 @@ def test_ranks_read_disjoint_shards(tiny_corpus, tiny_shards, monkeypatch, num_w
     ids = []
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        position = EpochPosition(rank=rank, world_size=3)
-        ids.append(all_ids(batches_of(tiny_shards, position, num_workers=num_workers)))
+        options = {"rank": rank, "world_size": 3, "num_workers": num_workers}
+        ids.append(all_ids(train_batches(tiny_shards, **options)))
         assert len(ids[-1]) == 32
     assert sorted(sum(ids, [])) == many_ids(tiny_corpus)

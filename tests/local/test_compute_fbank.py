@@ -1,16 +1,14 @@
 """Fbank of LibriSpeech and MUSAN."""
 
 import compute_fbank
-import numpy as np
 import pytest
-import soundfile
 from lhotse import Recording, RecordingSet, SupervisionSegment, SupervisionSet, load_manifest
+from sounds import write_noise
 
 
 def write_recording(folder, corpus: str, part: str, name: str, seconds: float) -> None:
-    samples = np.random.default_rng(0).normal(scale=0.1, size=int(seconds * 16000))
-    soundfile.write(folder / f"{name}.wav", samples, 16000)
-    recordings = RecordingSet.from_recordings([Recording.from_file(folder / f"{name}.wav")])
+    recording = Recording.from_file(write_noise(folder / f"{name}.wav", seconds))
+    recordings = RecordingSet.from_recordings([recording])
     recordings.to_file(folder / f"{corpus}_recordings_{part}.jsonl.gz")
 
 

@@ -25,8 +25,6 @@ class Mirror:
 
     def __init__(self):
         self.requests = []  # (path, first byte requested)
-        self.broken_answers = 0  # closed after `break_after` bytes
-        self.break_after = BLOCK
         self.supports_range = True
         self.corrupt = False
         self.files = {  # (repo, path): content
@@ -64,9 +62,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start and mirror.supports_range else 200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if mirror.broken_answers and len(content) > mirror.break_after:
-            mirror.broken_answers -= 1
-            content = content[: mirror.break_after]
         self.wfile.write(content)
 
 
@@ -132,22 +127,6 @@ def test_an_interrupted_download_resumes(mirror, tmp_path, part, supports_range)
     download(mirror, tmp_path, "encoder")
     assert ("exp/pretrained.pt", 1000) in mirror.requests
     assert files_in(tmp_path) == expected(mirror, "encoder")
-
-
-def test_broken_connections_are_resumed(mirror, tmp_path):
-    mirror.broken_answers = 2
-    download(mirror, tmp_path, "encoder")
-    starts = [start for file, start in mirror.requests if file == "exp/pretrained.pt"]
-    assert starts == [0, BLOCK, 2 * BLOCK]
-    assert files_in(tmp_path) == expected(mirror, "encoder")
-
-
-def test_repeated_failures_keep_the_part_file(mirror, tmp_path):
-    mirror.break_after, mirror.broken_answers = 0, 100
-    with pytest.raises(SystemExit, match="run this again to resume"):
-        download(mirror, tmp_path, "encoder")
-    assert 1 < len(mirror.requests) < 10
-    assert list(files_in(tmp_path)) == [f"{ENCODER}.part"]
 
 
 def test_a_wrong_hash_is_an_error_and_leaves_nothing(mirror, tmp_path):

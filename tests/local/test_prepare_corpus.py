@@ -7,27 +7,21 @@ from pathlib import Path
 import numpy as np
 import prepare_corpus
 import pytest
-import soundfile
 from lhotse import load_manifest
+from sounds import write_noise
 
 from speechllm.audio.fbank import fbank_extractor
 
 HEADER = "utt_id\tspeaker\tsplit\ttext\tpath\n"
 
 
-def write_audio(path: Path, seconds: float = 0.5, rate: int = 16000, channels: int = 1) -> None:
-    samples = np.random.default_rng(0).normal(scale=0.1, size=(int(seconds * rate), channels))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, samples, rate)
-
-
 @pytest.fixture
 def table(tmp_path):
     """Two training utterances of one speaker, one for dev; audio in a folder next to the table."""
     path = tmp_path / "corpus" / "table.tsv"
-    write_audio(path.parent / "wav" / "a.wav", 0.5)
-    write_audio(path.parent / "wav" / "b.flac", 0.8)
-    write_audio(path.parent / "wav" / "c.wav", 0.6)
+    write_noise(path.parent / "wav" / "a.wav", 0.5)
+    write_noise(path.parent / "wav" / "b.flac", 0.8)
+    write_noise(path.parent / "wav" / "c.wav", 0.6)
     path.write_text(
         HEADER
         + "a\tanna\ttrain\tYES  Sir\twav/a.wav\n"
@@ -86,9 +80,9 @@ def invalid_table(table):
     wav = table.parent / "wav"
     (wav / "junk.wav").write_bytes(b"not audio")
     (wav / "cut.flac").write_bytes((wav / "b.flac").read_bytes()[:2000])
-    write_audio(wav / "empty.wav", 0)
-    write_audio(wav / "short.wav", 0.02)
-    write_audio(wav / "stereo.wav", channels=2)
+    write_noise(wav / "empty.wav", 0)
+    write_noise(wav / "short.wav", 0.02)
+    write_noise(wav / "stereo.wav", 0.5, channels=2)
     rows = (
         ("gone", "x", "dev", "HI", "wav/gone.wav"),
         ("junk", "x", "dev", "HI", "wav/junk.wav"),
@@ -270,7 +264,7 @@ def test_an_unchanged_table_is_not_computed_again(table, tmp_path, capsys):
 
 
 def test_other_rates_are_resampled(table, tmp_path):
-    write_audio(table.parent / "wav" / "c.wav", 0.6, rate=44100)
+    write_noise(table.parent / "wav" / "c.wav", 0.6, rate=44100)
     prepare(table, tmp_path)
     (cut,) = cuts_of(tmp_path, "dev")
     assert (cut.sampling_rate, cut.num_samples, cut.num_frames) == (16000, 9600, 60)

@@ -3,11 +3,11 @@
 import gzip
 import json
 
-import numpy as np
 import pytest
-import soundfile
 import validate_manifest
+from hostile_cuts import set_in
 from lhotse import CutSet, Recording, SupervisionSegment
+from sounds import write_noise
 
 from speechllm.data.features import compute_fbank
 
@@ -17,8 +17,7 @@ def good(tmp_path):
     """Path of a cut file with utterances a, b and c of 0.5 s."""
     cuts = []
     for name in "abc":
-        path = tmp_path / f"{name}.wav"
-        soundfile.write(path, np.random.default_rng(0).normal(scale=0.1, size=8000), 16000)
+        path = write_noise(tmp_path / f"{name}.wav", 0.5)
         cut = Recording.from_file(path).to_cut().with_id(name)
         cut.supervisions = [SupervisionSegment(name, name, 0, 0.5, text="HI THERE", speaker="s")]
         cuts.append(cut)
@@ -51,15 +50,6 @@ def test_good_files_pass(good):
 
 def set_supervision(field, value):
     return set_in("supervisions", 0, field, value=value)
-
-
-def set_in(*keys, value):
-    def change(cut):
-        for key in keys[:-1]:
-            cut = cut[key]
-        cut[keys[-1]] = value
-
-    return change
 
 
 @pytest.mark.parametrize(

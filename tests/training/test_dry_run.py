@@ -37,24 +37,6 @@ def test_the_estimate_equals_the_memory_of_a_real_step(options, checkpointing):
     assert estimate.total == estimate.weights + estimate.optimizer + estimate.step
 
 
-@pytest.mark.slow
-def test_ranks_and_zero_stages_share_memory():
-    model, batch = speech_llm(use_lora=False, device="meta"), speech_batch()
-
-    def estimate(*options, dtype=torch.float32):
-        batch["features"] = batch["features"].to("meta", dtype)
-        return estimate_memory(model, speech_loss(batch), dtype, *options)
-
-    one, ddp = estimate(), estimate(4)
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    assert (one.buffers, ddp.buffers) == (0, trained)
-    first, second, third = (estimate(4, stage) for stage in (1, 2, 3))
-    assert first.optimizer == ddp.optimizer // 4 and first.step == ddp.step
-    assert second.step == ddp.step - trained + trained // 4
-    assert third.weights == ddp.weights // 4
-    assert estimate(dtype=torch.bfloat16).step < one.step
-
-
 def test_ranks_on_a_cpu_share_the_memory_of_their_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     name, whole = dry_run.device_memory(1)

@@ -32,6 +32,6 @@ def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path, child)
         f"{socket.gethostname()}): "
     )
     first.kill()
-    os.waitpid(first.pid, 0)
+    first.join()
     with exclusive(tmp_path / "exp"):
         pass

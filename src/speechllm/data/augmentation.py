@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 from lhotse import CutSet, Recording
 from lhotse.cut import Cut
-from lhotse.dataset import CutConcatenate, CutMix, SpecAugment
+from lhotse.dataset import CutMix, SpecAugment
 from lhotse.dataset.cut_transforms import (
     Compress,
     PerturbVolume,
@@ -74,8 +74,3 @@ def mix_noise(cuts: CutSet, noise: CutSet) -> CutSet:
     """Mix noise at 10 to 20 dB SNR into half of the cuts."""
     rng = random.Random(random.getrandbits(64))
     return CutMix(noise, p=0.5, snr=(10, 20), preserve_id=True, seed=rng)(cuts)
-
-
-def concatenate(cuts: CutSet, duration_factor: float, gap: float) -> CutSet:
-    """Concatenate short cuts to reduce padding, with `gap` seconds between them."""
-    return CutConcatenate(duration_factor=duration_factor, gap=gap)(cuts)

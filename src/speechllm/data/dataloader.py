@@ -6,11 +6,12 @@ from functools import partial
 
 from lhotse import CutSet
 from lhotse.cut import Cut
+from lhotse.dataset import CutConcatenate
 from lhotse.dataset.dataloading import make_worker_init_fn
 from lhotse.dataset.sampling.base import CutSampler
 from torch.utils.data import DataLoader, Dataset
 
-from speechllm.data.augmentation import concatenate, mix_noise, perturb_audio, spec_augment
+from speechllm.data.augmentation import mix_noise, perturb_audio, spec_augment
 from speechllm.data.config import DataConfig, TrainDataConfig
 from speechllm.data.dataset import CachedEncoderDataset, SpeechDataset, TextOptions
 from speechllm.data.encoder_cache import EncoderCache
@@ -163,8 +164,7 @@ def _train_dataset(config: TrainDataConfig, extras: Extras, check_cuts: bool) ->
     if any(audio):
         transforms.append(partial(perturb_audio, **dict(zip(("volume", "reverb", "codec"), audio))))
     if config.concatenate_cuts:
-        options = {"duration_factor": config.duration_factor, "gap": config.gap}
-        transforms.append(partial(concatenate, **options))
+        transforms.append(CutConcatenate(config.gap, config.duration_factor))
     if extras.musan is not None:
         transforms.append(partial(mix_noise, noise=extras.musan))
     return SpeechDataset(

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -68,6 +67,24 @@ def frames_needed(ds_rate: int = 4) -> int:
 def speech_embeddings(frames: int, ds_rate: int = 4) -> int:
     """Return the number of speech embeddings of `frames` feature frames, 6.25 per second."""
     return encoder_out_lens(frames) // ds_rate
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Durations in seconds of the utterances to use, and the fewest feature frames of their speech.
+
+    Instances are functions that return whether a cut is within the limits.
+    """
+
+    min_seconds: float = 0.0
+    max_seconds: float = float("inf")
+    min_frames: int = frames_needed()
+
+    def too_short(self, cut: Cut) -> bool:
+        return cut.duration < self.min_seconds or not long_enough(cut, self.min_frames)
+
+    def __call__(self, cut: Cut) -> bool:
+        return not self.too_short(cut) and cut.duration <= self.max_seconds
 
 
 # ---- reading
@@ -142,10 +159,8 @@ def context_of(cut: Cut) -> str:
 
 def scan_manifests(
     paths: list[Path],
+    limits: Limits = Limits(),
     *,
-    min_seconds: float = 0.0,
-    max_seconds: float = float("inf"),
-    min_frames: int = frames_needed(),
     need_text: bool | None = True,
     need_features: bool = True,
     extra_check: ExtraCheck | None = None,
@@ -169,14 +184,14 @@ def scan_manifests(
     invalid: CutErrors = {path: {} for path in paths}
     for path in paths:
         before = len(lengths)
-        for number, cut, errors in _checked(path, need_text, need_features, extra_check):
+        for number, cut, errors in checked_cuts(path, need_text, need_features, extra_check):
             if errors and not tolerate:
                 raise InputError(f"{path}: {errors[0].message}")
             if errors:
                 invalid[path][number] = errors
-            elif cut.duration < min_seconds or not long_enough(cut, min_frames):
+            elif limits.too_short(cut):
                 too_short += 1
-            elif cut.duration > max_seconds:
+            elif cut.duration > limits.max_seconds:
                 too_long += 1
             else:
                 lengths.append(cut.duration)
@@ -190,10 +205,13 @@ def scan_manifests(
     return statistics
 
 
-def _checked(
-    path: Path, need_text: bool | None, need_features: bool, extra_check: ExtraCheck | None
+def checked_cuts(
+    path: Path,
+    need_text: bool | None,
+    need_features: bool,
+    extra_check: ExtraCheck | None = None,
 ) -> Iterator[tuple[int, Cut, list[CutError]]]:
-    """Yield position, cut and errors of each cut of a file."""
+    """Yield position, cut and errors of each cut of a file; see `scan_manifests`."""
     ids: set[str] = set()
     can_be_read = False
     for number, cut in enumerate(read_cuts(path)):
@@ -220,9 +238,7 @@ def long_enough(cut: Cut, min_frames: int) -> bool:
 
 def cuts_within(
     paths: list[Path],
-    min_seconds: float = 0.0,
-    max_seconds: float = float("inf"),
-    min_frames: int = frames_needed(),
+    limits: Limits = Limits(),
     skip: Mapping[Path, Iterable[int]] = MappingProxyType({}),
 ) -> CutSet:
     """Return the cuts of several files within the limits, read lazily, the files interleaved.
@@ -232,7 +248,7 @@ def cuts_within(
     """
     cuts = [CutSet(_CutFile(path, frozenset(skip.get(path, ())))) for path in paths]
     joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
-    return within(joined, min_seconds, max_seconds, min_frames)
+    return joined.filter(limits)
 
 
 @dataclass(frozen=True)
@@ -246,20 +262,6 @@ class _CutFile:
         return (cut for i, cut in enumerate(read_cuts(self.path)) if i not in self.skip)
 
 
-def within(
-    cuts: CutSet,
-    min_seconds: float = 0.0,
-    max_seconds: float = float("inf"),
-    min_frames: int = frames_needed(),
-) -> CutSet:
-    """Filter cuts by the limits, lazily."""
-    return cuts.filter(partial(_is_within, min_seconds, max_seconds, min_frames))
-
-
-def _is_within(min_seconds: float, max_seconds: float, min_frames: int, cut: Cut) -> bool:
-    return min_seconds <= cut.duration <= max_seconds and long_enough(cut, min_frames)
-
-
 def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:
     """Return every `world_size`-th cut from `rank` on, read lazily."""
     return CutSet(LazySlicer(cuts, rank, world_size))
@@ -268,8 +270,3 @@ def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:
 def size_of_share(num_cuts: int, rank: int, world_size: int) -> int:
     """Return the size of a rank's share of `num_cuts`."""
     return len(range(rank, num_cuts, world_size))
-
-
-def sorted_by_id(cuts: CutSet) -> CutSet:
-    """Return the cuts in the order of their ids."""
-    return CutSet.from_cuts(sorted(cuts, key=lambda cut: cut.id))

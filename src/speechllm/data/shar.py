@@ -13,19 +13,23 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
+import torch
 from lhotse import CutSet
 from lhotse.cut import Cut, MonoCut
 from lhotse.serialization import open_best
 from lhotse.shar import SharWriter
 from lhotse.utils import fastcopy, is_valid_url
+from torch.utils.data import DataLoader
 
-from speechllm.data.manifests import CutStatistics, frames_needed
+from speechllm.data.manifests import CutStatistics, Limits
 from speechllm.data.security import safe_cuts
 from speechllm.data.validation import CutError, read_errors, validate_cut
+from speechllm.distributed import DistEnv
 from speechllm.errors import InputError, first_line
 from speechllm.io import atomic_directory
 
@@ -108,16 +112,11 @@ class Shards:
     def __len__(self) -> int:
         return len(self.fields["cuts"])
 
-    def statistics(
-        self,
-        min_seconds: float = 0.0,
-        max_seconds: float = float("inf"),
-        min_frames: int = frames_needed(),
-    ) -> CutStatistics:
+    def statistics(self, limits: Limits = Limits()) -> CutStatistics:
         """Return what `scan_manifests` counts, with durations rounded to 10 ms."""
-        shortest = max(min_seconds, min_frames / 100)
+        shortest, longest = max(limits.min_seconds, limits.min_frames / 100), limits.max_seconds
         lengths = {units / 100: count for units, count in self.durations.items()}
-        kept = {one: count for one, count in lengths.items() if shortest <= one <= max_seconds}
+        kept = {one: count for one, count in lengths.items() if shortest <= one <= longest}
         num_kept = sum(kept.values())
         too_short = sum(count for one, count in lengths.items() if one < shortest)
         return CutStatistics(
@@ -150,9 +149,9 @@ class Shards:
         )
         return safe_cuts(cuts)
 
-    def spread(self, count: int) -> list[dict[str, list[str]]]:
-        """Return the fields of about `count` single shards, evenly spread."""
-        numbers = range(0, len(self), max(1, len(self) // count))
+    def spread(self, number: int) -> list[dict[str, list[str]]]:
+        """Return the fields of about `number` single shards, evenly spread."""
+        numbers = range(0, len(self), max(1, len(self) // number))
         return [{name: [paths[i]] for name, paths in self.fields.items()} for i in numbers]
 
 
@@ -203,10 +202,8 @@ def _check_size(path: Path, size: int) -> None:
 
 def check_shards(
     shards: Shards,
+    limits: Limits = Limits(),
     *,
-    min_seconds: float = 0.0,
-    max_seconds: float = float("inf"),
-    min_frames: int = frames_needed(),
     need_features: bool = True,
     tolerate: bool = False,
 ) -> CutStatistics:
@@ -226,7 +223,7 @@ def check_shards(
             break
     if errors and not (tolerate and valid):
         raise InputError(f"{fields['cuts'][0]}: {errors[0].message}")
-    statistics = shards.statistics(min_seconds, max_seconds, min_frames)
+    statistics = shards.statistics(limits)
     if not statistics.kept:
         raise InputError(f"{shards.fields['cuts'][0]}: no usable cuts: {statistics}")
     return statistics
@@ -238,3 +235,40 @@ def _first_cut_errors(fields: dict[str, list[str]], need_features: bool) -> list
     except Exception as error:  # gzip, tarfile, json and lhotse each have their own
         raise InputError(f"{fields['cuts'][0]} cannot be read: {first_line(error)}") from None
     return validate_cut(cut, need_features=need_features) or read_errors(cut, need_features)
+
+
+# ---- batches
+
+
+@dataclass(frozen=True)
+class EvenBatches:
+    """Batches of an epoch read from shards, the same number on every rank.
+
+    An exhausted rank would leave the others waiting for its gradients. With `drop_last` the epoch
+    ends on all ranks with the first that is exhausted; without, it ends with the last, and
+    exhausted ranks start again.
+
+    Attributes:
+      loader: returns the batches after the first N, which were trained on.
+      skip: batches of the epoch that were trained on.
+    """
+
+    loader: Callable[[int], DataLoader]
+    dist_env: DistEnv
+    drop_last: bool
+    skip: int = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        batches, exhausted = iter(self.loader(self.skip)), False
+        for done in count():
+            batch = next(batches, None)
+            exhausted = exhausted or batch is None
+            num_exhausted = int(self.dist_env.sum(torch.tensor(int(exhausted))))
+            if num_exhausted == self.dist_env.world_size or (num_exhausted and self.drop_last):
+                return
+            if batch is None:
+                batches = iter(self.loader(max(0, self.skip - done)))
+                batch = next(batches, None)
+            if batch is None:
+                raise InputError(f"rank {self.dist_env.rank} has no batch in its shards")
+            yield batch

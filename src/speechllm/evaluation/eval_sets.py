@@ -15,18 +15,16 @@ from speechllm.data.config import DataConfig
 from speechllm.data.dataloader import evaluation_loader
 from speechllm.data.dataset import TextOptions, usable_batches
 from speechllm.data.encoder_cache import EncoderCache
-from speechllm.data.manifests import cuts_file, frames_needed, long_enough, read_cuts, sorted_by_id
-from speechllm.data.validation import (
-    CutError,
-    count_reasons,
-    duplicate_id,
-    format_counts,
-    read_errors,
-    validate_cut,
+from speechllm.data.manifests import (
+    checked_cuts,
+    cuts_file,
+    frames_needed,
+    long_enough,
 )
+from speechllm.data.validation import CutError, count_reasons, format_counts
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
-from speechllm.progress import ProgressBar
+from speechllm.progress import with_progress
 from speechllm.scoring.normalize import NORMALIZERS
 from speechllm.scoring.wer import ScoredUtterance, align_utterance, by_characters, rate_name, units
 
@@ -63,16 +61,11 @@ def read_eval_sets(test_cuts: str, data: DataConfig) -> list[EvalSet]:
 
 def read_eval_set(path: Path, need_features: bool = True) -> EvalSet:
     """Read and validate a cut file and the data of its first valid cut; see `read_eval_sets`."""
-    cuts, errors, seen = [], {}, set()
-    for cut in read_cuts(path):
-        found = validate_cut(cut, need_text=False, need_features=need_features)
-        found += [duplicate_id(cut)] if str(cut.id) in seen else []
-        if not found and len(errors) == len(cuts):
-            found = read_errors(cut, need_features)
+    cuts, errors = [], {}
+    for _, cut, found in checked_cuts(path, False, need_features):
         for error in found:
             if error.reason in ("duplicate-id", "invalid-id"):
                 raise InputError(f"{path}: {error.message}")
-        seen.add(str(cut.id))
         cuts.append(cut)
         errors |= {cut.id: error for error in found[:1]}
     if len(errors) == len(cuts):
@@ -131,7 +124,7 @@ def decode_shard(
     if not usable:
         return results
     loader = evaluation_loader(
-        sorted_by_id(CutSet.from_cuts(usable)),
+        CutSet.from_cuts(sorted(usable, key=lambda cut: cut.id)),
         data,
         num_cuts=len(usable),
         text=TextOptions(use_context),
@@ -140,12 +133,10 @@ def decode_shard(
         encoder_cache=encoder_cache,
     )
     seconds = sum(cut.duration for cut in usable)
-    progress = ProgressBar(cuts.name, seconds, dist_env.is_main)
     unreadable: list[CutError] = []
-    for batch, found in recognize(usable_batches(loader, unreadable)):
+    batches = with_progress(usable_batches(loader, unreadable), cuts.name, seconds, dist_env)
+    for batch, found in recognize(batches):
         results |= zip(batch["cut_ids"], found, strict=True)
-        progress.advance(batch["seconds"] * dist_env.world_size)
-    progress.close()
     return results | {error.id: error for error in unreadable}
 
 

@@ -1,11 +1,9 @@
-"""Decode test sets with many searches and one loaded model; a table and a plot of WER and RTFx."""
+"""Decode test sets with many searches and one loaded model: a table of WER and RTFx."""
 
 import itertools
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from speechllm.data.config import DataConfig
 from speechllm.data.manifests import frames_needed
@@ -77,22 +75,10 @@ def table(flags: list[str], rows: list[SweepRow]) -> list[list[str]]:
     ]
 
 
-def plot(title: str, rows: list[SweepRow]) -> Figure:
-    """Plot WER against RTFx with a line through the best rows, and a label for each row."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*sorted((row.rtfx, row.wer) for row in best_rows(rows))), color="tab:red")
-    for row in rows:
-        axes.plot(row.rtfx, row.wer, "o", color="0.4")
-        axes.annotate(" " + ", ".join(row.values), (row.rtfx, row.wer), size="small")
-    axes.set(title=title, xlabel="RTFx (audio seconds per second)", ylabel=f"{rows[0].rate} %")
-    return figure
-
-
 def write_sweep(
     out_dir: Path, name: str, parameters_name: str, flags: list[str], rows: list[SweepRow]
 ) -> None:
-    """Print a set's table and write it, with the plot, to `out_dir`."""
+    """Print a set's table and write it to `out_dir`."""
     lines = table(flags, rows)
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = ("  ".join(map(str.rjust, line, widths)) for line in lines)
@@ -100,6 +86,4 @@ def write_sweep(
     path = out_dir / f"sweep-{name}-{parameters_name}-{'+'.join(flags)}.tsv"
     with atomic_write(path) as partial:
         partial.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
-    with atomic_write(path.with_suffix(".png")) as partial:
-        plot(f"{name}, {parameters_name}: {', '.join(flags)}", rows).savefig(partial, dpi=150)
-    logging.info(f"Wrote {path} and .png")
+    logging.info(f"Wrote {path}")

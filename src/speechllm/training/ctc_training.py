@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import kaldialign
 import sentencepiece
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from speechllm.models.zipformer.checkpoint import encoder_from_state, save_encod
 from speechllm.models.zipformer.ctc_head import ctc_greedy, ctc_loss
 from speechllm.models.zipformer.encoder import ZipformerEncoder, encoder_out_lens
 from speechllm.models.zipformer.flat_start import flat_start_loss
+from speechllm.scoring.wer import align_utterance, word_error_counts
 from speechllm.training.config import EncoderConfig, TrainConfig
 from speechllm.training.data import scan_training_data
 from speechllm.training.dry_run import count, describe_training
@@ -115,12 +115,9 @@ class CtcLoss:
 
 
 def _word_errors(references: list[str], hypotheses: list[str]) -> dict[str, Tensor]:
-    errors = sum(
-        kaldialign.edit_distance(ref.split(), hyp.split())["total"]
-        for ref, hyp in zip(references, hypotheses)
-    )
-    words = sum(len(ref.split()) for ref in references)
-    return {"errors": torch.tensor(errors), "words": torch.tensor(words)}
+    pairs = zip(references, hypotheses, strict=True)
+    counts = word_error_counts(align_utterance("", *map(str.split, pair)) for pair in pairs)
+    return {"errors": torch.tensor(counts.errors), "words": torch.tensor(counts.ref_words)}
 
 
 def train_encoder(encoder: EncoderConfig, data: TrainDataConfig, config: TrainConfig) -> bool:

@@ -8,13 +8,12 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
-from torch.utils.data import DataLoader
+from lhotse.dataset import CutConcatenate
 
 from speechllm.cli import comma_list
-from speechllm.data.augmentation import concatenate, perturb_speed
+from speechllm.data.augmentation import perturb_speed
 from speechllm.data.config import TrainDataConfig
 from speechllm.data.dataloader import (
     CutSource,
@@ -29,6 +28,7 @@ from speechllm.data.encoder_cache import EncoderCache
 from speechllm.data.features import SPEED_FACTORS
 from speechllm.data.manifests import (
     CutStatistics,
+    Limits,
     cuts_file,
     cuts_within,
     frames_needed,
@@ -36,10 +36,9 @@ from speechllm.data.manifests import (
     scan_manifests,
     share_of_cuts,
     size_of_share,
-    within,
 )
 from speechllm.data.sampler import EvenMix, LLMPositions, TooManyPositions
-from speechllm.data.shar import Shards, check_shards, read_shards
+from speechllm.data.shar import EvenBatches, Shards, check_shards, read_shards
 from speechllm.data.validation import (
     CutError,
     append_errors,
@@ -85,9 +84,8 @@ class TrainingData:
 
     def train_cuts(self) -> CutSet:
         """Return the valid training cuts within the limits, lazily."""
-        return cuts_within(
-            self.train_paths, **_limits(self.config, self.min_frames), skip=self.train.errors
-        )
+        limits = _limits(self.config, self.min_frames)
+        return cuts_within(self.train_paths, limits, self.train.errors)
 
     @property
     def epoch_counts(self) -> list[int]:
@@ -114,7 +112,7 @@ class TrainingData:
 
     def _mixed_cuts(self, epoch: int) -> CutSet:
         limits = _limits(self.config, self.min_frames)
-        corpora = [cuts_within([p], **limits, skip=self.train.errors) for p in self.train.files]
+        corpora = [cuts_within([p], limits, self.train.errors) for p in self.train.files]
         sizes = [kept for kept, _ in self.train.files.values()]
         return CutSet(EvenMix(corpora, sizes, self.epoch_counts, epoch))
 
@@ -130,7 +128,7 @@ class TrainingData:
     def valid_cuts(self) -> CutSet:
         """Return the valid validation cuts, lazily."""
         paths = _paths(self.config.manifest_dir, "--valid-cuts", self.config.valid_cuts)
-        return cuts_within(paths, min_frames=self.min_frames, skip=self.valid.errors)
+        return cuts_within(paths, Limits(min_frames=self.min_frames), self.valid.errors)
 
     def noise_cuts(self) -> CutSet | None:
         """Return the valid noise cuts; None without --enable-musan."""
@@ -147,8 +145,8 @@ class TrainingData:
             cuts = self._mixed_cuts(epoch) if len(self.epoch_counts) > 1 else self.train_cuts()
         else:
             shards, limits = _shards(self.config), _limits(self.config, self.min_frames)
-            cuts = within(shards.cuts(self.seed + epoch if self.config.shuffle else None), **limits)
-            sample = within(shards.sample(), **limits)
+            cuts = shards.cuts(self.seed + epoch if self.config.shuffle else None).filter(limits)
+            sample = shards.sample().filter(limits)
         if self.config.enable_speed_perturb:  # here, as the sampler needs the durations
             cuts = cuts.map(partial(perturb_speed, seed=f"{self.seed} {epoch}"))
         return CutSource(cuts, sum(self.epoch_counts), self.epoch_seconds, sample)
@@ -172,7 +170,7 @@ class TrainingData:
 
         def even_batches_of(epoch: int, skip: int = 0) -> EvenBatches:
             loader = partial(batches_of, epoch)
-            return EvenBatches(loader, dist_env, self.config.drop_last, self.train.kept, skip)
+            return EvenBatches(loader, dist_env, self.config.drop_last, skip)
 
         return even_batches_of if self.config.shar_dir else batches_of
 
@@ -198,9 +196,7 @@ class TrainingData:
 
         return batches
 
-    def report_unread(
-        self, unread: list[CutError], prefix: str, total: int, exp_dir: Path
-    ) -> None:
+    def report_unread(self, unread: list[CutError], prefix: str, total: int, exp_dir: Path) -> None:
         """Log and list utterances that could not be read.
 
         Raises:
@@ -219,7 +215,7 @@ class TrainingData:
         config = self.config
         for cuts in train_sampler(source, config, position, self.count_positions, shuffle=False):
             if config.concatenate_cuts:
-                cuts = concatenate(cuts, config.duration_factor, config.gap)
+                cuts = CutConcatenate(config.gap, config.duration_factor)(cuts)
             yield cuts
 
     def count_batches(self, world_size: int) -> int:
@@ -254,47 +250,6 @@ class TrainingData:
                 check_invalid_fraction(reasons, scan.total, limit, invalid[0][0].message, listing)
 
 
-@dataclass(frozen=True)
-class EvenBatches:
-    """Batches of an epoch read from shards, the same number on every rank.
-
-    An exhausted rank would leave the others waiting for its gradients. With `drop_last` the epoch
-    ends on all ranks with the first that is exhausted, and the log counts the rest; without, it
-    ends with the last, and exhausted ranks start again.
-
-    Attributes:
-      loader: returns the batches after the first N, which were trained on.
-      num_cuts: cuts in an epoch.
-      skip: batches of the epoch that were trained on.
-    """
-
-    loader: Callable[[int], DataLoader]
-    dist_env: DistEnv
-    drop_last: bool
-    num_cuts: int
-    skip: int = 0
-
-    def __iter__(self) -> Iterator[dict]:
-        batches, exhausted, done, first, again = iter(self.loader(self.skip)), False, 0, 0, 0
-        while True:
-            batch = next(batches, None)
-            exhausted = exhausted or batch is None
-            num_exhausted = int(self.dist_env.sum(torch.tensor(int(exhausted))))
-            if num_exhausted == self.dist_env.world_size or (num_exhausted and self.drop_last):
-                break
-            if batch is None:
-                batches = iter(self.loader(max(0, self.skip - done)))
-                batch = next(batches, None)
-            if batch is None:
-                raise InputError(f"rank {self.dist_env.rank} has no batch in its shards")
-            yield batch
-            done += 1
-            first += 0 if exhausted else len(batch["cut_ids"])
-            again += len(batch["cut_ids"]) if exhausted else 0
-        first, again = self.dist_env.sum(torch.tensor([first, again])).tolist()
-        logging.info(f"Shards: {first} of {self.num_cuts} utterances, {again} repeated")
-
-
 def scan_training_data(
     config: TrainDataConfig,
     *,
@@ -319,15 +274,16 @@ def scan_training_data(
     }
     limits = _limits(config, min_frames)
     if config.shar_dir:
-        train = check_shards(_shards(config), **limits, **options)
+        train = check_shards(_shards(config), limits, **options)
     else:
-        train = scan_manifests(_train_paths(config), **limits, **options, extra_check=check)
+        train = scan_manifests(_train_paths(config), limits, **options, extra_check=check)
         if empty := [path for path, (kept, _) in train.files.items() if not kept]:
             invalid = [errors[0].message for errors in train.errors[empty[0]].values()]
             reason = invalid[0] if invalid else "see --min-duration and others"
             raise InputError(f"{empty[0]}: no usable cuts: {reason}")
     valid_paths = _paths(config.manifest_dir, "--valid-cuts", config.valid_cuts)
-    valid = scan_manifests(valid_paths, min_frames=min_frames, **options, extra_check=check)
+    valid_limits = Limits(min_frames=min_frames)
+    valid = scan_manifests(valid_paths, valid_limits, **options, extra_check=check)
     noise = _scan_noise(config, options) if config.enable_musan else None
     return TrainingData(config, train, valid, noise, min_frames, seed, check)
 
@@ -357,7 +313,7 @@ def _scan_noise(config: TrainDataConfig, options: dict) -> CutStatistics:
     except FileNotFoundError as error:
         hint = "--enable-musan false trains without noise"
         raise FileNotFoundError(f"{error}: {hint}") from None
-    return scan_manifests([path], min_frames=0, need_text=None, **options)
+    return scan_manifests([path], Limits(min_frames=0), need_text=None, **options)
 
 
 def _train_paths(config: TrainDataConfig) -> list[Path | str]:
@@ -384,10 +340,7 @@ def _shards(config: TrainDataConfig) -> Shards:
     return read_shards(comma_list(config.shar_dir))
 
 
-def _limits(config: TrainDataConfig, min_frames: int) -> dict:
+def _limits(config: TrainDataConfig, min_frames: int) -> Limits:
     fastest = max(SPEED_FACTORS) if config.enable_speed_perturb else 1
-    return {
-        "min_seconds": config.min_duration,
-        "max_seconds": config.max_utterance_duration,
-        "min_frames": math.ceil(min_frames * fastest),
-    }
+    frames = math.ceil(min_frames * fastest)
+    return Limits(config.min_duration, config.max_utterance_duration, frames)

@@ -88,29 +88,24 @@ def launch_training(
       InputError: another training uses --exp-dir, too many cuts are invalid, the schedule does not
         fit the data, or `run` raised it.
     """
-    config = training.config
-    writes = is_first_process() and not config.dry_run
-    with exclusive(config.exp_dir) if writes else nullcontext():
-        _launch(run, training, describe, writes)
-    return not config.dry_run
-
-
-def _launch(run, training: Training, describe, writes: bool) -> None:
     data, config = training.data, training.config
     if needs_num_steps(config) and data.config.shar_dir:
         raise InputError(
             f"--lr-schedule {config.lr_schedule} needs a known number of steps, which shards "
             f"(--shar-dir {data.config.shar_dir}) do not give: use --train-cuts, eden or fixed"
         )
-    data.check_invalid(config.exp_dir, write=writes)
-    lines = [f"Training cuts: {data.train}", *data.describe_corpora()]
-    lines.append(f"Validation cuts: {data.valid}")
-    if config.dry_run:
-        lines = list(describe(training))
-    if is_first_process():
-        print("\n".join(lines))
-    if not config.dry_run:
-        launch(run, training, config.world_size, config.master_port)
+    writes = is_first_process() and not config.dry_run
+    with exclusive(config.exp_dir) if writes else nullcontext():
+        data.check_invalid(config.exp_dir, write=writes)
+        lines = [f"Training cuts: {data.train}", *data.describe_corpora()]
+        lines.append(f"Validation cuts: {data.valid}")
+        if config.dry_run:
+            lines = list(describe(training))
+        if is_first_process():
+            print("\n".join(lines))
+        if not config.dry_run:
+            launch(run, training, config.world_size, config.master_port)
+    return not config.dry_run
 
 
 def begin(training: Training, dist_env: DistEnv) -> Start:
@@ -163,6 +158,7 @@ def fit(
         tracker.load_state_dict(start.invalid)
         if "sums" in start.checkpoint:
             sums = sums_for_ranks(start.state, start.checkpoint["sums"], dist_env.world_size)
+        start.checkpoint.clear()  # frees its memory: optimizers copy their state
     if dist_env.is_main:
         _prepare_exp_dir(model, start, config)
     if torch.cuda.is_available() if config.scan_oom is None else config.scan_oom:

@@ -33,7 +33,7 @@ from speechllm.models.prompt import ChatTokenizer
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.models.state_dict import load_trainable_state, trainable_state
 from speechllm.precision import autocast_dtype
-from speechllm.progress import ProgressBar
+from speechllm.progress import with_progress
 from speechllm.training.config import TrainConfig
 from speechllm.training.data import scan_training_data, with_llm_positions
 from speechllm.training.deepspeed import deepspeed_config
@@ -245,7 +245,8 @@ def fill_encoder_cache(
     if num_cuts := size_of_share(len(durations), dist_env.rank, dist_env.world_size):
         mine = share_of_cuts(missing, dist_env.rank, dist_env.world_size)
         loader = evaluation_loader(mine.map(cache.with_fingerprint), data.config, num_cuts=num_cuts)
-        batches = _with_progress(usable_batches(loader, []), sum(durations), dist_env)
+        usable = usable_batches(loader, [])
+        batches = with_progress(usable, "encoder cache", sum(durations), dist_env)
         cache.fill(encoders, batches, dist_env.device)
     dist_env.barrier()
     cache.refresh()
@@ -263,11 +264,3 @@ def fill_encoder_cache(
         f"{len(durations)} encoded, {cache.gigabytes:.2f} GB, {time.monotonic() - start:.1f} s"
     )
     return cache
-
-
-def _with_progress(batches: Iterable[dict], seconds: float, dist_env: DistEnv) -> Iterator[dict]:
-    progress = ProgressBar("encoder cache", seconds, dist_env.is_main)
-    for batch in batches:
-        yield batch
-        progress.advance(batch["seconds"] * dist_env.world_size)
-    progress.close()

@@ -8,7 +8,7 @@ estimate with LoRA, and 3 % below it when the whole LLM was trained.
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,8 @@ def estimate_memory(
       dtype: dtype of autocast.
       zero_stage: stage of ZeRO; 0 means DDP.
     """
-    parameters, gradients = num_bytes(model.parameters()), num_bytes(trained(model))
+    parameters = sum(p.nbytes for p in model.parameters())
+    gradients = sum(p.nbytes for p in trained(model))
     running = copy.deepcopy(model).to(dtype).train()
     with LiveMemory() as memory:
         loss(running).backward()
@@ -91,8 +92,3 @@ def estimate_memory(
         buffers=gradients if ranks > 1 else 0,  # DDP's or DeepSpeed's buckets
         step=memory.peak + autocast - gradients + gradients // shards[1],
     )
-
-
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes that these tensors hold."""
-    return sum(tensor.nbytes for tensor in tensors)

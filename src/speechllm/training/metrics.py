@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speechllm.distributed import DistEnv
-from speechllm.progress import ProgressBar
+from speechllm.progress import progress_bar
 
 RESET_INTERVAL = 200  # batches after which tot_loss has decayed to 1/e
 SUMS = ("loss", "correct", "tokens", "errors", "words", "frames")
@@ -74,7 +74,7 @@ class ThroughputMeter:
     """
 
     def __init__(self, name: str, epoch_seconds: float, dist_env: DistEnv):
-        self.bar = ProgressBar(name, epoch_seconds, dist_env.is_main)
+        self.bar = progress_bar(name, epoch_seconds, dist_env.is_main)
         self.world_size = dist_env.world_size
         self.audio = self.speed = 0.0
 
@@ -91,7 +91,7 @@ class ThroughputMeter:
     def _add(self, batches: Iterable[dict]) -> None:
         seconds = sum(float(batch["seconds"]) for batch in batches) * self.world_size
         self.audio += seconds
-        self.bar.advance(seconds)
+        self.bar.update(round(seconds))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from lhotse.cut import Cut
 from lhotse.utils import compute_num_frames
 
 from speechllm.audio.fbank import FRAME_SHIFT, NUM_MEL_BINS, SAMPLING_RATE
+from speechllm.data.dataset import make_batch
 from speechllm.errors import InputError
 from speechllm.models.zipformer.encoder import encoder_out_lens
 from speechllm.training.data import TrainingData
@@ -45,16 +46,7 @@ def silent_batch(cuts: Iterable[Cut], data: TrainingData) -> dict:
     frames, dim = max(lens), NUM_MEL_BINS
     if cache:
         frames, dim = int(encoder_out_lens(frames)), sum(cache.dims)
-    texts = [" ".join(s.text for s in cut.supervisions) for cut in cuts]
-    return {
-        "features": torch.zeros(len(cuts), frames, dim),
-        "feature_lens": torch.tensor(lens),
-        "texts": texts,
-        "cut_ids": [cut.id for cut in cuts],
-        "seconds": sum(lens) * FRAME_SHIFT,
-        "invalid": [],
-        **data.text(texts, cuts),
-    }
+    return make_batch(torch.zeros(len(cuts), frames, dim), lens, cuts, data.text)
 
 
 def scan_memory(engine: Engine, loss: BatchLoss, data: TrainingData) -> None:

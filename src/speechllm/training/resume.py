@@ -212,23 +212,33 @@ def _choose(config: TrainConfig) -> Start:
 
 
 def _newest_loadable(exp_dir: Path) -> Start:
-    """Return the checkpoint with most steps that loads; files that do not are logged."""
-    newest, errors = Start(), []
-    for kind in ("checkpoint", "epoch"):
-        for path in numbered_files(exp_dir, kind).values():
-            try:
-                start = _read(path)
-            except InputError as error:
-                errors.append(str(error))
-                continue
-            if start.state.batch_idx_train >= newest.state.batch_idx_train:
-                newest = start
-            break
+    """Return the checkpoint with most steps that loads; files that do not are logged.
+
+    One is in memory at a time: `checkpoint-B.pt` of epoch e is older than `epoch-N.pt` if e <= N.
+    """
+    errors: list[InputError] = []
+    checkpoints, epochs = (numbered_files(exp_dir, kind) for kind in ("checkpoint", "epoch"))
+    newest = _first_loadable(checkpoints.values(), errors)
+    if later := [path for number, path in epochs.items() if number >= newest.state.epoch]:
+        checkpoint, newest = newest.path, Start()
+        newest = _first_loadable(later, errors)
+        if checkpoint and not newest.path:
+            newest = _read(checkpoint)
     if errors and newest.path is None:
         raise InputError(f"{errors[0]}; {exp_dir} has no other checkpoint to resume from")
     for error in errors:
         logging.warning(f"Skipped checkpoint: {error}")
     return newest
+
+
+def _first_loadable(paths: Iterable[Path], errors: list[InputError]) -> Start:
+    """Return the first checkpoint that loads; appends the errors of those before it."""
+    for path in paths:
+        try:
+            return _read(path)
+        except InputError as error:
+            errors.append(error)
+    return Start()
 
 
 def _read(path: Path) -> Start:

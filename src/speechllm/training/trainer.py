@@ -27,15 +27,8 @@ from speechllm.training.resume import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from speechllm.training.skipped_steps import (
-    GRADIENTS,
-    abort_message,
-    count_skip,
-    decay_skips,
-    describe,
-    skip_reason,
-    step_status,
-)
+from speechllm.training.skipped_steps import abort_message
+from speechllm.training.step import OptimizerStep
 from speechllm.training.validate import BatchLoss, validate
 
 BEST_WER = "best-valid-wer.pt"
@@ -92,6 +85,9 @@ class Trainer:
     invalid: InvalidUtteranceTracker | None = None
     decode: Callable[[], dict[str, Tensor]] | None = None
 
+    def __post_init__(self):
+        self.step = OptimizerStep(self.engine, self.loss, self.state)
+
     def run(self) -> TrainState:
         """Train; returns the state after the last epoch, or after --patience validations.
 
@@ -101,7 +97,7 @@ class Trainer:
           InputError: too many steps were skipped; a checkpoint was saved.
         """
         state, dist_env, config = self.state, self.engine.dist_env, self.config
-        self.epoch_sums, self.recent, self.last_skip = Metrics(), Metrics(), ""
+        self.epoch_sums, self.recent = Metrics(), Metrics()
         if state.batches_in_epoch:
             self.epoch_sums, self.recent = map(Metrics.from_table, self.sums[dist_env.rank])
         elif state.epoch and dist_env.is_main:
@@ -137,7 +133,8 @@ class Trainer:
             self._train_epoch()
         sums = self.epoch_sums.reduced(self.engine.dist_env)
         if not sums.sums:
-            raise InputError(f"epoch {epoch}: all steps were skipped, the last: {self.last_skip}")
+            last = self.step.last_skip
+            raise InputError(f"epoch {epoch}: all steps were skipped, the last: {last}")
         state.update_best("train", sums.means()["loss"])
         state.update_best("valid", self._validate())
         state.batches_in_epoch = 0
@@ -211,16 +208,13 @@ class Trainer:
 
     def _agree(self, batches: list[dict]) -> tuple[int, bool, bool]:
         """Return, for all ranks: tokens of this step, whether to stop, and whether to save."""
-        tokens = sum(map(self._num_tokens, batches))
+        tokens = sum(map(self.step.num_tokens, batches))
         minutes = (time.monotonic() - self.saved) / 60
         is_main = self.engine.dist_env.is_main
         save = is_main and 0 < self.config.save_every_minutes <= minutes
         agreed = self.engine.dist_env.sum(torch.tensor([tokens, self.stop_requested(), save]))
         tokens, stop, save = agreed.tolist()
         return tokens, stop > 0, save > 0
-
-    def _num_tokens(self, batch: dict) -> int:
-        return self.loss.num_tokens(batch) if batch["cut_ids"] else 0
 
     # ---- a step
 
@@ -242,59 +236,11 @@ class Trainer:
             self._abort()
         return metrics
 
-    def step(self, batches: list[dict], tokens: int) -> Metrics | None:
-        """Take an optimizer step on the mean loss over all `tokens` of all ranks' batches.
-
-        Returns:
-          This rank's sums; None if all ranks skipped the step.
-        """
-        try:
-            metrics = self._gradients(batches, tokens)
-        except torch.OutOfMemoryError:
-            metrics = None
-        if metrics is None:  # after the except clause, whose exception holds the batches' memory
-            self.engine.recover_from_oom()
-        status = self.engine.dist_env.gather(step_status(metrics, self.engine))
-        reason = skip_reason(status)
-        if not reason and self.engine.step():
-            decay_skips(self.state)
-            return metrics
-        self._skip(reason, status, batches)
-        return None
-
-    def _gradients(self, batches: list[dict], tokens: int) -> Metrics:
-        engine, world_size = self.engine, self.engine.dist_env.world_size
-        metrics = Metrics()
-        for i, batch in enumerate(batches, start=1):
-            is_used = bool(batch["cut_ids"])
-            with engine.grad_sync(last=i == len(batches)):
-                with engine.autocast():
-                    sums = self.loss(engine.model, batch)
-                # DDP averages gradients over ranks; the factor turns the mean into a sum.
-                weight = world_size / max(1, tokens) if is_used else 0.0
-                engine.backward(sums["loss"] * weight)
-            sums = {name: value.detach() * is_used for name, value in sums.items()}
-            num_tokens = torch.tensor(self._num_tokens(batch))
-            metrics = metrics + Metrics({**sums, "tokens": num_tokens})
-        return metrics
-
-    def _skip(self, reason: str, status: Tensor, batches: list[dict]) -> None:
-        """Skip the step on all ranks; without a reason DeepSpeed has skipped it already."""
-        state, engine = self.state, self.engine
-        self.last_skip = describe(reason or GRADIENTS, status, batches, engine.module)
-        if reason:
-            engine.skip_step()
-        count_skip(state)
-        logging.warning(
-            f"Epoch {state.epoch}, skipped step {state.batch_idx_train} "
-            f"({state.skipped_steps} skipped so far): {self.last_skip}"
-        )
-
     def _abort(self) -> None:
         """Save a checkpoint and end the training after too many skipped steps."""
         self._save_checkpoint()
         limit, dtype = self.config.max_skipped_steps, self.engine.dtype
-        raise InputError(abort_message(self.state, self.last_skip, limit, dtype))
+        raise InputError(abort_message(self.state, self.step.last_skip, limit, dtype))
 
     # ---- validation, checkpoints, logging
 
@@ -368,7 +314,7 @@ class Trainer:
         board.add("train/tot_", self.recent.means(), step)
         if scaler.is_enabled():
             board.add("train/", {"grad_scale": scaler.get_scale()}, step)
-        self.meter.bar.show(loss=self.recent.means()["loss"])
+        self.meter.bar.set_postfix(loss=self.recent.means()["loss"], refresh=False)
 
 
 def grouped(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:

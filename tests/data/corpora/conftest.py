@@ -1,26 +1,16 @@
 """Fixtures: noise as audio files, and prepare_corpus.py."""
 
 import json
-from pathlib import Path
 
-import numpy as np
 import prepare_corpus
 import pytest
-import soundfile
 from lhotse import load_manifest
+from sounds import write_noise
 
 
 @pytest.fixture
 def write_audio():
-    """A function that writes noise to a file, each channel louder than the previous one."""
-
-    def write(path: Path, seconds: float = 1.0, rate: int = 16000, channels: int = 1) -> Path:
-        noise = np.random.default_rng(0).normal(scale=0.02, size=(int(seconds * rate), channels))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, noise * (np.arange(channels) + 1), rate)
-        return path
-
-    return write
+    return write_noise
 
 
 @pytest.fixture

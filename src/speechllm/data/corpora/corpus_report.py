@@ -1,48 +1,35 @@
 """Statistics of a prepared corpus and the skipped utterances, as JSON and as text."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 from lhotse.cut import Cut
 
-from speechllm.data.corpora.audio_files import AudioFile
 from speechllm.data.features import has_perturbed_speed
 from speechllm.data.validation import CutError, count_reasons, format_counts
 
 SHOWN = 50  # items of a list in the text; the JSON has all
 
 
-def corpus_report(
-    source: str, splits: Mapping[str, list[Cut]], files: list[AudioFile], errors: list[CutError]
-) -> dict:
+def corpus_report(source: str, splits: Mapping[str, list[Cut]], errors: list[CutError]) -> dict:
     """Build the content of report.json.
 
-      splits: utterances, hours, speakers, seconds (quantiles); cuts include speed perturbation
-      given: number of utterances in the source, and how many of them are used
-      shared_speakers: speakers in several splits -> these splits
-      languages: language -> number of utterances
-      text: words, different_words
-      audio: files, and number of files by rate (Hz) and channels
-      skipped: counts by reason; id, reason and message of each utterance
+    splits: utterances, hours, speakers, seconds (quantiles); cuts include speed perturbation
+    given: number of utterances in the source, and how many of them are used
+    shared_speakers: speakers in several splits -> these splits
+    skipped: counts by reason; id, reason and message of each utterance
     """
     originals = {
         split: [cut for cut in cuts if not has_perturbed_speed(cut)]
         for split, cuts in splits.items()
     }
-    supervisions = [cut.supervisions[0] for cuts in originals.values() for cut in cuts]
+    used = sum(map(len, originals.values()))
     return {
         "source": source,
-        "given": {"utterances": len(supervisions) + len(errors), "used": len(supervisions)},
+        "given": {"utterances": used + len(errors), "used": used},
         "splits": {split: _statistics(originals[split], cuts) for split, cuts in splits.items()},
         "shared_speakers": _shared_speakers(originals),
-        "languages": dict(Counter(one.language or "unknown" for one in supervisions)),
-        "text": _text_statistics([one.text for one in supervisions]),
-        "audio": {
-            "files": len(files),
-            "rates": dict(Counter(str(file.sampling_rate) for file in files)),
-            "channels": dict(Counter(str(file.channels) for file in files)),
-        },
         "skipped": {
             "counts": count_reasons([error] for error in errors),
             "utterances": [error._asdict() for error in errors],
@@ -69,11 +56,6 @@ def _shared_speakers(splits: Mapping[str, list[Cut]]) -> dict[str, list[str]]:
         for cut in cuts:
             splits_of[cut.supervisions[0].speaker].add(split)
     return {speaker: sorted(names) for speaker, names in splits_of.items() if len(names) > 1}
-
-
-def _text_statistics(texts: list[str]) -> dict:
-    words = Counter(word for text in texts for word in text.split())
-    return {"words": words.total(), "different_words": len(words)}
 
 
 def merge_reports(former: dict, added: dict, source_hash: str) -> dict:
@@ -112,10 +94,6 @@ def report_text(report: Mapping) -> str:
             f"{', '.join(f'{value:.1f}' for value in one['seconds'].values())}; "
             f"{one['cuts']} cuts, {one['cuts_hours']:.2f} hours"
         )
-    words, different = report["text"].values()
-    lines += [_audio_text(report["audio"]), f"text: {words} words, {different} different"]
-    languages = (f"{language} {count}" for language, count in report["languages"].items())
-    lines.append(f"languages: {', '.join(languages)}")
     if shared := report["shared_speakers"]:
         named = (f"{speaker} ({', '.join(names)})" for speaker, names in shared.items())
         lines.append(f"{len(shared)} speakers are in several splits: {shorten(named, '; ')}")
@@ -138,9 +116,3 @@ def shorten(texts: Iterable[str], separator: str) -> str:
     texts = list(texts)
     more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
     return separator.join(texts[:SHOWN] + more)
-
-
-def _audio_text(audio: Mapping) -> str:
-    rates = ", ".join(f"{n} of {rate} Hz" for rate, n in audio["rates"].items())
-    several = sum(n for count, n in audio["channels"].items() if count != "1")
-    return f"audio files: {rates}" + (f", {several} with several channels" if several else "")

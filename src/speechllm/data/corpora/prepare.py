@@ -15,7 +15,7 @@ from typing import NamedTuple
 from lhotse import CutSet
 from lhotse.cut import Cut
 
-from speechllm.data.corpora.audio_files import AudioFile, check_files
+from speechllm.data.corpora.audio_files import check_files
 from speechllm.data.corpora.config import LAYOUTS, PrepareConfig
 from speechllm.data.corpora.corpus_report import (
     corpus_report,
@@ -88,7 +88,7 @@ def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
             compute_fbank(cuts, cuts_path(folder, config.corpus, split), config.num_jobs)
             former[split] = source
             _write(stamp, json.dumps(former))
-    added = corpus_report(str(config.path), corpus.splits, corpus.files, corpus.errors)
+    added = corpus_report(str(config.path), corpus.splits, corpus.errors)
     content = merge_reports(content, added, source)
     _write(report.with_suffix(".json"), json.dumps(content, ensure_ascii=False, indent=1))
     _write(report, report_text(content))
@@ -157,7 +157,6 @@ def _remove_former_copies(copies: Path, corpus: str, sources: set[str]) -> None:
 
 class Corpus(NamedTuple):
     splits: dict[str, CutSet]  # with copies at other speeds
-    files: list[AudioFile]  # audio files of these cuts
     errors: list[CutError]  # errors of the skipped utterances
 
 
@@ -217,7 +216,7 @@ def read_corpus(config: PrepareConfig, copies: Path) -> Corpus:
     if config.speed_perturb and not train and not config.split:
         logger.warning("no split is named %s: no speed perturbation", config.train_split)
     _report_late([one for one, _ in valid if is_late(one, files[one.path])])
-    return Corpus(splits, sorted({files[one.path] for one, _ in valid}), errors)
+    return Corpus(splits, errors)
 
 
 def _read(config: PrepareConfig, copies: Path) -> Iterator[Utterance]:
