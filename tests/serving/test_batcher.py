@@ -44,7 +44,7 @@ def blocks(*loudness):
 async def texts_of(job):
     """The texts of a job's segments, or its error."""
     try:
-        return [segment.text async for segment in job.segments()]
+        return [segment.text async for segment in job.results()]
     except ApiError as error:
         return str(error.__cause__)
 
