@@ -117,7 +117,7 @@ class LiveJob(Results[Event]):
 class Worker:
     """Alternates between jobs, so that a long recording does not block short ones.
 
-    Streams go first: while one is open, a batch is a single chunk of a recording.
+    Streams go first: while one is open, recordings are cut and recognized in small batches.
     """
 
     def __init__(self, transcriber: Transcriber, on_batch: Callable[[int], None] = lambda n: None):
@@ -149,6 +149,8 @@ class Worker:
             if self.closed and not (self.turns or self.ready):
                 return
             self._serve_streams()
+            seconds = 0.0 if self.live else self.transcriber.config.max_duration
+            self.transcriber.split.batch_seconds = seconds
             if batch := self._next_batch():
                 self.on_batch(len(batch))
                 self._recognize(batch)
