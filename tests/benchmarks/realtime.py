@@ -7,10 +7,11 @@
     python tests/benchmarks/realtime.py data/demo/corpus --streams 1 --minutes 60 --speed 30
 
 Each client plays utterances of `make_spoken_corpus.py`, whose word times are known, with pauses.
-`partial` is the latency from the end of a word to its first appearance, `final` that from the last
-word of a phrase to its final text, `behind` how much later than the endpoint silence that was at
-most, all in seconds. `ratio` is seconds of audio per second of CPU time of the server,
-`ratio_last` that of the last fifth of the time, `memory_mb` the memory in each fifth.
+`partial` is the latency from the end of a word to its first appearance in a partial text, `final`
+that from the last word of a phrase to its final text, `behind` how much later than the endpoint
+silence that was at most, all in seconds; `in_partial` is the fraction of words in partial texts.
+`ratio` is seconds of audio per second of the server's CPU time, `ratio_first` and `ratio_last` that
+in the first and last fifth of the time, `memory_mb` the memory at the start and after each fifth.
 """
 
 import argparse
@@ -68,12 +69,15 @@ def add_latencies(shown: list[tuple[float, list[str]]], spoken: list[Word], foun
     """Compare the texts of an item, with the times of their arrival, with its spoken words."""
     from speechllm.scoring.wer import align
 
-    end, final = shown[-1]
-    first = [next(t for t, words in shown if words[j : j + 1] == [w]) for j, w in enumerate(final)]
+    *partial, (end, final) = shown
+    first = [
+        next((t for t, words in partial if words[j : j + 1] == [word]), None)
+        for j, word in enumerate(final)
+    ]
     ends, arrivals = iter(one[2] for one in spoken), iter(first)
     for word, written in align([one[0] for one in spoken], final):
         spoken_end, arrival = next(ends) if word else None, next(arrivals) if written else None
-        if word and word == written:
+        if word == written and arrival:
             found.partial.append(arrival - spoken_end)
     found.final.append(end - spoken[-1][2])
     found.words += len(spoken)
@@ -82,6 +86,7 @@ def add_latencies(shown: list[tuple[float, list[str]]], spoken: list[Word], foun
 async def play(url: str, pcm: bytes, words: list[Word], speed: float, found: Results) -> None:
     """Send audio in real time to a stream, and collect its latencies."""
     from websockets.asyncio.client import connect
+    from websockets.exceptions import ConnectionClosed
 
     audio_format = {"type": "audio/pcm", "rate": RATE}
     session = {"type": "transcription", "audio": {"input": {"format": audio_format}}}
@@ -97,11 +102,15 @@ async def play(url: str, pcm: bytes, words: list[Word], speed: float, found: Res
                 audio = base64.b64encode(pcm[first : first + 2 * BLOCK]).decode()
                 await socket.send(json.dumps({"type": "input_audio_buffer.append", "audio": audio}))
             await asyncio.sleep(PAUSE)
-            await socket.close()
+            socket.transport.abort()
 
         sending, shown, text = asyncio.create_task(send()), [], ""
-        async for message in socket:
-            event, now = json.loads(message), (time.monotonic() - start) * speed
+        while not sending.done():
+            try:
+                event = json.loads(await socket.recv())
+            except ConnectionClosed:
+                break
+            now = (time.monotonic() - start) * speed
             if event["type"] == "error":
                 raise SystemExit(event["error"]["message"])
             if event["type"].endswith(".delta"):
@@ -167,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         ratio_first=(audio[1] - audio[0]) / (cpu[1] - cpu[0]),
         ratio_last=(audio[-1] - audio[-2]) / (cpu[-1] - cpu[-2]),
         **latencies, behind=max(found.behind), words=found.words,
-        found=len(found.partial) / found.words, memory_mb=[round(one / 1e6) for one in memory],
+        in_partial=len(found.partial) / found.words, memory_mb=[round(one / 1e6) for one in memory],
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from speechllm.serving import realtime
 from speechllm.serving.realtime import MAX_MESSAGE_BYTES
 from speechllm.streaming.stream import Streamer
 
-client_module = pytest.importorskip("websockets.sync.client")
+plain_client = pytest.importorskip("websockets.sync.client")
 from websockets.asyncio.client import connect  # noqa: E402
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 
@@ -29,10 +29,14 @@ HOUSEHOLD = Path(__file__).parents[3] / "shared" / "models"
 TRANSCRIPTION = "conversation.item.input_audio_transcription"
 
 
+def address(url) -> str:
+    return f"{url.replace('http', 'ws')}/v1/realtime"
+
+
 @contextmanager
 def connected(url, **options):
     """A plain client after `session.created`."""
-    with client_module.connect(url.replace("http", "ws") + "/v1/realtime", **options) as socket:
+    with plain_client.connect(address(url), **options) as socket:
         created = receive(socket)
         assert created["type"] == "session.created" and created["id"] == created["session"]["id"]
         yield socket
@@ -240,51 +244,35 @@ def test_a_wrong_event_is_an_error_event(url, speech24, message, sentence):
         receive_until(socket, f"{TRANSCRIPTION}.completed")
 
 
-def closed_with(socket) -> tuple[str, int]:
-    """The message of the last event, an error, and the close code."""
-    event = {}
+def receive_until_closed(socket, code) -> list[dict]:
+    events = []
     with pytest.raises(ConnectionClosed) as raised:
         while True:
-            event = receive(socket)
-    return event["error"]["message"], raised.value.rcvd.code
+            events.append(receive(socket))
+    assert raised.value.rcvd.code == code
+    return events
 
 
 def test_a_model_without_ctc_cannot_stream(transcriber):
     other = copy.copy(transcriber)
     other.recognizer = copy.copy(transcriber.recognizer)
     other.recognizer.ctc_decoder = None
-    with running(service_of(other)) as url:
-        with client_module.connect(url.replace("http", "ws") + "/v1/realtime") as socket:
-            message, code = closed_with(socket)
-    assert message.startswith("streaming: no encoder has both a CTC head and a BPE model")
-    assert code == 1008
+    with running(service_of(other)) as url, plain_client.connect(address(url)) as socket:
+        [error] = receive_until_closed(socket, code=1008)
+    assert error["error"]["message"].startswith("streaming: no encoder has both a CTC head")
 
 
-def test_a_failing_stream_ends_alone(transcriber, speech24, monkeypatch):
-    recognize = Streamer._recognize
-
-    def failing(self, phrases):
-        if any(stream.silence == 10 for stream, _ in phrases):
-            raise RuntimeError("out of memory")
-        return recognize(self, phrases)
-
-    monkeypatch.setattr(Streamer, "_recognize", failing)
-    detection = {"type": "server_vad", "silence_duration_ms": 400}
-    with running(service_of(transcriber)) as url:
-        with connected(url) as bad, connected(url) as good:
-            send(bad, "session.update", session=settings(turn_detection=detection))
-            receive(bad)
-            for socket in (bad, good):
-                append(socket, speech24[:48000])
-                send(socket, "input_audio_buffer.commit")
-            failed = receive_until(bad, f"{TRANSCRIPTION}.failed")[-1]
-            assert failed["error"]["message"] == "recognition failed, see the server's log"
-            assert receive_until(good, f"{TRANSCRIPTION}.completed")[-1]["transcript"]
-            send(bad, "session.update", session=settings(turn_detection=None))
-            receive(bad)
-            append(bad, speech24[:48000])
-            send(bad, "input_audio_buffer.commit")
-            assert receive_until(bad, f"{TRANSCRIPTION}.completed")[-1]["transcript"]
+def test_a_failing_stream_is_an_event(transcriber, speech24, monkeypatch):
+    with running(service_of(transcriber)) as url, connected(url) as socket:
+        with monkeypatch.context() as patch:
+            patch.setattr(Streamer, "_recognize", None)
+            append(socket, speech24[:48000])
+            send(socket, "input_audio_buffer.commit")
+            failed = receive_until(socket, f"{TRANSCRIPTION}.failed")[-1]
+        assert failed["error"]["message"] == "recognition failed, see the server's log"
+        append(socket, speech24[:48000])
+        send(socket, "input_audio_buffer.commit")
+        assert receive_until(socket, f"{TRANSCRIPTION}.completed")[-1]["transcript"]
 
 
 # ---- limits
@@ -295,31 +283,24 @@ def test_limits_end_a_session_with_an_error(transcriber, speech24):
     service = service_of(transcriber, **limits)
     with running(service) as url:
         with connected(url) as socket:
-            with client_module.connect(url.replace("http", "ws") + "/v1/realtime") as second:
-                message = "1 streams are open, the maximum: try again later"
-                assert closed_with(second) == (message, 1013)
-            assert closed_with(socket) == ("no event for 0.4 s", 1008)
+            with plain_client.connect(address(url)) as second:
+                *_, error = receive_until_closed(second, code=1013)
+                assert error["error"]["message"].startswith("1 streams are open, the maximum")
+            [error] = receive_until_closed(socket, code=1008)
+            assert error["error"]["message"] == "no event for 0.4 s"
         assert eventually(lambda: not service.admission.streams)
         with connected(url) as socket:
             for _ in range(8):
                 append(socket, speech24[:4800])
                 time.sleep(0.2)
-            events = receive_until_closed(socket)
-            assert events[-1]["error"]["message"] == "the stream was open for 1.5 s, the maximum"
-            assert events[-2]["type"] == f"{TRANSCRIPTION}.completed"
-
-
-def receive_until_closed(socket) -> list[dict]:
-    events = []
-    with pytest.raises(ConnectionClosed):
-        while True:
-            events.append(receive(socket))
-    return events
+            *_, completed, error = receive_until_closed(socket, code=1008)
+            assert completed["type"] == f"{TRANSCRIPTION}.completed"
+            assert error["error"]["message"] == "the stream was open for 1.5 s, the maximum"
 
 
 async def flood(url, message) -> None:
     """Send as fast as possible for 2 s, read nothing, and leave without closing."""
-    async with connect(f"{url.replace('http', 'ws')}/v1/realtime") as socket:
+    async with connect(address(url)) as socket:
         with suppress(TimeoutError):
             async with asyncio.timeout(2):
                 while True:
@@ -351,9 +332,7 @@ def test_a_flood_is_slowed_down_and_others_are_served(transcriber, speech, monke
 def test_too_large_a_message_closes_the_connection(url):
     with connected(url) as socket:
         socket.send("x" * (MAX_MESSAGE_BYTES + 1))
-        with pytest.raises(ConnectionClosed) as raised:
-            receive(socket)
-    assert raised.value.rcvd.code == 1009
+        receive_until_closed(socket, code=1009)
 
 
 def test_a_client_that_leaves_frees_its_stream(transcriber, speech24):
@@ -367,13 +346,11 @@ def test_a_client_that_leaves_frees_its_stream(transcriber, speech24):
 
 
 def test_stopping_closes_streams(transcriber, speech24):
-    with running(service_of(transcriber)) as url:
-        socket = client_module.connect(url.replace("http", "ws") + "/v1/realtime")
-        append(socket, speech24)
-    with pytest.raises(ConnectionClosed) as raised:
-        while True:
-            receive(socket)
-    assert raised.value.rcvd.code == 1012
+    with ExitStack() as stack:
+        with running(service_of(transcriber)) as url:
+            socket = stack.enter_context(connected(url))
+            append(socket, speech24)
+        receive_until_closed(socket, code=1012)
 
 
 # ---- who may connect

@@ -36,6 +36,7 @@ from speechllm.streaming.stream import Event, Stream
 SUBPROTOCOL = "realtime"
 MAX_MESSAGE_BYTES = 1 << 20  # 16 s of audio at 24 kHz
 BURST_SECONDS = 5.0  # how long a client may send without a limit of the speed
+MIN_EVENT_SECONDS = 0.005  # of audio that any event counts as
 MAX_WAITING_SECONDS = 30.0  # of audio before the model; more is not read from the connection
 SEND_TIMEOUT = 30.0  # s, for a client that does not read
 TRY_AGAIN_LATER, POLICY_VIOLATION = 1013, 1008  # close codes
@@ -135,13 +136,14 @@ class Session:
                 async with asyncio.timeout(SEND_TIMEOUT):
                     await self.streams.join()
                 raise
-            event = {}
+            event, before = {}, self.seconds
             try:
                 event = parse_event(message)
                 await self._handle(event)
             except ApiError as error:
                 dialect = self.dialect or OpenAIDialect()
                 await self._send(dialect.error(error, event.get("event_id")))
+            await self._keep_pace(max(MIN_EVENT_SECONDS, self.seconds - before))
 
     async def _receive(self) -> dict:
         """Return the next message.
@@ -168,7 +170,8 @@ class Session:
             is_vllm = event["type"] == "session.update" and "session" not in event
             self.dialect = VllmDialect() if is_vllm else OpenAIDialect()
             if is_vllm:
-                self.settings.audio.input.format.rate = VLLM_RATE
+                wanted = self.settings.audio.input
+                wanted.format.rate, wanted.turn_detection = VLLM_RATE, None
         handlers = {
             "session.update": self._update,
             "input_audio_buffer.append": self._append,
@@ -199,10 +202,8 @@ class Session:
         if not len(samples):
             return
         if self.stream is None:
-            is_openai = not isinstance(self.dialect, VllmDialect)
-            has_detection = self.settings.audio.input.turn_detection is not None
             job = LiveJob(self._open(self.settings))
-            self.stream = OpenStream(job, is_openai and has_detection)
+            self.stream = OpenStream(job, self.settings.audio.input.turn_detection is not None)
             self.unfinished.add(job)
             self.streams.put_nowait(self.stream)
         job = self.stream.job
@@ -211,12 +212,11 @@ class Session:
         rate = self.settings.audio.input.format.rate
         self.seconds += len(samples) / rate
         self.service.metrics.audio_seconds.inc(len(samples) / rate)
-        await self._wait_for_pace(len(samples) / rate)
         while job.waiting > MAX_WAITING_SECONDS * rate and not job.cancelled:
             await asyncio.sleep(0.1)
 
-    async def _wait_for_pace(self, seconds: float) -> None:
-        """Read no faster than allowed; TCP then slows the client down."""
+    async def _keep_pace(self, seconds: float) -> None:
+        """Wait after an event of so much audio if the client is too fast; TCP slows it down."""
         now = time.monotonic()
         self.paced = max(self.paced, now - BURST_SECONDS) + seconds / self.config.max_stream_speed
         await asyncio.sleep(self.paced - now)
