@@ -36,7 +36,15 @@ from speechllm.models.zipformer.config import Chunking
 from speechllm.models.zipformer.ctc_head import BLANK
 from speechllm.scoring.wer import by_characters, units
 from speechllm.streaming.encoding import CausalEncoding, Reencoding
-from speechllm.streaming.phrase import BEFORE, Phrase, phrase_end
+from speechllm.streaming.phrase import (
+    BEFORE,
+    FEATURES_PER_FRAME,
+    MIN_BLANKS,
+    Phrase,
+    phrase_end,
+    quiet_frames,
+    trailing_blanks,
+)
 
 NO_SAMPLES = torch.zeros(0)
 DEFAULT_CHUNKING = Chunking(chunk_size=32, left_context=128)  # 640 ms
@@ -125,7 +133,9 @@ class Streamer:
 
         After an exception, it can be called again with fewer streams: no phrase is lost.
         """
-        ready = [one for one in streams if self.encoding.is_ready(one.encoded)]
+        for stream in streams:  # first, so that the blocks do not change the result
+            stream.find_phrases()
+        ready = [one for one in streams if one.is_ready]
         if ready:
             self.encoding([one.encoded for one in ready])
         for stream in streams:
@@ -203,8 +213,12 @@ class Stream:
 
     @property
     def missing_samples(self) -> int:
-        """Number of samples to be pushed until the stream is ready, about."""
-        frames = self.streamer.encoding.window - self.encoded.pending
+        """Number of samples to be pushed until a chunk or a phrase is complete, about."""
+        pending, blanks = self.encoded.pending, trailing_blanks(self.encoded.phrase.best)
+        frames = self.streamer.encoding.window - pending
+        to_endpoint = FEATURES_PER_FRAME * (self.silence - blanks) - pending
+        if blanks >= MIN_BLANKS and to_endpoint > 0:
+            frames = min(frames, to_endpoint)
         return max(0, round(frames * FRAME_SHIFT * self._rate))
 
     def push(self, samples: Tensor = NO_SAMPLES, end: bool = False) -> None:
@@ -220,8 +234,13 @@ class Stream:
         """Move what is complete of the open phrase to `phrases`."""
         streamer = self.streamer
         silence = 0 if self.encoded.ended and not self.is_ready else self.silence
+        encoded, features = self.encoded.encoded, self.encoded.phrase.features
+        blanks = trailing_blanks(self.encoded.phrase.best)
+        before = features[encoded - FEATURES_PER_FRAME * blanks : encoded]
+        quiet = quiet_frames(before, features[encoded : encoded + streamer.encoding.window - 1])
         begins_word = streamer.recognizer.ctc_decoder.tokenizer.begins_word
-        while end := phrase_end(self.encoded.phrase.best, begins_word, silence, streamer.longest):
+        limits = silence, streamer.longest, quiet
+        while end := phrase_end(self.encoded.phrase.best, begins_word, *limits):
             self.phrases.append(self.encoded.cut(*end))
             self._forget()
 
