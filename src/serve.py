@@ -6,9 +6,9 @@
     curl http://127.0.0.1:8000/v1/audio/transcriptions -F file=@talk.wav -F model=MODEL
 
 MODEL is the name of --exp-dir, or --model-name. The base URL for OpenAI's clients is
-`http://127.0.0.1:8000/v1`. `/` is a web page, `/health` a health check, `/metrics` is for
-Prometheus. Other machines can connect with --host 0.0.0.0; use a --token-file then. SIGTERM stops
-the server after all accepted requests are answered.
+`http://127.0.0.1:8000/v1`. `/v1/realtime` is for streams over WebSocket, `/` a web page, `/health`
+a health check, `/metrics` is for Prometheus. Other machines can connect with --host 0.0.0.0; use
+a --token-file then. SIGTERM stops the server after all accepted requests are answered.
 """
 
 import argparse
@@ -63,11 +63,15 @@ def main(argv: list[str] | None = None) -> None:
 
     from speechllm.longform.transcriber import load_transcriber
     from speechllm.serving.app import create_app
+    from speechllm.serving.realtime import MAX_MESSAGE_BYTES
     from speechllm.serving.service import Service
 
     service = Service(load_transcriber(model, checkpoint, search, longform), server, token)
     address = {"host": server.host, "port": server.port}
-    uvicorn.run(create_app(service), **address, log_config=None, timeout_keep_alive=KEEP_ALIVE)
+    uvicorn.run(
+        create_app(service), **address, log_config=None, timeout_keep_alive=KEEP_ALIVE,
+        ws_max_size=MAX_MESSAGE_BYTES, ws_ping_timeout=None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

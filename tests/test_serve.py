@@ -69,6 +69,10 @@ FLAGS = {
         "3", lambda s: s.service.admission.max_concurrent_requests
     ),
     "--max-queued-seconds": Change("90", lambda s: s.service.admission.max_queued_seconds),
+    "--max-streams": Change("3", lambda s: s.service.admission.max_streams),
+    "--max-stream-speed": Change("2", server),
+    "--max-stream-idle": Change("20", server),
+    "--max-stream-duration": Change("60", server),
     "--max-segment-duration": Change("4", longform),
     "--min-silence": Change("0.3", longform),
     "--endpoint-silence": Change("0.3", longform),

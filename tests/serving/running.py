@@ -9,6 +9,7 @@ import uvicorn
 from speechllm.serving.app import create_app
 from speechllm.serving.batcher import Worker
 from speechllm.serving.config import ServerConfig
+from speechllm.serving.realtime import MAX_MESSAGE_BYTES
 from speechllm.serving.service import Service
 
 
@@ -19,7 +20,8 @@ def service_of(transcriber, token: str | None = None, **limits) -> Service:
 @contextmanager
 def running(service: Service):
     """Yield the URL of a running server; it is stopped as by SIGTERM."""
-    config = uvicorn.Config(create_app(service), port=0, log_config=None)
+    app = create_app(service)
+    config = uvicorn.Config(app, port=0, log_config=None, ws_max_size=MAX_MESSAGE_BYTES)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import deque
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from speechllm.longform.chunker import AudioChunk
 from speechllm.longform.config import LongformConfig
 from speechllm.longform.transcript import Segment
 from speechllm.serving.admission import ApiError
-from speechllm.serving.batcher import Job, Worker
+from speechllm.serving.batcher import Job, LiveJob, Worker
 
 
 class Loudness:
@@ -21,8 +23,9 @@ class Loudness:
 
     def __init__(self):
         self.batches = []
+        self.split = partial(self._chunks)  # has attributes
 
-    def split(self, blocks):
+    def _chunks(self, blocks):
         blocks = list(blocks)
         for second, samples in enumerate(torch.cat(blocks).split(SAMPLING_RATE) if blocks else ()):
             if samples[0] == -1:
@@ -44,7 +47,7 @@ def blocks(*loudness):
 async def texts_of(job):
     """The texts of a job's segments, or its error."""
     try:
-        return [segment.text async for segment in job.segments()]
+        return [segment.text async for segment in job.results()]
     except ApiError as error:
         return str(error.__cause__)
 
@@ -89,6 +92,56 @@ def test_a_failure_ends_only_its_own_job(loudness, error):
 def test_cancelled_jobs_are_not_recognized():
     (a,), batches = recognized({"cancelled": [9, 9, 9], "a": [1]}, cancelled=["cancelled"])
     assert (a, batches) == (["1"], [[1]])
+
+
+class Countdown:
+    """A stream whose events are the numbers of its chunks; -1 fails."""
+
+    missing_samples = 0
+
+    def __init__(self, chunks, batches):
+        self.chunks, self.batches, self.streamer = chunks, batches, self
+        self.encoded = SimpleNamespace(ended=chunks > 0)
+
+    @property
+    def is_ready(self):
+        return self.chunks > 0
+
+    def push(self, samples, end):
+        pass
+
+    def advance(self, streams):
+        chunks = [stream.chunks for stream in streams]
+        self.batches.append(chunks)
+        if -1 in chunks:
+            raise RuntimeError("advancing")
+        for stream in streams:
+            stream.chunks -= 1
+        return [[n] for n in chunks]
+
+
+def test_streams_go_before_recordings_and_a_failing_one_ends_alone():
+    async def run():
+        transcriber = Loudness()
+        arriving = [LiveJob(Countdown(n, transcriber.batches)) for n in (3, -1, 4)]
+        for stream in arriving:
+            stream.ended = True
+        arriving.append(job := Job("a", blocks(7, 8, 9)))
+        later = list(arriving)
+        worker = Worker(transcriber, lambda n: [worker.submit(later.pop(0)) for _ in list(later)])
+        worker.submit(Job("first", blocks(0)))
+        found = [[event async for event in arriving[i].results()] for i in (0, 2)]
+        with pytest.raises(ApiError, match="recognition failed"):
+            await anext(arriving[1].results())
+        assert await texts_of(job) == ["7", "8", "9"]
+        worker.close()
+        assert not worker.live
+        return found, transcriber.batches
+
+    found, batches = asyncio.run(run())
+    assert found == [[3, 2, 1], [4, 3, 2, 1]]
+    alone = [[3], [-1], [4]]
+    assert batches == [[0], [3, -1, 4], *alone, [7], [2, 3], [8], [1, 2], [9], [1]]
 
 
 @pytest.mark.parametrize("seconds", [0, 1, 9])

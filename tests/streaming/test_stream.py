@@ -21,7 +21,7 @@ from speechllm.models.zipformer.checkpoint import load_encoder, save_encoder
 from speechllm.models.zipformer.config import OFFLINE, SIZES, Chunking
 from speechllm.models.zipformer.encoder import ZipformerEncoder
 from speechllm.streaming.encoding import Reencoding
-from speechllm.streaming.phrase import phrase_end
+from speechllm.streaming.phrase import phrase_end, quiet_frames
 from speechllm.streaming.stream import Partial, Streamer
 
 CONFIG = LongformConfig(max_segment_duration=3.0, endpoint_silence=0.16)
@@ -128,6 +128,26 @@ def test_where_a_phrase_ends(frames, expected):
     assert phrase_end(best, lambda piece: piece == 2, silence=12, longest=60) == expected
 
 
+@pytest.mark.parametrize("quiet, expected", [(1, None), (2, (0, 14))])
+def test_quiet_audio_before_the_next_chunk_ends_a_phrase(quiet, expected):
+    best = np.array([0] * 2 + [2] * 2 + [0] * 10)  # 10 blanks of 12
+    ends = phrase_end(best, lambda piece: True, silence=12, longest=60, quiet=quiet)
+    assert ends == expected
+
+
+@pytest.mark.parametrize(
+    "before, after, expected",
+    [("..b..", "..b...", 2), ("bb.bb", "....", 4), ("bbbbb", "bb.a", 3), ("....", "..", 0)],
+)
+def test_quiet_frames_are_as_quiet_as_those_without_a_token(before, after, expected):
+    energies = {".": 0.0, "b": 1.0, "a": 3.0}  # nats
+    before, after = (
+        torch.tensor([energies[one] for one in part]).repeat_interleave(4)[:, None].repeat(1, 80)
+        for part in (before, after)
+    )
+    assert quiet_frames(before, after) == expected
+
+
 # ---- events
 
 
@@ -152,8 +172,11 @@ def test_a_stream_is_the_same_alone_and_among_others(streamer):
             block = own[max(0, step - begin) : max(0, step + 1600 - begin)]
             if len(block):
                 stream.push(block, end=step + 1600 - begin >= len(own))
-        for own, events in zip(together, streamer.advance(streams)):
-            own += events
+        while True:
+            for own, events in zip(together, streamer.advance(streams)):
+                own += events
+            if not any(stream.is_ready for stream in streams):
+                break
     for found, expected in zip(map(finals, together), alone):
         assert times_and_texts(found) == times_and_texts(expected)
 

@@ -51,10 +51,15 @@ class AudioChunk(NamedTuple):
 
 
 class Chunker:
-    """Cuts recordings in pauses; cuts off non-speech."""
+    """Cuts recordings in pauses; cuts off non-speech.
+
+    Attributes:
+      batch_seconds: audio per encoder pass, at least one window; it may change between passes.
+    """
 
     def __init__(self, recognizer: Recognizer, config: LongformConfig):
         self.recognizer, self.config = recognizer, config
+        self.batch_seconds = config.max_duration
         self.fbank = fbank_extractor()
         self.detect_speech = SpeechDetector()
 
@@ -108,9 +113,9 @@ class Chunker:
 
     def _analysed(self, blocks: Iterable[Tensor]) -> Iterator[tuple[Tensor, SegmenterState]]:
         """Yield windows' samples and frames; as many are encoded at a time as fit in a batch."""
-        per_batch = int(self.config.max_duration * SAMPLING_RATE / (WINDOW + 2 * WINDOW_CONTEXT))
+        seconds = (WINDOW + 2 * WINDOW_CONTEXT) / SAMPLING_RATE
         all_windows = windows(blocks, WINDOW, WINDOW_CONTEXT)
-        while batch := list(islice(all_windows, max(1, per_batch))):
+        while batch := list(islice(all_windows, max(1, int(self.batch_seconds / seconds)))):
             features = [self.fbank.extract(samples, SAMPLING_RATE) for samples, *_ in batch]
             non_speech = self._non_speech([samples for samples, *_ in batch])
             for (samples, before, length), own, spikes, mask in zip(

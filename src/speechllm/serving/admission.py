@@ -41,11 +41,16 @@ def error_response(error: HTTPException) -> JSONResponse:
 
 
 class AdmissionController:
-    """Limits the requests in progress and the seconds of audio they hold in memory."""
+    """Limits the streams, the requests in progress, and the seconds of audio they hold in memory.
 
-    def __init__(self, max_concurrent_requests: int, max_queued_seconds: float):
+    Attributes:
+      streams: how many are open.
+    """
+
+    def __init__(self, max_concurrent_requests: int, max_queued_seconds: float, max_streams: int):
         self.max_concurrent_requests = max_concurrent_requests
         self.max_queued_seconds = max_queued_seconds
+        self.max_streams, self.streams = max_streams, 0
         self.slots: set[Slot] = set()
         self.closed = False
         self.lock = Lock()  # the decoder threads count samples
@@ -61,8 +66,7 @@ class AdmissionController:
         Raises:
           ApiError: 429, all slots are taken; 503, the server is shutting down.
         """
-        if self.closed:
-            raise ApiError(503, "the server is shutting down")
+        self._check_open()
         if (taken := len(self.slots)) >= self.max_concurrent_requests:
             raise ApiError(429, f"{taken} requests are in progress, the maximum: try again later")
         slot = Slot(self)
@@ -75,6 +79,26 @@ class AdmissionController:
                 self.slots.remove(slot)
             if slot.job:
                 slot.job.cancelled = True
+
+    @contextmanager
+    def open_stream(self) -> Iterator[None]:
+        """Count a stream.
+
+        Raises:
+          ApiError: 429, too many are open; 503, the server is shutting down.
+        """
+        self._check_open()
+        if self.streams >= self.max_streams:
+            raise ApiError(429, f"{self.streams} streams are open, the maximum: try again later")
+        self.streams += 1
+        try:
+            yield
+        finally:
+            self.streams -= 1
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ApiError(503, "the server is shutting down")
 
 
 class Slot:

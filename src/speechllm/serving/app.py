@@ -1,4 +1,4 @@
-"""Routes of the server: OpenAI's transcriptions and models, health, metrics and a web page."""
+"""Routes of the server: OpenAI's API, health, metrics and a web page."""
 
 import asyncio
 import logging
@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -27,6 +27,7 @@ from speechllm.serving.admission import (
 )
 from speechllm.serving.form import TranscriptionForm, check_form, check_model, read_form
 from speechllm.serving.middleware import TRANSCRIPTIONS, AdmissionMiddleware
+from speechllm.serving.realtime import serve_stream
 from speechllm.serving.service import Service
 
 PAGE = Path(__file__).with_name("index.html")
@@ -76,6 +77,10 @@ def create_app(service: Service) -> ASGIApp:
         response.headers.update(headers)
         return response
 
+    @app.websocket("/v1/realtime")
+    async def realtime(websocket: WebSocket) -> None:
+        await serve_stream(websocket, service)
+
     @app.get("/v1/models")
     def models() -> dict:
         return {"object": "list", "data": [model(service.config.model_name)]}
@@ -100,7 +105,7 @@ def create_app(service: Service) -> ASGIApp:
         return HTMLResponse(PAGE.read_text(), headers=PAGE_HEADERS)
 
     for route in app.routes:
-        if "GET" in route.methods:
+        if "GET" in getattr(route, "methods", ()):
             route.methods.add("HEAD")  # FastAPI does not, as Starlette does
     if not service.config.allow_origin:
         return app
@@ -118,7 +123,7 @@ def create_app(service: Service) -> ASGIApp:
 
 
 async def _response(service: Service, slot: Slot, form: TranscriptionForm) -> Response:
-    segments = [segment async for segment in slot.job.segments()]
+    segments = [segment async for segment in slot.job.results()]
     transcript, name = service.transcript(slot, segments), form.response_format
     if name == "json":
         return JSONResponse(openai_format.plain_json(transcript))
@@ -135,7 +140,7 @@ async def _events(service: Service, slot: Slot, verbose: bool) -> AsyncIterator[
     """Yield a delta per segment, then the whole text; verbose: with words, and SRT at the end."""
     segments, text, space = [], "", word_separator(service.transcriber.language)
     try:
-        async for segment in slot.job.segments():
+        async for segment in slot.job.results():
             extra = {}
             if verbose:
                 extra["segment"] = openai_format.segment_json(len(segments), segment)

@@ -1,4 +1,4 @@
-"""One thread owns the model: it recognizes chunks of all submitted recordings in batches."""
+"""One thread owns the model: it recognizes streams and chunks of recordings in batches."""
 
 import asyncio
 import logging
@@ -6,7 +6,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from queue import SimpleQueue
 from threading import Thread
+from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from speechllm.audio.fbank import SAMPLING_RATE
@@ -15,10 +17,40 @@ from speechllm.longform.chunker import AudioChunk
 from speechllm.longform.transcriber import Transcriber
 from speechllm.longform.transcript import Segment
 from speechllm.serving.admission import FAILED, ApiError
+from speechllm.streaming.stream import NO_SAMPLES, Event, Stream
+
+Result = TypeVar("Result")
 
 
-class Job:
-    """A submitted recording; its segments are read in the event loop that created it."""
+class Results(Generic[Result]):
+    """Results of the model thread, read in the event loop that created this."""
+
+    def __init__(self):
+        self.cancelled = False  # it failed, or the client disconnected
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Result | Exception | None] = asyncio.Queue()
+
+    def put(self, result: Result | Exception | None) -> None:
+        """Pass a result to the event loop; an error or None is the last one."""
+        try:
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, result)
+        except RuntimeError:  # the loop is closed
+            self.cancelled = True
+
+    async def results(self) -> AsyncIterator[Result]:
+        """Yield results as they arrive.
+
+        Raises:
+          ApiError: 500, from the exception of the recognizer, which is logged.
+        """
+        while (result := await self.queue.get()) is not None:
+            if isinstance(result, Exception):
+                raise ApiError(500, FAILED) from result
+            yield result
+
+
+class Job(Results[Segment]):
+    """A submitted recording."""
 
     def __init__(
         self,
@@ -32,38 +64,61 @@ class Job:
           blocks: samples (N,) each; emptied as they are used.
           context, hotwords: see AudioChunk.
         """
+        super().__init__()
         self.name, self.blocks, self.context, self.hotwords = name, blocks, context, hotwords
-        self.cancelled = False  # it failed, or the client disconnected
         self.chunks: Iterator[AudioChunk] = iter(())
         self.next_chunk: AudioChunk | None = None
-        self.loop = asyncio.get_running_loop()
-        self.results: asyncio.Queue[Segment | Exception | None] = asyncio.Queue()
 
     def take_blocks(self) -> Iterator[Tensor]:
         while self.blocks:
             yield self.blocks.popleft()
 
-    def put(self, result: Segment | Exception | None) -> None:
-        """Pass a result to the event loop; an error or None is the last one."""
-        try:
-            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
-        except RuntimeError:  # the loop is closed
-            self.cancelled = True
 
-    async def segments(self) -> AsyncIterator[Segment]:
-        """Yield segments as they are recognized.
+class LiveJob(Results[Event]):
+    """A stream; it is submitted again after each change.
 
-        Raises:
-          ApiError: 500, from the exception of the recognizer, which is logged.
-        """
-        while (result := await self.results.get()) is not None:
-            if isinstance(result, Exception):
-                raise ApiError(500, FAILED) from result
-            yield result
+    Attributes:
+      blocks: samples (N,) to be pushed to the stream.
+      ended: no more blocks will follow.
+    """
+
+    name = "a stream"
+
+    def __init__(self, stream: Stream):
+        super().__init__()
+        self.stream, self.blocks, self.ended = stream, deque(), False
+
+    @property
+    def waiting(self) -> int:
+        """Number of samples in `blocks`."""
+        return sum(map(len, list(self.blocks)))  # a copy: another thread appends
+
+    @property
+    def is_ready(self) -> bool:
+        """True if there is work: small blocks wait until they make a chunk."""
+        return self.ended or self.stream.is_ready or self.waiting > self.stream.missing_samples
+
+    @property
+    def is_done(self) -> bool:
+        """True after the last chunk."""
+        return self.stream.encoded.ended and not self.stream.is_ready
+
+    def push(self) -> None:
+        """Push the blocks of the next chunk to the stream."""
+        if self.stream.is_ready:
+            return
+        taken, missing = [NO_SAMPLES], self.stream.missing_samples
+        while self.blocks and missing >= 0:
+            taken.append(self.blocks.popleft())
+            missing -= len(taken[-1])
+        self.stream.push(torch.cat(taken), end=self.ended and not self.blocks)
 
 
 class Worker:
-    """Alternates between jobs, so that a long recording does not block short ones."""
+    """Alternates between jobs, so that a long recording does not block short ones.
+
+    Streams go first: while one is open, recordings are cut and recognized in small batches.
+    """
 
     def __init__(self, transcriber: Transcriber, on_batch: Callable[[int], None] = lambda n: None):
         """
@@ -72,13 +127,15 @@ class Worker:
         """
         self.transcriber, self.on_batch = transcriber, on_batch
         self.max_samples = transcriber.config.max_duration * SAMPLING_RATE
-        self.submitted: SimpleQueue[Job | None] = SimpleQueue()
+        self.submitted: SimpleQueue[Job | LiveJob | None] = SimpleQueue()
         self.turns: deque[Job] = deque()  # jobs with a next chunk
+        self.live: set[LiveJob] = set()  # open streams
+        self.ready: dict[LiveJob, None] = {}  # streams with work, in order
         self.closed = False
         self.thread = Thread(target=self._run, name="model", daemon=True)
         self.thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | LiveJob) -> None:
         self.submitted.put(job)
 
     def close(self) -> None:
@@ -89,8 +146,11 @@ class Worker:
     def _run(self) -> None:
         while True:
             self._accept_jobs()
-            if self.closed and not self.turns:
+            if self.closed and not (self.turns or self.ready):
                 return
+            self._serve_streams()
+            seconds = 0.0 if self.live else self.transcriber.config.max_duration
+            self.transcriber.split.batch_seconds = seconds
             if batch := self._next_batch():
                 self.on_batch(len(batch))
                 self._recognize(batch)
@@ -100,15 +160,19 @@ class Worker:
 
     def _accept_jobs(self) -> None:
         """Take submitted jobs; wait for one if there is nothing else to do."""
-        while not self.submitted.empty() or not (self.turns or self.closed):
+        while not self.submitted.empty() or not (self.turns or self.ready or self.closed):
             job = self.submitted.get()
             if job is None:
                 self.closed = True
+            elif isinstance(job, LiveJob):
+                self._queue_stream(job)
             else:
                 job.chunks = self.transcriber.split(job.take_blocks())
                 self._advance(job)
                 if not job.next_chunk:
                     job.put(None)
+                if self.live:
+                    return  # splitting many recordings would take long
 
     def _advance(self, job: Job) -> None:
         """Queue the job's next chunk, if there is one."""
@@ -122,12 +186,12 @@ class Worker:
 
     def _next_batch(self) -> list[tuple[Job, AudioChunk]]:
         """Take one chunk of each job in turn until the batch, with padding, is full."""
-        batch, longest = [], 0
+        batch, longest, max_samples = [], 0, 0 if self.live else self.max_samples
         while self.turns:
             job = self.turns[0]
             if not job.cancelled:
                 longest = max(longest, len(job.next_chunk.samples))
-                if batch and (len(batch) + 1) * longest > self.max_samples:
+                if batch and (len(batch) + 1) * longest > max_samples:
                     break
                 chunk = job.next_chunk._replace(context=job.context, hotwords=job.hotwords)
                 batch.append((job, chunk))
@@ -149,7 +213,45 @@ class Worker:
         for (job, _), segment in zip(batch, segments, strict=True):
             job.put(segment)
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    # ---- streams
+
+    def _queue_stream(self, job: LiveJob) -> None:
+        if job.cancelled or job.is_done:
+            self.live.discard(job)
+            return
+        self.live.add(job)
+        if job.is_ready:
+            self.ready[job] = None
+
+    def _serve_streams(self) -> None:
+        """Advance all streams with work by one chunk."""
+        jobs = [job for job in self.ready if not job.cancelled]
+        self.ready.clear()
+        for job in jobs:
+            job.push()
+        if jobs:
+            self._advance_streams(jobs)
+        for job in jobs:
+            if job.is_done:
+                job.put(None)
+            self._queue_stream(job)
+
+    def _advance_streams(self, jobs: list[LiveJob]) -> None:
+        """Advance streams as one batch; if that fails, each alone, so that only it fails."""
+        try:
+            found = jobs[0].stream.streamer.advance([job.stream for job in jobs])
+        except Exception as error:
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+            else:
+                for one in jobs:
+                    self._advance_streams([one])
+            return
+        for job, events in zip(jobs, found, strict=True):
+            for event in events:
+                job.put(event)
+
+    def _fail(self, job: Results, error: Exception) -> None:
         logging.error(f"{job.name} failed", exc_info=error)
         job.cancelled = True
         job.put(error)

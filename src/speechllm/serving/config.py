@@ -40,10 +40,21 @@ class ServerConfig:
         14400.0, "maximum seconds of audio in memory over all requests (64 kB per second)",
         group="server",
     )  # fmt: skip
+    max_streams: int = option(64, "maximum streams at once", group="server")
+    max_stream_speed: float = option(
+        4.0, "maximum speed of a stream's audio, relative to real time", group="server"
+    )
+    max_stream_idle: float = option(
+        300.0, "seconds without an event that end a stream", group="server"
+    )
+    max_stream_duration: float = option(
+        14400.0, "maximum seconds that a stream is open", group="server"
+    )
 
     def __post_init__(self):
         for name in (
             "max_upload_mb", "max_audio_seconds", "max_concurrent_requests", "max_queued_seconds",
+            "max_streams", "max_stream_speed", "max_stream_idle", "max_stream_duration",
         ):  # fmt: skip
             check_range(name, getattr(self, name), 0, above=True)
             if math.isinf(getattr(self, name)):

@@ -22,7 +22,10 @@ from speechllm.longform.transcriber import Transcriber
 from speechllm.serving.admission import CLIENT_CLOSED_REQUEST, ApiError
 
 # Many clients have no other model names; answered by the served model.
-ALIASES = ("whisper-1", "gpt-transcribe", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
+ALIASES = (
+    "whisper-1", "gpt-transcribe", "gpt-4o-transcribe", "gpt-4o-mini-transcribe",
+    "gpt-live-transcribe", "gpt-realtime-whisper",
+)  # fmt: skip
 UNSUPPORTED = {
     "include": "token log-probabilities are unavailable; verbose_json has confidences",
     "known_speaker_names": "speakers are not recognized",
@@ -126,7 +129,7 @@ def check_form(
     if form.temperature:
         raise ApiError(400, "temperature must be 0: decoding is deterministic", "temperature")
     ignored = [name for name in fields if name not in TranscriptionForm.model_fields]
-    ignored += _check_language(form, transcriber.language)
+    ignored += check_language(form.language, form.languages, transcriber.language)
     ignored += _check_format(form, "timestamp_granularities" in fields, transcriber)
     hotwords, unused = _hotwords(form, transcriber.recognizer)
     if not transcriber.takes_context:
@@ -174,15 +177,25 @@ def _validated(fields: dict[str, list]) -> TranscriptionForm:
     try:
         return TranscriptionForm(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        param = str(first["loc"][0])
-        shown = f", not {first['input'][:100]!r}" if isinstance(first["input"], str) else ""
-        raise ApiError(400, f"{param}: {first['msg']}{shown}", param) from None
+        raise validation_error(error) from None
 
 
-def _check_language(form: TranscriptionForm, of_model: str | None) -> list[str]:
+def validation_error(error: ValidationError, *parents: str) -> ApiError:
+    """Return the first of pydantic's errors as a sentence."""
+    first = error.errors()[0]
+    param = ".".join([*parents, *(one for one in first["loc"] if isinstance(one, str))])
+    shown = f", not {first['input'][:100]!r}" if isinstance(first["input"], str) else ""
+    return ApiError(400, f"{param}: {first['msg']}{shown}", param)
+
+
+def check_language(language: str, languages: list[str], of_model: str | None) -> list[str]:
+    """Return the names of the fields that are ignored.
+
+    Raises:
+      ApiError: 400, the model is for another language.
+    """
     ignored = []
-    for name, wanted in (("language", [form.language]), ("languages", form.languages)):
+    for name, wanted in (("language", [language]), ("languages", languages)):
         codes = {language_code(one) for one in wanted} - {"", "auto"}
         if not of_model and codes:
             ignored.append(name)

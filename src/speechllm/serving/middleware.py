@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import suppress
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +13,7 @@ from speechllm.serving.service import Service
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 PUBLIC_ROUTES = ("/", "/health")  # need no token
+TOKEN_PROTOCOL = "openai-insecure-api-key."  # OpenAI's way for browsers, which send no headers
 IDLE_TIMEOUT = 30.0  # s without a byte, or behind the slowest allowed upload
 MIN_BYTES_PER_SECOND = 8000.0
 
@@ -23,13 +25,15 @@ class AdmissionMiddleware:
         self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PUBLIC_ROUTES:
+        if scope["type"] == "lifespan" or scope["path"] in PUBLIC_ROUTES:
             await self.app(scope, receive, send)
-        elif scope["path"] == TRANSCRIPTIONS and scope["method"] == "POST":
+        elif scope["path"] == TRANSCRIPTIONS and scope.get("method") == "POST":
             await self._transcribe(scope, receive, send)
         else:
             try:
                 self._check_token(scope)
+                if scope["type"] == "websocket":
+                    self._check_origin(Headers(scope=scope))
             except ApiError as error:
                 return await error_response(error)(scope, receive, send)
             await self.app(scope, receive, send)
@@ -60,7 +64,23 @@ class AdmissionMiddleware:
             self.service.metrics.request_seconds.observe(time.perf_counter() - start)
 
     def _check_token(self, scope: Scope) -> None:
-        self.service.check_token(Headers(scope=scope).get("authorization", ""))
+        authorization = Headers(scope=scope).get("authorization", "")
+        for protocol in scope.get("subprotocols", ()):
+            if protocol.startswith(TOKEN_PROTOCOL):
+                token = unquote_to_bytes(protocol.removeprefix(TOKEN_PROTOCOL)).decode("latin-1")
+                authorization = f"Bearer {token}"
+        self.service.check_token(authorization)
+
+    def _check_origin(self, headers: Headers) -> None:
+        """Check the page that opens a WebSocket: browsers leave that to the server.
+
+        Raises:
+          ApiError: 403.
+        """
+        origin, allowed = headers.get("origin"), self.service.config.origins
+        if origin and urlsplit(origin).netloc != headers.get("host"):
+            if "*" not in allowed and origin not in allowed:
+                raise ApiError(403, f"pages of {origin} are not allowed: see --allow-origin")
 
 
 class LimitedBody:

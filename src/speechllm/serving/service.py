@@ -1,6 +1,7 @@
 """The state that requests share: model thread, decoder threads, admission and metrics."""
 
 import asyncio
+import functools
 import hmac
 import os
 import time
@@ -21,6 +22,7 @@ from speechllm.longform.transcript import Segment, Transcript
 from speechllm.serving.admission import AdmissionController, ApiError, Slot
 from speechllm.serving.batcher import Job, Worker
 from speechllm.serving.config import ServerConfig
+from speechllm.streaming.stream import Streamer
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)  # buckets of request times
 CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)  # buckets of batch sizes
@@ -38,7 +40,7 @@ class Service:
         self.transcriber, self.config, self.token = transcriber, config, token
         self.started = int(time.time())
         self.admission = AdmissionController(
-            config.max_concurrent_requests, config.max_queued_seconds
+            config.max_concurrent_requests, config.max_queued_seconds, config.max_streams
         )
         self.metrics = Metrics(self.admission)
         self.worker = Worker(transcriber, self.metrics.batch_parts.observe)
@@ -59,6 +61,15 @@ class Service:
         )
         slot.job = Job(name, blocks, context, hotwords)
         self.worker.submit(slot.job)
+
+    @functools.cached_property
+    def streamer(self) -> Streamer:
+        """Opens streams; raises ApiError 400 if the model cannot stream."""
+        transcriber = self.transcriber
+        try:
+            return Streamer(transcriber.recognizer, transcriber.config, transcriber.language)
+        except InputError as error:
+            raise ApiError(400, str(error)) from None
 
     def transcript(self, slot: Slot, segments: list[Segment]) -> Transcript:
         """Return the transcript of a finished job."""
@@ -132,4 +143,6 @@ class Metrics:
         text = "Seconds of audio in memory"
         gauge = Gauge("asr_waiting_audio_seconds", text, registry=registry)
         gauge.set_function(lambda: admission.seconds)
+        gauge = Gauge("asr_streams", "Open streams", registry=registry)
+        gauge.set_function(lambda: admission.streams)
         ProcessCollector(registry=registry)

@@ -12,8 +12,6 @@ from speechllm.models.zipformer.config import MIN_FEATURE_FRAMES, Chunking
 from speechllm.precision import autocast
 from speechllm.streaming.phrase import FEATURES_PER_FRAME, OpenPhrase, Phrase
 
-REENCODING_STEP = 100  # feature frames: 1 s
-
 
 class EncodedStream:
     """The open phrase of a stream and the state of its encoders.
@@ -70,15 +68,15 @@ class CausalEncoding:
         features = torch.zeros(len(parts), self.window, parts[0].size(1))
         for row, part in zip(features, parts):
             row[: len(part)] = part
-        features, outputs = features.to(self.recognizer.device), []
+        features, outputs, next_states = features.to(self.recognizer.device), [], []
         for k, encoder in enumerate(self.encoders):
             with autocast(self.recognizer.device, self.recognizer.dtype):
                 out, out_lens, states = encoder(features, lens, [one.states[k] for one in streams])
             outputs.append(out)
-            for stream, state in zip(streams, states):
-                stream.states = [*stream.states[:k], state, *stream.states[k + 1 :]]
+            next_states.append(states)
         best = _best_tokens(self.recognizer, outputs)
         for b, (stream, n) in enumerate(zip(streams, out_lens.tolist())):
+            stream.states = [states[b] for states in next_states]
             stream.phrase.append([out[b, :n] for out in outputs], best[b, :n])
             stream.encoded += FEATURES_PER_FRAME * n
 
@@ -95,6 +93,8 @@ class CausalEncoding:
 class Reencoding:
     """Encodes the whole open phrase after each second: its length bounds the cost."""
 
+    window = 100  # feature frames: 1 s
+
     def __init__(self, recognizer: Recognizer):
         self.recognizer = recognizer
 
@@ -106,14 +106,14 @@ class Reencoding:
         """Return whether there is enough new audio."""
         if stream.ended and len(stream.phrase.features) >= MIN_FEATURE_FRAMES:
             return stream.pending > 0
-        return stream.pending >= REENCODING_STEP
+        return stream.pending >= self.window
 
     @torch.no_grad()
     def __call__(self, streams: list[EncodedStream]) -> None:
         """Encode the open phrase of each stream."""
         recognizer, model = self.recognizer, self.recognizer.model
         for one in streams:
-            one.encoded = min(one.encoded + REENCODING_STEP, len(one.phrase.features))
+            one.encoded = min(one.encoded + self.window, len(one.phrase.features))
         parts = [one.phrase.features[: one.encoded] for one in streams]
         features = pad_sequence(parts, batch_first=True)
         lens = torch.tensor([one.encoded for one in streams])

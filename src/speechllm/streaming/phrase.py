@@ -14,6 +14,8 @@ from speechllm.models.zipformer.ctc_head import BLANK
 FEATURES_PER_FRAME = 4
 BEFORE = 25  # frames of a phrase before its first token, which CTC emits late
 AFTER = 10  # frames of a phrase after its last token
+MIN_BLANKS = 5  # frames whose quietest is the level of silence
+QUIET_MARGIN = 0.7  # nats above it
 
 
 class Phrase(NamedTuple):
@@ -66,8 +68,36 @@ class OpenPhrase:
         return phrase
 
 
+def trailing_blanks(best: np.ndarray) -> int:
+    """Return the number of frames after the last token; 0 without tokens."""
+    tokens = np.flatnonzero(best != BLANK)
+    return len(best) - 1 - int(tokens[-1]) if len(tokens) else 0
+
+
+def quiet_frames(before: Tensor, after: Tensor) -> int:
+    """Return how many frames of `after`, from its start, are as quiet as those before it.
+
+    Args:
+      before: features of frames without a token (N, 80); after: of those that follow (M, 80).
+    """
+    if len(before) < FEATURES_PER_FRAME * MIN_BLANKS:
+        return 0
+    before, after = (
+        part[: len(part) // FEATURES_PER_FRAME * FEATURES_PER_FRAME]
+        .unflatten(0, (-1, FEATURES_PER_FRAME))
+        .mean(dim=(1, 2))
+        for part in (before, after)
+    )
+    loud = after > before[-MIN_BLANKS:].min() + QUIET_MARGIN
+    return int(loud.int().argmax()) if loud.any() else len(after)
+
+
 def phrase_end(
-    best: np.ndarray, begins_word: Callable[[int], bool], silence: int, longest: int
+    best: np.ndarray,
+    begins_word: Callable[[int], bool],
+    silence: int,
+    longest: int,
+    quiet: int = 0,
 ) -> tuple[int, int] | None:
     """Return the first and the end frame of a phrase that is complete; None if it continues.
 
@@ -76,12 +106,13 @@ def phrase_end(
 
     Args:
       best: CTC tokens (T,).
+      quiet: frames of silence that follow and are not encoded yet.
     """
     tokens = np.flatnonzero(best != BLANK)
     if not len(tokens):
         return None
     first, last = max(0, int(tokens[0]) - BEFORE), int(tokens[-1]) + 1
-    if len(best) - last >= silence and last <= longest:
+    if len(best) + quiet - last >= silence and last <= longest:
         return first, min(len(best), last + AFTER, first + longest)
     if len(best) < longest:
         return None

@@ -8,7 +8,12 @@
     print(stream.finish())
 
 A phrase ends in a pause; then the LLM verifies its CTC text. Everything before the open phrase is
-forgotten, so memory does not grow. `Streamer.advance` runs many streams in shared batches.
+forgotten, so memory does not grow. `Streamer.advance` runs many streams in shared batches:
+
+    for stream, samples in zip(streams, blocks):
+        stream.push(samples)
+    while ready := [stream for stream in streams if stream.is_ready]:
+        events = streamer.advance(ready)
 """
 
 from dataclasses import asdict, dataclass
@@ -17,7 +22,7 @@ from itertools import groupby, takewhile
 import torch
 from torch import Tensor
 
-from speechllm.audio.fbank import SAMPLING_RATE, StreamingFbank
+from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE, StreamingFbank
 from speechllm.audio.resample import StreamResampler
 from speechllm.decoding.alignment import CTC_FRAME_SHIFT
 from speechllm.decoding.recognizer import NEEDS_CTC, Recognizer
@@ -31,7 +36,15 @@ from speechllm.models.zipformer.config import Chunking
 from speechllm.models.zipformer.ctc_head import BLANK
 from speechllm.scoring.wer import by_characters, units
 from speechllm.streaming.encoding import CausalEncoding, Reencoding
-from speechllm.streaming.phrase import BEFORE, Phrase, phrase_end
+from speechllm.streaming.phrase import (
+    BEFORE,
+    FEATURES_PER_FRAME,
+    MIN_BLANKS,
+    Phrase,
+    phrase_end,
+    quiet_frames,
+    trailing_blanks,
+)
 
 NO_SAMPLES = torch.zeros(0)
 DEFAULT_CHUNKING = Chunking(chunk_size=32, left_context=128)  # 640 ms
@@ -91,36 +104,49 @@ class Streamer:
             for encoder in encoders:
                 (chunking or Chunking()).check(encoder.config)
             self.encoding = Reencoding(recognizer)
-        self.silence = max(1, round(config.endpoint_silence * FRAMES_PER_SECOND))
         self.longest = round(config.max_segment_duration * FRAMES_PER_SECOND)
 
-    def open(self, sampling_rate: int = SAMPLING_RATE, context: str = "") -> "Stream":
+    def open(
+        self,
+        sampling_rate: int = SAMPLING_RATE,
+        context: str = "",
+        endpoint_silence: float | None = None,
+        start: float = 0.0,
+    ) -> "Stream":
         """Return a new stream.
 
         Args:
           context: text for the LLM besides the audio; see Transcriber.check_context.
+          endpoint_silence: seconds of silence that end a phrase; by default those of the config.
+          start: time of the first sample in seconds.
 
         Raises:
           InputError: the sampling rate is not supported.
         """
-        return Stream(self, sampling_rate, context)
+        seconds = self.config.endpoint_silence if endpoint_silence is None else endpoint_silence
+        stream = Stream(self, sampling_rate, context, max(1, round(seconds * FRAMES_PER_SECOND)))
+        stream.encoded.phrase.start = round(start * FRAMES_PER_SECOND)
+        return stream
 
     def advance(self, streams: list["Stream"]) -> list[list[Event]]:
-        """Encode what was pushed to the streams, and return the events of each."""
-        events: list[list[Event]] = [[] for _ in streams]
-        while True:
-            ready = [one for one in streams if self.encoding.is_ready(one.encoded)]
-            if ready:
-                self.encoding([one.encoded for one in ready])
-            ended = [(i, phrase) for i, one in enumerate(streams) for phrase in one.ended_phrases()]
-            segments = self._recognize([(streams[i], phrase) for i, phrase in ended])
-            for (i, _), segment in zip(ended, segments):
-                events[i].append(segment)
-            for own, stream in zip(events, streams):
-                if stream in ready:
-                    own += stream.new_partial()
-            if not ready:
-                return events
+        """Encode a chunk of each stream that has one, and return the events of each stream.
+
+        After an exception, it can be called again with fewer streams: no phrase is lost.
+        """
+        for stream in streams:  # first, so that the blocks do not change the result
+            stream.find_phrases()
+        ready = [one for one in streams if one.is_ready]
+        if ready:
+            self.encoding([one.encoded for one in ready])
+        for stream in streams:
+            stream.find_phrases()
+        found = iter(self._recognize([(one, phrase) for one in streams for phrase in one.phrases]))
+        events: list[list[Event]] = [[next(found) for _ in one.phrases] for one in streams]
+        for own, stream in zip(events, streams):
+            stream.phrases.clear()
+            if stream in ready:
+                own += stream.new_partial()
+        return events
 
     def _recognize(self, phrases: list[tuple["Stream", Phrase]]) -> list[Segment]:
         """Return the final segments of phrases, recognized as one batch."""
@@ -142,24 +168,58 @@ class Streamer:
 
 
 class Stream:
-    """Audio of one speaker or microphone, fed block by block; see Streamer."""
+    """Audio of one speaker or microphone, fed block by block; see Streamer.
 
-    def __init__(self, streamer: Streamer, sampling_rate: int, context: str):
-        self.streamer, self.context = streamer, context
+    Attributes:
+      phrases: complete phrases without a final text yet.
+    """
+
+    def __init__(self, streamer: Streamer, sampling_rate: int, context: str, silence: int):
+        """
+        Args:
+          silence: frames that end a phrase.
+        """
+        self.streamer, self.context, self.silence = streamer, context, silence
         self.encoded = streamer.encoding.open()
+        self.phrases: list[Phrase] = []
+        self._rate = sampling_rate
         self._resample = StreamResampler(sampling_rate)
         self._fbank = StreamingFbank()
         self._forget()
 
     def feed(self, samples: Tensor) -> list[Event]:
         """Add samples (N,), floats from -1 to 1, and return the events they lead to."""
-        self.push(samples)
-        return self.streamer.advance([self])[0]
+        events = []
+        for block in torch.as_tensor(samples).split(self._rate):
+            self.push(block)
+            events += self._advance()
+        return events
 
     def finish(self) -> list[Event]:
         """End the stream and return its last events."""
         self.push(end=True)
-        return self.streamer.advance([self])[0]
+        return self._advance()
+
+    def _advance(self) -> list[Event]:
+        [events] = self.streamer.advance([self])
+        while self.is_ready:
+            events += self.streamer.advance([self])[0]
+        return events
+
+    @property
+    def is_ready(self) -> bool:
+        """True if a chunk can be encoded."""
+        return self.streamer.encoding.is_ready(self.encoded)
+
+    @property
+    def missing_samples(self) -> int:
+        """Number of samples to be pushed until a chunk or a phrase is complete, about."""
+        pending, blanks = self.encoded.pending, trailing_blanks(self.encoded.phrase.best)
+        frames = self.streamer.encoding.window - pending
+        to_endpoint = FEATURES_PER_FRAME * (self.silence - blanks) - pending
+        if blanks >= MIN_BLANKS and to_endpoint > 0:
+            frames = min(frames, to_endpoint)
+        return max(0, round(frames * FRAME_SHIFT * self._rate))
 
     def push(self, samples: Tensor = NO_SAMPLES, end: bool = False) -> None:
         """Add samples for the next `Streamer.advance`; with `end`, no more will follow."""
@@ -170,17 +230,19 @@ class Stream:
 
     # ---- for Streamer
 
-    def ended_phrases(self) -> list[Phrase]:
-        """Remove complete phrases from the open one and return them."""
-        found, streamer = [], self.streamer
-        silence = streamer.silence
-        if self.encoded.ended and not streamer.encoding.is_ready(self.encoded):
-            silence = 0
+    def find_phrases(self) -> None:
+        """Move what is complete of the open phrase to `phrases`."""
+        streamer = self.streamer
+        silence = 0 if self.encoded.ended and not self.is_ready else self.silence
+        encoded, features = self.encoded.encoded, self.encoded.phrase.features
+        blanks = trailing_blanks(self.encoded.phrase.best)
+        before = features[encoded - FEATURES_PER_FRAME * blanks : encoded]
+        quiet = quiet_frames(before, features[encoded : encoded + streamer.encoding.window - 1])
         begins_word = streamer.recognizer.ctc_decoder.tokenizer.begins_word
-        while end := phrase_end(self.encoded.phrase.best, begins_word, silence, streamer.longest):
-            found.append(self.encoded.cut(*end))
+        limits = silence, streamer.longest, quiet
+        while end := phrase_end(self.encoded.phrase.best, begins_word, *limits):
+            self.phrases.append(self.encoded.cut(*end))
             self._forget()
-        return found
 
     def new_partial(self) -> list[Partial]:
         """Return the partial text of a new encoding if it has changed, or drop old silence."""

@@ -1,0 +1,350 @@
+"""Sessions of /v1/realtime: a WebSocket with audio in, partial and final texts out.
+
+The first event decides between OpenAI's transcription sessions and vLLM's dialect. Wrong events are
+answered by an error event; only the limits of the server end a session.
+"""
+
+import asyncio
+import base64
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from fastapi import WebSocket
+from starlette.websockets import WebSocketDisconnect
+
+from speechllm.errors import InputError
+from speechllm.longform.transcript import Segment, word_separator
+from speechllm.serving.admission import ApiError
+from speechllm.serving.batcher import LiveJob
+from speechllm.serving.form import check_language, check_model
+from speechllm.serving.realtime_format import (
+    VLLM_RATE,
+    Item,
+    OpenAIDialect,
+    SessionSettings,
+    VllmDialect,
+    default_settings,
+    new_id,
+)
+from speechllm.serving.service import Service
+from speechllm.streaming.stream import Event, Stream
+
+SUBPROTOCOL = "realtime"
+MAX_MESSAGE_BYTES = 1 << 20  # 16 s of audio at 24 kHz
+BURST_SECONDS = 5.0  # how long a client may send without a limit of the speed
+MIN_EVENT_SECONDS = 0.005  # of audio that any event counts as
+MAX_WAITING_SECONDS = 30.0  # of audio before the model; more is not read from the connection
+SEND_TIMEOUT = 30.0  # s, for a client that does not read
+TRY_AGAIN_LATER, POLICY_VIOLATION = 1013, 1008  # close codes
+
+
+async def serve_stream(websocket: WebSocket, service: Service) -> None:
+    """Accept a WebSocket and serve its session to the end."""
+    offered = websocket.scope["subprotocols"]
+    await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+    session, served = Session(websocket, service), service.config.model_name
+    with suppress(WebSocketDisconnect, TimeoutError):  # the client left, or does not read
+        try:
+            with service.admission.open_stream():
+                check_model(websocket.query_params.get("model", served), served)
+                await session.run()
+        except ApiError as error:
+            await session.close(error)
+
+
+@dataclass
+class OpenStream:
+    """A stream of a session and its open item.
+
+    detects_turns: an item completes in each pause; otherwise when the client commits.
+    committed: the client has committed, and no item has completed since then.
+    """
+
+    job: LiveJob
+    detects_turns: bool
+    item: Item | None = None
+    committed: bool = False
+
+
+class Session:
+    """The state of one WebSocket."""
+
+    def __init__(self, websocket: WebSocket, service: Service):
+        self.websocket, self.service, self.config = websocket, service, service.config
+        self.dialect: OpenAIDialect | None = None  # decided by the first event
+        self.settings = default_settings(service.transcriber.config.endpoint_silence)
+        self.separator = word_separator(service.transcriber.language)
+        self.stream: OpenStream | None = None  # takes audio
+        self.streams: asyncio.Queue[OpenStream] = asyncio.Queue()  # to be delivered, in order
+        self.unfinished: set[LiveJob] = set()
+        self.seconds = 0.0  # of audio so far
+        self.sending = asyncio.Lock()
+        self.end = time.monotonic() + self.config.max_stream_duration
+        self.paced = 0.0  # when the audio so far ends, at the highest speed
+
+    async def run(self) -> None:
+        """Serve until the client leaves.
+
+        Raises:
+          ApiError: a limit ends the session.
+          WebSocketDisconnect, TimeoutError: the client left, or does not read.
+        """
+        self._open(self.settings)  # raises an error if the model cannot stream
+        await self._send(self._created())
+        tasks = [asyncio.create_task(one) for one in (self._take_events(), self._deliver())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for job in self.unfinished:
+                self._cancel(job)
+        for task in done:
+            task.result()
+
+    async def close(self, error: ApiError) -> None:
+        """Send an error and close the connection."""
+        await self._send((self.dialect or OpenAIDialect()).error(error))
+        is_busy = error.status_code in (429, 503)
+        await self.websocket.close(TRY_AGAIN_LATER if is_busy else POLICY_VIOLATION)
+
+    def _created(self) -> dict:
+        """Return session.created in both dialects."""
+        session = {"id": new_id("sess"), "object": "realtime.transcription_session"}
+        created = {"type": "session.created", "id": session["id"], "created": int(time.time())}
+        return created | {"session": session | self.settings.model_dump()}
+
+    async def _send(self, *events: dict) -> None:
+        async with self.sending, asyncio.timeout(SEND_TIMEOUT):
+            for event in events:
+                text = json.dumps({"event_id": new_id("event"), **event}, ensure_ascii=False)
+                await self.websocket.send_text(text)
+
+    # ---- events of the client
+
+    async def _take_events(self) -> None:
+        while True:
+            try:
+                message = await self._receive()
+            except ApiError:
+                await self._finish_stream()
+                async with asyncio.timeout(SEND_TIMEOUT):
+                    await self.streams.join()
+                raise
+            event, before = {}, self.seconds
+            try:
+                event = parse_event(message)
+                await self._handle(event)
+            except ApiError as error:
+                dialect = self.dialect or OpenAIDialect()
+                await self._send(dialect.error(error, event.get("event_id")))
+            await self._keep_pace(max(MIN_EVENT_SECONDS, self.seconds - before))
+
+    async def _receive(self) -> dict:
+        """Return the next message.
+
+        Raises:
+          ApiError: 408, too long without one, or the session has reached its longest duration.
+          WebSocketDisconnect: the client has left.
+        """
+        idle, left = self.config.max_stream_idle, self.end - time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, min(idle, left))):
+                message = await self.websocket.receive()
+        except TimeoutError:
+            if left <= idle:
+                limit = self.config.max_stream_duration
+                raise ApiError(408, f"the stream was open for {limit:g} s, the maximum") from None
+            raise ApiError(408, f"no event for {idle:g} s") from None
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message["code"])
+        return message
+
+    async def _handle(self, event: dict) -> None:
+        if self.dialect is None:
+            is_vllm = event["type"] == "session.update" and "session" not in event
+            self.dialect = VllmDialect() if is_vllm else OpenAIDialect()
+            if is_vllm:
+                wanted = self.settings.audio.input
+                wanted.format.rate, wanted.turn_detection = VLLM_RATE, None
+        handlers = {
+            "session.update": self._update,
+            "input_audio_buffer.append": self._append,
+            "input_audio_buffer.commit": self._commit,
+            "input_audio_buffer.clear": self._clear,
+        }
+        if event["type"] not in handlers:
+            raise ApiError(400, f"type {event['type']!r}: expected {', '.join(handlers)}", "type")
+        await handlers[event["type"]](event)
+
+    async def _update(self, event: dict) -> None:
+        if isinstance(self.dialect, VllmDialect):
+            check_model(str(event.get("model")), self.config.model_name)
+            return
+        settings = self.settings.updated(event.get("session"))
+        transcription = settings.audio.input.transcription
+        check_model(transcription.model, self.config.model_name)
+        language = self.service.transcriber.language
+        check_language(transcription.language, transcription.languages, language)
+        self._open(settings)  # raises an error if something is not supported
+        if self.stream and settings != self.settings:
+            await self._finish_stream()  # the new settings are for the audio that follows
+        self.settings = settings
+        await self._send({"type": "session.updated", "session": settings.model_dump()})
+
+    async def _append(self, event: dict) -> None:
+        samples = read_audio(event.get("audio"))
+        if not len(samples):
+            return
+        if self.stream is None:
+            job = LiveJob(self._open(self.settings))
+            self.stream = OpenStream(job, self.settings.audio.input.turn_detection is not None)
+            self.unfinished.add(job)
+            self.streams.put_nowait(self.stream)
+        job = self.stream.job
+        job.blocks.append(samples)
+        self.service.worker.submit(job)
+        rate = self.settings.audio.input.format.rate
+        self.seconds += len(samples) / rate
+        self.service.metrics.audio_seconds.inc(len(samples) / rate)
+        while job.waiting > MAX_WAITING_SECONDS * rate and not job.cancelled:
+            await asyncio.sleep(0.1)
+
+    async def _keep_pace(self, seconds: float) -> None:
+        """Wait after an event of so much audio if the client is too fast; TCP slows it down."""
+        now = time.monotonic()
+        self.paced = max(self.paced, now - BURST_SECONDS) + seconds / self.config.max_stream_speed
+        await asyncio.sleep(self.paced - now)
+
+    async def _commit(self, event: dict) -> None:
+        if isinstance(self.dialect, VllmDialect):
+            if not event.get("final"):
+                return  # the start
+            if self.stream is None:
+                await self._send(*self.dialect.completed(Item(self.separator)))
+        elif self.stream is None:
+            raise ApiError(400, "the buffer has no audio to commit")
+        await self._finish_stream()
+
+    async def _finish_stream(self) -> None:
+        """Commit the audio, if there is a stream."""
+        stream, self.stream = self.stream, None
+        if stream is None:
+            return
+        stream.committed = stream.job.ended = True
+        self.service.worker.submit(stream.job)
+        if not stream.detects_turns:
+            stream.item = stream.item or Item(self.separator)
+            await self._send(*self.dialect.buffer("committed", stream.item))
+
+    async def _clear(self, event: dict) -> None:
+        if self.stream:
+            self._cancel(self.stream.job)
+            self.stream = None
+        await self._send(*self.dialect.buffer("cleared"))
+
+    def _open(self, settings: SessionSettings) -> Stream:
+        """Open a stream with these settings.
+
+        Raises:
+          ApiError: 400, the sampling rate or the context is not supported.
+        """
+        wanted, transcriber = settings.audio.input, self.service.transcriber
+        silence = wanted.turn_detection and wanted.turn_detection.silence_duration_ms / 1000
+        context = wanted.transcription.context if transcriber.takes_context else ""
+        try:
+            transcriber.check_context(context)
+            rate = wanted.format.rate
+            return self.service.streamer.open(rate, context, silence, self.seconds)
+        except InputError as error:
+            raise ApiError(400, str(error)) from None
+
+    def _cancel(self, job: LiveJob) -> None:
+        job.cancelled = True
+        job.put(None)
+        self.service.worker.submit(job)
+
+    # ---- results
+
+    async def _deliver(self) -> None:
+        """Send the results of all streams, one after the other."""
+        while True:
+            stream = await self.streams.get()
+            try:
+                async for event in stream.job.results():
+                    if not stream.job.cancelled:
+                        await self._send(*self._events(stream, event))
+                if stream.committed:
+                    await self._send(*self._last_events(stream))
+            except ApiError as error:
+                item = stream.item or Item(self.separator)
+                await self._send(*self.dialect.failed(item, error))
+                if self.stream is stream:
+                    self.stream = None  # the next audio opens another
+            self.unfinished.discard(stream.job)
+            self.streams.task_done()
+
+    def _events(self, stream: OpenStream, event: Event) -> list[dict]:
+        """Return the events of a partial text or a final segment."""
+        is_final, found = isinstance(event, Segment), []
+        if stream.item is None:
+            if is_final and not event.text:
+                return []
+            stream.item = Item(self.separator)
+            if stream.detects_turns:
+                start = round(1000 * event.start)
+                found += self.dialect.buffer("speech_started", stream.item, audio_start_ms=start)
+        item = stream.item
+        if not is_final:
+            unstable = event.text[len(event.stable) :]
+            return found + self.dialect.delta(item, item.write(event.stable), unstable)
+        if delta := item.add(event):
+            found += self.dialect.delta(item, delta)
+        if not stream.detects_turns:
+            return found
+        stream.item, stream.committed = None, False
+        end = round(1000 * event.end)
+        found += self.dialect.buffer("speech_stopped", item, audio_end_ms=end)
+        return found + self.dialect.buffer("committed", item) + self.dialect.completed(item)
+
+    def _last_events(self, stream: OpenStream) -> list[dict]:
+        """Return the events that answer a commit; its item is empty if there was no speech."""
+        item = stream.item or Item(self.separator)
+        found = self.dialect.buffer("committed", item) if stream.detects_turns else []
+        return found + self.dialect.completed(item)
+
+
+def parse_event(message: dict) -> dict:
+    """Return the event in a WebSocket message; it has a `type`.
+
+    Raises:
+      ApiError: 400.
+    """
+    try:
+        event = json.loads(message.get("text") or "")
+    except (ValueError, RecursionError):
+        raise ApiError(400, "expected a message of JSON text") from None
+    if not isinstance(event, dict) or not isinstance(event.get("type"), str):
+        raise ApiError(400, 'expected a JSON object with a "type"', "type")
+    return event
+
+
+def read_audio(text: object) -> torch.Tensor:
+    """Return the samples (N,) of base64 with 16-bit little-endian PCM.
+
+    Raises:
+      ApiError: 400.
+    """
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError):
+        raise ApiError(400, "audio: expected base64", "audio") from None
+    if len(data) % 2:
+        message = f"audio: {len(data)} bytes are not a whole number of 16-bit samples"
+        raise ApiError(400, message, "audio")
+    return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.float32) / 32768)
