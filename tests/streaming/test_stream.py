@@ -13,7 +13,7 @@ from speechllm.decoding.ctc_decoder import find_ctc_decoder
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.errors import InputError
 from speechllm.longform.config import LongformConfig
-from speechllm.longform.transcript import Segment
+from speechllm.longform.transcript import NO_SPEECH, Segment
 from speechllm.models.build import build_model
 from speechllm.models.config import ModelConfig
 from speechllm.models.speech_llm import EncoderOutput
@@ -255,3 +255,23 @@ def test_the_chunks_of_the_model_are_the_default(recognizers):
 def test_an_unsupported_rate_is_an_error(streamer):
     with pytest.raises(InputError, match="stream: unsupported sample rate 44101 Hz"):
         streamer.open(sampling_rate=44101)
+
+
+def test_phrases_without_speech_get_no_text(streamer, monkeypatch):
+    """CTC writes words for noise."""
+    monkeypatch.setattr(streamer, "detect_speech", lambda all: [torch.zeros(9) for _ in all])
+    segments = finals(run(streamer.open(), noise(6.0), [4000]))
+    assert segments and {(one.text, one.source) for one in segments} == {("", NO_SPEECH)}
+
+
+def test_phrases_have_their_samples(streamer):
+    samples = noise(9.0)
+    found = []
+    detect = streamer.detect_speech
+    streamer.detect_speech = lambda all: found.extend(all) or detect(all)
+    segments = finals(run(streamer.open(), samples, [4000, 16000]))
+    assert len(found) == len(segments) > 2
+    for segment, own in zip(segments, found):
+        start = round(segment.start * 16000)
+        assert own.equal(samples[start : start + len(own)])
+        assert len(own) == pytest.approx((segment.end - segment.start) * 16000, abs=640)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from speechllm.audio.fbank import NUM_MEL_BINS
+from speechllm.longform.segmenter import FRAME
 from speechllm.models.zipformer.ctc_head import BLANK
 
 FEATURES_PER_FRAME = 4
@@ -21,12 +22,14 @@ QUIET_MARGIN = 0.7  # nats above it
 class Phrase(NamedTuple):
     """A part of a stream for the LLM; times in encoder frames of the stream.
 
+    samples: at 16 kHz, (640 T,).
     features: (4 T, 80).
     outputs: (T, C) of each encoder.
     """
 
     start: int
     end: int
+    samples: Tensor
     features: Tensor
     outputs: list[Tensor]
 
@@ -36,6 +39,7 @@ class OpenPhrase:
 
     Attributes:
       start: the first frame, counted from the beginning of the stream.
+      samples: (N,) from that frame on, at 16 kHz.
       features: (N, 80) from that frame on, also those not encoded yet.
       outputs: (T, C) of each encoder.
       best: most probable CTC token of each frame, (T,).
@@ -43,6 +47,7 @@ class OpenPhrase:
 
     def __init__(self):
         self.start = 0
+        self.samples = torch.zeros(0)
         self.features = torch.zeros(0, NUM_MEL_BINS)
         self.outputs: list[Tensor] = []
         self.best = np.zeros(0, dtype=int)
@@ -58,11 +63,13 @@ class OpenPhrase:
 
     def cut(self, first: int, end: int) -> Phrase:
         """Remove all frames before `end`; return those from `first` on."""
+        samples = self.samples[FRAME * first : FRAME * end]
         features = self.features[FEATURES_PER_FRAME * first : FEATURES_PER_FRAME * end]
         outputs = [one[first:end] for one in self.outputs]
-        phrase = Phrase(self.start + first, self.start + end, features, outputs)
+        phrase = Phrase(self.start + first, self.start + end, samples, features, outputs)
         self.start += end
-        self.features = self.features[FEATURES_PER_FRAME * end :].clone()  # frees the rest
+        self.samples = self.samples[FRAME * end :].clone()  # frees the rest
+        self.features = self.features[FEATURES_PER_FRAME * end :].clone()
         self.outputs = [one[end:].clone() for one in self.outputs]
         self.best = self.best[end:]
         return phrase

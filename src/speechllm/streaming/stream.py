@@ -24,11 +24,12 @@ from torch import Tensor
 
 from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE, StreamingFbank
 from speechllm.audio.resample import StreamResampler
+from speechllm.audio.vad import SpeechDetector
 from speechllm.decoding.alignment import CTC_FRAME_SHIFT
 from speechllm.decoding.recognizer import NEEDS_CTC, Recognizer
 from speechllm.errors import InputError
 from speechllm.longform.config import LongformConfig
-from speechllm.longform.segmenter import FRAMES_PER_SECOND
+from speechllm.longform.segmenter import FRAMES_PER_SECOND, SPEECH
 from speechllm.longform.transcriber import make_segment
 from speechllm.longform.transcript import Segment, word_separator
 from speechllm.longform.writers import segment_json
@@ -104,6 +105,7 @@ class Streamer:
             for encoder in encoders:
                 (chunking or Chunking()).check(encoder.config)
             self.encoding = Reencoding(recognizer)
+        self.detect_speech = SpeechDetector()
         self.longest = round(config.max_segment_duration * FRAMES_PER_SECOND)
 
     def open(
@@ -149,21 +151,30 @@ class Streamer:
         return events
 
     def _recognize(self, phrases: list[tuple["Stream", Phrase]]) -> list[Segment]:
-        """Return the final segments of phrases, recognized as one batch."""
-        shortest = self.recognizer.model.ds_rate
-        long = [(s, one) for s, one in phrases if one.end - one.start >= shortest]
+        """Return the final segments of phrases; those with speech are recognized as one batch."""
+        has_speech = self._has_speech([one for _, one in phrases])
+        spoken = [pair for pair, speech in zip(phrases, has_speech) if speech]
         found = iter(())
-        if long:
-            contexts = [stream.context for stream, _ in long]
-            encoded = self.encoding.embed([one for _, one in long], contexts)
+        if spoken:
+            contexts = [stream.context for stream, _ in spoken]
+            encoded = self.encoding.embed([one for _, one in spoken], contexts)
             found = iter(self.recognizer.decode(encoded))
         return [
             make_segment(
                 one.start * CTC_FRAME_SHIFT,
                 one.end * CTC_FRAME_SHIFT,
-                next(found) if one.end - one.start >= shortest else None,
+                next(found) if speech else None,
             )
-            for _, one in phrases
+            for (_, one), speech in zip(phrases, has_speech)
+        ]
+
+    def _has_speech(self, phrases: list[Phrase]) -> list[bool]:
+        """Return false for phrases that are noise or too short: CTC can write words for these."""
+        shortest = self.recognizer.model.ds_rate
+        speech = self.detect_speech([one.samples for one in phrases]) if phrases else []
+        return [
+            one.end - one.start >= shortest and bool((probabilities >= SPEECH).any())
+            for one, probabilities in zip(phrases, speech)
         ]
 
 
@@ -224,8 +235,9 @@ class Stream:
     def push(self, samples: Tensor = NO_SAMPLES, end: bool = False) -> None:
         """Add samples for the next `Streamer.advance`; with `end`, no more will follow."""
         samples = torch.as_tensor(samples, dtype=torch.float32)
-        features = self._fbank(self._resample(samples, end), end)
-        self.encoded.phrase.features = torch.cat([self.encoded.phrase.features, features])
+        samples, phrase = self._resample(samples, end), self.encoded.phrase
+        phrase.samples = torch.cat([phrase.samples, samples])
+        phrase.features = torch.cat([phrase.features, self._fbank(samples, end)])
         self.encoded.ended |= end
 
     # ---- for Streamer
