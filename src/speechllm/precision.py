@@ -1,5 +1,7 @@
 """Precision of training and decoding: float32, or autocast to float16 or bfloat16."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
@@ -16,9 +18,9 @@ def autocast_dtype(use_fp16: bool | None, use_bf16: bool) -> torch.dtype:
     return torch.float16 if fp16 else torch.float32
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return an autocast context for `dtype`; float32 disables autocast."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Return an autocast context for `dtype`; for float32 one that does nothing."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:

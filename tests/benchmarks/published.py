@@ -27,7 +27,7 @@ def published_loss(model: SpeechLLM, batch: dict, used: list[list[int]]) -> Tens
         for b, group in enumerate(used)
     ]
     embeds, mask, labels = model.merge(ids, labels, speech)
-    labels = labels.to(features.device)
+    mask, labels = mask.to(features.device), labels.to(features.device)
     output = model.llm(inputs_embeds=embeds, attention_mask=mask, labels=labels)
     predicted = output.logits.argmax(dim=-1)[:, :-1]
     ((predicted == labels[:, 1:]) & (labels[:, 1:] != IGNORED)).sum().item()

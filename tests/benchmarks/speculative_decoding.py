@@ -23,7 +23,7 @@ class Batch:
     """Prompts, and drafts of the hypotheses by name."""
 
     embeds: Any  # (B, L, D)
-    mask: Any  # (B, L)
+    mask: Any  # (B, L), on the CPU
     drafts: dict[str, list[list[int]]]
 
 
@@ -35,7 +35,9 @@ def generate(model, batch: Batch, tokens: int) -> list[list[int]]:
         eos_token_id=model.chat.end, pad_token_id=model.chat.pad,
     )  # fmt: skip
     generated = model.llm.generate(
-        inputs_embeds=batch.embeds, attention_mask=batch.mask.long(), generation_config=config
+        inputs_embeds=batch.embeds,
+        attention_mask=batch.mask.long().to(model.llm.device),
+        generation_config=config,
     ).tolist()
     return [list(takewhile(lambda i: i not in model.chat.ends, ids)) for ids in generated]
 
@@ -48,7 +50,7 @@ def random_batch(model, args: argparse.Namespace) -> Batch:
     shape = args.batch, round(args.seconds * 6.25) + 10
     embeds = torch.randn(*shape, embedding.embedding_dim, device=model.llm.device)
     embeds = (embeds * embedding.weight.std()).to(embedding.weight.dtype)
-    mask = torch.ones(shape, dtype=torch.bool, device=model.llm.device)
+    mask = torch.ones(shape, dtype=torch.bool)
     batch, rng = Batch(embeds, mask, {}), random.Random(0)
     outputs = generate(model, batch, args.tokens)
     for quality in args.quality:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speechllm.errors import InputError
-from speechllm.models.speech_llm import SpeechEncoders
+from speechllm.models.speech_encoders import SpeechEncoders
 from speechllm.models.zipformer.bpe import case_of
 from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, ctc_loss
 

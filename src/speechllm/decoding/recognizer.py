@@ -34,7 +34,8 @@ from speechllm.models.prompt import (
     encode_transcripts,
     word_log_probs,
 )
-from speechllm.models.speech_llm import EncoderOutput, SpeechLLM
+from speechllm.models.speech_encoders import EncoderOutput, to_device
+from speechllm.models.speech_llm import SpeechLLM
 from speechllm.precision import autocast
 
 FALLBACK_BEAM, FALLBACK_CTC_WEIGHT = 4, 0.3
@@ -47,7 +48,7 @@ class EncodedBatch:
     """A batch after the encoders and projectors."""
 
     embeds: Tensor  # prompts, left-padded, (B, L, D)
-    mask: Tensor  # (B, L)
+    mask: Tensor  # (B, L), on the CPU
     seconds: list[float]
     spectral_variations: list[float]
     ctc: list[CtcOutput | None]
@@ -166,7 +167,7 @@ class Recognizer:
         features, lens = batch["features"], batch["feature_lens"]
         with autocast(self.device, self.dtype):
             all_encoders = self.model.all_encoders(len(lens))
-            outputs = self.model.encode(features.to(self.device), lens, all_encoders)
+            outputs = self.model.encode(to_device(self.device, features), lens, all_encoders)
         return self.embed(outputs, features, lens, batch.get("contexts"), batch.get("hotwords"))
 
     @torch.no_grad()
@@ -246,7 +247,7 @@ class Recognizer:
         """Return the recognitions of some utterances of the batch."""
         if not rows:
             return {}
-        prompts, limit = (encoded.embeds[rows], encoded.mask[rows]), search.max_new_tokens
+        prompts, limit = self._prompts(encoded, rows), search.max_new_tokens
 
         def is_repetition(i: int, ids: list[int]) -> bool:
             ctc_ids = encoded.ctc_ids[rows[i]]
@@ -265,6 +266,10 @@ class Recognizer:
         self._correct(encoded, recognitions)
         return recognitions
 
+    def _prompts(self, encoded: EncodedBatch, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Return embeddings and mask of some utterances of the batch."""
+        return encoded.embeds[to_device(self.device, torch.tensor(rows))], encoded.mask[rows]
+
     def _correct(self, encoded: EncodedBatch, found: dict[int, Recognition]) -> None:
         """Correct the recognitions by the hotwords that were spotted."""
         rows = [b for b in found if encoded.spotted[b] and "repetition" not in found[b].flags]
@@ -275,7 +280,7 @@ class Recognizer:
 
         def score(indices: list[int], texts: list[str]) -> list[Hypothesis]:
             utterances, ids = [rows[i] for i in indices], encode_transcripts(self.tokenizer, texts)
-            prompts = encoded.embeds[utterances], encoded.mask[utterances]
+            prompts = self._prompts(encoded, utterances)
             with autocast(self.device, self.dtype):
                 scored = score_hypotheses(self.model, *prompts, ids, self.search.max_new_tokens)
             return [replace(one, text=text) for one, text in zip(scored, texts)]
