@@ -26,7 +26,7 @@ from speechllm.decoding.hallucination import (
 from speechllm.decoding.hotwords import Hotwords, Spotted, read_hotwords, spot_hotwords
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.prefix_tree import PrefixTree
-from speechllm.decoding.speculative import speculative_decode
+from speechllm.decoding.speculative import DraftPolicy, forward_cost, speculative_decode
 from speechllm.errors import InputError
 from speechllm.models.prompt import (
     decode_transcripts,
@@ -97,6 +97,7 @@ class Recognizer:
         self.search, self.device, self.dtype = search, device, dtype
         phrases = [*(read_hotwords(search.hotwords) if search.hotwords else ()), *search.hotword]
         self.hotwords = self.tokenize_hotwords(phrases)
+        self.draft_policy = DraftPolicy(search.forward_cost or forward_cost(model.base_llm))
         self.start_counting()
 
     def tokenize_hotwords(self, phrases: Sequence[str]) -> Hotwords | None:
@@ -260,7 +261,7 @@ class Recognizer:
                 found = beam_search(self.model, *prompts, *options)
             else:
                 drafts = [encoded.ctc_ids[b] if search.method == "draft" else None for b in rows]
-                options = drafts, limit, search.draft_accept_prob, is_repetition
+                options = drafts, limit, search.draft_accept_prob, is_repetition, self.draft_policy
                 found = [[one] for one in speculative_decode(self.model, *prompts, *options)]
         recognitions = {b: self._choose(encoded, b, some, search) for b, some in zip(rows, found)}
         self._correct(encoded, recognitions)

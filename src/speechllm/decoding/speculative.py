@@ -9,49 +9,106 @@ greedy output. Without a draft each pass adds one token: plain greedy decoding.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.models.speech_encoders import to_device
 from speechllm.models.speech_llm import SpeechLLM
 
-# Fixed cost of a forward pass, in tokens: reading the weights.
-FORWARD_COST = {"cpu": 64, "cuda": 1024}
-MAX_UNTRIED_COST = 0.05  # for untried drafts, relative to decoding their text token by token
 LOGITS_AT_ONCE = 128  # positions of which logits are in memory at a time
+
+# Fixed cost of a forward pass, in tokens that can be computed in that time. On CPUs measured.
+CPU_FORWARD_COST = {torch.float32: 64, torch.bfloat16: 64, torch.float16: 64}
+GPU_READ_COST = 154  # reading the weights: H200, 75 % of 790 TFLOP/s, 80 % of 4.8 TB/s
+GPU_LAUNCHES, GPU_LAUNCH_SECONDS, GPU_FLOPS = 30, 4e-6, 590e12  # kernels per layer
+
+
+def forward_cost(llm: nn.Module) -> int:
+    """Return the fixed cost of a forward pass, in tokens, by device, dtype and size of the LLM.
+
+    On a GPU it is the time to read the weights and to launch the kernels, relative to the time of
+    a token, 2 FLOPs per parameter.
+    """
+    weight = llm.get_input_embeddings().weight
+    if weight.device.type == "cpu":
+        return CPU_FORWARD_COST[weight.dtype]
+    launches = GPU_LAUNCHES * llm.config.num_hidden_layers * GPU_LAUNCH_SECONDS
+    token = 2 * sum(p.numel() for p in llm.parameters()) / GPU_FLOPS
+    return GPU_READ_COST + round(launches / token)
+
+
+PRIOR_WEIGHT = {True: 2.0, False: 0.75}
+
+
+class AcceptanceRates:
+    """How often drafts predict the next token: after a right prediction, and after a wrong one.
+
+    The rates of all utterances so far are what the next one begins with.
+    """
+
+    def __init__(self):
+        # Right and all predictions by whether the one before was right. The first utterances
+        # begin with little trust.
+        self.counts = {True: [1.0, 2.0], False: [0.25, 1.0]}
+
+    def begin(self) -> "AcceptanceRates":
+        """Return the rates as those of an utterance: its own tokens soon change them."""
+        rates = AcceptanceRates()
+        for key, (right, total) in self.counts.items():
+            rates.counts[key] = [PRIOR_WEIGHT[key] * right / total, PRIOR_WEIGHT[key]]
+        return rates
+
+    def add(self, follows: bool, is_right: bool) -> None:
+        """Count a prediction; `follows` if the one before was right."""
+        self.counts[follows][0] += is_right
+        self.counts[follows][1] += 1
+
+    def __getitem__(self, follows: bool) -> float:
+        right, total = self.counts[follows]
+        return right / total
+
+
+@dataclass
+class DraftPolicy:
+    """The cost of a forward pass, and the acceptance rates so far: proposals follow from both."""
+
+    forward_cost: int  # in tokens
+    rates: AcceptanceRates = field(default_factory=AcceptanceRates)
 
 
 class Draft:
     """The remaining part of a draft, by edit distance, as the hypothesis advances.
 
-    If no token of a proposal was right, nothing is proposed until the LLM's own output matches the
-    draft again, so a useless draft costs little.
+    The draft predicts each next token. How often it was right gives the chances of the tokens to
+    come.
     """
 
-    def __init__(self, tokens: list[int]):
-        self.tokens = tokens
-        self.trusted = True
-        self.right, self.wrong = 9.7, 0.3  # prior: the usual accuracy of a CTC text
+    def __init__(self, tokens: list[int], usual: AcceptanceRates | None = None):
+        """
+        Args:
+          usual: rates of earlier utterances, to which the tokens of this one are added.
+        """
+        self.tokens, self.usual = tokens, usual or AcceptanceRates()
+        self.follows = True  # the last prediction was right
+        self.rates = self.usual.begin()
         # Edit distances between the hypothesis and each prefix of the draft.
         self.distances = list(range(len(tokens) + 1))
 
     def advance(self, token: int) -> None:
-        """Align the draft to the next token of the hypothesis."""
+        """Align the draft to the next token of the hypothesis, and learn from it."""
+        if self.tokens:
+            is_right = self.remaining[:1] == [token]
+            for rates in (self.rates, self.usual):
+                rates.add(self.follows, is_right)
         before, row = self.distances, [self.distances[0] + 1]
         for i, drafted in enumerate(self.tokens):
             row.append(min(before[i] + (drafted != token), before[i + 1] + 1, row[i] + 1))
-        self.trusted = self.trusted or min(row) == min(before)
+        self.follows = min(row) == min(before)
         self.distances = row
-
-    def update(self, accepted: int, proposed: int) -> None:
-        """Update the acceptance rate with the result of the last proposal."""
-        if proposed:
-            self.right += accepted
-            self.wrong += accepted < proposed
-            self.trusted = accepted > 0
 
     @property
     def remaining(self) -> list[int]:
@@ -59,41 +116,29 @@ class Draft:
         nearest = min(self.distances)
         return self.tokens[len(self.tokens) - self.distances[::-1].index(nearest) :]
 
-    def proposal(self) -> list[int]:
-        """Return the tokens to verify next."""
-        return self.remaining if self.trusted else []
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Probability that a proposed token is right if those before it are."""
-        return self.right / (self.right + self.wrong)
+    def chances(self) -> list[float]:
+        """Return for each remaining token the probability that it and all before it are right."""
+        first, later = self.rates[self.follows], self.rates[True]
+        return [first * later**i for i in range(len(self.remaining))]
 
 
-def best_draft_length(
-    lens: list[int], acceptance_rates: list[float], num_inputs: int, forward_cost: int
-) -> int:
+def best_draft_length(chances: list[list[float]], cost: int) -> int:
     """Return the number of draft tokens to verify at the least cost per generated token.
 
+    The prompt in the first pass does not count: its cost is the same for all numbers.
+
     Args:
-      lens: lengths of the utterances' proposals.
-      num_inputs: other tokens per utterance in the forward pass.
-      forward_cost: fixed cost of the forward pass, in tokens.
+      chances: for each utterance, see `Draft.chances`.
+      cost: fixed cost of a forward pass, in tokens.
     """
-    best, best_rate, generated = 0, 0.0, float(len(lens))
-    for length in range(max(lens) + 1):
+    best, best_rate, generated = 0, 0.0, float(len(chances))
+    for length in range(max(map(len, chances)) + 1):
         if length:
-            generated += sum(p**length for n, p in zip(lens, acceptance_rates) if length <= n)
-        rate = generated / (forward_cost + len(lens) * (num_inputs + length))
+            generated += sum(row[length - 1] for row in chances if length <= len(row))
+        rate = generated / (cost + len(chances) * (1 + length))
         if rate > best_rate:
             best, best_rate = length, rate
     return best
-
-
-def _max_untried_length(lens: list[int], num_inputs: int, forward_cost: int) -> int:
-    """Return the number of tokens of each draft to risk before the first one is accepted."""
-    rows, longest = len(lens), max(lens)
-    cost = forward_cost + rows * num_inputs + longest * (forward_cost + rows)
-    return max(1, int(MAX_UNTRIED_COST * cost / rows))
 
 
 @torch.no_grad()
@@ -105,6 +150,7 @@ def speculative_decode(
     max_new_tokens: int,
     draft_accept_prob: float = 1.0,
     should_stop: Callable[[int, list[int]], bool] = lambda b, ids: False,
+    policy: DraftPolicy | None = None,
 ) -> list[Hypothesis]:
     """Return the greedy hypotheses, which do not depend on the drafts (ties by rounding apart).
 
@@ -115,9 +161,11 @@ def speculative_decode(
       draft_accept_prob: below 1, a draft token is also accepted if the LLM gives it this
         probability, proposed or not (the number of proposals depends on the batch).
       should_stop: called with the utterance and its ids after each token.
+      policy: also learns from these drafts; by default a new one.
     """
     min_log_prob = math.log(draft_accept_prob) if draft_accept_prob else -math.inf
-    search = _Search(model, embeds, mask.bool(), drafts, max_new_tokens, should_stop)
+    policy = policy or DraftPolicy(forward_cost(model.base_llm))
+    search = _Search(model, embeds, mask.bool(), drafts, max_new_tokens, should_stop, policy)
     while search.active:
         search.step(min_log_prob)
     return search.hypotheses
@@ -133,16 +181,18 @@ class _Search:
       mask: attention mask of prompts and cache (B, L), on the CPU.
     """
 
-    def __init__(self, model, embeds, mask, drafts, max_new_tokens, should_stop):
+    def __init__(self, model, embeds, mask, drafts, max_new_tokens, should_stop, policy):
         self.model, self.embeds, self.mask = model, embeds, mask
         self.max_new_tokens, self.should_stop = max_new_tokens, should_stop
+        self.forward_cost = policy.forward_cost
         self.embedding = model.llm.get_input_embeddings()
         self.hypotheses = [Hypothesis() for _ in drafts]
         # Rejected tokens in the cache would count for a sliding window that is exceeded.
         window = getattr(model.base_llm.config, "sliding_window", None) or math.inf
         if mask.size(1) + max_new_tokens + sum(len(ids or ()) + 1 for ids in drafts) > window:
             drafts = [None] * len(drafts)
-        self.drafts = [Draft([] if ids is None else [*ids, model.chat.end]) for ids in drafts]
+        drafts = [[] if ids is None else [*ids, model.chat.end] for ids in drafts]
+        self.drafts = [Draft(ids, policy.rates) for ids in drafts]
         self.active = list(range(len(drafts)))
         self.cache = DynamicCache()
 
@@ -162,13 +212,9 @@ class _Search:
         """Return the draft tokens to verify for each active utterance."""
         drafts = [self.drafts[b] for b in self.active]
         room = [self.max_new_tokens - len(self.hypotheses[b].ids) - 1 for b in self.active]
-        proposals = [draft.proposal()[:most] for draft, most in zip(drafts, room)]
-        num_inputs = 1 if self.cache.get_seq_length() else self.embeds.size(1)
-        cost = num_inputs, FORWARD_COST.get(self.embeds.device.type, 1024)
-        lens = [len(tokens) for tokens in proposals]
-        width = best_draft_length(lens, [draft.acceptance_rate for draft in drafts], *cost)
-        if not self.cache.get_seq_length():
-            width = min(width, _max_untried_length(lens, *cost))
+        proposals = [draft.remaining[:most] for draft, most in zip(drafts, room)]
+        chances = [draft.chances()[:most] for draft, most in zip(drafts, room)]
+        width = best_draft_length(chances, self.forward_cost)
         return [tokens[:width] for tokens in proposals]
 
     def _given(
@@ -206,7 +252,6 @@ class _Search:
         hypothesis.passes += 1
         hypothesis.drafted += num_proposed
         hypothesis.accepted += len(new) - 1
-        draft.update(len(new) - 1, num_proposed)
         for token, log_prob in new:
             hypothesis.log_probs.append(log_prob)
             if token in self.model.chat.ends:
