@@ -10,7 +10,8 @@ import torch
 from speechllm.audio.resample import audio_blocks
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.decoding.hypothesis import Hypothesis
-from speechllm.decoding.recognizer import Recognition, one_ahead
+from speechllm.decoding.recognition import Recognition
+from speechllm.decoding.recognizer import one_ahead
 from speechllm.errors import InputError
 from speechllm.longform.chunker import AudioChunk
 from speechllm.longform.config import LongformConfig

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from speechllm.decoding.speculative import Draft
+from speechllm.decoding.proposals import Draft
 from speechllm.errors import InputError
 from speechllm.models.config import INDEX_FILE
 from speechllm.models.llm import load_llm

@@ -16,7 +16,8 @@ from speechllm.data.manifests import speech_embeddings
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.load import TrainedModel
-from speechllm.decoding.recognizer import Recognition, Recognizer
+from speechllm.decoding.recognition import Recognition
+from speechllm.decoding.recognizer import Recognizer
 from speechllm.errors import InputError, first_line
 from speechllm.longform.chunker import AudioChunk, Chunker
 from speechllm.longform.config import LongformConfig
