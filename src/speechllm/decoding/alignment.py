@@ -12,6 +12,7 @@ Lags that fit the demo's encoders (dev set): 0.03 s after a flat start, 0.11 s w
 
 import math
 from itertools import accumulate, pairwise
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -110,15 +111,18 @@ def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> lis
         now[:, 2:] += np.maximum(
             np.maximum(before[:, 2:], before[:, 1:-1]), before[:, :-2] + skip
         )
-    path = np.full(scores.shape[:2], -1)
+    steps = np.zeros(scores.shape, dtype=np.int8)  # states advanced since the frame before
+    stay, step, leap = scores[:-1, :, 2:], scores[:-1, :, 1:-1], scores[:-1, :, :-2] + skip
+    steps[1:, :, 2:] = step > stay
+    steps[1:, :, 2:][leap > np.maximum(stay, step)] = 2
+    steps[np.arange(len(scores))[:, None] >= lens] = 0
     state = ends - (scores[lens - 1, rows, ends - 1] > scores[lens - 1, rows, ends])
+    visited = np.zeros(scores.shape[:2], dtype=int)
     for t in reversed(range(len(scores))):
-        is_inside = t < lens
-        path[t] = np.where(is_inside & (state % 2 == 1), state // 2 - 1, -1)
-        stay, step = scores[t - 1, rows, state], scores[t - 1, rows, state - 1]
-        leap = scores[t - 1, rows, state - 2] + skip[rows, state - 2]
-        state = state - is_inside * np.argmax([stay, step, leap], axis=0)
-    return [path[:n, b] for b, n in enumerate(lens)]
+        visited[t] = state
+        state = state - steps[t, rows, state]
+    paths = np.where(visited % 2 == 1, visited // 2 - 1, -1)
+    return [paths[:n, b] for b, n in enumerate(lens)]
 
 
 def time_words(
@@ -141,7 +145,7 @@ def time_words(
     starts, ends = _borders(words, spans, duration_seconds, lag)
     confidences = map(_confidence, spans, llm_log_probs or [None] * len(words))
     is_aligned = [span is not None for span in spans]
-    return list(map(TimedWord, words, starts.tolist(), ends.tolist(), confidences, is_aligned))
+    return list(map(TimedWord, words, starts, ends, confidences, is_aligned))
 
 
 def ctm_lines(recording_id: str, channel: str, offset: float, words: list[TimedWord]) -> list[str]:
@@ -171,28 +175,30 @@ def ctm_lines(recording_id: str, channel: str, offset: float, words: list[TimedW
 
 def _borders(
     words: list[str], spans: list[Span | None], duration: float, lag: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end of each word in seconds, (N,) each, by interpolation over the letters."""
-    border = np.cumsum([0, *map(len, words)])  # in letters, (N + 1,)
+) -> tuple[list[float], list[float]]:
+    """Start and end of each word in seconds, N each, by interpolation over the letters."""
+    border = [0, *accumulate(map(len, words))]  # in letters
     aligned = [i for i, span in enumerate(spans) if span]
     if not aligned:
-        times = duration * border / border[-1]
+        times = [duration * letter / border[-1] for letter in border]
         return times[:-1], times[1:]
-    letters = (border[:-1] + border[1:])[aligned] / 2  # at the middles of the words
-    middles = np.array([(spans[i].start + spans[i].end) / 2 for i in aligned]) - lag
-    rates = np.diff(middles) / np.diff(letters)  # seconds per letter
+    letters = [(border[i] + border[i + 1]) / 2 for i in aligned]  # at the middles of the words
+    middles = [(spans[i].start + spans[i].end) / 2 - lag for i in aligned]
+    points = list(zip(letters, middles))
+    rates = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(points)]  # seconds per letter
     usual = SECONDS_PER_LETTER
-    if len(rates):  # with two or three words, the median may be a pause
-        usual = min(np.median(rates), PAUSE * SECONDS_PER_LETTER)
+    if rates:  # with two or three words, the median may be a pause
+        usual = min(median(rates), PAUSE * SECONDS_PER_LETTER)
     first = middles[0] - usual * letters[0]
     last = middles[-1] + usual * (border[-1] - letters[-1])
-    times = np.interp(border, [0, *letters, border[-1]], [first, *middles, last])
-    starts, ends = times[:-1], times[1:].copy()
+    times = np.interp(border, [0, *letters, border[-1]], [first, *middles, last]).tolist()
+    starts, ends = times[:-1], times[1:]
     for k, (i, j) in enumerate(pairwise(aligned)):
         if j == i + 1 and rates[k] > PAUSE * usual:
             ends[i] = middles[k] + usual * len(words[i]) / 2
             starts[j] = middles[k + 1] - usual * len(words[j]) / 2
-    return starts.clip(0, duration), ends.clip(0, duration)
+    inside = [[min(max(time, 0.0), duration) for time in some] for some in (starts, ends)]
+    return inside[0], inside[1]
 
 
 def _confidence(span: Span | None, llm_log_prob: float | None) -> float:
