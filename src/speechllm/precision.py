@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def autocast_dtype(use_fp16: bool | None, use_bf16: bool) -> torch.dtype:
@@ -21,6 +21,14 @@ def autocast_dtype(use_fp16: bool | None, use_bf16: bool) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Return an autocast context for `dtype`; for float32 one that does nothing."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def autocast_dtype_of(x: Tensor) -> torch.dtype:
+    """Return the dtype in which autocast multiplies x, or x's own dtype without autocast."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
