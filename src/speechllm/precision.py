@@ -18,6 +18,14 @@ def autocast_dtype(use_fp16: bool | None, use_bf16: bool) -> torch.dtype:
     return torch.float16 if fp16 else torch.float32
 
 
+def auto_dtype() -> torch.dtype:
+    """Return bfloat16 where the GPU or CPU computes in it, else float16 on a GPU and float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if is_fast else torch.float32
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Return an autocast context for `dtype`; for float32 one that does nothing."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)

@@ -14,6 +14,7 @@ overlap with long kernels on a real GPU, and waits for the device are not modell
 import argparse
 from collections import Counter
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import measure
 import train_step
@@ -89,6 +90,12 @@ def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **o
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
 
 
+def layer_norm(x, shape, weight, eps):
+    from torch.nn import functional
+
+    return functional.layer_norm(x, shape, weight, eps=eps)
+
+
 def count_step(name: str, model, batch: dict, optimizer):
     """Return the counter of a training step, computed as published.py's LOSSES[name]."""
     import torch
@@ -121,24 +128,25 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     import torch  # heavy imports come after the flags are read
     from published import LOSSES
+    from torch.nn import functional
 
     from speechllm.models import lora
     from speechllm.training.scaled_adam import ScaledAdam
 
-    torch.autocast = lambda *args, **options: nullcontext()  # "meta" has none
-    torch.nn.functional.scaled_dot_product_attention = flash_attention
-    torch.nn.functional.rms_norm = lambda x, shape, weight, eps: torch.nn.functional.layer_norm(
-        x, shape, weight, eps=eps
-    )
-    lora.on_gpu = lambda x: True
     batch = train_step.make_batch(args, measure.SHAPES[args.shape][-1], "meta")
     batch["features"] = batch["features"].to(torch.bfloat16)
     counters = {}
-    for name in LOSSES:
-        model = make_model(args, name)
-        optimizer = ScaledAdam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        count_step(name, model, batch, optimizer)  # creates the optimizer's state
-        counters[name] = count_step(name, model, batch, optimizer)
+    with (
+        patch.object(torch, "autocast", lambda *_, **options: nullcontext()),  # "meta" has none
+        patch.object(functional, "scaled_dot_product_attention", flash_attention),
+        patch.object(functional, "rms_norm", layer_norm),
+        patch.object(lora, "on_gpu", lambda x: True),
+    ):
+        for name in LOSSES:
+            model = make_model(args, name)
+            optimizer = ScaledAdam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+            count_step(name, model, batch, optimizer)  # creates the optimizer's state
+            counters[name] = count_step(name, model, batch, optimizer)
     published = counters["published"]
     for name, counter in counters.items():
         for part in (*counter.seconds, "step"):

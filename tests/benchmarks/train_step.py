@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = measure.make_parser(__doc__)
     measure.add_shape(parser)
     add_batch(parser)
+    parser.add_argument("--compile", action="store_true", help="compile the layers of both")
     args = parser.parse_args(argv)
     import torch  # heavy imports come after the flags are read
     from published import LOSSES, check_equal, step_loss
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     batch = make_batch(args, measure.SHAPES[args.shape][-1], DEVICE)
     check_equal(model, batch, dtype)
     model.train()
+    if args.compile:
+        model.compile_layers()
     optimizer = ScaledAdam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step(name: str) -> None:
