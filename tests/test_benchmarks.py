@@ -87,9 +87,8 @@ def test_the_gpu_check_writes_one_json_on_a_cpu(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable}
     subprocess.run(["bash", script, out, "tiny"], check=True, env=environment)
     found = json.loads(out.read_text())
-    assert len(found["runs"]) == 7
-    assert all(run["lines"][0]["ratio"] > 0 for run in found["runs"] if not run["code"])
-    assert [run["code"] for run in found["runs"] if "compile" not in run["command"]] == [0] * 5
+    assert [run["code"] for run in found["runs"]] == [0, 0, 0]
+    assert all(line["ratio"] > 0 for run in found["runs"] for line in run["lines"])
 
 
 @pytest.mark.slow
