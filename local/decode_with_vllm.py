@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     from speechllm.data import manifests, validation
     from speechllm.data.config import DataConfig
     from speechllm.decoding.hypothesis import Hypothesis
-    from speechllm.decoding.recognizer import Recognition
+    from speechllm.decoding.recognition import Recognition
     from speechllm.evaluation.config import EvalConfig
     from speechllm.evaluation.eval_sets import merge_results, read_eval_sets
     from speechllm.evaluation.results import write_results

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,6 +46,32 @@ def test_train_step_computes_the_published_gradients(run):
     [line] = run("train_step", *flags, "--encoders", 2)
     assert line["ratio"] == pytest.approx(line["published_s"] / line["ours_s"], rel=0.01)
     assert line["ours_GiB"] > 0
+
+
+@pytest.mark.slow
+def test_the_modelled_step_is_the_sum_of_its_parts(run):
+    found = run("roofline", "--batch", 2, "--seconds", 2, "--tokens", 5)
+    ours = {line["name"]: line for line in found if line["name"].startswith("ours")}
+    whole = ours.pop("ours, step")
+    assert whole["ms"] == pytest.approx(sum(line["ms"] for line in ours.values()), abs=0.01)
+    assert whole["kernels"] < 1500 and whole["ratio"] > 1
+
+
+@pytest.mark.slow  # trains a model
+def test_host_work_has_parts(run, tiny_exp, tiny_corpus):
+    recordings = sorted((tiny_corpus / "audio").glob("test-*.wav"))
+    *parts, whole = run("host_work", tiny_exp, *recordings, "--rounds", 1)
+    assert whole["ms_per_s"] == pytest.approx(sum(line["ms_per_s"] for line in parts), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_gpu_check_writes_one_json_on_a_cpu(tmp_path):
+    script, out = BENCHMARKS.parent / "gpu" / "check.sh", tmp_path / "found.json"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    subprocess.run(["bash", script, out, "tiny"], check=True, env=environment)
+    found = json.loads(out.read_text())
+    assert [run["code"] for run in found["runs"]] == [0, 0, 0]
+    assert all(line["ratio"] > 0 for run in found["runs"] for line in run["lines"])
 
 
 @pytest.mark.slow

@@ -272,6 +272,7 @@ DECODE = {
     "--nbest": Change("2", names, ("--beam-size", "2")),
     "--ctc-weight": Change("0.9", files, ("--beam-size", "4", *WITH_CTC)),
     "--draft-accept-prob": Change("0", files, WITH_CTC),
+    "--forward-cost": Change("1", searches),
     "--ctc-bypass-entropy": Change("9", files, WITH_CTC),
     "--guard": Change("off", names),
     "--word-timestamps": Change("false", names, WITH_CTC),

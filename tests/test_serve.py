@@ -77,6 +77,7 @@ FLAGS = {
     "--min-silence": Change("0.3", longform),
     "--endpoint-silence": Change("0.3", longform),
     "--max-duration": Change("50", longform),
+    "--dtype": Change("bfloat16", lambda s: s.transcriber.recognizer.dtype),
     "--language": Change("de", lambda s: s.transcriber.language),
     "--max-new-tokens": Change("7", lambda s: s.transcriber.recognizer.search),
 }

@@ -209,6 +209,7 @@ FLAGS = {  # another value and flags that it needs; one flag of each config of d
     "--min-silence": ("0.4", "--max-segment-duration", "11"),
     "--endpoint-silence": ("0",),  # tests/streaming shows its effect
     "--max-duration": ("5",),
+    "--dtype": ("bfloat16",),
     "--checkpoint": ("epoch-1.pt",),
     "--max-new-tokens": ("1",),
     "--language": ("de",),

@@ -1,7 +1,9 @@
 """Precision of training and decoding: float32, or autocast to float16 or bfloat16."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def autocast_dtype(use_fp16: bool | None, use_bf16: bool) -> torch.dtype:
@@ -16,9 +18,25 @@ def autocast_dtype(use_fp16: bool | None, use_bf16: bool) -> torch.dtype:
     return torch.float16 if fp16 else torch.float32
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return an autocast context for `dtype`; float32 disables autocast."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+def auto_dtype() -> torch.dtype:
+    """Return bfloat16 where the GPU or CPU computes in it, else float16 on a GPU and float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Return an autocast context for `dtype`; for float32 one that does nothing."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def autocast_dtype_of(x: Tensor) -> torch.dtype:
+    """Return the dtype in which autocast multiplies x, or x's own dtype without autocast."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:

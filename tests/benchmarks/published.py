@@ -7,9 +7,9 @@ position; loss and accuracy from all of them, copied to the CPU at once. Both us
 import torch
 from peft.tuners import lora
 from torch import Tensor
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
-from speechllm.models.lora import LoraLinear, LoraMLP
+from speechllm.models.lora import FusedRMSNorm, LoraLinear, LoraMLP
 from speechllm.models.prompt import IGNORED, training_ids
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.precision import autocast
@@ -27,7 +27,7 @@ def published_loss(model: SpeechLLM, batch: dict, used: list[list[int]]) -> Tens
         for b, group in enumerate(used)
     ]
     embeds, mask, labels = model.merge(ids, labels, speech)
-    labels = labels.to(features.device)
+    mask, labels = mask.to(features.device), labels.to(features.device)
     output = model.llm(inputs_embeds=embeds, attention_mask=mask, labels=labels)
     predicted = output.logits.argmax(dim=-1)[:, :-1]
     ((predicted == labels[:, 1:]) & (labels[:, 1:] != IGNORED)).sum().item()
@@ -41,13 +41,14 @@ def our_loss(model: SpeechLLM, batch: dict, used: list[list[int]]) -> Tensor:
     return sums["loss"] / (labels != IGNORED).sum().item()
 
 
+OUR_CLASSES = {LoraLinear: lora.Linear, LoraMLP: Qwen2MLP, FusedRMSNorm: Qwen2RMSNorm}
 LOSSES = {"published": published_loss, "ours": our_loss}
 
 
 def step_loss(name: str, model: SpeechLLM, batch: dict, used: list, dtype: torch.dtype) -> Tensor:
     """Compute the loss by name, with peft's LoRA layers or ours."""
     for module in model.modules():
-        for classes in ((LoraLinear, lora.Linear), (LoraMLP, Qwen2MLP)):
+        for classes in OUR_CLASSES.items():
             if type(module) in classes:
                 module.__class__ = classes[name == "published"]
     with autocast(batch["features"].device, dtype):

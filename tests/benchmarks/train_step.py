@@ -16,6 +16,13 @@ import random
 import measure
 
 
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `make_batch`."""
+    parser.add_argument("--batch", type=int, default=4, help="utterances")
+    parser.add_argument("--seconds", type=float, default=14.0, help="mean duration; they span 2 s")
+    parser.add_argument("--tokens", type=int, default=46, help="labels per utterance")
+
+
 def make_batch(args: argparse.Namespace, vocabulary: int, device: str) -> dict:
     import torch
 
@@ -32,9 +39,8 @@ def make_batch(args: argparse.Namespace, vocabulary: int, device: str) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = measure.make_parser(__doc__)
     measure.add_shape(parser)
-    parser.add_argument("--batch", type=int, default=4, help="utterances")
-    parser.add_argument("--seconds", type=float, default=14.0, help="mean duration; they span 2 s")
-    parser.add_argument("--tokens", type=int, default=46, help="labels per utterance")
+    add_batch(parser)
+    parser.add_argument("--compile", action="store_true", help="compile the layers of both")
     args = parser.parse_args(argv)
     import torch  # heavy imports come after the flags are read
     from published import LOSSES, check_equal, step_loss
@@ -49,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     batch = make_batch(args, measure.SHAPES[args.shape][-1], DEVICE)
     check_equal(model, batch, dtype)
     model.train()
+    if args.compile:
+        model.compile_layers()
     optimizer = ScaledAdam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step(name: str) -> None:

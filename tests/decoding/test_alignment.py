@@ -9,10 +9,10 @@ import torch
 from speechllm.decoding.alignment import (
     Span,
     TimedWord,
-    align_transcript,
     align_words,
-    ctc_best_path,
+    ctc_best_paths,
     ctm_lines,
+    time_words,
 )
 from speechllm.models.zipformer.frontend import Frontend
 
@@ -29,6 +29,14 @@ def posteriors(path: str, vocab_size: int = 5) -> torch.Tensor:
     return probabilities.log()
 
 
+def align(log_probs, pieces):
+    return align_words([log_probs], [pieces])[0]
+
+
+def align_transcript(log_probs, duration, words, pieces, llm_log_probs=None, **options):
+    return time_words(align(log_probs, pieces), duration, words, llm_log_probs, **options)
+
+
 def collapse(path: tuple[int, ...]) -> list[int]:
     return [token for token, _ in itertools.groupby(path) if token]
 
@@ -43,16 +51,25 @@ def test_viterbi_finds_the_best_of_all_paths(seed):
         for path in itertools.product(range(3), repeat=6)
         if collapse(path) == target
     )
-    found = ctc_best_path(log_probs.numpy(), target)
+    [found] = ctc_best_paths([log_probs.numpy()], [target])
     tokens = [target[position] if position >= 0 else 0 for position in found]
     assert collapse(tuple(tokens)) == target
     assert sum(log_probs[t, token].item() for t, token in enumerate(tokens)) == pytest.approx(best)
 
 
+def test_a_batch_is_aligned_like_its_utterances():
+    generator = torch.Generator().manual_seed(0)
+    cases = [(7, [[1, 2], [3]]), (30, [[1], [], [2, 2]]), (2, [[1, 1]]), (12, [[]]), (1, [[4]])]
+    log_probs = [torch.randn(n, 5, generator=generator).log_softmax(dim=1) for n, _ in cases]
+    pieces = [words for _, words in cases]
+    assert align_words(log_probs, pieces) == list(map(align, log_probs, pieces))
+    assert align_words([], []) == []
+
+
 def test_spans_have_first_and_last_frame():
     log_probs = posteriors(".1.22.3.")
     log_probs[3, 2], log_probs[6, 3] = math.log(0.8), math.log(0.5)
-    spans = align_words(log_probs, [[1, 2], [], [3]])
+    spans = align(log_probs, [[1, 2], [], [3]])
     assert spans[1] is None
     assert spans[0] == pytest.approx(Span(seconds(1), seconds(4), math.log(0.9)))
     assert spans[2] == pytest.approx(Span(seconds(6), seconds(6), math.log(0.5)))
@@ -60,7 +77,7 @@ def test_spans_have_first_and_last_frame():
 
 @pytest.mark.parametrize("frames, fit", [(0, False), (3, False), (4, True)])
 def test_words_that_do_not_fit_are_not_aligned(frames, fit):
-    spans = align_words(torch.zeros(frames, 5), [[1, 1], [2]])  # needs 1 . 1 2
+    spans = align(torch.zeros(frames, 5), [[1, 1], [2]])  # needs 1 . 1 2
     assert [span is not None for span in spans] == [fit, fit]
     if not fit:
         words = align_transcript(torch.zeros(frames, 5), 0.3, ["ab", "c"], [[1, 1], [2]])

@@ -7,7 +7,7 @@ import sentencepiece
 import torch
 from naive import LENGTH, LENS
 
-from speechllm.decoding.alignment import ctc_best_path
+from speechllm.decoding.alignment import ctc_best_paths
 from speechllm.decoding.beam import beam_search
 from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.correction import Correction, correct
@@ -116,7 +116,7 @@ def test_spotting_equals_the_best_path_in_any_window():
     scores, starts, ends = _spot(ratios, utterances, pieces, lens)
 
     def score(window, ids):
-        path = ctc_best_path(window.numpy(), ids)
+        [path] = ctc_best_paths([window.numpy()], [ids])
         return sum(float(row[ids[k] if k >= 0 else 0]) for row, k in zip(window, path))
 
     for row, (b, frames) in enumerate([(0, 9)] * 4 + [(1, 6)] * 4):

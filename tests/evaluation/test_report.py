@@ -13,7 +13,7 @@ from parsed_html import outside, parsed
 from speechllm import reports
 from speechllm.decoding.alignment import TimedWord
 from speechllm.decoding.hypothesis import Hypothesis
-from speechllm.decoding.recognizer import Recognition
+from speechllm.decoding.recognition import Recognition
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut, score_cuts
 from speechllm.evaluation.report import audio_link, report_html

@@ -9,7 +9,7 @@ from parsed_html import parsed
 
 from speechllm.decoding.alignment import TimedWord
 from speechllm.decoding.hypothesis import Hypothesis
-from speechllm.decoding.recognizer import Recognition
+from speechllm.decoding.recognition import Recognition
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut
 from speechllm.evaluation.results import write_results

@@ -10,13 +10,15 @@ import torch
 from speechllm.audio.resample import audio_blocks
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.decoding.hypothesis import Hypothesis
-from speechllm.decoding.recognizer import Recognition, one_ahead
+from speechllm.decoding.recognition import Recognition
+from speechllm.decoding.recognizer import one_ahead
 from speechllm.errors import InputError
 from speechllm.longform.chunker import AudioChunk
 from speechllm.longform.config import LongformConfig
 from speechllm.longform.transcriber import Transcriber, load_transcriber
 from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript
 from speechllm.models.config import load_model_config
+from speechllm.precision import auto_dtype
 
 RATE = 16000
 
@@ -287,3 +289,14 @@ def test_joined_clips_are_cut_where_they_were_joined(recognizers, shared, monkey
     assert sum(distance < 0.5 for distance in distances) >= 18
     loud = joined.square().mean()
     assert all(joined[start - 800 : start + 800].square().mean() < loud / 10 for start in starts)
+
+
+@pytest.mark.parametrize(
+    "avx512_bf16, amx, expected",
+    [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")],
+)
+def test_dtype_auto_follows_the_cpu(monkeypatch, avx512_bf16, amx, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert auto_dtype() == getattr(torch, expected)

@@ -7,7 +7,7 @@ import torch
 from small_model import LENS, TOKENS, TRANSCRIPTS, gradients, mean_loss, run
 
 from speechllm.models.prompt import IGNORED, training_ids
-from speechllm.models.speech_llm import Projector
+from speechllm.models.speech_encoders import Projector
 from speechllm.models.zipformer.config import OFFLINE, Chunking
 from speechllm.models.zipformer.swoosh import swoosh_r
 

@@ -16,7 +16,7 @@ from speechllm.longform.config import LongformConfig
 from speechllm.longform.transcript import NO_SPEECH, Segment
 from speechllm.models.build import build_model
 from speechllm.models.config import ModelConfig
-from speechllm.models.speech_llm import EncoderOutput
+from speechllm.models.speech_encoders import EncoderOutput
 from speechllm.models.zipformer.checkpoint import load_encoder, save_encoder
 from speechllm.models.zipformer.config import OFFLINE, SIZES, Chunking
 from speechllm.models.zipformer.encoder import ZipformerEncoder

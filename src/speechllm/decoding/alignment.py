@@ -10,7 +10,9 @@ Lags that fit the demo's encoders (dev set): 0.03 s after a flat start, 0.11 s w
 `local/score_word_times.py` measures the rest: a mean error above 0 needs a larger --ctc-lag.
 """
 
-from itertools import pairwise
+import math
+from itertools import accumulate, pairwise
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -46,86 +48,104 @@ class TimedWord(NamedTuple):
     aligned: bool
 
 
-def align_words(log_probs: Tensor, pieces: list[list[int]]) -> list[Span | None]:
-    """Return the spikes of each word on the most probable CTC path through all words.
+def align_words(
+    log_probs: list[Tensor], pieces: list[list[list[int]]]
+) -> list[list[Span | None]]:
+    """Return for each utterance the spikes of each word on the best CTC path through all words.
 
     Args:
-      log_probs: (T, V), on the CPU.
+      log_probs: (T, V) each, on the CPU.
       pieces: token ids per word; empty for a word outside the vocabulary.
 
     Returns:
       A span per word, its log-probability the mean over its pieces of their best frame; None for
       words without pieces, and for all words if T frames cannot hold all pieces.
     """
-    target = [piece for word in pieces for piece in word]
-    if not target or len(log_probs) < ctc_frames_needed(target):
-        return [None] * len(pieces)
-    path = ctc_best_path(log_probs.numpy(), target)
-    spans, before = [], 0
-    for word in pieces:
-        frames = [np.flatnonzero(path == before + k) for k in range(len(word))]
-        best = [log_probs[run, piece].max().item() for run, piece in zip(frames, word)]
-        spans.append(None)
-        if word:
-            ends = FRAME_CENTRE + CTC_FRAME_SHIFT * np.array([frames[0][0], frames[-1][-1]])
-            spans[-1] = Span(*ends.tolist(), float(np.mean(best)))
-        before += len(word)
+    targets = [[piece for word in words for piece in word] for words in pieces]
+    spans: list[list[Span | None]] = [[None] * len(words) for words in pieces]
+    lens = list(map(len, log_probs))
+    rows = [b for b, ids in enumerate(targets) if ids and lens[b] >= ctc_frames_needed(ids)]
+    arrays = [log_probs[b].numpy() for b in rows]
+    for b, array, path in zip(rows, arrays, ctc_best_paths(arrays, [targets[b] for b in rows])):
+        spans[b] = _spans(array, path, targets[b], list(map(len, pieces[b])))
     return spans
 
 
-def ctc_best_path(log_probs: np.ndarray, target: list[int]) -> np.ndarray:
-    """Viterbi over blanks and tokens: (T, V) -> (T,), positions in `target` or -1 for a blank.
+def _spans(
+    log_probs: np.ndarray, path: np.ndarray, target: list[int], lens: list[int]
+) -> list[Span | None]:
+    """Return the span of each word, which has `lens` pieces, from the best path (T,)."""
+    frames = np.flatnonzero(path >= 0)
+    first = np.flatnonzero(np.diff(path[frames], prepend=-1))  # of each piece's frames
+    last = np.append(first[1:], len(frames)) - 1
+    emitted = log_probs[frames, np.array(target)[path[frames]]]
+    best = np.maximum.reduceat(emitted, first).tolist()
+    times = FRAME_CENTRE + CTC_FRAME_SHIFT * frames
+    starts, ends = times[first].tolist(), times[last].tolist()
+    borders = [0, *accumulate(lens)]
+    return [
+        Span(starts[i], ends[j - 1], sum(best[i:j]) / (j - i)) if i < j else None
+        for i, j in pairwise(borders)
+    ]
 
-    T must be at least `ctc_frames_needed(target)`.
+
+def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> list[np.ndarray]:
+    """Viterbi over blanks and tokens: (T, V) -> (T,), positions in the target or -1 for a blank.
+
+    Each step takes one frame of all utterances. T must be at least `ctc_frames_needed(target)`.
     """
-    states = np.full(2 * len(target) + 1, BLANK)  # blank, token, blank, ..., token, blank
-    states[1::2] = target
-    emitted = np.maximum(log_probs[:, states], MIN_LOG_PROB)  # (T, S)
+    rows, lens = np.arange(len(targets)), np.array([*map(len, log_probs)], dtype=int)
+    ends = 2 * np.array([*map(len, targets)], dtype=int) + 2  # last state, a blank
+    # Two states that no path reaches, then blank, token, blank, ..., token, blank.
+    states = np.full((len(targets), ends.max(initial=2) + 1), BLANK)
+    scores = np.full((lens.max(initial=0), *states.shape), -np.inf)  # (T, B, S)
+    for b, (emitted, target) in enumerate(zip(log_probs, targets)):
+        states[b, 3 : ends[b] : 2] = target
+        used = slice(2, ends[b] + 1)
+        scores[: lens[b], b, used] = np.maximum(emitted[:, states[b, used]], MIN_LOG_PROB)
+    scores[:1, :, 4:] = -np.inf
     # From token to token without a blank in between, if they differ.
-    skip = np.where((states[2:] != BLANK) & (states[2:] != states[:-2]), 0.0, -np.inf)
-    steps = np.zeros(emitted.shape, dtype=np.int8)  # states advanced since the frame before
-    reached = np.full((3, len(states)), -np.inf)
-    score = np.full(len(states), -np.inf)
-    score[:2] = emitted[0, :2]
-    for t in range(1, len(emitted)):
-        reached[0], reached[1, 1:], reached[2, 2:] = score, score[:-1], score[:-2] + skip
-        steps[t] = reached.argmax(axis=0)
-        score = reached.max(axis=0) + emitted[t]
-    state = len(states) - 1
-    if target and score[-2] > score[-1]:
-        state -= 1
-    path = np.full(len(emitted), -1)
-    for t in reversed(range(len(emitted))):
-        if state % 2:
-            path[t] = state // 2
-        state -= int(steps[t, state])
-    return path
+    may_skip = (states[:, 2:] != BLANK) & (states[:, 2:] != states[:, :-2])
+    skip = np.where(may_skip, 0.0, -np.inf)
+    for before, now in pairwise(scores):
+        now[:, 2:] += np.maximum(
+            np.maximum(before[:, 2:], before[:, 1:-1]), before[:, :-2] + skip
+        )
+    steps = np.zeros(scores.shape, dtype=np.int8)  # states advanced since the frame before
+    stay, step, leap = scores[:-1, :, 2:], scores[:-1, :, 1:-1], scores[:-1, :, :-2] + skip
+    steps[1:, :, 2:] = step > stay
+    steps[1:, :, 2:][leap > np.maximum(stay, step)] = 2
+    steps[np.arange(len(scores))[:, None] >= lens] = 0
+    state = ends - (scores[lens - 1, rows, ends - 1] > scores[lens - 1, rows, ends])
+    visited = np.zeros(scores.shape[:2], dtype=int)
+    for t in reversed(range(len(scores))):
+        visited[t] = state
+        state = state - steps[t, rows, state]
+    paths = np.where(visited % 2 == 1, visited // 2 - 1, -1)
+    return [paths[:n, b] for b, n in enumerate(lens)]
 
 
-def align_transcript(
-    log_probs: Tensor,
+def time_words(
+    spans: list[Span | None],
     duration_seconds: float,
     words: list[str],
-    pieces: list[list[int]],
     llm_log_probs: list[float] | None = None,
     lag: float = LAG,
 ) -> list[TimedWord]:
     """Return every word with its time, in order, without overlap, within [0, duration].
 
     Args:
-      log_probs: (T, V), on the CPU.
-      pieces: token ids per word, as for `align_words`.
+      spans: of `align_words`.
       llm_log_probs: LLM log-probability per word, summed over its tokens. The confidence is the
         mean of the probabilities of CTC and LLM, or the available one, or 0.
       lag: delay of the CTC spikes in seconds.
     """
     if not words:
         return []
-    spans = align_words(log_probs, pieces)
     starts, ends = _borders(words, spans, duration_seconds, lag)
     confidences = map(_confidence, spans, llm_log_probs or [None] * len(words))
     is_aligned = [span is not None for span in spans]
-    return list(map(TimedWord, words, starts.tolist(), ends.tolist(), confidences, is_aligned))
+    return list(map(TimedWord, words, starts, ends, confidences, is_aligned))
 
 
 def ctm_lines(recording_id: str, channel: str, offset: float, words: list[TimedWord]) -> list[str]:
@@ -155,30 +175,32 @@ def ctm_lines(recording_id: str, channel: str, offset: float, words: list[TimedW
 
 def _borders(
     words: list[str], spans: list[Span | None], duration: float, lag: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end of each word in seconds, (N,) each, by interpolation over the letters."""
-    border = np.cumsum([0, *map(len, words)])  # in letters, (N + 1,)
+) -> tuple[list[float], list[float]]:
+    """Start and end of each word in seconds, N each, by interpolation over the letters."""
+    border = [0, *accumulate(map(len, words))]  # in letters
     aligned = [i for i, span in enumerate(spans) if span]
     if not aligned:
-        times = duration * border / border[-1]
+        times = [duration * letter / border[-1] for letter in border]
         return times[:-1], times[1:]
-    letters = (border[:-1] + border[1:])[aligned] / 2  # at the middles of the words
-    middles = np.array([(spans[i].start + spans[i].end) / 2 for i in aligned]) - lag
-    rates = np.diff(middles) / np.diff(letters)  # seconds per letter
+    letters = [(border[i] + border[i + 1]) / 2 for i in aligned]  # at the middles of the words
+    middles = [(spans[i].start + spans[i].end) / 2 - lag for i in aligned]
+    points = list(zip(letters, middles))
+    rates = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(points)]  # seconds per letter
     usual = SECONDS_PER_LETTER
-    if len(rates):  # with two or three words, the median may be a pause
-        usual = min(np.median(rates), PAUSE * SECONDS_PER_LETTER)
+    if rates:  # with two or three words, the median may be a pause
+        usual = min(median(rates), PAUSE * SECONDS_PER_LETTER)
     first = middles[0] - usual * letters[0]
     last = middles[-1] + usual * (border[-1] - letters[-1])
-    times = np.interp(border, [0, *letters, border[-1]], [first, *middles, last])
-    starts, ends = times[:-1], times[1:].copy()
+    times = np.interp(border, [0, *letters, border[-1]], [first, *middles, last]).tolist()
+    starts, ends = times[:-1], times[1:]
     for k, (i, j) in enumerate(pairwise(aligned)):
         if j == i + 1 and rates[k] > PAUSE * usual:
             ends[i] = middles[k] + usual * len(words[i]) / 2
             starts[j] = middles[k + 1] - usual * len(words[j]) / 2
-    return starts.clip(0, duration), ends.clip(0, duration)
+    inside = [[min(max(time, 0.0), duration) for time in some] for some in (starts, ends)]
+    return inside[0], inside[1]
 
 
 def _confidence(span: Span | None, llm_log_prob: float | None) -> float:
     log_probs = [x for x in (span and span.log_prob, llm_log_prob) if x is not None]
-    return min(1.0, float(np.exp(log_probs).mean())) if log_probs else 0.0
+    return min(1.0, sum(map(math.exp, log_probs)) / len(log_probs)) if log_probs else 0.0

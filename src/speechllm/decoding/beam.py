@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.prefix_tree import PrefixTree
 from speechllm.decoding.speculative import token_scores
+from speechllm.models.speech_encoders import to_device
 from speechllm.models.speech_llm import SpeechLLM
 
 
@@ -28,7 +29,7 @@ def beam_search(
 
     Args:
       embeds: left-padded prompts (B, L, D).
-      mask: (B, L), true for tokens, false for padding.
+      mask: (B, L), true for tokens, false for padding; on the CPU.
       is_repetition: called with the utterance and the ids of its most probable hypothesis; true
         ends the search, as the other hypotheses would soon repeat too. Hypotheses ended this way
         are dropped, or reduced to the best one if none ended with the closing token.
@@ -45,7 +46,7 @@ def beam_search(
     stopper = _RepetitionStopper(is_repetition, beam_size, model.chat.end)
     generated = model.llm.generate(
         inputs_embeds=embeds,
-        attention_mask=mask.long(),
+        attention_mask=to_device(embeds.device, mask.long()),
         generation_config=config,
         logits_processor=[*([_HotwordBonus(trees)] if any(trees) else []), stopper],
     )
@@ -76,15 +77,16 @@ def score_hypotheses(
     The closing token is scored too, except after hypotheses of `max_new_tokens` tokens.
     """
     closed = [ids if len(ids) == max_new_tokens else [*ids, model.chat.end] for ids in hypotheses]
-    lens = torch.tensor([len(ids) for ids in closed], device=mask.device)
+    lens = torch.tensor([len(ids) for ids in closed])
     width = int(lens.max())
     rows = [ids + [model.chat.end] * (width - len(ids)) for ids in closed]
-    padded = torch.tensor(rows, device=mask.device)
-    is_token = torch.arange(width, device=mask.device) < lens[:, None]
+    padded = to_device(embeds.device, torch.tensor(rows))
+    is_token = torch.arange(width) < lens[:, None]
     inputs = torch.cat([embeds, model.llm.get_input_embeddings()(padded[:, :-1])], dim=1)
     full_mask = torch.cat([mask.bool(), is_token[:, 1:]], dim=1)
     hidden = model.run_llm(inputs, full_mask)[:, -width:]
-    scores = token_scores(model, hidden[is_token], padded[is_token].tolist())
+    index = to_device(embeds.device, is_token.flatten().nonzero()[:, 0])
+    scores = token_scores(model, hidden.flatten(0, 1)[index], padded.flatten()[index])
     log_probs = iter([log_prob for _, _, log_prob in scores])
     return [
         Hypothesis(ids, [next(log_probs) for _ in scored], passes=1)

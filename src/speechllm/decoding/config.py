@@ -68,6 +68,10 @@ class SearchConfig:
     draft_accept_prob: float = _search(
         1.0, "below 1: also accept draft tokens to which the LLM gives at least this probability"
     )
+    forward_cost: int | None = _search(
+        None, "cost of a forward pass of the LLM, in tokens, for choosing the length of proposals",
+        unset="by device, dtype and size of the LLM",
+    )  # fmt: skip
     ctc_bypass_entropy: float = _search(
         0.0, "take the CTC text without the LLM if the entropy of every frame is below this (nats)"
     )
@@ -91,6 +95,7 @@ class SearchConfig:
         check_range("max_new_tokens", self.max_new_tokens, 1)
         check_range("ctc_weight", self.ctc_weight, 0, 1)
         check_range("draft_accept_prob", self.draft_accept_prob, 0, 1)
+        check_range("forward_cost", self.forward_cost, 1)
         check_range("ctc_bypass_entropy", self.ctc_bypass_entropy, 0)
         check_range("hotword_score", self.hotword_score, 0)
         method = self._method(has_ctc=True)

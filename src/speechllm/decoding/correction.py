@@ -28,7 +28,8 @@ class Correction:
     def candidates(self) -> list[str]:
         """Return the texts in which one spotted phrase replaces or joins the words."""
         words, texts = self.hypothesis.text.split(), []
-        spans = align_words(self.ctc.log_probs, list(map(self.ctc.tokenizer.encode, words)))
+        pieces = self.ctc.tokenizer.encode_words(words)
+        [spans] = align_words([self.ctc.log_probs], [pieces])
         for hotword, start, end in self.spotted:
             inside = [i for i, s in enumerate(spans) if s and s.start <= end and start <= s.end]
             before = sum(span is not None and span.end < start for span in spans)

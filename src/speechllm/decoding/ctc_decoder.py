@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speechllm.errors import InputError
-from speechllm.models.speech_llm import SpeechEncoders
+from speechllm.models.speech_encoders import SpeechEncoders
 from speechllm.models.zipformer.bpe import case_of
 from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, ctc_loss
 
@@ -24,11 +24,18 @@ class BpeTokenizer:
         """
         self.bpe, self.case = bpe, case_of(bpe)
         self.lowercase = lowercase or self.case is str.upper
+        self.is_space = [not bpe.decode([i]).strip() for i in range(bpe.vocab_size())]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the pieces in the vocabulary; commas, for example, may have none."""
-        pieces = [i for i in self.bpe.encode(self.case(text)) if i != self.bpe.unk_id()]
-        return pieces if self.bpe.decode(pieces).strip() else []
+        return self.encode_words([text])[0]
+
+    def encode_words(self, words: list[str]) -> list[list[int]]:
+        """Return for each word what `encode` returns, in one call of the BPE model."""
+        unknown = self.bpe.unk_id()
+        rows = self.bpe.encode(list(map(self.case, words)))
+        rows = [[i for i in row if i != unknown] for row in rows]
+        return [[] if all(map(self.is_space.__getitem__, row)) else row for row in rows]
 
     def begins_word(self, piece: int) -> bool:
         return self.bpe.id_to_piece(piece).startswith("▁")

@@ -73,7 +73,7 @@ class Thresholds:
 
 def spectral_variation(features: Tensor) -> float:
     """Return the standard deviation over time of log-mel energies (T, F), averaged over bins."""
-    return float(features.std(dim=0, correction=0).mean())
+    return float(features.numpy().std(axis=0).mean())
 
 
 def hallucination_flags(

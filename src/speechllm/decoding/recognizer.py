@@ -1,11 +1,10 @@
 """Batches to transcripts: encoders, search, choice among hypotheses, flags and word times."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.audio.fbank import FRAME_SHIFT
-from speechllm.decoding.alignment import TimedWord, align_transcript
+from speechllm.decoding.alignment import align_words, time_words
 from speechllm.decoding.beam import beam_search, score_hypotheses
 from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.correction import Correction, correct
@@ -26,6 +25,8 @@ from speechllm.decoding.hallucination import (
 from speechllm.decoding.hotwords import Hotwords, Spotted, read_hotwords, spot_hotwords
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.prefix_tree import PrefixTree
+from speechllm.decoding.proposals import DraftPolicy, forward_cost
+from speechllm.decoding.recognition import EncodedBatch, Recognition
 from speechllm.decoding.speculative import speculative_decode
 from speechllm.errors import InputError
 from speechllm.models.prompt import (
@@ -34,47 +35,13 @@ from speechllm.models.prompt import (
     encode_transcripts,
     word_log_probs,
 )
-from speechllm.models.speech_llm import EncoderOutput, SpeechLLM
+from speechllm.models.speech_encoders import EncoderOutput, to_device
+from speechllm.models.speech_llm import SpeechLLM
 from speechllm.precision import autocast
 
 FALLBACK_BEAM, FALLBACK_CTC_WEIGHT = 4, 0.3
 NEEDS_CTC = "{}: no encoder has both a CTC head and a BPE model (--speech-encoder-bpe-path)"
 Item = TypeVar("Item")
-
-
-@dataclass
-class EncodedBatch:
-    """A batch after the encoders and projectors."""
-
-    embeds: Tensor  # prompts, left-padded, (B, L, D)
-    mask: Tensor  # (B, L)
-    seconds: list[float]
-    spectral_variations: list[float]
-    ctc: list[CtcOutput | None]
-    ctc_ids: list[list[int] | None]  # CTC texts as token ids of the LLM
-    spotted: list[list[Spotted]]  # hotwords that the CTC head may have emitted
-    trees: list[PrefixTree | None]  # of these hotwords; of all without a CTC head
-
-
-@dataclass
-class Recognition:
-    """The result for one utterance."""
-
-    text: str
-    hypothesis: Hypothesis
-    ctc_text: str | None = None  # None without a CTC head
-    source: str = "LLM"  # or CTC
-    flags: list[str] = field(default_factory=list)  # see hallucination_flags, or "repetition"
-    replaced_text: str | None = None  # flagged text that the fallback replaced
-    nbest: list[Hypothesis] = field(default_factory=list)
-    words: list[TimedWord] | None = None  # None without a CTC head
-
-    @property
-    def mean_log_prob(self) -> float | None:
-        """Mean log-probability of the LLM's tokens in nats; None for a CTC text and for NaN."""
-        log_probs = self.hypothesis.log_probs
-        mean = sum(log_probs) / len(log_probs) if log_probs else math.nan
-        return mean if math.isfinite(mean) else None
 
 
 class Recognizer:
@@ -96,6 +63,7 @@ class Recognizer:
         self.search, self.device, self.dtype = search, device, dtype
         phrases = [*(read_hotwords(search.hotwords) if search.hotwords else ()), *search.hotword]
         self.hotwords = self.tokenize_hotwords(phrases)
+        self.draft_policy = DraftPolicy(search.forward_cost or forward_cost(model.base_llm))
         self.start_counting()
 
     def tokenize_hotwords(self, phrases: Sequence[str]) -> Hotwords | None:
@@ -166,7 +134,7 @@ class Recognizer:
         features, lens = batch["features"], batch["feature_lens"]
         with autocast(self.device, self.dtype):
             all_encoders = self.model.all_encoders(len(lens))
-            outputs = self.model.encode(features.to(self.device), lens, all_encoders)
+            outputs = self.model.encode(to_device(self.device, features), lens, all_encoders)
         return self.embed(outputs, features, lens, batch.get("contexts"), batch.get("hotwords"))
 
     @torch.no_grad()
@@ -233,9 +201,8 @@ class Recognizer:
         found |= {b: self._use_ctc(encoded, b) for b in bypassed}
         if self.search.guard == "fallback":
             self._replace_flagged(encoded, found, [b for b in searched if found[b].flags])
-        if self.search.word_timestamps:
-            for b in rows:
-                found[b].words = self._word_times(encoded, b, found[b])
+        if self.search.word_timestamps and self.ctc_decoder:
+            self._add_word_times(encoded, [found[b] for b in rows])
         return [found[b] for b in rows]
 
     # ---- sources of a text
@@ -246,7 +213,7 @@ class Recognizer:
         """Return the recognitions of some utterances of the batch."""
         if not rows:
             return {}
-        prompts, limit = (encoded.embeds[rows], encoded.mask[rows]), search.max_new_tokens
+        prompts, limit = self._prompts(encoded, rows), search.max_new_tokens
 
         def is_repetition(i: int, ids: list[int]) -> bool:
             ctc_ids = encoded.ctc_ids[rows[i]]
@@ -259,11 +226,15 @@ class Recognizer:
                 found = beam_search(self.model, *prompts, *options)
             else:
                 drafts = [encoded.ctc_ids[b] if search.method == "draft" else None for b in rows]
-                options = drafts, limit, search.draft_accept_prob, is_repetition
+                options = drafts, limit, search.draft_accept_prob, is_repetition, self.draft_policy
                 found = [[one] for one in speculative_decode(self.model, *prompts, *options)]
         recognitions = {b: self._choose(encoded, b, some, search) for b, some in zip(rows, found)}
         self._correct(encoded, recognitions)
         return recognitions
+
+    def _prompts(self, encoded: EncodedBatch, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Return embeddings and mask of some utterances of the batch."""
+        return encoded.embeds[to_device(self.device, torch.tensor(rows))], encoded.mask[rows]
 
     def _correct(self, encoded: EncodedBatch, found: dict[int, Recognition]) -> None:
         """Correct the recognitions by the hotwords that were spotted."""
@@ -275,7 +246,7 @@ class Recognizer:
 
         def score(indices: list[int], texts: list[str]) -> list[Hypothesis]:
             utterances, ids = [rows[i] for i in indices], encode_transcripts(self.tokenizer, texts)
-            prompts = encoded.embeds[utterances], encoded.mask[utterances]
+            prompts = self._prompts(encoded, utterances)
             with autocast(self.device, self.dtype):
                 scored = score_hypotheses(self.model, *prompts, ids, self.search.max_new_tokens)
             return [replace(one, text=text) for one, text in zip(scored, texts)]
@@ -338,18 +309,16 @@ class Recognizer:
             text, encoded.seconds[b], log_probs, ctc_text, encoded.spectral_variations[b]
         )
 
-    def _word_times(
-        self, encoded: EncodedBatch, b: int, recognition: Recognition
-    ) -> list[TimedWord] | None:
-        if (ctc := encoded.ctc[b]) is None:
-            return None
-        words, hypothesis = recognition.text.split(), recognition.hypothesis
-        pieces = [ctc.tokenizer.encode(word) for word in words]
-        llm_log_probs = None
-        if recognition.source == "LLM":
-            llm_log_probs = word_log_probs(self.tokenizer, hypothesis.ids, hypothesis.log_probs)
-        posteriors = ctc.log_probs, encoded.seconds[b]
-        return align_transcript(*posteriors, words, pieces, llm_log_probs, self.search.ctc_lag)
+    def _add_word_times(self, encoded: EncodedBatch, found: list[Recognition]) -> None:
+        words = [one.text.split() for one in found]
+        pieces = [ctc.tokenizer.encode_words(some) for ctc, some in zip(encoded.ctc, words)]
+        spans = align_words([ctc.log_probs for ctc in encoded.ctc], pieces)
+        for b, one in enumerate(found):
+            log_probs, hypothesis = None, one.hypothesis
+            if one.source == "LLM":
+                log_probs = word_log_probs(self.tokenizer, hypothesis.ids, hypothesis.log_probs)
+            options = log_probs, self.search.ctc_lag
+            one.words = time_words(spans[b], encoded.seconds[b], words[b], *options)
 
 
 def _cut_repetition(hypothesis: Hypothesis, ctc_ids: list[int] | None) -> bool:

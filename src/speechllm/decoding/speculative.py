@@ -15,84 +15,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from speechllm.decoding.hypothesis import Hypothesis
+from speechllm.decoding.proposals import Draft, DraftPolicy, best_draft_length, forward_cost
+from speechllm.models.speech_encoders import to_device
 from speechllm.models.speech_llm import SpeechLLM
 
-# Fixed cost of a forward pass, in tokens: reading the weights.
-FORWARD_COST = {"cpu": 64, "cuda": 1024}
-MAX_UNTRIED_COST = 0.05  # for untried drafts, relative to decoding their text token by token
 LOGITS_AT_ONCE = 128  # positions of which logits are in memory at a time
-
-
-class Draft:
-    """The remaining part of a draft, by edit distance, as the hypothesis advances.
-
-    If no token of a proposal was right, nothing is proposed until the LLM's own output matches the
-    draft again, so a useless draft costs little.
-    """
-
-    def __init__(self, tokens: list[int]):
-        self.tokens = tokens
-        self.trusted = True
-        self.right, self.wrong = 9.7, 0.3  # prior: the usual accuracy of a CTC text
-        # Edit distances between the hypothesis and each prefix of the draft.
-        self.distances = list(range(len(tokens) + 1))
-
-    def advance(self, token: int) -> None:
-        """Align the draft to the next token of the hypothesis."""
-        before, row = self.distances, [self.distances[0] + 1]
-        for i, drafted in enumerate(self.tokens):
-            row.append(min(before[i] + (drafted != token), before[i + 1] + 1, row[i] + 1))
-        self.trusted = self.trusted or min(row) == min(before)
-        self.distances = row
-
-    def update(self, accepted: int, proposed: int) -> None:
-        """Update the acceptance rate with the result of the last proposal."""
-        if proposed:
-            self.right += accepted
-            self.wrong += accepted < proposed
-            self.trusted = accepted > 0
-
-    @property
-    def remaining(self) -> list[int]:
-        """Tokens after the prefix nearest to the hypothesis; the longest of several."""
-        nearest = min(self.distances)
-        return self.tokens[len(self.tokens) - self.distances[::-1].index(nearest) :]
-
-    def proposal(self) -> list[int]:
-        """Return the tokens to verify next."""
-        return self.remaining if self.trusted else []
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Probability that a proposed token is right if those before it are."""
-        return self.right / (self.right + self.wrong)
-
-
-def best_draft_length(
-    lens: list[int], acceptance_rates: list[float], num_inputs: int, forward_cost: int
-) -> int:
-    """Return the number of draft tokens to verify at the least cost per generated token.
-
-    Args:
-      lens: lengths of the utterances' proposals.
-      num_inputs: other tokens per utterance in the forward pass.
-      forward_cost: fixed cost of the forward pass, in tokens.
-    """
-    best, best_rate, generated = 0, 0.0, float(len(lens))
-    for length in range(max(lens) + 1):
-        if length:
-            generated += sum(p**length for n, p in zip(lens, acceptance_rates) if length <= n)
-        rate = generated / (forward_cost + len(lens) * (num_inputs + length))
-        if rate > best_rate:
-            best, best_rate = length, rate
-    return best
-
-
-def _max_untried_length(lens: list[int], num_inputs: int, forward_cost: int) -> int:
-    """Return the number of tokens of each draft to risk before the first one is accepted."""
-    rows, longest = len(lens), max(lens)
-    cost = forward_cost + rows * num_inputs + longest * (forward_cost + rows)
-    return max(1, int(MAX_UNTRIED_COST * cost / rows))
 
 
 @torch.no_grad()
@@ -104,42 +31,49 @@ def speculative_decode(
     max_new_tokens: int,
     draft_accept_prob: float = 1.0,
     should_stop: Callable[[int, list[int]], bool] = lambda b, ids: False,
+    policy: DraftPolicy | None = None,
 ) -> list[Hypothesis]:
     """Return the greedy hypotheses, which do not depend on the drafts (ties by rounding apart).
 
     Args:
       embeds: left-padded prompts (B, L, D).
-      mask: (B, L), true for tokens, false for padding.
+      mask: (B, L), true for tokens, false for padding; on the CPU.
       drafts: token ids of a guess per utterance, without the closing token; None for no guess.
       draft_accept_prob: below 1, a draft token is also accepted if the LLM gives it this
         probability, proposed or not (the number of proposals depends on the batch).
       should_stop: called with the utterance and its ids after each token.
+      policy: also learns from these drafts; by default a new one.
     """
     min_log_prob = math.log(draft_accept_prob) if draft_accept_prob else -math.inf
-    search = _Search(model, embeds, mask.bool(), drafts, max_new_tokens, should_stop)
+    policy = policy or DraftPolicy(forward_cost(model.base_llm))
+    search = _Search(model, embeds, mask.bool(), drafts, max_new_tokens, should_stop, policy)
     while search.active:
         search.step(min_log_prob)
     return search.hypotheses
 
 
 class _Search:
-    """Hypotheses, drafts and LLM cache; `active` utterances have the rows of `inputs` and `mask`.
+    """Hypotheses, drafts and LLM cache; `active` utterances have the rows of cache and `mask`.
+
+    A forward pass waits twice for the device: for the first tokens, and for the rest.
 
     Attributes:
-      inputs: embeddings that are not in the cache yet (B, N, D).
-      mask: attention mask of cache and inputs (B, L).
+      embeds: prompts (B, N, D).
+      mask: attention mask of prompts and cache (B, L), on the CPU.
     """
 
-    def __init__(self, model, embeds, mask, drafts, max_new_tokens, should_stop):
-        self.model, self.inputs, self.mask = model, embeds, mask
+    def __init__(self, model, embeds, mask, drafts, max_new_tokens, should_stop, policy):
+        self.model, self.embeds, self.mask = model, embeds, mask
         self.max_new_tokens, self.should_stop = max_new_tokens, should_stop
+        self.forward_cost = policy.forward_cost
         self.embedding = model.llm.get_input_embeddings()
         self.hypotheses = [Hypothesis() for _ in drafts]
         # Rejected tokens in the cache would count for a sliding window that is exceeded.
         window = getattr(model.base_llm.config, "sliding_window", None) or math.inf
         if mask.size(1) + max_new_tokens + sum(len(ids or ()) + 1 for ids in drafts) > window:
             drafts = [None] * len(drafts)
-        self.drafts = [Draft([] if ids is None else [*ids, model.chat.end]) for ids in drafts]
+        drafts = [[] if ids is None else [*ids, model.chat.end] for ids in drafts]
+        self.drafts = [Draft(ids, policy.rates) for ids in drafts]
         self.active = list(range(len(drafts)))
         self.cache = DynamicCache()
 
@@ -147,35 +81,51 @@ class _Search:
         """Make one forward pass and append its tokens to the active hypotheses."""
         proposals = self._proposals()
         remaining = [self.drafts[b].remaining for b in self.active]
-        hidden = self._forward(proposals)
-        verified = _verify(self.model, hidden, proposals, remaining, min_log_prob)
+        width = max(map(len, proposals))
+        given = to_device(self.embeds.device, self._given(proposals, remaining, width))
+        hidden = self._forward(given, [len(tokens) for tokens in proposals])
+        verified = _verify(self.model, hidden, given[:, 1:], proposals, remaining, min_log_prob)
         rows = enumerate(zip(self.active, proposals, verified))
         continued = [row for row, (b, tokens, new) in rows if self._extend(b, len(tokens), new)]
-        self._keep(continued, [len(new) - 1 for new in verified], hidden.size(1) - 1)
+        self._keep(continued, [len(new) - 1 for new in verified], width)
 
     def _proposals(self) -> list[list[int]]:
         """Return the draft tokens to verify for each active utterance."""
         drafts = [self.drafts[b] for b in self.active]
         room = [self.max_new_tokens - len(self.hypotheses[b].ids) - 1 for b in self.active]
-        proposals = [draft.proposal()[:most] for draft, most in zip(drafts, room)]
-        cost = self.inputs.size(1), FORWARD_COST[self.inputs.device.type]
-        lens = [len(tokens) for tokens in proposals]
-        width = best_draft_length(lens, [draft.acceptance_rate for draft in drafts], *cost)
-        if not self.cache.get_seq_length():
-            width = min(width, _max_untried_length(lens, *cost))
+        proposals = [draft.remaining[:most] for draft, most in zip(drafts, room)]
+        chances = [draft.chances()[:most] for draft, most in zip(drafts, room)]
+        width = best_draft_length(chances, self.forward_cost)
         return [tokens[:width] for tokens in proposals]
 
-    def _forward(self, proposals: list[list[int]]) -> Tensor:
-        """Return the hidden states after the inputs and after each proposed token (B, 1 + W, D)."""
-        lens = torch.tensor([len(tokens) for tokens in proposals], device=self.mask.device)
-        width = int(lens.max())
-        if width:
-            padded = [tokens + [0] * (width - len(tokens)) for tokens in proposals]
-            embeds = self.embedding(torch.tensor(padded, device=self.mask.device))
-            self.inputs = torch.cat([self.inputs, embeds], dim=1)
-            is_token = torch.arange(width, device=lens.device) < lens[:, None]
-            self.mask = torch.cat([self.mask, is_token], dim=1)
-        return self.model.run_llm(self.inputs, self.mask, self.cache)[:, -1 - width :]
+    def _given(
+        self, proposals: list[list[int]], remaining: list[list[int]], width: int
+    ) -> Tensor:
+        """Return the last token of each hypothesis, its proposal and one more drafted token.
+
+        (B, 1 + width + 1), padded; on the CPU, to be copied to the device at once.
+        """
+        end, rows = self.model.chat.end, []
+        for b, tokens, drafted in zip(self.active, proposals, remaining):
+            last = (self.hypotheses[b].ids or [end])[-1]
+            row = [last, *drafted[: len(tokens) + 1]]
+            rows.append(row + [end] * (width + 2 - len(row)))
+        return torch.tensor(rows)
+
+    def _forward(self, given: Tensor, lens: list[int]) -> Tensor:
+        """Return the hidden states after the inputs and after each proposed token (B, 1 + W, D).
+
+        Args:
+          given: see `_given`; lens: number of proposed tokens per utterance.
+        """
+        width = given.size(1) - 2
+        embeds = self.embedding(given[:, :-1])
+        if self.cache.get_seq_length():
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(lens), 1)], dim=1)
+        else:
+            embeds = torch.cat([self.embeds, embeds[:, 1:]], dim=1)
+        self.mask = torch.cat([self.mask, torch.arange(width) < torch.tensor(lens)[:, None]], dim=1)
+        return self.model.run_llm(embeds, self.mask, self.cache)[:, -1 - width :]
 
     def _extend(self, b: int, num_proposed: int, new: list[tuple[int, float]]) -> bool:
         """Append new tokens to a hypothesis; return false at its end."""
@@ -183,7 +133,6 @@ class _Search:
         hypothesis.passes += 1
         hypothesis.drafted += num_proposed
         hypothesis.accepted += len(new) - 1
-        draft.update(len(new) - 1, num_proposed)
         for token, log_prob in new:
             hypothesis.log_probs.append(log_prob)
             if token in self.model.chat.ends:
@@ -202,19 +151,17 @@ class _Search:
         self.active = [self.active[row] for row in rows]
         if not rows:
             return
-        device, cached = self.mask.device, self.mask.size(1) - width
-        accepted = torch.tensor([accepted[row] for row in rows], device=device)
-        is_accepted = torch.arange(int(accepted.max()), device=device) < accepted[:, None]
+        cached = self.mask.size(1) - width
+        kept = torch.tensor([accepted[row] for row in rows])
+        is_accepted = torch.arange(int(kept.max())) < kept[:, None]
         self.mask = torch.cat([self.mask[rows, :cached], is_accepted], dim=1)
         _crop_cache(self.cache, rows, self.mask.size(1))
-        last = torch.tensor([[self.hypotheses[b].ids[-1]] for b in self.active], device=device)
-        self.inputs = self.embedding(last)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(rows), 1)], dim=1)
 
 
 def _verify(
     model: SpeechLLM,
     hidden: Tensor,
+    given: Tensor,
     proposals: list[list[int]],
     remaining: list[list[int]],
     min_log_prob: float,
@@ -226,49 +173,57 @@ def _verify(
 
     Logits are large: they are computed for each row's first token, then for the rest of the
     proposals whose first token is right.
+
+    Args:
+      hidden: (B, 1 + W, D); given: (B, 1 + W) drafted tokens, on the same device.
     """
     new: list[list[tuple[int, float]]] = [[] for _ in proposals]
     open_rows = set(range(len(proposals)))
-    cells = [(row, 0) for row in sorted(open_rows)]
+    cells, states, tokens = [(row, 0) for row in range(len(proposals))], hidden[:, 0], given[:, 0]
     while cells:
-        rows, columns = map(list, zip(*cells))
-        drafted = [(*remaining[row], None)[column] for row, column in cells]
-        to_score = [model.chat.end if token is None else token for token in drafted]
-        scores = token_scores(model, hidden[rows, columns], to_score)
-        for (row, column), token, (best, best_log_prob, log_prob) in zip(cells, drafted, scores):
+        scores = token_scores(model, states, tokens)
+        for (row, column), (best, best_log_prob, log_prob) in zip(cells, scores):
             if row not in open_rows:
                 continue
+            token = (*remaining[row], None)[column]
             is_accepted = token is not None and (token == best or log_prob >= min_log_prob)
             new[row].append((token, log_prob) if is_accepted else (best, best_log_prob))
             if not is_accepted or column == len(proposals[row]):
                 open_rows.discard(row)
         cells = [(row, i) for row in open_rows for i in range(1, len(proposals[row]) + 1)]
+        if cells:
+            flat = torch.tensor([row * given.size(1) + column for row, column in cells])
+            index = to_device(hidden.device, flat)
+            states, tokens = hidden.flatten(0, 1)[index], given.flatten()[index]
     return new
 
 
 def token_scores(
-    model: SpeechLLM, hidden: Tensor, tokens: list[int]
+    model: SpeechLLM, hidden: Tensor, tokens: Tensor
 ) -> list[tuple[int, float, float]]:
     """Return the best token, its log-probability and the given token's, at each of N positions.
 
     Args:
       hidden: (N, D); their logits (N, V) are computed for LOGITS_AT_ONCE at a time.
+      tokens: (N,) given tokens.
     """
     scores = []
-    given = torch.tensor(tokens, device=hidden.device).split(LOGITS_AT_ONCE)
-    for states, given in zip(hidden.split(LOGITS_AT_ONCE), given):
+    for states, given in zip(hidden.split(LOGITS_AT_ONCE), tokens.split(LOGITS_AT_ONCE)):
         logits = model.logits(states)
         highest, best = logits.max(dim=1)
         chosen = logits.gather(1, given[:, None])[:, 0]
         total = highest + logits.sub_(highest[:, None]).exp_().sum(dim=1).log()  # in place
-        scores += zip(best.tolist(), (highest - total).tolist(), (chosen - total).tolist())
-    return scores
+        scores.append(torch.stack([best.float(), highest - total, chosen - total], dim=1))
+    # One copy for all; float32 has room for ids up to 2^24.
+    return [(int(best), *log_probs) for best, *log_probs in torch.cat(scores).tolist()]
 
 
 def _crop_cache(cache: DynamicCache, rows: list[int], length: int) -> None:
     """Keep these rows and the first `length` positions of the cache."""
+    keys = cache.layers[0].keys
+    index = to_device(keys.device, torch.tensor(rows)) if len(rows) < len(keys) else None
     for layer in cache.layers:
-        if len(rows) < layer.keys.size(0):
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        if index is not None:
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
         if length < layer.keys.size(2):
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]

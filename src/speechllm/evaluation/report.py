@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from lhotse.cut import Cut, MonoCut
 
-from speechllm.decoding.recognizer import Recognition
+from speechllm.decoding.recognition import Recognition
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut, error_rate, score_cuts
 from speechllm.reports import page

@@ -27,6 +27,11 @@ class LongformConfig:
         0.8, "silence in seconds that ends a phrase of a stream", group="recordings"
     )
     max_duration: float = option(200.0, "seconds of audio per batch", group="recordings")
+    dtype: str | None = option(
+        None, "precision of the model; auto: bfloat16 where the GPU or CPU computes in it",
+        group="recordings", choices=("auto", "float32", "float16", "bfloat16"),
+        unset="by --use-fp16 and --use-bf16",
+    )  # fmt: skip
 
     def __post_init__(self):
         check_range("max_segment_duration", self.max_segment_duration, 3, HOUR)

@@ -4,7 +4,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -16,13 +16,15 @@ from speechllm.data.manifests import speech_embeddings
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.load import TrainedModel
-from speechllm.decoding.recognizer import Recognition, Recognizer
+from speechllm.decoding.recognition import Recognition
+from speechllm.decoding.recognizer import Recognizer
 from speechllm.errors import InputError, first_line
 from speechllm.longform.chunker import AudioChunk, Chunker
 from speechllm.longform.config import LongformConfig
 from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript, Word
 from speechllm.models.config import ModelConfig, check_model_files
 from speechllm.models.prompt import encode_contexts
+from speechllm.precision import auto_dtype
 
 Item = TypeVar("Item")
 Recordings = Iterable[tuple[str, Iterable[Tensor]]]  # names, and blocks of samples (N,) at 16 kHz
@@ -47,6 +49,10 @@ def load_transcriber(
             f"{checkpoint.exp_dir} is missing: --exp-dir is the directory of the checkpoints"
         )
     check_model_files(model)
+    if longform.dtype:
+        dtype = auto_dtype() if longform.dtype == "auto" else getattr(torch, longform.dtype)
+        precision = dict(use_fp16=dtype == torch.float16, use_bf16=dtype == torch.bfloat16)
+        checkpoint = replace(checkpoint, **precision)
     recognizer = TrainedModel(model, checkpoint).recognizer(search, default_guard="fallback")
     return Transcriber(recognizer, longform, model.language)
 

@@ -4,7 +4,7 @@ For the backward pass, peft's layer stores its input after dropout and the dropo
 input's dtype; it scales and adds tensors of the output's width. Here the input itself is stored
 with a mask of one byte per element, scaling happens in the width of LoRA's rank, and the update is
 added in place. The feed-forward module stores only its two widest inputs and recomputes their
-product. Parameters and their names are peft's.
+product. Norms are computed by one kernel. Parameters and their names are peft's.
 """
 
 import warnings
@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from torch import Tensor, nn
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
 from speechllm.cli import comma_list
 from speechllm.errors import InputError
 from speechllm.models.config import LORA_TARGETS, ONE_ENCODER, ModelConfig
+from speechllm.precision import autocast_dtype_of
 
 ADAPTER = "default"
 
@@ -43,6 +44,8 @@ def with_lora(llm: nn.Module, config: ModelConfig = ONE_ENCODER) -> PeftModel:
     for module in llm.modules():
         if type(module) is Qwen2MLP and module.config.hidden_act == "silu":
             module.__class__ = LoraMLP
+        elif type(module) is Qwen2RMSNorm:
+            module.__class__ = FusedRMSNorm
     return llm
 
 
@@ -77,17 +80,15 @@ class LoraLinear(lora.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
             return super().forward(x)
+        x = x.to(autocast_dtype_of(x))
         base = self.base_layer
-        result = F.linear(x, base.weight)  # a bias would make it a view, slow to update in place
-        update = self.update_of(x, result.dtype)
-        return _Update.apply(result, base.bias, x.to(result.dtype), *update)
+        return _Linear.apply(x, base.weight.to(x.dtype), base.bias, *self.update_of(x.dtype))
 
-    def update_of(self, x: Tensor, dtype: torch.dtype) -> tuple:
-        """Return the dropout mask (like x, or None), A and B in `dtype`, and the scale."""
+    def update_of(self, dtype: torch.dtype) -> tuple:
+        """Return A and B in `dtype`, the scale and the probability of dropout."""
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         p = getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
-        keep = _sample_mask(x, p) if p else None
-        return keep, a.to(dtype), b.to(dtype), self.scaling[ADAPTER] / (1 - p)
+        return a.to(dtype), b.to(dtype), self.scaling[ADAPTER], p
 
 
 class LoraMLP(Qwen2MLP):
@@ -99,81 +100,129 @@ class LoraMLP(Qwen2MLP):
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         weight = down.base_layer.weight.to(gate.dtype)
-        return _DownUpdate.apply(gate, up, weight, *down.update_of(up, gate.dtype))
+        return _DownLinear.apply(gate, up, weight, *down.update_of(gate.dtype))
 
 
-def _sample_mask(x: Tensor, p: float) -> Tensor:
-    """Sample a mask like x that is False with probability p."""
-    if x.is_cuda:
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
-    # 16 random bits per element: 4 times as fast as bernoulli_ on a CPU.
-    n = x.numel()
-    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    return (bits.view(torch.int16)[:n] >= round(p * 2**16) - 2**15).view_as(x)
+class FusedRMSNorm(Qwen2RMSNorm):
+    """Qwen2's norm as one kernel of a GPU instead of six, and one of the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            return super().forward(x)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
-class _Update(torch.autograd.Function):
-    """result (…, M) += bias + scale * where(keep, x, 0) A' B'; x (…, N), bias frozen."""
-
-    @staticmethod
-    def forward(ctx, result, bias, x, keep, a, b, scale):
-        low = _low(_kept(x, keep), a, scale)
-        ctx.save_for_backward(x, keep, low, a, b)
-        ctx.scale = scale
-        ctx.mark_dirty(result)
-        result.flatten(0, -2).addmm_(low, b.t())
-        return result if bias is None else result.add_(bias)
+class _Linear(torch.autograd.Function):
+    """x W' + bias + scale * dropout(x) A' B' with x (…, N), W (M, N) and bias frozen."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, keep, low, a, b = ctx.saved_tensors
-        return grad, None, *_backward(grad, _kept(x, keep), keep, low, a, b, ctx.scale)
-
-
-class _DownUpdate(torch.autograd.Function):
-    """x W' + scale * where(keep, x, 0) A' B' with x = silu(gate) * up (…, N), W (M, N) frozen."""
-
-    @staticmethod
-    def forward(ctx, gate, up, weight, keep, a, b, scale):
-        x = F.silu(gate).mul_(up)
-        result = x @ weight.t()
-        low = _low(_kept(x, keep, out=x), a, scale)
-        ctx.save_for_backward(gate, up, weight, keep, low, a, b)
-        ctx.scale = scale
+    def forward(ctx, x, weight, bias, a, b, scale, p):
+        kept, mask = _dropout(x, p)
+        low = _low(kept, a, scale, p)
+        ctx.save_for_backward(x, weight, mask, low, a, b)
+        ctx.scale, ctx.p = scale, p
+        result = F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
         result.flatten(0, -2).addmm_(low, b.t())
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        gate, up, weight, keep, low, a, b = ctx.saved_tensors
-        grad = grad.contiguous()
+        x, weight, *update = ctx.saved_tensors
+        x = _kept(x, update[0], ctx.p)
+        grad_x, *grads = _backward(grad, x, weight, update, ctx.scale, ctx.p)
+        return grad_x, None, None, *grads, None, None
+
+
+class _DownLinear(torch.autograd.Function):
+    """x W' + scale * dropout(x) A' B' with x = silu(gate) * up (…, N), W (M, N) frozen."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, a, b, scale, p):
+        x = F.silu(gate).mul_(up)
+        result = x @ weight.t()
+        kept, mask = _dropout(x, p, out=x)
+        low = _low(kept, a, scale, p)
+        ctx.save_for_backward(gate, up, weight, mask, low, a, b)
+        ctx.scale, ctx.p = scale, p
+        result.flatten(0, -2).addmm_(low, b.t())
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up, weight, *update = ctx.saved_tensors
         activated = F.silu(gate)
         x = activated * up
-        x = _kept(x, keep, out=x)
-        grad_x, *lora_grads = _backward(grad, x, keep, low, a, b, ctx.scale)
-        grad_x.flatten(0, -2).addmm_(grad.flatten(0, -2), weight)
+        x = _kept(x, update[0], ctx.p, out=x)
+        grad_x, *grads = _backward(grad, x, weight, update, ctx.scale, ctx.p)
         grad_up = activated.mul_(grad_x)
         grad_gate = torch.ops.aten.silu_backward(grad_x.mul_(up), gate)
-        return grad_gate, grad_up, None, *lora_grads
+        return grad_gate, grad_up, None, *grads, None, None
 
 
-def _low(x: Tensor, a: Tensor, scale: float) -> Tensor:
-    """Project x to LoRA's rank: (rows of x, R)."""
-    return (x.flatten(0, -2) @ a.t()).mul_(scale)
+def _low(kept: Tensor, a: Tensor, scale: float, p: float) -> Tensor:
+    """Project the input after dropout to LoRA's rank: (rows, R)."""
+    return _scaled_mm(kept.flatten(0, -2), a.t(), _scale(kept, scale, p))
+
+
+def _scaled_mm(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """Return scale * x @ y by one kernel."""
+    return torch.addmm(x.new_empty(1), x, y, beta=0, alpha=scale)
 
 
 def _backward(
-    grad: Tensor, x: Tensor, keep: Tensor | None, low: Tensor, a: Tensor, b: Tensor, scale: float
-) -> tuple:
-    """Return the gradients of x before dropout, keep, A, B and scale; `x` is after dropout."""
-    grad = grad.flatten(0, -2)
-    grad_low = (grad @ b).mul_(scale)
+    grad: Tensor, x: Tensor, weight: Tensor, update: list[Tensor], scale: float, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x before dropout, A and B.
+
+    Args:
+      x: after dropout.
+      update: dropout mask or None, low-rank projection of x, A and B.
+    """
+    mask, low, a, b = update
+    shape, grad = x.shape, grad.flatten(0, -2)
+    grad_low = _scaled_mm(grad, b, _scale(x, scale, p))
     grad_a = grad_low.t() @ x.flatten(0, -2)
-    grad_x = (grad_low @ a).view_as(x)
-    return _kept(grad_x, keep, out=grad_x), None, grad_a, grad.t() @ low, None
+    grad_x = (grad_low @ a).view(shape)
+    grad_x = _kept(grad_x, mask, p, out=grad_x)
+    grad_x.flatten(0, -2).addmm_(grad, weight)
+    return grad_x, grad_a, grad.t() @ low
 
 
-def _kept(x: Tensor, keep: Tensor | None, out: Tensor | None = None) -> Tensor:
-    return x if keep is None else torch.where(keep, x, x.new_zeros(()), out=out)
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _dropout(x: Tensor, p: float, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Zero elements with probability p, see `_kept`; return also the mask of the others."""
+    if not p:
+        return x, None
+    if on_gpu(x):
+        return torch.native_dropout(x, p, True)
+    mask = _sample_mask(x, p)
+    return _kept(x, mask, p, out), mask
+
+
+def _kept(x: Tensor, mask: Tensor | None, p: float, out: Tensor | None = None) -> Tensor:
+    """Zero elements outside the mask. On a GPU, the others are scaled by 1 / (1 - p) at no cost."""
+    if mask is None:
+        return x
+    if on_gpu(x):
+        return torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - p))
+    return torch.where(mask, x, x.new_zeros(()), out=out)
+
+
+def _scale(x: Tensor, scale: float, p: float) -> float:
+    """Return the scale of LoRA with what `_kept` leaves of dropout's."""
+    return scale if on_gpu(x) else scale / (1 - p)
+
+
+def _sample_mask(x: Tensor, p: float) -> Tensor:
+    """Sample a mask like x that is False with probability p, on a CPU.
+
+    16 random bits per element: 4 times as fast as bernoulli_.
+    """
+    n = x.numel()
+    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    return (bits.view(torch.int16)[:n] >= round(p * 2**16) - 2**15).view_as(x)

@@ -13,8 +13,11 @@ the closing token have labels. All template text of the project is in this modul
 """
 
 import random
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -139,16 +142,21 @@ def word_log_probs(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], log_probs: list[float]
 ) -> list[float]:
     """Sum the tokens' log-probabilities for each word of `decode_transcripts([ids])[0]`."""
-    pieces = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True)
-    if any("\ufffd" in piece for piece in pieces):  # a character, maybe a space, of several tokens
+    pieces = [_decode_token(tokenizer, i) for i in ids]
+    text, ends = "".join(pieces), [*accumulate(map(len, pieces))]
+    if "\ufffd" in text:  # a character, maybe a space, of several tokens
         prefixes = decode_transcripts(tokenizer, [ids[: n + 1] for n in range(len(ids))])
-    else:
-        prefixes = list(accumulate(pieces))
-    words = [0.0] * (len(prefixes[-1].split()) if ids else 0)
-    for prefix, log_prob in zip(prefixes, log_probs):
-        if words:
-            words[min(max(1, len(prefix.split())), len(words)) - 1] += log_prob
+        text, ends = prefixes[-1], [*map(len, prefixes)]
+    starts = [word.start() for word in re.finditer(r"\S+", text)]
+    words = [0.0] * len(starts)
+    for end, log_prob in zip(ends, log_probs if words else ()):
+        words[max(0, bisect_left(starts, end) - 1)] += log_prob
     return words
+
+
+@lru_cache(maxsize=2**16)
+def _decode_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    return tokenizer.decode([token], skip_special_tokens=True)
 
 
 @dataclass(frozen=True)

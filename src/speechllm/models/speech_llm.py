@@ -1,7 +1,6 @@
 """SpeechLLM: n speech encoders, a projector for each, and one LLM.
 
-Shapes: B utterances, T feature frames, S speech embeddings, L token ids, D width of the LLM,
-C channels of an encoder.
+Shapes: B utterances, T feature frames, S speech embeddings, L token ids, D width of the LLM.
 """
 
 import copy
@@ -14,124 +13,16 @@ from transformers import Cache
 
 from speechllm.models.chunked_cross_entropy import cap_logits, chunked_cross_entropy
 from speechllm.models.prompt import IGNORED, ChatTemplate, prompt_ids
+from speechllm.models.speech_encoders import EncoderOutput, SpeechEncoders, to_device
 from speechllm.models.zipformer.encoder import ZipformerEncoder
-from speechllm.models.zipformer.swoosh import swoosh_r
-
-
-class SwooshR(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return swoosh_r(x)
-
-
-class EncoderOutput(NamedTuple):
-    """Output of one encoder for the rows that use it; row 0 as a dummy when none does."""
-
-    rows: list[int]  # N utterances of the batch
-    encoder_out: Tensor  # (N, T / 4, C)
-    lens: Tensor  # (N,)
 
 
 class PromptEmbeddings(NamedTuple):
     """Input embeddings before the answers of a batch."""
 
     embeds: Tensor  # (B, L, D), left-padded
-    mask: Tensor  # (B, L), False on padding
+    mask: Tensor  # (B, L), False on padding; on the CPU
     encoder_outputs: list[EncoderOutput]  # one per encoder
-
-
-class Projector(nn.Module):
-    """Encoder output (B, T, C) -> speech embeddings (B, T // ds_rate, D)."""
-
-    def __init__(self, encoder_dim: int, llm_dim: int, ds_rate: int = 4, dropout: float = 0.1):
-        super().__init__()
-        self.ds_rate = ds_rate
-        self.proj = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(ds_rate * encoder_dim, llm_dim),
-            SwooshR(),
-            nn.Linear(llm_dim, llm_dim),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        groups = x.size(1) // self.ds_rate
-        x = x[:, : groups * self.ds_rate].unflatten(1, (groups, self.ds_rate))
-        return self.proj(x.flatten(2))  # (B, T // 4, 4 * C) -> (B, T // 4, D)
-
-
-class SpeechEncoders(nn.Module):
-    """Encoders with a projector for each, from features to speech embeddings."""
-
-    def __init__(
-        self,
-        encoders: list[ZipformerEncoder],
-        llm_dim: int,
-        chat: ChatTemplate,
-        ds_rate: int = 4,
-        encoder_feature_mask: bool = True,
-    ):
-        """
-        Args:
-          encoders: trained unless they are `frozen`; their CTC heads are always frozen.
-          ds_rate: encoder frames per speech embedding.
-          encoder_feature_mask: mask encoder channels in training, as the published recipe does.
-        """
-        super().__init__()
-        for encoder in encoders:
-            if encoder.ctc_output is not None:
-                encoder.ctc_output.requires_grad_(False)
-        self.encoder = nn.ModuleList(encoders)
-        self.encoder_projector = nn.ModuleList(
-            Projector(encoder.output_dim, llm_dim, ds_rate) for encoder in encoders
-        )
-        self.chat = chat
-        self.ds_rate = ds_rate
-        self.encoder_feature_mask = encoder_feature_mask
-
-    def all_encoders(self, batch_size: int) -> list[list[int]]:
-        """Return all encoders in order for each utterance, as validation and decoding use them."""
-        return [list(range(len(self.encoder))) for _ in range(batch_size)]
-
-    def encode(
-        self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
-    ) -> list[EncoderOutput]:
-        """Run each encoder on the utterances that use it, or on the first if none does.
-
-        On every rank all trainable parameters need a gradient, even if it is zero.
-        """
-        outputs = []
-        chunking = self.encoder[0].sample_chunking() if self.training else None
-        for k, encoder in enumerate(self.encoder):
-            rows = [b for b, used in enumerate(encoders) if k in used] or [0]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
-                encoder_out, lens = encoder(
-                    features[_to(features.device, torch.tensor(rows))],
-                    feature_lens[rows],
-                    feature_mask=self.encoder_feature_mask and self.training,
-                    chunking=chunking,
-                )
-            outputs.append(EncoderOutput(rows, encoder_out, lens))
-        return outputs
-
-    def project(
-        self, outputs: list[EncoderOutput], encoders: list[list[int]]
-    ) -> list[list[Tensor]]:
-        """Return the speech embeddings (S, D) of each utterance's encoders, in that order."""
-        by_encoder: list[dict[int, Tensor]] = []
-        for projector, (rows, encoder_out, lens) in zip(self.encoder_projector, outputs):
-            embeddings = projector(encoder_out)
-            counts = (lens // self.ds_rate).tolist()
-            by_encoder.append({b: embeddings[i, : counts[i]] for i, b in enumerate(rows)})
-        speech = [[by_encoder[k][b] for k in used] for b, used in enumerate(encoders)]
-        in_use = {k for used in encoders for k in used}
-        unused = [table[0][:0] for k, table in enumerate(by_encoder) if k not in in_use]
-        speech[0][0] = torch.cat([speech[0][0], *unused])  # empty, but part of the graph
-        return speech
-
-    def speech_embeddings(
-        self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
-    ) -> list[list[Tensor]]:
-        """Encode and project: speech embeddings (S, D) of each utterance's encoders."""
-        return self.project(self.encode(features, feature_lens, encoders), encoders)
 
 
 class SpeechLLM(SpeechEncoders):
@@ -198,20 +89,50 @@ class SpeechLLM(SpeechEncoders):
         """Return the hidden states (B, N, D) of the last N positions, whose embeddings are given.
 
         Args:
-          embeds: (B, N, D); mask: (B, L) of all positions, those in the cache first.
+          embeds: (B, N, D).
+          mask: (B, L) of all positions, those in the cache first; on the CPU.
           cache: extended by the N positions.
         """
+        on_device = to_device(embeds.device, mask)
         decoder = self.base_llm.get_decoder()
         # transformers 5.22 calls it `cache`, and drops the old name in 5.40.
         names = inspect.signature(decoder.forward).parameters
         name = "cache" if "cache" in names else "past_key_values"
         return decoder(
             inputs_embeds=embeds,
-            attention_mask=mask.long(),
-            position_ids=positions(mask)[:, -embeds.size(1) :],
+            attention_mask=self._attention_mask(mask, on_device, embeds.size(1)),
+            position_ids=positions(on_device)[:, -embeds.size(1) :],
             use_cache=cache is not None,
             **{name: cache},
         ).last_hidden_state
+
+    def _attention_mask(
+        self, mask: Tensor, on_device: Tensor, num_inputs: int
+    ) -> Tensor | dict[str, Tensor | None]:
+        """Return the mask of `run_llm` as transformers takes it.
+
+        Where possible it is complete: transformers would wait for the device to look at it.
+        """
+        if not self._attends_fully("sdpa"):
+            return on_device.long()
+        length = mask.size(1)
+        if num_inputs in (1, length) and mask.all():
+            return {"full_attention": None}
+        columns = torch.arange(length, device=on_device.device)
+        queries = columns[length - num_inputs :, None]
+        # Padding attends to itself: a row without any key would give NaN.
+        allowed = on_device[:, None, None] & (columns <= queries) | (columns == queries)
+        return {"full_attention": allowed}  # (B, 1, N, L)
+
+    def _attends_fully(self, *implementations: str) -> bool:
+        """Return whether all layers have full attention, with one of these implementations.
+
+        Then transformers takes a ready-made mask. Sliding windows (Gemma, Mistral) and eager
+        attention need its own.
+        """
+        config = self.base_llm.get_decoder().config
+        layer_types = {*(getattr(config, "layer_types", None) or ())}
+        return layer_types == {"full_attention"} and config._attn_implementation in implementations
 
     def prompt(
         self, features: Tensor, feature_lens: Tensor, contexts: list[list[int]] | None = None
@@ -248,10 +169,10 @@ class SpeechLLM(SpeechEncoders):
         """Replace each `<speech>` by its speech embeddings (see `expand_speech` for the padding).
 
         Args:
-          input_ids, labels: (B, L), on the CPU, where the labels stay.
+          input_ids, labels: (B, L), on the CPU.
 
         Returns:
-          Input embeddings (B, L', D), attention mask (B, L') and labels (B, L').
+          Input embeddings (B, L', D); attention mask (B, L') and labels (B, L'), on the CPU.
         """
         counts = [[part.size(0) for part in parts] for parts in speech]
         expanded, mask, labels = expand_speech(
@@ -260,9 +181,9 @@ class SpeechLLM(SpeechEncoders):
         flat = torch.cat([part for parts in speech for part in parts])
         index = (expanded == self.chat.speech).nonzero(as_tuple=True)
         device = flat.device
-        embeds = self.llm.get_input_embeddings()(_to(device, expanded))
-        index = tuple(_to(device, part) for part in index)
-        return embeds.index_put(index, flat.to(embeds.dtype)), _to(device, mask), labels
+        embeds = self.llm.get_input_embeddings()(to_device(device, expanded))
+        index = tuple(to_device(device, part) for part in index)
+        return embeds.index_put(index, flat.to(embeds.dtype)), mask, labels
 
     def forward(
         self,
@@ -299,22 +220,14 @@ class SpeechLLM(SpeechEncoders):
         """
         rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
         targets = labels[rows, columns]
-        rows, before, targets = (_to(embeds.device, t) for t in (rows, columns - 1, targets))
+        rows, before, targets = (to_device(embeds.device, t) for t in (rows, columns - 1, targets))
         decoder = self.base_llm.get_decoder()
-        # Causal attention needs no mask for right padding; an entry for each layer type keeps
-        # transformers from building one. Sliding windows (Gemma, Mistral) need transformers' mask.
-        # So does eager attention.
-        layer_types = {*(getattr(decoder.config, "layer_types", None) or ())}
-        is_causal = decoder.config._attn_implementation in ("sdpa", "flash_attention_2")
-        can_omit = is_causal and layer_types == {"full_attention"}
+        # Causal attention needs no mask for right padding; the entry keeps transformers from
+        # building one.
+        can_omit = self._attends_fully("sdpa", "flash_attention_2")
         no_mask = {"full_attention": None} if can_omit else None
         out = decoder(inputs_embeds=embeds, attention_mask=no_mask, use_cache=False)
         return out.last_hidden_state[rows, before], targets
-
-
-def _to(device: torch.device, small: Tensor) -> Tensor:
-    """Copy from the CPU to the device without waiting for it."""
-    return small.to(device, non_blocking=True)
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from speechllm.checkpoints import copy_to_cpu
 from speechllm.errors import InputError
-from speechllm.models.speech_llm import SpeechEncoders
+from speechllm.models.speech_encoders import SpeechEncoders
 
 IGNORED_KEYS = (  # in published checkpoints: an unused embedding, and copies of a frozen one
     "prompt_embedding.weight",

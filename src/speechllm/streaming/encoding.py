@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from speechllm.decoding.recognizer import EncodedBatch, Recognizer
-from speechllm.models.speech_llm import EncoderOutput
+from speechllm.decoding.recognition import EncodedBatch
+from speechllm.decoding.recognizer import Recognizer
+from speechllm.models.speech_encoders import EncoderOutput
 from speechllm.models.zipformer.chunk_encoder import ChunkEncoder, StreamState
 from speechllm.models.zipformer.config import MIN_FEATURE_FRAMES, Chunking
 from speechllm.precision import autocast

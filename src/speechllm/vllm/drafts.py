@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from speechllm.decoding.ctc_decoder import find_ctc_decoder
-from speechllm.decoding.speculative import Draft
+from speechllm.decoding.proposals import Draft
 from speechllm.errors import InputError
 from speechllm.models.prompt import encode_transcripts
-from speechllm.models.speech_llm import EncoderOutput
+from speechllm.models.speech_encoders import EncoderOutput
 from speechllm.vllm.exported import chat_template, exported_config, split_request
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.checkpoints import load_checkpoint
 from speechllm.models.build import load_encoders
 from speechllm.models.prompt import ChatTemplate
-from speechllm.models.speech_llm import SpeechEncoders
+from speechllm.models.speech_encoders import SpeechEncoders
 from speechllm.models.state_dict import load_trainable_state
 from speechllm.precision import autocast
 from speechllm.vllm.exported import (

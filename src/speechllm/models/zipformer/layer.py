@@ -31,7 +31,8 @@ class Bypass(nn.Module):
         self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5))
 
     def forward(self, orig: Tensor, x: Tensor) -> Tensor:
-        return orig + (x - orig) * self.bypass_scale
+        dtype = self.bypass_scale.dtype
+        return torch.lerp(orig.to(dtype), x.to(dtype), self.bypass_scale)
 
 
 class Dropout(nn.Module):

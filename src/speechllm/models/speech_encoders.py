@@ -1,0 +1,127 @@
+"""Speech encoders with a projector for each, from features to speech embeddings.
+
+Shapes: B utterances, T feature frames, S speech embeddings, D width of the LLM, C channels of an
+encoder.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.models.prompt import ChatTemplate
+from speechllm.models.zipformer.encoder import ZipformerEncoder
+from speechllm.models.zipformer.swoosh import swoosh_r
+
+
+class SwooshR(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return swoosh_r(x)
+
+
+class EncoderOutput(NamedTuple):
+    """Output of one encoder for the rows that use it; row 0 as a dummy when none does."""
+
+    rows: list[int]  # N utterances of the batch
+    encoder_out: Tensor  # (N, T / 4, C)
+    lens: Tensor  # (N,)
+
+
+class Projector(nn.Module):
+    """Encoder output (B, T, C) -> speech embeddings (B, T // ds_rate, D)."""
+
+    def __init__(self, encoder_dim: int, llm_dim: int, ds_rate: int = 4, dropout: float = 0.1):
+        super().__init__()
+        self.ds_rate = ds_rate
+        self.proj = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(ds_rate * encoder_dim, llm_dim),
+            SwooshR(),
+            nn.Linear(llm_dim, llm_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.size(1) // self.ds_rate
+        x = x[:, : groups * self.ds_rate].unflatten(1, (groups, self.ds_rate))
+        return self.proj(x.flatten(2))  # (B, T // 4, 4 * C) -> (B, T // 4, D)
+
+
+class SpeechEncoders(nn.Module):
+    """Encoders with a projector for each, from features to speech embeddings."""
+
+    def __init__(
+        self,
+        encoders: list[ZipformerEncoder],
+        llm_dim: int,
+        chat: ChatTemplate,
+        ds_rate: int = 4,
+        encoder_feature_mask: bool = True,
+    ):
+        """
+        Args:
+          encoders: trained unless they are `frozen`; their CTC heads are always frozen.
+          ds_rate: encoder frames per speech embedding.
+          encoder_feature_mask: mask encoder channels in training, as the published recipe does.
+        """
+        super().__init__()
+        for encoder in encoders:
+            if encoder.ctc_output is not None:
+                encoder.ctc_output.requires_grad_(False)
+        self.encoder = nn.ModuleList(encoders)
+        self.encoder_projector = nn.ModuleList(
+            Projector(encoder.output_dim, llm_dim, ds_rate) for encoder in encoders
+        )
+        self.chat = chat
+        self.ds_rate = ds_rate
+        self.encoder_feature_mask = encoder_feature_mask
+
+    def all_encoders(self, batch_size: int) -> list[list[int]]:
+        """Return all encoders in order for each utterance, as validation and decoding use them."""
+        return [list(range(len(self.encoder))) for _ in range(batch_size)]
+
+    def encode(
+        self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
+    ) -> list[EncoderOutput]:
+        """Run each encoder on the utterances that use it, or on the first if none does.
+
+        On every rank all trainable parameters need a gradient, even if it is zero.
+        """
+        outputs = []
+        chunking = self.encoder[0].sample_chunking() if self.training else None
+        for k, encoder in enumerate(self.encoder):
+            rows = [b for b, used in enumerate(encoders) if k in used] or [0]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
+                encoder_out, lens = encoder(
+                    features[to_device(features.device, torch.tensor(rows))],
+                    feature_lens[rows],
+                    feature_mask=self.encoder_feature_mask and self.training,
+                    chunking=chunking,
+                )
+            outputs.append(EncoderOutput(rows, encoder_out, lens))
+        return outputs
+
+    def project(
+        self, outputs: list[EncoderOutput], encoders: list[list[int]]
+    ) -> list[list[Tensor]]:
+        """Return the speech embeddings (S, D) of each utterance's encoders, in that order."""
+        by_encoder: list[dict[int, Tensor]] = []
+        for projector, (rows, encoder_out, lens) in zip(self.encoder_projector, outputs):
+            embeddings = projector(encoder_out)
+            counts = (lens // self.ds_rate).tolist()
+            by_encoder.append({b: embeddings[i, : counts[i]] for i, b in enumerate(rows)})
+        speech = [[by_encoder[k][b] for k in used] for b, used in enumerate(encoders)]
+        in_use = {k for used in encoders for k in used}
+        unused = [table[0][:0] for k, table in enumerate(by_encoder) if k not in in_use]
+        speech[0][0] = torch.cat([speech[0][0], *unused])  # empty, but part of the graph
+        return speech
+
+    def speech_embeddings(
+        self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
+    ) -> list[list[Tensor]]:
+        """Encode and project: speech embeddings (S, D) of each utterance's encoders."""
+        return self.project(self.encode(features, feature_lens, encoders), encoders)
+
+
+def to_device(device: torch.device, small: Tensor) -> Tensor:
+    """Copy from the CPU to the device without waiting for it."""
+    return small.to(device, non_blocking=True)
