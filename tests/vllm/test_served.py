@@ -85,7 +85,9 @@ def test_decode_with_vllm_writes_the_results_of_decode(vllm_export, tiny_corpus,
 
 @pytest.mark.slow
 def test_drafts_do_not_change_the_tokens(vllm_export, greedy, clips):
-    """64 requests at once, with repetitions; prompts are read in pieces of up to 64 tokens."""
+    """64 requests at once, with repetitions whose prompts vLLM has in part; prompts are read in
+    pieces of up to 64 tokens.
+    """
     from vllm import LLM, SamplingParams
 
     from speechllm.vllm.processor import generation_prompt
@@ -93,7 +95,7 @@ def test_drafts_do_not_change_the_tokens(vllm_export, greedy, clips):
     folder, expected = str(vllm_export(2)), [ids for ids, _ in greedy(2, clips)]
     llm = LLM(
         folder, dtype="float32", speculative_config=DRAFTS, gpu_memory_utilization=MEMORY,
-        enable_prefix_caching=True, max_num_batched_tokens=64, enforce_eager=True,
+        enable_prefix_caching=True, block_size=32, max_num_batched_tokens=64, enforce_eager=True,
         disable_log_stats=False,
     )  # fmt: skip
     samples = [soundfile.read(clip, dtype="float32")[0] for clip in clips]
@@ -104,8 +106,9 @@ def test_drafts_do_not_change_the_tokens(vllm_export, greedy, clips):
     for k, request in enumerate(found):
         ids = [i for i in request.outputs[0].token_ids if i not in ends]
         assert ids == expected[k % len(clips)]
-    name = "vllm:spec_decode_num_draft_tokens"
-    assert [metric.value > 0 for metric in llm.get_metrics() if metric.name == name] == [True]
+    counts = {metric.name: metric for metric in llm.get_metrics()}
+    for name in ("spec_decode_num_draft_tokens", "prefix_cache_hits"):
+        assert counts[f"vllm:{name}"].value > 0
 
 
 # ---- the server
