@@ -313,7 +313,7 @@ class Session:
         return found + self.dialect.buffer("committed", item) + self.dialect.completed(item)
 
     def _last_events(self, stream: OpenStream) -> list[dict]:
-        """Return the events that answer a commit; its item is empty if there was no speech."""
+        """Return the events that answer a commit; without speech its item is empty."""
         item = stream.item or Item(self.separator)
         found = self.dialect.buffer("committed", item) if stream.detects_turns else []
         return found + self.dialect.completed(item)

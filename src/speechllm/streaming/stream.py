@@ -243,7 +243,7 @@ class Stream:
     # ---- for Streamer
 
     def find_phrases(self) -> None:
-        """Move what is complete of the open phrase to `phrases`."""
+        """Move complete phrases from the open one to `phrases`."""
         streamer = self.streamer
         silence = 0 if self.encoded.ended and not self.is_ready else self.silence
         encoded, features = self.encoded.encoded, self.encoded.phrase.features
