@@ -2,10 +2,11 @@
 
 import logging
 import mmap
+import pickletools
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
-from zipfile import ZipFile, is_zipfile
+from typing import BinaryIO
+from zipfile import ZipFile
 
 import torch
 from safetensors import SafetensorError
@@ -77,29 +78,30 @@ def _load_checked(path: str | Path) -> object:
       Exception: zipfile's or torch's, for a file that torch.save did not write.
     """
     with open(path, "rb") as file, _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content[: len(OLD_FORMAT)] == OLD_FORMAT and not is_zipfile(file):
-            return _load_old_format(path)
-        with ZipFile(content) as archive:
-            if damaged := archive.testzip():
-                raise RuntimeError(f"wrong checksum of {damaged}")
-        content.seek(0)
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+        is_old = content[: len(OLD_FORMAT)] == OLD_FORMAT  # without checksums
+        if is_old:
+            names = _old_globals(file)
+        else:
+            with ZipFile(content) as archive:
+                if damaged := archive.testzip():
+                    raise RuntimeError(f"wrong checksum of {damaged}")
+            content.seek(0)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(content)
         if refused := [name for name in names if name.split(".")[0] not in HARMLESS]:
             reason = f"it contains {min(refused)}{_advice(path, refused)}"
             raise InputError(f"{path} {UNREADABLE}: {reason}")
         unused = [(_Unused, name) for name in names]
         content.seek(0)
         with torch.serialization.safe_globals(unused):
-            return torch.load(content, map_location="cpu", weights_only=True)
+            return torch.load(path if is_old else content, map_location="cpu", weights_only=True)
 
 
-def _load_old_format(path: str | Path) -> object:
-    """Load a file of torch before 1.6, which has no checksums and is not a zip archive."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError:
-        reason = f"it contains more than tensors and plain values{_advice(path, [])}"
-        raise InputError(f"{path} {UNREADABLE}: {reason}") from None
+def _old_globals(file: BinaryIO) -> list[str]:
+    """Return the names in the four pickles of the old format, without those of tensors."""
+    parts = [list(pickletools.genops(file)) for _ in range(4)]
+    names = {arg for part in parts for code, arg, _ in part if code.name == "GLOBAL"}
+    found = (name.replace(" ", ".") for name in names)
+    return sorted(name for name in found if name.split(".")[0] not in ("torch", "collections"))
 
 
 def _advice(path: str | Path, names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Proposals of draft tokens: as many as pay, by acceptance rates so far and the cost of a pass.
+"""Number of draft tokens to propose, by the acceptance rates so far and the cost of a pass.
 
 A forward pass mostly reads the weights, so a proposed token costs little, and saves a pass if it is
 right. The rates are those of the utterances before, and soon those of the utterance itself.
@@ -26,11 +26,12 @@ def forward_cost(llm: nn.Module) -> int:
     return GPU_READ_COST + round(launches * GPU_FLOPS / (2 * llm.num_parameters()))
 
 
+# Predictions that the earlier utterances count as: few, so that the own tokens soon prevail.
 PRIOR_WEIGHT = {True: 2.0, False: 0.75}
 
 
 class AcceptanceRates:
-    """How often drafts predict the next token: after a right prediction, and after a wrong one.
+    """Counts how often drafts predict the next token, after a right and after a wrong prediction.
 
     The rates of all utterances so far are what the next one begins with.
     """
