@@ -70,6 +70,16 @@ def test_recordings_in_a_batch_do_not_influence_each_other(detector, speech):
     assert [one.tolist() for one in together] == [one.tolist() for one in alone]
 
 
+def test_the_package_gives_the_same_probabilities(detector, speech):
+    from silero_vad import load_silero_vad  # sets the number of threads, too
+
+    samples = torch.tensor(speech[:40000], dtype=torch.float32)
+    [found] = detector([samples])
+    with torch.inference_mode():
+        expected = load_silero_vad().audio_forward(samples[None], SAMPLING_RATE)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_the_number_of_threads_stays(monkeypatch):
     """silero_vad sets it to 1 when it is imported."""
     before = torch.get_num_threads()

@@ -85,7 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     from speechllm.models.speech_llm import SpeechLLM
 
     llm = make_llm(args.shape, getattr(torch, args.dtype)).requires_grad_(False)
-    llm.get_input_embeddings().weight[-2:] = 0  # end and padding are never generated
+    # Tied random weights repeat the same token, to which no draft can be aligned.
+    llm.lm_head.weight = torch.nn.Parameter(llm.lm_head.weight.roll(1, 0), requires_grad=False)
+    llm.lm_head.weight[-2:] = 0  # end and padding are never generated
     model = SpeechLLM([], llm, random_chat(args.shape)).eval()
     batch = random_batch(model, args)
     expected = generate(model, batch, args.tokens)

@@ -21,7 +21,7 @@ from speechllm.models.zipformer.checkpoint import load_encoder, save_encoder
 from speechllm.models.zipformer.config import OFFLINE, SIZES, Chunking
 from speechllm.models.zipformer.encoder import ZipformerEncoder
 from speechllm.streaming.encoding import Reencoding
-from speechllm.streaming.phrase import loudest_second, phrase_end, quiet_frames
+from speechllm.streaming.phrase import phrase_end, quiet_frames
 from speechllm.streaming.stream import Partial, Streamer
 
 CONFIG = LongformConfig(max_segment_duration=3.0, endpoint_silence=0.16)
@@ -268,17 +268,8 @@ def test_phrases_have_their_samples(streamer):
     samples, found = noise(9.0), []
     streamer.detect_speech = lambda all: found.extend(all) or [torch.zeros(9) for _ in all]
     segments = finals(run(streamer.open(), samples, [4000, 16000]))
-    loudest, whole = found[::2], found[1::2]
-    assert len(whole) == len(loudest) == len(segments) > 2
-    for segment, own in zip(segments, whole):
+    assert len(found) == len(segments) > 2
+    for segment, own in zip(segments, found):
         start = round(segment.start * 16000)
         assert own.equal(samples[start : start + len(own)])
         assert len(own) == pytest.approx((segment.end - segment.start) * 16000, abs=640)
-
-
-def test_the_loudest_second_is_found():
-    samples = 0.01 * torch.randn(80000)
-    samples[35000:45000] *= 50
-    found = loudest_second(samples)
-    assert len(found) == 16000 and found.std() > 0.3
-    assert loudest_second(samples[:9000]).equal(samples[:9000])

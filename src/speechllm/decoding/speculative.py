@@ -20,6 +20,7 @@ from speechllm.models.speech_encoders import to_device
 from speechllm.models.speech_llm import SpeechLLM
 
 LOGITS_AT_ONCE = 128  # positions of which logits are in memory at a time
+FIRST_LOGITS = 32  # positions that cost as much as one: the time goes to reading the weights
 
 
 @torch.no_grad()
@@ -171,17 +172,21 @@ def _verify(
     A token of the remaining draft, which begins with the proposal, is accepted if its
     log-probability is at least `min_log_prob`; otherwise the LLM's choice is taken.
 
-    Logits are large: they are computed for each row's first token, then for the rest of the
-    proposals whose first token is right.
+    Logits are large: they are computed for the first tokens of all rows, then for the rest of the
+    proposals that are right so far.
 
     Args:
       hidden: (B, 1 + W, D); given: (B, 1 + W) drafted tokens, on the same device.
     """
     new: list[list[tuple[int, float]]] = [[] for _ in proposals]
-    open_rows = set(range(len(proposals)))
-    cells, states, tokens = [(row, 0) for row in range(len(proposals))], hidden[:, 0], given[:, 0]
-    while cells:
-        scores = token_scores(model, states, tokens)
+    open_rows, first = set(range(len(proposals))), max(1, FIRST_LOGITS // len(proposals))
+    for columns in (range(first), range(first, given.size(1))):
+        cells = [(b, i) for b in sorted(open_rows) for i in columns if i <= len(proposals[b])]
+        if not cells:
+            break
+        flat = torch.tensor([row * given.size(1) + column for row, column in cells])
+        index = to_device(hidden.device, flat)
+        scores = token_scores(model, hidden.flatten(0, 1)[index], given.flatten()[index])
         for (row, column), (best, best_log_prob, log_prob) in zip(cells, scores):
             if row not in open_rows:
                 continue
@@ -190,11 +195,6 @@ def _verify(
             new[row].append((token, log_prob) if is_accepted else (best, best_log_prob))
             if not is_accepted or column == len(proposals[row]):
                 open_rows.discard(row)
-        cells = [(row, i) for row in open_rows for i in range(1, len(proposals[row]) + 1)]
-        if cells:
-            flat = torch.tensor([row * given.size(1) + column for row, column in cells])
-            index = to_device(hidden.device, flat)
-            states, tokens = hidden.flatten(0, 1)[index], given.flatten()[index]
     return new
 
 

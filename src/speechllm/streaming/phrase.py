@@ -7,9 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
-from speechllm.audio.fbank import NUM_MEL_BINS, SAMPLING_RATE
+from speechllm.audio.fbank import NUM_MEL_BINS
 from speechllm.longform.segmenter import FRAME
 from speechllm.models.zipformer.ctc_head import BLANK
 
@@ -74,14 +73,6 @@ class OpenPhrase:
         self.outputs = [one[end:].clone() for one in self.outputs]
         self.best = self.best[end:]
         return phrase
-
-
-def loudest_second(samples: Tensor) -> Tensor:
-    """Return the second of samples (N,) with the most energy; all of them if there are fewer."""
-    if len(samples) < SAMPLING_RATE:
-        return samples
-    energies = avg_pool1d(samples.square()[None], SAMPLING_RATE, stride=FRAME)[0]
-    return samples[FRAME * int(energies.argmax()) :][:SAMPLING_RATE]
 
 
 def trailing_blanks(best: np.ndarray) -> int:

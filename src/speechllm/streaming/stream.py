@@ -42,14 +42,12 @@ from speechllm.streaming.phrase import (
     FEATURES_PER_FRAME,
     MIN_BLANKS,
     Phrase,
-    loudest_second,
     phrase_end,
     quiet_frames,
     trailing_blanks,
 )
 
 NO_SAMPLES = torch.zeros(0)
-SURELY_SPEECH = 0.5  # mean probability of a second
 DEFAULT_CHUNKING = Chunking(chunk_size=32, left_context=128)  # 640 ms
 
 
@@ -173,20 +171,13 @@ class Streamer:
     def _has_speech(self, phrases: list[Phrase]) -> list[bool]:
         """Return false for phrases that are noise or too short: CTC can write words for these."""
         shortest = self.recognizer.model.ds_rate
+        if not phrases:
+            return []
+        probabilities = self.detect_speech([one.samples for one in phrases])
         return [
-            one.end - one.start >= shortest and self._detects_speech(one.samples) for one in phrases
+            one.end - one.start >= shortest and bool((own >= SPEECH).any())
+            for one, own in zip(phrases, probabilities)
         ]
-
-    def _detects_speech(self, samples: Tensor) -> bool:
-        """Return whether there is speech in samples (N,).
-
-        Most phrases are recognized as speech by their loudest second, which takes less time.
-        """
-        [probabilities] = self.detect_speech([loudest_second(samples)])
-        if probabilities.mean() >= SURELY_SPEECH:
-            return True
-        [probabilities] = self.detect_speech([samples])
-        return bool((probabilities >= SPEECH).any())
 
 
 class Stream:
