@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import tiny_speech_llm
 import torch
 from small_model import LENS, TOKENS, TRANSCRIPTS, gradients, mean_loss, run
+from torch._dynamo.utils import counters
 
 from speechllm.models.prompt import IGNORED, training_ids
 from speechllm.models.speech_encoders import Projector
@@ -147,3 +149,28 @@ def test_training_draws_the_chunks_of_a_batch_for_all_encoders(make_model, featu
     assert seen[::2] == seen[1::2] and set(seen) == set(chunkings)
     model.eval().encode(features, LENS, model.all_encoders(len(features)))
     assert seen[-2:] == [None, None]  # the last one of `chunkings`
+
+
+@pytest.mark.slow
+def test_lengths_do_not_recompile(monkeypatch):
+    """Only a batch of one utterance compiles again; loss and checkpoint are those without."""
+
+    def compile_without_code(module, **options):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_code)
+    monkeypatch.setattr(tiny_speech_llm, "LENS", [60] * 4)
+    plain, compiled = (tiny_speech_llm.speech_llm(frozen=(True, False)) for _ in range(2))
+    compiled.compile_layers()
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    for rows, frames in [(range(4), 90), (range(2), 75), ([3], 81), (range(3), 64), ([1], 101)]:
+        batch = tiny_speech_llm.speech_batch(rows)
+        batch["features"] = torch.randn(len(batch["rows"]), frames, 80)
+        losses = [tiny_speech_llm.speech_loss(batch)(model) for model in (plain, compiled)]
+        torch.testing.assert_close(*losses)
+        losses[1].backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] < graphs[2] == graphs[-1]
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
