@@ -35,6 +35,8 @@ def make_counter():
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import flop_registry
 
+    formulas = {packet.__name__: count for packet, count in flop_registry.items()}
+
     class KernelCounter(TorchDispatchMode):
         def __init__(self):
             super().__init__()
@@ -49,7 +51,7 @@ def make_counter():
             tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
             if name not in VIEWS and any(x.is_meta for x in tensors):
                 size = sum(x.numel() * x.element_size() for x in tensors)
-                count = flop_registry.get(func.overloadpacket)
+                count = formulas.get(name.rstrip("_"))  # addmm_ is addmm in place
                 flops = count(*args, **kwargs, out_val=out) if count else 0
                 self.seconds[self.part] += max(flops / FLOPS, size / BANDWIDTH, LAUNCH)
                 self.kernels[self.part] += 1
