@@ -170,8 +170,8 @@ def transcribe_stream(transcriber, context: str) -> None:
     from speechllm.streaming.pcm import open_pcm
     from speechllm.streaming.stream import Streamer, event_json
 
-    rate, blocks = open_pcm(sys.stdin.buffer, "standard input")
     streamer = Streamer(transcriber.recognizer, transcriber.config, transcriber.language)
+    rate, blocks = open_pcm(sys.stdin.buffer, "standard input")
     stream = streamer.open(rate, context)
     for samples in chain(blocks, [None]):
         events = stream.finish() if samples is None else stream.feed(samples)

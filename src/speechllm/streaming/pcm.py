@@ -12,6 +12,10 @@ from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.errors import InputError
 
 BLOCK_BYTES = 1 << 16  # at most; a pipe gives what it has
+OTHER_FORMATS = {  # by the first bytes, which PCM would hardly have
+    b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3", b"\x1aE\xdf\xa3": "Matroska or WebM",
+    b"FORM": "AIFF", b"caff": "CAF", b"RF64": "RF64", b"RIFX": "RIFX",
+}  # fmt: skip
 
 
 def open_pcm(stream: BufferedReader, name: str) -> tuple[int, Iterator[Tensor]]:
@@ -21,9 +25,18 @@ def open_pcm(stream: BufferedReader, name: str) -> tuple[int, Iterator[Tensor]]:
       stream: 16-bit WAV, or mono 16-bit little-endian PCM at 16 kHz without a header.
 
     Raises:
-      InputError: a WAV header is damaged, or its format is not supported.
+      InputError: there is no audio, a WAV header is damaged, or the format is not supported.
     """
-    if stream.peek(4)[:4] != b"RIFF":
+    head = stream.peek(8)[:8]
+    if not head:
+        raise InputError(f"{name} has no audio")
+    others = [other for first, other in OTHER_FORMATS.items() if head.startswith(first)]
+    if others or head[4:] == b"ftyp":
+        raise InputError(
+            f"{name}: {(others or ['MP4'])[0]}, but a stream is 16-bit WAV or PCM: convert it with "
+            "ffmpeg -i - -c:a pcm_s16le -f wav -"
+        )
+    if not head.startswith(b"RIFF"):
         return SAMPLING_RATE, _blocks(stream, 1)
     try:
         header = wave.open(stream)  # reads up to the first sample; recorders write no length
