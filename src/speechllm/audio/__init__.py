@@ -1,1 +1,1 @@
-"""Audio files to samples, resampling and filter-bank features."""
+"""Audio decoding, resampling, voice activity detection and filter-bank features."""

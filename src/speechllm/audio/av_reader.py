@@ -1,4 +1,4 @@
-"""Audio files decoded with PyAV (ffmpeg), with silence for gaps between the packets' times."""
+"""Decoding of audio files with PyAV (ffmpeg); gaps in the packet times become silence."""
 
 import logging
 from collections.abc import Iterator
@@ -10,26 +10,26 @@ import numpy as np
 from speechllm.audio.file_length import TAGS, id3_size, ogg_length, xing_seconds
 from speechllm.errors import InputError, first_line
 
-TIME_TOLERANCE = 0.25  # s: packet times and durations of containers are not exact
-LONGEST = 24 * 3600  # s; longer gaps, and times after the end, are a broken clock
-RESTART = 10.0  # s; a larger step in MPEG-TS and Ogg is where files were joined
-EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "wv")  # other headers estimate
-UNTIMED = ("aac", "ac3", "eac3", "mp3")  # times are counted or guessed
-SHORT_LAST_PACKET = ("wav", "caf")  # it counts as corrupt
-LOSSLESS = ("flac", "wavpack", "tta")  # they have checksums, and errors sound like loud noise
+TIME_TOLERANCE = 0.25  # s: packet times and container durations are not exact
+LONGEST = 24 * 3600  # s; longer gaps, and times after the end, mean broken timestamps
+RESTART = 10.0  # s; a larger step in MPEG-TS or Ogg means that files were joined
+EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "wv")  # others only estimate it
+UNTIMED = ("aac", "ac3", "eac3", "mp3")  # ffmpeg counts or guesses the times
+SHORT_LAST_PACKET = ("wav", "caf")  # ffmpeg marks a short last packet as corrupt
+LOSSLESS = ("flac", "wavpack", "tta")  # checksummed formats: errors sound like loud noise
 MPEG_AUDIO = ("mp1float", "mp2", "mp3float")
-FORMATS = (  # PyAV opens no others: a playlist would name further files to read
+FORMATS = (  # the only formats allowed: a playlist would name further files to read
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,webm,mov,mp4,m4a,3gp,mp3,"
     "mpeg,mpegts,ogg,rm,tta,voc,w64,wav,wv"
 )
 
 
 def open_by_av(path: str | Path) -> tuple[int, int, Iterator[np.ndarray]]:
-    """Return sampling rate, channels, and blocks of samples, float32 (N, channels) each.
+    """Return the sampling rate, the number of channels, and float32 blocks (N, channels).
 
     Raises:
-      InputError: it is not a supported audio file; also after its last block, with the time of the
-        first damage.
+      InputError: the file is not supported audio; or, after the last block, the file is damaged or
+        truncated.
     """
     try:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
@@ -54,7 +54,7 @@ def _stream_fault(stream) -> str | None:
 
 
 def _blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
-    """Yield blocks with the rate and channels of the beginning; see `open_by_av`."""
+    """Yield blocks with the file's initial rate and channels; see `open_by_av`."""
     seconds, header_fault = _stream_seconds(path, container, stream)
     clock = _Clock(container, stream.rate, seconds)
     with container:
@@ -80,7 +80,7 @@ def _blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
 
 
 class _Clock:
-    """Samples so far, gaps between them and the times of frames, and damage with its time."""
+    """Number of samples so far, gaps in the frame times, and damage with its time."""
 
     def __init__(self, container, rate: int, expected: float):
         self.rate, self.samples, self.gaps, self.faults = rate, 0, [], []
@@ -99,7 +99,7 @@ class _Clock:
         self.faults.append((self.seconds, fault))
 
     def missing(self, time: float | None) -> int:
-        """Return the samples of silence that are needed before a frame at `time` seconds."""
+        """Return the number of silent samples to insert before a frame at `time` seconds."""
         if time is None or not self.has_times:
             return 0
         step = time - self.start - self.seconds
@@ -118,7 +118,7 @@ class _Clock:
 
 
 def _timed_blocks(container, stream, clock: _Clock) -> Iterator[np.ndarray]:
-    """Yield the blocks of all frames."""
+    """Yield a block per frame, and silence for gaps."""
     converter = _Converter(stream.rate, stream.channels)
     for frame in _frames(container, stream, clock):
         yield from _silence(clock.missing(frame.time), converter.channels)
@@ -127,7 +127,7 @@ def _timed_blocks(container, stream, clock: _Clock) -> Iterator[np.ndarray]:
 
 
 def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | None]:
-    """Duration of the audio stream, 0 if unknown, and damage; a film's video may be longer."""
+    """Return the duration of the audio stream (0 if unknown), and a sentence about damage."""
     if container.format.name == "mp3":
         return xing_seconds(path, stream.rate), None
     if container.format.name == "ogg":
@@ -137,12 +137,12 @@ def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | N
         return 0.0, None
     if stream.duration:
         return float(stream.duration * stream.time_base), None
-    only = len(container.streams) == 1
+    only = len(container.streams) == 1  # a film's video may be longer than its audio
     return (container.duration or 0) / av.time_base if only else 0.0, None
 
 
 def _frames(container, stream, clock: _Clock) -> Iterator[av.AudioFrame]:
-    """Decode packet by packet; each that is damaged is reported to the clock."""
+    """Decode packet by packet; report damaged packets to the clock."""
     for packet in _packets(container, stream, clock):
         try:
             for frame in packet.decode():
@@ -155,7 +155,7 @@ def _frames(container, stream, clock: _Clock) -> Iterator[av.AudioFrame]:
 
 
 def _packets(container, stream, clock: _Clock) -> Iterator[av.Packet]:
-    """Yield the packets outside of ID3 tags; damage is reported to the clock."""
+    """Yield the packets outside ID3 tags; report damage to the clock."""
     packets = container.demux(stream)
     is_mpeg, last, tag_end, end = stream.codec.name in MPEG_AUDIO, b"", 0, 0
     while True:
@@ -163,7 +163,7 @@ def _packets(container, stream, clock: _Clock) -> Iterator[av.Packet]:
             packet = next(packets)
         except StopIteration:
             break
-        except (av.FFmpegError, ValueError, IndexError) as error:  # IndexError: a new stream
+        except (av.FFmpegError, ValueError, IndexError) as error:  # IndexError: new stream
             clock.report(reason(error))
             return
         data = bytes(packet)
@@ -188,19 +188,19 @@ def _packets(container, stream, clock: _Clock) -> Iterator[av.Packet]:
 
 
 def _tag_size(data: bytes) -> int:
-    """Return the bytes up to the end of the ID3v2 tag that follows or is the tag in a packet."""
+    """Return the number of bytes up to the end of a packet's ID3v2 tag, 0 without one."""
     at = data.find(b"ID3")
     return at + id3_size(data[at:]) if at >= 0 else 0
 
 
 def _is_incomplete(data: bytes, codec: str) -> bool:
-    """Return true if a frame is longer than its data: the parser does not find the next one."""
+    """Return true if the frame is longer than `data`: the parser then finds no complete frame."""
     frames = av.CodecContext.create(codec, "r").parse(data + data)
     return bool(data) and (not frames or frames[0].size != len(data))
 
 
 class _Converter:
-    """Converts frames to float32 (N, channels) at one rate, whatever they have."""
+    """Converts frames of any format to float32 (N, channels) at one rate."""
 
     def __init__(self, rate: int, channels: int):
         self.rate, self.channels = rate, channels
@@ -213,19 +213,19 @@ class _Converter:
             parts.append(self.flush())
             self.form = form
             self.resampler = av.AudioResampler("flt", frame.layout, self.rate)
-        frame.pts = None  # the resampler would fill or cut by times
+        frame.pts = None  # with times, the resampler would insert or drop samples
         parts += [self._array(one) for one in self.resampler.resample(frame)]
         return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
 
     def flush(self) -> np.ndarray:
-        """Return the samples that the resampler holds back."""
+        """Return the samples buffered in the resampler."""
         frames = self.resampler.resample(None) if self.resampler else []
         parts = [self._array(frame) for frame in frames]
         self.resampler = None
         return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
 
     def _array(self, frame: av.AudioFrame) -> np.ndarray:
-        # Interleaved: PyAV crashes on frames of more than 8 planes, which damage may cause.
+        # Interleaved: PyAV crashes on frames with more than 8 planes, which damaged files can have.
         block = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
         if block.shape[1] != self.channels:
             block = np.repeat(block.mean(axis=1, keepdims=True), self.channels, axis=1)
@@ -238,5 +238,5 @@ def _silence(samples: int, channels: int) -> Iterator[np.ndarray]:
 
 
 def reason(error: Exception) -> str:
-    """Return the message without the path and error number that ffmpeg adds to it."""
+    """Return the error message without the path and error number added by ffmpeg."""
     return getattr(error, "strerror", None) or first_line(error)

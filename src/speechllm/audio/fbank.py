@@ -1,4 +1,4 @@
-"""The recipe's acoustic features: 80 log-mel filter banks every 10 ms, at 16 kHz."""
+"""Acoustic features of the recipe: 80 log-mel filter banks every 10 ms, from 16 kHz audio."""
 
 import functools
 
@@ -13,7 +13,7 @@ SHIFT, WINDOW = 160, 400  # samples
 
 
 def fbank_extractor() -> Fbank:
-    """Return lhotse's extractor: samples at 16 kHz (N,) -> features (T, 80)."""
+    """Return lhotse's feature extractor: 16 kHz samples (N,) -> features (T, 80)."""
     return Fbank(FbankConfig(sampling_rate=SAMPLING_RATE, num_mel_bins=NUM_MEL_BINS))
 
 
@@ -21,20 +21,20 @@ _shared_extractor = functools.cache(fbank_extractor)
 
 
 class StreamingFbank:
-    """Features of a stream, block by block: the same as those of the whole recording."""
+    """Computes features block by block, identical to those of the whole recording."""
 
     def __init__(self):
-        self._held = torch.zeros(0)  # samples that do not complete a window
-        self._remainder: Tensor | None = None  # samples before them of the same window, (1, N)
+        self._held = torch.zeros(0)  # new samples, too few to complete a window
+        self._remainder: Tensor | None = None  # earlier samples of the same window, (1, N)
         self._samples = 0
 
     def __call__(self, samples: Tensor, last: bool = False) -> Tensor:
-        """Return the features (T, 80) that are complete; with `last`, the remaining ones."""
+        """Return the completed feature frames (T, 80); with `last`, all remaining frames."""
         self._samples += len(samples)
         features = self._next(samples)
         if not last or self._remainder is None:  # shorter than a window: nothing to recognize
             return features
-        # lhotse mirrors the end.
+        # lhotse pads by mirroring the end.
         frames = (self._samples + SHIFT // 2) // SHIFT
         missing = (frames - 1) * SHIFT + WINDOW - (WINDOW - SHIFT) // 2 - self._samples
         end = torch.cat([self._remainder[0], self._held])[-missing:]

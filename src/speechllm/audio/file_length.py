@@ -1,4 +1,4 @@
-"""Lengths that headers of audio files give, compared with the files."""
+"""Checks of audio files against the lengths in their headers."""
 
 import logging
 import mmap
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 STREAM = "stream"
-STREAM_SIZE = 0x7F000000  # and above, or 0: the size was unknown when the header was written
+STREAM_SIZE = 0x7F000000  # this or more, or 0: size unknown when the header was written
 NEGLIGIBLE = 1024  # bytes that may be missing
-SIZES = {  # first bytes -> offset and format of a size, and bytes that it does not count
+SIZES = {  # first bytes -> offset and format of the size field, and bytes it does not count
     b"FORM": (4, ">I", 8),  # AIFF
     b".snd": (8, ">I", 24),  # AU; its header has at least 24 bytes
     b"riff": (16, "<Q", 0),  # W64
@@ -19,13 +19,13 @@ SIZES = {  # first bytes -> offset and format of a size, and bytes that it does 
 }
 TAGS = (b"ID3", b"TAG", b"APETAG", b"LYRICS")  # between joined MP3s
 ASF = b"0&\xb2u"
-FIRST_PAGE, LAST_PAGE = 2, 4  # flags of Ogg
-TS_PACKETS = ((188, 0), (192, 4))  # bytes, and where the sync byte is
+FIRST_PAGE, LAST_PAGE = 2, 4  # Ogg page flags
+TS_PACKETS = ((188, 0), (192, 4))  # packet size and offset of the sync byte
 XING_OFFSETS = (4 + 32, 4 + 17, 4 + 9)  # stereo, mono, MPEG-2 mono
 
 
 def size_fault(path: str | Path) -> str | None:
-    """Describe a file that is shorter than the sizes in it, where its format has sizes."""
+    """Return a sentence if the file is shorter than its own size fields, else None."""
     with open(path, "rb") as file:
         head, size = file.read(200).ljust(200, b"\0"), file.seek(0, os.SEEK_END)
         end = _end(file, head, size)
@@ -33,7 +33,7 @@ def size_fault(path: str | Path) -> str | None:
 
 
 def _end(file: BinaryIO, head: bytes, size: int) -> int:
-    """Return where the file should end, 0 if unknown."""
+    """Return the expected size of the file in bytes, 0 if unknown."""
     if head[:4] == b"caff":
         return _last_end(file, 8, 12, lambda chunk: struct.unpack(">4xq", chunk)[0])
     if head[:4] == b"Crea":
@@ -54,14 +54,14 @@ def _end(file: BinaryIO, head: bytes, size: int) -> int:
 
 
 def _last_end(file: BinaryIO, end: int, header: int, length: Callable[[bytes], int]) -> int:
-    """Return the end of the last chunk, as far as lengths (without headers) are not negative."""
+    """Return the end of the last chunk; `length` gives a chunk's size, negative to stop."""
     while len(chunk := _read_at(file, end, header)) == header and (size := length(chunk)) >= 0:
         end += header + size
     return end
 
 
 def _mp4_end(file: BinaryIO) -> int:
-    """Return the end of the last box of an MP4 file, 0 if it extends to the end of the file."""
+    """Return the end of an MP4 file's last box, 0 if a box has no usable length."""
     end = 0
     while len(box := _read_at(file, end, 16)) >= 8 and box[4:8].isalnum():
         length = int.from_bytes(box[8:] if box[:4] == b"\0\0\0\1" else box[:4], "big")
@@ -81,13 +81,13 @@ def _read_at(file: BinaryIO, position: int, length: int) -> bytes:
 
 
 def id3_size(head: bytes) -> int:
-    """Return the bytes of an ID3v2 tag with this header."""
+    """Return the size in bytes of the ID3v2 tag with this header."""
     seven_bits = head[6:10].ljust(4, b"\0")
     return 10 + sum(byte << shift for byte, shift in zip(seven_bits, (21, 14, 7, 0)))
 
 
 def xing_seconds(path: str | Path, rate: int) -> float:
-    """Return the shortest duration that an MP3's Xing or Info header allows, 0 without one."""
+    """Return an MP3's minimum duration by its Xing or Info header, in seconds; 0 without one."""
     with open(path, "rb") as file:
         head = file.read(10)
         if head[:3] == b"ID3":
@@ -97,15 +97,15 @@ def xing_seconds(path: str | Path, rate: int) -> float:
     for offset in XING_OFFSETS:
         fields = head[offset : offset + 12]
         if fields[:4] in (b"Xing", b"Info") and len(fields) == 12 and fields[7] & 1:
-            samples = 1152 if head[1] & 8 else 576  # per frame: MPEG-1, or 2 and 2.5
+            samples = 1152 if head[1] & 8 else 576  # per frame: MPEG-1, else MPEG-2 and 2.5
             frames = int.from_bytes(fields[8:], "big") - 3  # delay and padding are cut off
             return max(0, frames) * samples / rate
     return 0.0
 
 
 def ogg_length(path: str | Path) -> tuple[int, str | None]:
-    """Return the last granule position of an Ogg file, 0 if it has several streams or begins in
-    the middle of one; and a sentence if bytes, pages or the end are missing.
+    """Return an Ogg file's last granule position, and a sentence if the file is damaged or
+    truncated. The position is 0 for several streams or a missing beginning.
     """
     granule, starts, numbers, is_whole, flags, fault = 0, 0, {}, True, 0, None
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -126,13 +126,13 @@ def ogg_length(path: str | Path) -> tuple[int, str | None]:
             at = content.find(b"OggS", end)
         if end > len(content) or content[end : end + 4] == b"OggS":
             fault = fault or f"{path} is truncated: it ends within an Ogg page"
-    if not fault and not (is_whole and flags & LAST_PAGE):  # as in recordings of a live stream
+    if not fault and not (is_whole and flags & LAST_PAGE):  # e.g. a recorded live stream
         logging.warning(f"{path}: the Ogg stream has no {'end' if is_whole else 'beginning'}")
     return granule if starts == FIRST_PAGE and is_whole else 0, fault
 
 
 def wav_fault(path: str | Path, rate: int) -> str | None:
-    """STREAM if a WAV's data size is unknown, a sentence if the file is shorter or longer."""
+    """Return STREAM if a WAV's data size is unknown, a sentence if it is wrong, else None."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)

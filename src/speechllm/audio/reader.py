@@ -1,7 +1,7 @@
-"""Audio files of any format, decoded block by block with soundfile, else with PyAV (ffmpeg).
+"""Block-by-block decoding of audio files of any format, with soundfile or PyAV (ffmpeg).
 
-soundfile reads the formats whose length is exact; PyAV reads all others. What can be read is
-yielded first, damage is raised at the end.
+soundfile reads the formats with an exact length, PyAV all others. A damaged file raises an error
+only after all readable samples have been yielded.
 """
 
 import mmap
@@ -17,22 +17,22 @@ from speechllm.audio.av_reader import open_by_av, reason
 from speechllm.audio.file_length import STREAM, size_fault, wav_fault
 from speechllm.errors import InputError
 
-SUFFIXES = (  # suffixes of audio files looked for in a folder
+SUFFIXES = (  # files in a folder with these suffixes are audio
     ".3gp", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".ape", ".au", ".avi", ".caf", ".flac", ".flv",
     ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpeg",
     ".mpg", ".mpga", ".mts", ".oga", ".ogg", ".ogv", ".opus", ".rm", ".sph", ".ts", ".tta", ".voc",
     ".w64", ".wav", ".webm", ".wma", ".wmv", ".wv",
 )  # fmt: skip
 BLOCK_SECONDS = 10
-INEXACT_BY_SOUNDFILE = ("OGG", "MP3", "MPEG")  # it ends at the first link or Xing length
-SMALL = 10_000  # bytes: a larger file has audio
-LOUDEST = 1000.0  # float samples above this have the scale of int16
+INEXACT_BY_SOUNDFILE = ("OGG", "MP3", "MPEG")  # soundfile stops at the first link or Xing length
+SMALL = 10_000  # bytes: a larger file must contain audio
+LOUDEST = 1000.0  # float samples above this are probably scaled like int16
 
 
 class Sound(NamedTuple):
     """An open audio file.
 
-    blocks: samples, float32 (N, channels) each; after the last one an InputError names damage.
+    blocks: float32 samples (N, channels); after the last block, damage raises InputError.
     """
 
     sampling_rate: int  # Hz
@@ -45,8 +45,8 @@ def open_sound(path: str | Path) -> Sound:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      InputError: it is not a supported audio file; also after its last block, if it is damaged,
-        truncated or has samples that are not finite.
+      InputError: the file is not supported audio; or, after the last block, the file is damaged or
+        truncated, or samples are not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
@@ -55,7 +55,7 @@ def open_sound(path: str | Path) -> Sound:
 
 
 def _complete(path: str | Path, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the blocks; raise InputError if the file should have more."""
+    """Yield the blocks; raise InputError if the file should contain more samples."""
     samples = 0
     for block in blocks:
         samples += len(block)
@@ -92,7 +92,7 @@ def _sound(path: str | Path, rate: int, channels: int, blocks: Iterator[np.ndarr
 
 
 def _has_second_flac(path: str | Path) -> bool:
-    """Return true for joined FLAC files."""
+    """Return true if several FLAC files were joined into this one."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(b"fLaC\0\0\0\x22", 4) >= 0
 
@@ -117,20 +117,20 @@ def _soundfile_blocks(
 
 
 def _rest_by_av(path: str | Path, read: int) -> Iterator[np.ndarray]:
-    """Yield what PyAV decodes behind damage where soundfile ends."""
+    """Yield the samples after the first `read`, decoded by PyAV: soundfile stops at damage."""
     try:
         for block in _sound_by_av(path).blocks:
             yield block[read:]
             read = max(0, read - len(block))
-    except InputError:  # the caller names the damage
+    except InputError:  # the caller reports the damage
         return
 
 
 def _checked(path: str | Path, blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """Yield the blocks until samples are not finite or not in the range of a float format.
+    """Yield the blocks up to the first invalid sample.
 
     Raises:
-      InputError: with the time of the sample.
+      InputError: samples are not finite or exceed the float range; the message gives the time.
     """
     read = 0
     for block in blocks:
@@ -150,7 +150,7 @@ def _checked(path: str | Path, blocks: Iterable[np.ndarray], rate: int) -> Itera
 
 
 def _joined(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Concatenate to blocks of at least `size` samples each, except the last or before an error."""
+    """Join blocks to at least `size` samples, except for the last one and before an error."""
     held, samples = [], 0
     try:
         for block in blocks:

@@ -1,4 +1,4 @@
-"""Audio of any sampling rate and length to mono at 16 kHz, block by block."""
+"""Block-by-block conversion of audio of any rate and length to 16 kHz mono."""
 
 import math
 import shutil
@@ -15,21 +15,22 @@ from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.audio.reader import BLOCK_SECONDS, open_sound
 from speechllm.errors import InputError
 
-RESAMPLER_CONTEXT = 1  # s, much longer than its filter
+RESAMPLER_CONTEXT = 1  # s, much longer than the resampling filter
 LARGEST_RESAMPLER = 10_000_000  # weights; 44.1 kHz needs 70560, 44.101 kHz 700 million
 
 
 def windows(
     blocks: Iterable[Tensor], length: int, context: int
 ) -> Iterator[tuple[Tensor, int, int]]:
-    """Split a recording into parts of `length` samples; the last may differ by up to `context`.
+    """Split a recording into windows of `length` samples, plus context on both sides.
 
     Args:
-      blocks: (N,) each, of any sizes.
-      context: samples on both sides, fewer at the ends; at most half of `length`.
+      blocks: samples (N,), of any block sizes.
+      length: samples per window; the last window may differ by up to `context`.
+      context: samples on each side, fewer at the ends; at most half of `length`.
 
     Yields:
-      samples (N,), before, length; the part itself is `samples[before : before + length]`.
+      samples (N,), before, length; the window itself is `samples[before : before + length]`.
     """
     held, before = torch.zeros(0), 0
     for block in blocks:
@@ -42,11 +43,11 @@ def windows(
 
 
 def audio_blocks(path: str | Path) -> Iterator[Tensor]:
-    """Read an audio file as blocks of samples (N,), float32; channels are averaged.
+    """Read an audio file as blocks of 16 kHz samples (N,), float32; channels are averaged.
 
     Raises:
       FileNotFoundError: the file does not exist.
-      InputError: it cannot be decoded; also after the last block, if it is damaged.
+      InputError: the file cannot be decoded; or, after the last block, the file is damaged.
     """
     sound, errors = open_sound(path), []
 
@@ -54,7 +55,7 @@ def audio_blocks(path: str | Path) -> Iterator[Tensor]:
         try:
             for block in sound.blocks:
                 yield torch.from_numpy(block).mean(dim=1)
-        except InputError as error:  # raised after the samples that the resampler holds
+        except InputError as error:  # raised later, after the samples buffered in the resampler
             errors.append(error)
 
     yield from resampled(mono(), sound.sampling_rate, path)
@@ -63,10 +64,10 @@ def audio_blocks(path: str | Path) -> Iterator[Tensor]:
 
 
 def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
-    """Read an open file as `audio_blocks` does, from a copy: some formats need to seek.
+    """Read an open file like `audio_blocks`, from a temporary copy: some formats need to seek.
 
     Raises:
-      InputError: it cannot be decoded; the message begins with `name`.
+      InputError: the file cannot be decoded; the message begins with `name`.
     """
     with tempfile.NamedTemporaryFile(prefix="transcribe-") as file:
         shutil.copyfileobj(stream, file)
@@ -84,12 +85,13 @@ def _check_rate(rate: int, name: str | Path) -> None:
 
 
 def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator[Tensor]:
-    """Resample blocks (N,) to 16 kHz, with the same result as for the whole at once.
+    """Resample blocks (N,) to 16 kHz, with the same result as for the whole recording at once.
 
-    lhotse's resampler is used, as for training data.
+    Uses lhotse's resampler, as for training data.
 
     Raises:
-      InputError: the rate is unsupported, or samples are not finite; it begins with `name`.
+      InputError: the rate is unsupported, or samples are not finite; the message begins with
+        `name`.
     """
     _check_rate(rate, name)
     for block in _resampled(blocks, rate):
@@ -99,12 +101,12 @@ def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator
 
 
 class StreamResampler:
-    """Resamples a stream to 16 kHz block by block, 10 ms behind."""
+    """Resamples a stream to 16 kHz block by block, with a delay of 10 ms."""
 
     def __init__(self, rate: int):
         """
         Raises:
-          InputError: the rate is not supported.
+          InputError: the rate is unsupported.
         """
         _check_rate(rate, "stream")
         self.rate = rate
@@ -113,7 +115,7 @@ class StreamResampler:
         self._held, self._before = torch.zeros(0), 0
 
     def __call__(self, samples: Tensor, last: bool = False) -> Tensor:
-        """Return the samples at 16 kHz that are complete; with `last`, the remaining ones."""
+        """Return the 16 kHz samples available so far; with `last`, all remaining samples."""
         if self.rate == SAMPLING_RATE:
             return samples
         held, before = torch.cat([self._held, samples]), self._before

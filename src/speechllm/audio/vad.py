@@ -1,4 +1,4 @@
-"""Voice activity detection by Silero VAD, a package that contains its model."""
+"""Voice activity detection by Silero VAD, whose package includes the model."""
 
 import torch
 from torch import Tensor, nn
@@ -6,14 +6,14 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 WINDOW = 512  # samples, 32 ms
-CONTEXT = 64  # samples before a window that the model sees, too
+CONTEXT = 64  # samples before each window that are part of the model's input
 
 
 class SpeechDetector:
-    """Estimates where recordings contain speech.
+    """Estimates the speech probability over time.
 
-    The package calls its model window by window; here all windows are encoded at once and LSTM and
-    decoder run over the sequence, in a fifth of the time.
+    The package calls its model window by window; here all windows are encoded at once, and the LSTM
+    and the decoder run over the whole sequence, in a fifth of the time.
     """
 
     def __init__(self):
@@ -30,10 +30,10 @@ class SpeechDetector:
 
     @torch.inference_mode()
     def __call__(self, recordings: list[Tensor]) -> list[Tensor]:
-        """Return probabilities of speech, one per window of 32 ms.
+        """Return each recording's speech probabilities, one per 32 ms window.
 
         Args:
-          recordings: samples (N,) each, at 16 kHz.
+          recordings: 16 kHz samples (N,).
         """
         lens = [-(-len(one) // WINDOW) for one in recordings]
         samples = pad_sequence(recordings, True)

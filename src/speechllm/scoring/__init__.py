@@ -1,1 +1,1 @@
-"""Scoring: word and character errors, result files in icefall's format, bootstrap, normalizers."""
+"""Scoring: error rates, result files in icefall's format, bootstrap tests, text normalizers."""

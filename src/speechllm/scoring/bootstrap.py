@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals of error rates, and a paired test between two decodings.
+"""Bootstrap confidence intervals for error rates, and a paired test of two decodings.
 
 Bisani & Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP
 2004.
@@ -16,7 +16,7 @@ from speechllm.scoring.wer import ScoredUtterance
 def bootstrap_interval(
     utterances: Sequence[ScoredUtterance], samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95 % interval of the WER in percent, independent of the order."""
+    """Return the 95% interval of the WER in percent; the order of utterances does not matter."""
     if not utterances:
         return 0.0, 0.0
     errors, words = _resample(_errors_and_words(utterances), samples, seed).T
@@ -26,7 +26,7 @@ def bootstrap_interval(
 
 
 class Difference(NamedTuple):
-    """Difference of two WERs in percent, its 95 % interval, and the p-value of no difference."""
+    """Difference of two WERs in percent, with its 95% interval and p-value."""
 
     wer: float
     low: float
@@ -40,14 +40,14 @@ def paired_bootstrap(
     samples: int = 10000,
     seed: int = 0,
 ) -> Difference:
-    """Compare the WERs of two decodings of the same utterances; positive if `after` is worse.
+    """Compare two decodings of the same utterances; positive if `after` has the higher WER.
 
-    Each sample draws utterances as in `bootstrap_interval`, the same for both. p is two-sided:
-    twice the share of samples on the rarer side of 0, with the data itself counted as one more
-    sample, so it is never 0.
+    Each sample draws utterances as in `bootstrap_interval`, the same for both decodings. The
+    two-sided p-value is twice the fraction of samples on the rarer side of 0; the data itself
+    counts as one more sample, so p is never 0.
 
     Raises:
-      InputError: no utterances, or they differ.
+      InputError: there are no utterances, or the ids or references differ.
     """
     _check_same_references(before, after)
     one, other = _errors_and_words(before), _errors_and_words(after)
@@ -62,7 +62,7 @@ def paired_bootstrap(
 def _check_same_references(
     before: Sequence[ScoredUtterance], after: Sequence[ScoredUtterance]
 ) -> None:
-    """Raise InputError without utterances, or if two decodings have different ones."""
+    """Raise InputError if there are no utterances, or if their ids or references differ."""
     one, other = ({u.id: u.ref for u in utterances} for utterances in (before, after))
     if not one and not other:
         raise InputError("no utterances to compare")
@@ -79,7 +79,7 @@ def _check_same_references(
 
 
 def _errors_and_words(utterances: Sequence[ScoredUtterance]) -> np.ndarray:
-    """Return the errors and reference words of each utterance, sorted by id: (N, 2)."""
+    """Return errors and reference words per utterance, sorted by id: (N, 2)."""
     ordered = sorted(utterances, key=lambda one: (one.id, one.ref, one.hyp))
     return np.array([(one.counts.errors, one.counts.ref_words) for one in ordered])
 
@@ -87,12 +87,12 @@ def _errors_and_words(utterances: Sequence[ScoredUtterance]) -> np.ndarray:
 def _resample(counts: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """Sum the counts of N utterances drawn with replacement: (N, 2) -> (samples, 2)."""
     rng = np.random.default_rng(seed)
-    # One sample at a time: memory stays at N, which is long enough to vectorise over.
+    # One sample at a time: memory stays at O(N), and N is large enough to vectorize over.
     draws = (rng.integers(len(counts), size=len(counts)) for _ in range(samples))
     return np.array([counts[draw].sum(axis=0) for draw in draws])
 
 
 def _per_100(errors: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Errors per 100 words as in ErrorCounts.wer; differences may be negative."""
+    """Return errors per 100 words like `ErrorCounts.wer`; differences may be negative."""
     no_words = np.where(errors == 0, 0.0, np.copysign(np.inf, errors))
     return np.where(words > 0, 100.0 * errors / np.maximum(words, 1), no_words)

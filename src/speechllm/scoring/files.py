@@ -1,11 +1,10 @@
-"""Result files in icefall's format, byte for byte, sorted by cut id.
+"""Result files, byte for byte in icefall's format, sorted by cut id.
 
-    recogs-<set>-<suffix>.txt        words of every reference and hypothesis
+    recogs-<set>-<suffix>.txt        reference and hypothesis words of every utterance
     errs-<set>-<suffix>.txt          %WER, aligned utterances, counts per error and per word
-    wer-summary-<set>-<suffix>.txt   WER with its interval, CER, and measurements of the decoding
+    wer-summary-<set>-<suffix>.txt   WER with its interval, CER, and decoding statistics
 
-In the lists of errs-*.txt the highest count comes first; among equal counts, the last word by code
-point.
+The lists in errs-*.txt are sorted by count, then by word, both in descending order.
 """
 
 import ast
@@ -30,18 +29,18 @@ from speechllm.scoring.wer import (
 
 
 def recogs_text(utterances: Sequence[ScoredUtterance]) -> str:
-    """Return the text of recogs-*.txt; raise as `sort_by_id`."""
+    """Return the text of recogs-*.txt; raise like `sort_by_id`."""
     return "".join(
         f"{one.id}:\tref={one.ref}\n{one.id}:\thyp={one.hyp}\n" for one in sort_by_id(utterances)
     )
 
 
 def read_recogs(path: Path) -> list[ScoredUtterance]:
-    """Read and align the utterances of a recogs-*.txt.
+    """Read and align the utterances in a recogs-*.txt file.
 
     Raises:
       FileNotFoundError: the file is missing.
-      InputError: a line has another format, or two utterances have the same id.
+      InputError: a line is malformed, or two utterances have the same id.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -63,7 +62,7 @@ def read_recogs(path: Path) -> list[ScoredUtterance]:
 
 
 def errs_text(utterances: Sequence[ScoredUtterance], rate: str = "WER") -> tuple[str, ErrorCounts]:
-    """Return the text of errs-*.txt, and the counts in its first lines; raise as `sort_by_id`."""
+    """Return the text of errs-*.txt and its overall error counts; raise like `sort_by_id`."""
     utterances = sort_by_id(utterances)
     pairs, counts = count_pairs(utterances), word_error_counts(utterances, rate)
     unit = "characters" if rate == "CER" else "words"
@@ -124,7 +123,7 @@ def write_scores(
     extra: Mapping[str, str | float] | None = None,
     rate: str = "WER",
 ) -> ErrorCounts:
-    """Write recogs-, errs- and wer-summary-<name>-<suffix>.txt; raise as `sort_by_id`, before."""
+    """Write recogs-, errs- and wer-summary-<name>-<suffix>.txt; first raise like `sort_by_id`."""
     errs, counts = errs_text(utterances, rate)
     contents = {
         "recogs": recogs_text(utterances).encode(),
@@ -139,7 +138,7 @@ def write_scores(
 
 
 def log_line(set_name: str, counts: ErrorCounts) -> str:
-    """`[set] %WER 1.86% [978 / 52576, 108 ins, 74 del, 796 sub ]`"""
+    """Return icefall's line: `[set] %WER 1.86% [978 / 52576, 108 ins, 74 del, 796 sub ]`."""
     return (
         f"[{set_name}] %{counts.rate} {counts.wer:.2f}% [{counts.errors} / {counts.ref_words}, "
         f"{counts.insertions} ins, {counts.deletions} del, {counts.substitutions} sub ]"
@@ -147,7 +146,7 @@ def log_line(set_name: str, counts: ErrorCounts) -> str:
 
 
 def sort_by_id(utterances: Sequence[ScoredUtterance]) -> list[ScoredUtterance]:
-    """Sort by cut id; raise InputError if two utterances have the same one."""
+    """Sort by cut id; raise InputError if two utterances have the same id."""
     in_order = sorted(utterances, key=lambda one: one.id)
     for one, other in pairwise(in_order):
         if one.id == other.id:
@@ -165,7 +164,7 @@ def _read_words(line: bytes, kind: str) -> tuple[str, list[str]]:
 
 
 def _show(pairs: list[Pair]) -> str:
-    """`he (was->*) like (unto->un to) my father`: neighbouring errors share one bracket."""
+    """Return `he (was->*) like (unto->un to) my father`: adjacent errors share parentheses."""
     shown = []
     for correct, run in groupby(pairs, key=lambda pair: pair[0] == pair[1]):
         ref, hyp = (" ".join(chain.from_iterable(side)) for side in zip(*run, strict=True))

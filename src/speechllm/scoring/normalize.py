@@ -1,4 +1,4 @@
-"""Lower-casing, and text normalizers for scoring references and hypotheses."""
+"""Lower-casing, and text normalizers applied to references and hypotheses before scoring."""
 
 import unicodedata
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def normalize_basic(text: str) -> str:
 
 
 def normalize_english(text: str) -> str:
-    """Apply Whisper's English rules: digits, full contractions and titles, fillers removed."""
+    """Apply Whisper's English rules: digits, expanded contractions and titles, no fillers."""
     return _whisper_english()(lower_case(text)).strip()
 
 
@@ -29,7 +29,7 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {
     "english": normalize_english,
 }
 
-# Typed variants of the apostrophe; replaced before NFKC, which would decompose the acute accent.
+# Characters typed as apostrophes, replaced before NFKC, which would decompose the acute accent.
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u00b4`", "'"))
 
 
@@ -38,13 +38,13 @@ def _kept(character: str) -> str:
     category = unicodedata.category(character)
     if category[0] in "LMN" or character == "'":
         return character
-    return "" if category == "Cf" else " "  # soft hyphens and the like are inside words
+    return "" if category == "Cf" else " "  # soft hyphens etc. occur inside words
 
 
 @cache
 def _whisper_english() -> Callable[[str], str]:
-    # Imported here because transformers takes seconds and only this normalizer needs it.
+    # Imported here: importing transformers takes seconds, and only this normalizer needs it.
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-    # Whisper's British-to-American table is a download, not part of transformers: left empty.
+    # Left empty: Whisper's British-to-American table is not part of transformers.
     return EnglishTextNormalizer({})

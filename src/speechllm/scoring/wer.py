@@ -1,7 +1,7 @@
 """Word error rate: one alignment per utterance, and the errors counted from it.
 
-Words are aligned by kaldialign with costs 1, 1, 1. In languages written without spaces a word is a
-character and the rate is called CER; MER where only some of the utterances are scored so.
+Words are aligned by kaldialign with costs 1, 1, 1. For languages written without spaces, characters
+are scored as words and the rate is called CER; MER if only some utterances are scored this way.
 """
 
 import re
@@ -19,7 +19,7 @@ Pair = tuple[Words, Words]  # aligned reference and hypothesis; () for a gap
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Errors over `ref_words` reference words (characters for a CER)."""
+    """Error counts over `ref_words` reference words (characters for CER)."""
 
     insertions: int
     deletions: int
@@ -37,21 +37,21 @@ class ErrorCounts:
 
     @property
     def wer(self) -> float:
-        """Errors per 100 reference words; without reference words 0, or inf if there are errors."""
+        """Errors per 100 reference words; without any, 0, or infinity if there are errors."""
         if self.ref_words == 0:
             return float("inf") if self.errors else 0.0
         return 100.0 * self.errors / self.ref_words
 
 
 def total_counts(counts: Iterable[ErrorCounts], rate: str = "WER") -> ErrorCounts:
-    """Return the sum of the error counts of several utterances."""
+    """Return the error counts summed over utterances."""
     counts, fields = list(counts), ("insertions", "deletions", "substitutions", "ref_words")
     return ErrorCounts(*(sum(getattr(one, name) for one in counts) for name in fields), rate)
 
 
 @dataclass(frozen=True)
 class ScoredUtterance:
-    """An utterance with its alignment, computed once by `align_utterance`."""
+    """Utterance with its alignment; see `align_utterance`."""
 
     id: str
     ref: list[str]  # words or characters
@@ -60,18 +60,18 @@ class ScoredUtterance:
 
     @cached_property
     def counts(self) -> ErrorCounts:
-        """Word errors."""
+        """Word error counts."""
         return _pair_counts(self.pairs)
 
     @cached_property
     def character_counts(self) -> ErrorCounts:
-        """Errors in the characters of the words joined by one space; the space counts."""
+        """Character error counts of the words joined by spaces; spaces count as characters."""
         edits = kaldialign.edit_distance(" ".join(self.ref), " ".join(self.hyp))
         return ErrorCounts(*(edits[key] for key in ("ins", "del", "sub", "ref_len")))
 
 
 def align(ref: Sequence[str], hyp: Sequence[str]) -> list[Pair]:
-    """Return the aligned pairs of 1-tuples, and () for a gap: no word, not even `*`, means one."""
+    """Return pairs of 1-tuples, with () for a gap: any word, even `*`, can occur in a text."""
     return kaldialign.align([(word,) for word in ref], [(word,) for word in hyp], ())
 
 
@@ -88,11 +88,11 @@ def word_error_counts(utterances: Iterable[ScoredUtterance], rate: str = "WER") 
 def biased_error_counts(
     utterances: Iterable[ScoredUtterance], biased: Collection[str]
 ) -> tuple[ErrorCounts, ErrorCounts]:
-    """Return the errors of the words of a biasing list, and those of all others.
+    """Return the error counts of the words in a biasing list, and of all other words.
 
     B-WER and U-WER of Le et al., "Contextualized streaming end-to-end speech recognition with
-    trie-based deep biasing and shallow fusion", 2021 (https://arxiv.org/abs/2104.02194): the
-    reference word decides, for insertions the inserted one.
+    trie-based deep biasing and shallow fusion", 2021 (https://arxiv.org/abs/2104.02194): an error
+    belongs to the reference word, an insertion to the inserted word.
     """
     pairs = [pair for one in utterances for pair in one.pairs]
     is_biased = [(ref or hyp)[0] in biased for ref, hyp in pairs]
@@ -115,7 +115,7 @@ def character_error_counts(utterances: Iterable[ScoredUtterance]) -> ErrorCounts
 
 
 def count_pairs(utterances: Iterable[ScoredUtterance]) -> Counter[Pair]:
-    """Count how often each reference word is aligned to each hypothesis word or gap."""
+    """Count how often each reference word or gap is aligned to each hypothesis word or gap."""
     return Counter(pair for one in utterances for pair in one.pairs)
 
 
@@ -128,7 +128,7 @@ NO_SPACES = frozenset(  # ISO 639 codes, and the names in lhotse's recipes
 
 
 def by_characters(language: str | None, error_unit: str = "auto") -> bool:
-    """Return true if an utterance is scored by characters; auto: `zh-CN` is, `en` and None not."""
+    """Return true if an utterance is scored by characters; with `auto`, `zh-CN` but not `en`."""
     code = re.split(r"[^a-z]", str(language or "").lower(), maxsplit=1)[0]
     return error_unit == "characters" or (error_unit == "auto" and code in NO_SPACES)
 
@@ -139,6 +139,6 @@ def units(text: str, characters: bool) -> list[str]:
 
 
 def rate_name(are_characters: Iterable[bool]) -> str:
-    """Return the name of the error rate of utterances scored by characters or not."""
+    """Return WER, CER or MER; `are_characters` is true for utterances scored by characters."""
     kinds = set(are_characters)
     return "MER" if len(kinds) > 1 else "CER" if True in kinds else "WER"
