@@ -189,7 +189,7 @@ def test_the_card_has_command_data_and_error_rates(exported, decoded, experiment
     rows = [line for line in card.splitlines() if line.startswith("| tiny")]
     assert rows == [f"| tiny_test | WER {wer} % | {errors} | decode-greedy-epoch-2-avg-2-max8 |"]
     assert "    src/train.py --train-cuts mine\n" in card and "\nlanguage: en\n" in card
-    assert str(tiny_llm_dir) in card and "licence" in card
+    assert str(tiny_llm_dir) in card and "license" in card
 
 
 # ---- errors

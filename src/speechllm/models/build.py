@@ -1,4 +1,4 @@
-"""Build the SpeechLLM that a ModelConfig describes."""
+"""Build the SpeechLLM described by a ModelConfig."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from speechllm.models.zipformer.encoder import ZipformerEncoder
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options that do not change the function of a model."""
+    """Options that do not change what the model computes in evaluation, up to rounding."""
 
     llm_dtype: torch.dtype = torch.float32
     encoder_dtype: torch.dtype = torch.float32  # dtype of frozen encoders
@@ -29,10 +29,10 @@ class BuildOptions:
 def build_model(
     config: ModelConfig, options: BuildOptions = BuildOptions()
 ) -> tuple[SpeechLLM, PreTrainedTokenizerBase]:
-    """Build the model, and load its tokenizer with the speech tokens.
+    """Build the model and load its tokenizer, including the speech tokens.
 
     Raises:
-      FileNotFoundError, InputError: a file is missing, damaged or does not match the config.
+      FileNotFoundError, InputError: a file is missing or damaged, or does not match the config.
     """
     encoders = load_encoders(config, options.encoder_dtype, options.device)
     llm, tokenizer = load_llm(
@@ -55,7 +55,7 @@ def build_model(
 
 
 def load_encoders(config: ModelConfig, dtype: torch.dtype, device: str) -> list[ZipformerEncoder]:
-    """Load the encoders; those that are frozen have their linear layers in `dtype`."""
+    """Load the encoders; if frozen, their linear layers are converted to `dtype`."""
     files = zip(config.encoder_files, config.encoder_shapes)
     encoders = [load_encoder(*file, *shapes).to(device) for file, shapes in files]
     for encoder in encoders:

@@ -1,8 +1,8 @@
-"""Cross entropy over a large vocabulary, in chunks of labels.
+"""Cross entropy over a large vocabulary, computed for chunks of labels.
 
-The logits of all labels would be the largest tensor of a training step. Here each chunk of logits
-is converted in place to its gradient, multiplied with the head's weights and freed: neither the
-forward nor the backward pass holds more than one chunk.
+The logits for all labels would be the largest tensor in a training step. Here each chunk of logits
+is converted in place to its gradient, multiplied by the head's weights and freed, so that at most
+one chunk is in memory at a time.
 """
 
 import torch
@@ -12,7 +12,7 @@ CHUNK_SIZE = 128
 
 
 def cap_logits(logits: Tensor, cap: float | None) -> Tensor:
-    """Bound logits smoothly to -cap … cap, in place; unchanged if `cap` is None."""
+    """Smoothly limit logits to (-cap, cap), in place; None leaves them unchanged."""
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
@@ -23,14 +23,14 @@ def chunked_cross_entropy(
     cap: float | None = None,
     smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed cross entropy (nats) of N labels, and how many have the largest logit.
+    """Return the cross entropy (nats) summed over N labels, and the number predicted correctly.
 
     Args:
-      hidden: (N, D) hidden states that predict the labels; weight: (V, D) of the LLM's head.
-      labels: (N,); cap: bound of the logits (see `cap_logits`).
-      smoothing: share of each label's probability that is spread over all V tokens.
+      hidden: (N, D) hidden states that predict the labels; weight: (V, D), of the LLM's head.
+      labels: (N,); cap: limit for the logits (see `cap_logits`).
+      smoothing: fraction of each label's probability that is spread over all V tokens.
     """
-    if not torch.is_grad_enabled():  # the Function would compute gradients all the same
+    if not torch.is_grad_enabled():  # the Function would still compute gradients
         hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, cap, smoothing)
 
@@ -40,7 +40,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, cap, smoothing):
-        dtype = (hidden[:1] @ weight[:1].t()).dtype  # autocast's
+        dtype = (hidden[:1] @ weight[:1].t()).dtype  # autocast's, if enabled
         needed = ctx.needs_input_grad
         head, grads = weight.to(dtype), []
         grad_weight = torch.zeros_like(weight) if needed[1] else None
@@ -49,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for chunk, targets in zip(hidden.split(CHUNK_SIZE), labels.split(CHUNK_SIZE)):
             chunk, targets = chunk.to(dtype), targets[:, None]
             logits = cap_logits((chunk @ head.t()).float(), cap)  # (n, V)
-            slope = None if cap is None else 1 - (logits / cap).square()  # of cap_logits
+            slope = None if cap is None else 1 - (logits / cap).square()  # derivative of cap_logits
             highest, best = logits.max(dim=1, keepdim=True)
             correct += (best == targets).sum()
             logits -= highest

@@ -1,7 +1,7 @@
-"""ModelConfig: the parts of a SpeechLLM, as flags and as `<exp-dir>/model.json`.
+"""ModelConfig: the components of a SpeechLLM, as flags and as `<exp-dir>/model.json`.
 
-Training writes model.json; programs that use the model then need no flag but --exp-dir. A directory
-written by export.py has a model.json with a `checkpoint`, and paths relative to the directory.
+Training writes model.json, so that programs using the model need only --exp-dir. In a directory
+written by export.py, model.json has a `checkpoint` entry and paths relative to the directory.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from speechllm.models.zipformer.config import AUTO, SIZES, Chunking, parse_chunk
 
 MODEL_FILE = "model.json"
 INDEX_FILE = "model.safetensors.index.json"  # of the LLM's weights in an exported model
-VLLM_MODEL = "SpeechLLMForConditionalGeneration"  # the class that vLLM loads, in speechllm/vllm
-MAX_NEW_TOKENS = 200  # of a transcript
+VLLM_MODEL = "SpeechLLMForConditionalGeneration"  # the class in speechllm/vllm that vLLM loads
+MAX_NEW_TOKENS = 200  # per transcript
 REPOSITORY = Path(__file__).resolve().parents[3]
 PATHS = ("llm_path", "speech_encoder_path", "speech_encoder_bpe_path")
-MAY_CHANGE = (  # when resuming; the shapes of the encoders' weights give their types
+MAY_CHANGE = (  # when resuming; the encoder types follow from the shapes of the weights
     "speech_encoder_type", "speech_encoder_bpe_path", "language", "command", "checkpoint",
     "llm_hash", "encoder_hashes", "lora_dropout", "longest_utterance",
 )  # fmt: skip
@@ -51,55 +51,55 @@ class ModelConfig:
         AUTO, f"{AUTO} (from the checkpoint), {', '.join(SIZES)}; comma-separated for several"
     )
     num_heads: str | None = _option(
-        None, "with auto: attention heads of each stack, such as 4,4,4,8,4,4, if the head "
-        "dimensions are not icefall's defaults; several encoders separated by +",
+        None, "with auto: attention heads per stack, such as 4,4,4,8,4,4, if the head "
+        "dimensions are not icefall's defaults; + separates encoders",
     )  # fmt: skip
     encoder_unmasked_dim: str | None = _option(
-        None, "with auto: channels of each stack that are never masked in training, by default "
-        "the smallest stack's; several encoders separated by +",
+        None, "with auto: channels per stack that are never masked in training, by default the "
+        "width of the narrowest stack; + separates encoders",
     )  # fmt: skip
     speech_encoder_path: str = _option(
         _pretrained(ENCODERS[-1]), "pretrained.pt, comma-separated for several encoders"
     )
     speech_encoder_bpe_path: str = _option(
         "models/zipformer/librispeech/bpe.model",
-        "bpe.model of each encoder, or one for all; needed for CTC drafts",
+        "bpe.model of each encoder, or one for all encoders; needed for CTC drafts",
     )
     chunk_size: str = _option(
-        "-1", "causal encoders: frames per chunk, 20 ms each; -1: whole utterances; training draws "
-        "from comma-separated values for each batch, decoding uses the last",
+        "-1", "causal encoders: 20 ms frames per chunk, -1 for whole utterances; from several "
+        "comma-separated values training samples one per batch, and decoding uses the last",
     )  # fmt: skip
     left_context_frames: str = _option(
-        "128", "causal encoders: frames before a chunk that attention sees; -1: all; "
-        "several as for --chunk-size",
+        "128", "causal encoders: 20 ms frames of left context per chunk, -1 for all; "
+        "comma-separated values work as for --chunk-size",
     )  # fmt: skip
     encoder_projector_ds_rate: int = _option(4, "encoder frames per speech embedding")
     instruction: str = _option(
-        "", "instruction to the LLM, after the speech; the published models have none"
+        "", "instruction to the LLM, after the speech; the published models use none"
     )
     use_context: bool = _option(
-        False, "append each utterance's `context` (a custom field of its supervision, such as "
+        False, "append each utterance's `context` (custom field of the supervision, e.g. "
         "hotwords) to the instruction",
     )  # fmt: skip
     lowercase: bool = _option(
-        True, "lower-case the transcripts; false trains a model that writes true case"
+        True, "lower-case the transcripts; false trains a model with cased output"
     )
     use_lora: bool = _option(True, "train LoRA matrices instead of the LLM itself")
     lora_r: int = _option(64, "rank of the LoRA matrices")
     lora_alpha: int = _option(16, "the LoRA update is scaled by alpha / rank")
     lora_dropout: float = _option(0.05, "dropout before the LoRA matrices")
     lora_targets: str = _option(
-        LORA_TARGETS, "linear layers with LoRA, comma-separated; of the default list those that "
-        "the LLM has",
+        LORA_TARGETS, "linear layers with LoRA, comma-separated; layers in the default list that "
+        "the LLM lacks are ignored",
     )  # fmt: skip
     unfreeze_llm: bool = _option(True, "false: keep the LLM frozen")
     unfreeze_encoder: bool = _option(False, "also train the encoders")
     language: str | None = _option(None, "language of the transcripts, such as en")
     command: str | None = None  # the training command
-    checkpoint: str | None = None  # file in the directory of an exported model
+    checkpoint: str | None = None  # file name in an exported directory
     llm_hash: str | None = None  # identity of the LLM and the encoders (see identity.py)
     encoder_hashes: str | None = None  # comma-separated
-    longest_utterance: float | None = None  # of the training, in seconds
+    longest_utterance: float | None = None  # in training, in seconds
 
     def __post_init__(self):
         paths, sizes = comma_list(self.speech_encoder_path), comma_list(self.speech_encoder_type)
@@ -124,18 +124,18 @@ class ModelConfig:
 
     @property
     def chunkings(self) -> tuple[Chunking, ...]:
-        """Chunks of causal encoders to draw from in training; decoding uses the last."""
+        """Chunkings of causal encoders to sample from in training; decoding uses the last."""
         return parse_chunkings(self.chunk_size, self.left_context_frames)
 
     @property
     def encoder_files(self) -> list[tuple[str, str]]:
-        """Path and size of each encoder; a single size applies to all."""
+        """Path and size of each encoder; a single size applies to all encoders."""
         paths, sizes = comma_list(self.speech_encoder_path), comma_list(self.speech_encoder_type)
         return list(zip(paths, sizes * len(paths) if len(sizes) == 1 else sizes))
 
     @property
     def encoder_shapes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Heads and unmasked channels of each encoder's stacks, () where they are not given."""
+        """Heads and unmasked channels of each encoder's stacks, () if not given."""
         return [*zip(self._per_encoder("num_heads"), self._per_encoder("encoder_unmasked_dim"))]
 
     def _per_encoder(self, name: str) -> list[tuple[int, ...]]:
@@ -154,7 +154,7 @@ class ModelConfig:
 
     @property
     def bpe_paths(self) -> list[str]:
-        """BPE models: none, one for all encoders, or one each."""
+        """Paths of BPE models: none, one for all encoders, or one per encoder."""
         return comma_list(self.speech_encoder_bpe_path)
 
     @property
@@ -172,12 +172,12 @@ MOSE = ModelConfig(
 def model_config(
     args: argparse.Namespace, exp_dir: Path, default: ModelConfig = ONE_ENCODER
 ) -> ModelConfig:
-    """Build the config from flags, then model.json in `exp_dir`, then `default`."""
+    """Build the config from flags, then `<exp_dir>/model.json`, then `default`."""
     return from_args(load_model_config(exp_dir, default) or default, args)
 
 
 def load_model_config(exp_dir: Path, default: ModelConfig = ONE_ENCODER) -> ModelConfig | None:
-    """Read `<exp_dir>/model.json`, with missing entries from `default`; None without it.
+    """Read `<exp_dir>/model.json`, with missing entries from `default`; None without the file.
 
     Raises:
       InputError: the file is not a JSON object, or an entry is invalid.
@@ -191,7 +191,7 @@ def load_model_config(exp_dir: Path, default: ModelConfig = ONE_ENCODER) -> Mode
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(stored, dict):
         raise InputError(f"{path} is not a JSON object")
-    if "prompt" in stored:  # the name of `instruction` in older files
+    if "prompt" in stored:  # older files call `instruction` this
         stored["instruction"] = stored.pop("prompt")
     hints = get_type_hints(ModelConfig)
     for name, value in stored.items():
@@ -207,13 +207,13 @@ def load_model_config(exp_dir: Path, default: ModelConfig = ONE_ENCODER) -> Mode
 
 
 def with_exported_parts(path: str | None, default: ModelConfig) -> ModelConfig:
-    """Return `default` with the LLM and encoders of an exported directory, if `path` is one."""
+    """Return `default`, with the LLM and encoders in `path` if it is an exported directory."""
     if not path or not Path(path, MODEL_FILE).is_file():
         return default
     exported = load_model_config(Path(path), default)
     trained = {"use_lora", "unfreeze_llm", "unfreeze_encoder", "command", "checkpoint"}
     trained |= {name for name in vars(default) if name.startswith("lora_")}  # merged
-    if exported.num_encoders == 1 < default.num_encoders:  # the projector goes to one of several
+    if exported.num_encoders == 1 < default.num_encoders:  # it initializes one of several encoders
         trained |= {"speech_encoder_type", "speech_encoder_path", "speech_encoder_bpe_path"}
     return dataclasses.replace(exported, **{name: getattr(default, name) for name in trained})
 
@@ -228,7 +228,7 @@ def save_model_config(config: ModelConfig, folder: Path) -> None:
 def check_same_model(config: ModelConfig, exp_dir: Path) -> None:
     """Check that training resumes with the model it was started with, if model.json exists.
 
-    Files of which neither content nor hash is left are assumed to be the same, with a warning.
+    A file with neither content nor hash left to compare gives only a warning.
 
     Raises:
       InputError: a flag differs from model.json.
@@ -250,18 +250,18 @@ def check_same_model(config: ModelConfig, exp_dir: Path) -> None:
 
 
 def is_same_model(config: ModelConfig, exp_dir: Path) -> bool:
-    """Return whether model.json in `exp_dir`, if it exists, describes the same model."""
+    """Return true if `<exp_dir>/model.json` describes the same model or does not exist."""
     return not [*_differing(config, load_model_config(exp_dir) or config)]
 
 
 def with_hashes(config: ModelConfig) -> ModelConfig:
-    """Return the config with the hashes of the LLM and the encoders."""
+    """Return a config that includes the hashes of the LLM and the encoders."""
     hashes = {entry: content_hashes(getattr(config, name)) for name, entry in HASHES.items()}
     return dataclasses.replace(config, **hashes)
 
 
 def _differing(config: ModelConfig, before: ModelConfig) -> Iterator[str]:
-    """Yield the fields in which the models differ; files count by content, not by path."""
+    """Yield the fields in which the models differ; files are compared by content, not path."""
     for name, now in dataclasses.asdict(config).items():
         if now == getattr(before, name) or name in MAY_CHANGE:
             continue
@@ -270,7 +270,7 @@ def _differing(config: ModelConfig, before: ModelConfig) -> Iterator[str]:
 
 
 def _same_content(name: str, config: ModelConfig, before: ModelConfig) -> bool | None:
-    """Return whether the files are the same; None if the content of those before is unknown."""
+    """Return whether the files are identical; None if the earlier content is unknown."""
     now, then = getattr(config, name), getattr(before, name)
     if now == then:
         return True
@@ -281,7 +281,7 @@ def _same_content(name: str, config: ModelConfig, before: ModelConfig) -> bool |
 
 
 def check_model_files(config: ModelConfig) -> None:
-    """Check that the files of the LLM and the encoders exist, before any of them is loaded.
+    """Check that the files of the LLM and the encoders exist, before loading any.
 
     Raises:
       FileNotFoundError: a directory or file is missing.
@@ -293,7 +293,7 @@ def check_model_files(config: ModelConfig) -> None:
 
 
 def check_llm_path(path: str) -> None:
-    """Check that a local path contains an LLM; names on the Hugging Face hub pass.
+    """Check that a local path contains an LLM; Hugging Face hub names are not checked.
 
     Raises:
       FileNotFoundError: the directory is missing or has no config.json.
@@ -304,10 +304,10 @@ def check_llm_path(path: str) -> None:
 
 
 def _resolve_paths(stored: dict, exp_dir: Path) -> dict:
-    """Resolve paths of an exported model in its directory, and others in the repository.
+    """Resolve an exported model's paths in its directory, and others in the repository.
 
-    Training stores paths as given. If they do not exist from the current directory, they are
-    looked up in the repository, where most trainings are started.
+    Training stores paths as given. Paths that do not exist relative to the current directory are
+    looked up in the repository, from which training is usually started.
     """
     exported = "checkpoint" in stored
     resolved = {}

@@ -1,9 +1,9 @@
-"""Write a trained model as one directory that can be moved, without pickled files:
+"""Write a trained model to one relocatable directory, without pickled files:
 
     config.json, model.safetensors, tokenizer…  the LLM with LoRA merged: a plain Qwen2
-    model.safetensors.index.json                the LLM's weights alone, for vLLM
+    model.safetensors.index.json                index of the LLM's weights only, for vLLM
     projector.safetensors                       projectors
-    encoders/1/model.safetensors, bpe.model     each encoder with its CTC head
+    encoders/1/model.safetensors, bpe.model     one folder per encoder, with its CTC head
     model.json                                  ModelConfig
 
 With int8, model-int8.safetensors (see speechllm/models/int8.py) replaces model.safetensors.
@@ -62,12 +62,12 @@ def write_model(
     """Write a trained model to an empty folder; `model` is converted in place.
 
     Args:
-      config: configuration of the experiment.
+      config: the experiment's configuration.
       dtype: dtype of the LLM's weights and the encoders' linear layers.
       int8: store the LLM's weights in 8 bits.
 
     Raises:
-      InputError: the disk is full, or a weight is not finite in `dtype`.
+      InputError: disk space is insufficient, or a weight is not finite in `dtype`.
     """
     model.llm = merge_lora(model.llm, dtype).requires_grad_(False)
     for encoder in model.encoder:
@@ -76,7 +76,7 @@ def write_model(
     check_space(folder.parent, size, "the model")
     write_llm(model, tokenizer, int8, folder)
     paths = write_encoders(model, config.bpe_paths, folder)
-    save_file(trainable_state(model), folder / PROJECTOR)  # all else is frozen now
+    save_file(trainable_state(model), folder / PROJECTOR)  # everything else is frozen now
     exported = dataclasses.replace(
         config,
         **paths,
@@ -95,12 +95,12 @@ def write_model(
     for licence in Path(config.llm_path).glob("LICENSE*"):
         shutil.copyfile(licence, folder / licence.name)
     mode = (folder / "config.json").stat().st_mode
-    for path in folder.rglob("*.safetensors"):  # save_file lets only the owner read them
+    for path in folder.rglob("*.safetensors"):  # save_file makes them readable by the owner only
         path.chmod(mode)
 
 
 def merge_lora(llm: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a plain LLM in `dtype`; LoRA is merged in the precision of `llm`."""
+    """Return a plain LLM in `dtype`, after merging LoRA in the precision of `llm`."""
     if hasattr(llm, "peft_config"):
         llm = llm.merge_and_unload()
     llm = llm.to(dtype)
@@ -113,7 +113,7 @@ def merge_lora(llm: nn.Module, dtype: torch.dtype) -> nn.Module:
 def write_llm(
     model: SpeechLLM, tokenizer: PreTrainedTokenizerBase, int8: bool, folder: Path
 ) -> None:
-    """Write LLM and tokenizer, which has the speech tokens, for `from_pretrained`."""
+    """Write the LLM and the tokenizer with speech tokens, for `from_pretrained`."""
     llm, chat = model.llm, model.chat
     llm.generation_config = GenerationConfig(
         eos_token_id=sorted({*chat.ends}), pad_token_id=chat.pad, max_new_tokens=MAX_NEW_TOKENS
@@ -123,17 +123,17 @@ def write_llm(
     else:
         llm.save_pretrained(folder)
         write_index(folder)
-    # transformers goes by model_type. vLLM must not find the LLM's class here: it would serve the
-    # LLM alone where the plugin is absent or broken.
+    # transformers uses model_type instead. With the LLM's class here, vLLM would serve the LLM
+    # alone when the plugin is absent or broken.
     llm.config.architectures = [VLLM_MODEL]
     llm.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def write_index(folder: Path) -> None:
-    """Write an index of the LLM's weights, unless they are in several files, which have one.
+    """Write an index of the LLM's weights, unless they are sharded: shards come with an index.
 
-    Without it vLLM reads each safetensors file of the directory, the projectors' too.
+    Without an index, vLLM reads every safetensors file in the directory, including the projectors.
     """
     if not (folder / INDEX_FILE).exists():
         with safe_open(folder / WEIGHTS, "pt") as weights:
@@ -143,9 +143,9 @@ def write_index(folder: Path) -> None:
 
 
 def write_encoders(model: SpeechLLM, bpe_paths: list[str], folder: Path) -> dict[str, str]:
-    """Write `encoders/<number>/`; returns the entries of model.json that name them."""
+    """Write `encoders/<number>/` and return the paths for model.json."""
     paths, bpes = [], []
-    bpe_paths = bpe_paths * len(model.encoder)  # one may serve all
+    bpe_paths = bpe_paths * len(model.encoder)  # a single path applies to all encoders
     for k, encoder in enumerate(model.encoder):
         own = Path("encoders") / str(k + 1)
         (folder / own).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Identity of encoders and LLMs: the content of their files, not their paths."""
+"""Content hashes that identify encoders and LLMs independently of their paths."""
 
 import hashlib
 from functools import cache
@@ -9,9 +9,9 @@ from speechllm.cli import comma_list
 
 @cache
 def content_hash(path: str) -> str:
-    """Return 16 hexadecimal digits for a file, or for a directory's weights; "" if it is missing.
+    """Return 16 hexadecimal digits for a file or a directory's weights; "" if it is missing.
 
-    A name on the Hugging Face hub stands for its downloaded copy.
+    For a Hugging Face hub name, the downloaded copy is hashed.
     """
     found = Path(path)
     if not found.exists() and path.count("/") == 1:
@@ -30,6 +30,6 @@ def content_hash(path: str) -> str:
 
 
 def content_hashes(paths: str) -> str:
-    """Return the hashes of comma-separated paths, comma-separated; "" if one is missing."""
+    """Return comma-separated hashes of comma-separated paths; "" if a path is missing."""
     hashes = [content_hash(path) for path in comma_list(paths)]
     return ",".join(hashes) if all(hashes) else ""

@@ -1,8 +1,8 @@
-"""LLM with int8 weights, for decoding on a CPU: a quarter of float32's size, and faster.
+"""LLMs with int8 weights for decoding on CPUs: faster, and a quarter of the size of float32.
 
-Each row of a weight, also of the embedding and the head, is scaled by its largest absolute value
-over 127. A linear layer quantizes each row of its input in the same way, multiplies integers and
-rescales, so the result of an utterance does not depend on the batch.
+The scale of each weight row, including embedding and head, is its largest absolute value divided by
+127. A linear layer quantizes its input rows in the same way, multiplies integers and rescales, so
+an utterance's result does not depend on its batch.
 """
 
 import torch
@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 INT8_FILE = "model-int8.safetensors"  # replaces model.safetensors
-SCALE = "_scale"  # suffix of a weight's name
+SCALE = "_scale"  # suffix added to a weight's name
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """x (…, K) -> x W' + b (…, N), with int8 W (N, K) and a scale for each row."""
+    """Linear layer with int8 W (N, K) and a scale per row: x (…, K) -> x W' + b (…, N)."""
 
     def __init__(self, rows: int, columns: int, bias: bool):
         super().__init__()
@@ -33,7 +33,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", torch.empty(rows) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":  # _int_mm has other constraints there
+        if x.device.type != "cpu":  # _int_mm has more constraints on GPUs
             weight = (self.weight * self.weight_scale).to(x.dtype)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         integers, scale = quantize(x.reshape(-1, x.size(-1)))
@@ -44,7 +44,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """ids (…) -> rows (…, K) of an int8 weight, in `dtype`."""
+    """Embedding with an int8 weight: ids (…) -> rows (…, K) in `dtype`."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, embed_scale: float = 1.0):
         super().__init__()
@@ -58,7 +58,7 @@ class Int8Embedding(nn.Module):
 
 
 def int8_state(llm: nn.Module) -> dict[str, Tensor]:
-    """Return the content of INT8_FILE for an LLM; a tied head is not repeated."""
+    """Return the content of INT8_FILE for an LLM, without a duplicate of a tied head."""
     state = {}
     for name, value in llm.named_parameters():
         if value.dim() == 2:
@@ -69,7 +69,7 @@ def int8_state(llm: nn.Module) -> dict[str, Tensor]:
 
 
 def load_int8(path: str, dtype: torch.dtype, attention: str | None) -> nn.Module:
-    """Load the LLM of a directory with INT8_FILE; norms and embeddings are computed in `dtype`."""
+    """Load an int8 LLM from a directory; norms and embeddings are computed in `dtype`."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with no_init_weights():
         llm = AutoModelForCausalLM.from_config(

@@ -1,4 +1,4 @@
-"""Load the LLM and its tokenizer, and choose its trainable parameters."""
+"""Load the LLM and its tokenizer, and select its trainable parameters."""
 
 import logging
 from pathlib import Path
@@ -22,18 +22,18 @@ from speechllm.models.prompt import add_speech_tokens
 def load_llm(
     path: str, dtype: torch.dtype = torch.float32, use_flash_attn: bool = False, device: str = "cpu"
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load the LLM with its weights in `dtype`, and its tokenizer with the speech tokens.
+    """Load the LLM with weights in `dtype`, and its tokenizer with the speech tokens added.
 
     Args:
-      path: a local directory, which may have int8 weights, or a name on the Hugging Face hub.
+      path: a local directory, possibly with int8 weights, or a Hugging Face hub name.
 
     Raises:
       FileNotFoundError: the directory is missing.
-      InputError: the LLM is incomplete, not a causal LLM of text, needs custom code, or has no
+      InputError: the LLM is incomplete, is not a causal text LLM, needs custom code, or has no
         safetensors file or no ChatML tokens.
     """
     check_llm_path(path)
-    # None: sdpa where the LLM supports it; flash-attn does not run on "meta"
+    # None: sdpa if the LLM supports it; flash-attn does not support "meta"
     attention = "flash_attention_2" if use_flash_attn and device != "meta" else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -49,7 +49,7 @@ def load_llm(
                 output_loading_info=True,
                 device_map=None if device == "cpu" else device,
             )
-            missing = loaded["missing_keys"]  # transformers initializes them at random
+            missing = loaded["missing_keys"]  # transformers initializes them randomly
     except Exception as error:  # transformers, the hub, safetensors or json
         raise InputError(f"the LLM cannot be loaded from {path}: {first_line(error)}") from None
     if missing:
@@ -60,13 +60,13 @@ def load_llm(
     rows = add_speech_tokens(tokenizer)
     if rows > llm.get_input_embeddings().num_embeddings:
         add_embedding_rows(llm, rows)
-    # Drop an instruct model's sampling and repetition penalty, which would change transcripts.
+    # Drop an instruct model's sampling and repetition penalty, which would alter transcripts.
     llm.generation_config = GenerationConfig()
     return llm, tokenizer
 
 
 def add_embedding_rows(llm: nn.Module, rows: int) -> None:
-    """Extend embedding and head to `rows` rows, each new one the mean of the old ones."""
+    """Extend embedding and head to `rows` rows; new rows are the mean of the old rows."""
     old = llm.get_input_embeddings().num_embeddings
     logging.info(f"LLM: the embedding has {old} rows; {rows - old} are added for the speech tokens")
     llm.resize_token_embeddings(rows, mean_resizing=False)
@@ -78,14 +78,13 @@ def add_embedding_rows(llm: nn.Module, rows: int) -> None:
 def prepare_llm(
     llm: nn.Module, unfreeze: bool, use_lora: bool, config: ModelConfig = ONE_ENCODER
 ) -> nn.Module:
-    """Make nothing, LoRA matrices (in float32) or all parameters of the LLM trainable.
+    """Make none of the LLM's parameters, all of them, or only LoRA matrices trainable.
 
     Args:
-      config: describes the LoRA matrices.
+      config: describes the LoRA matrices, which are in float32.
 
     Raises:
-      InputError: the LLM has int8 weights and `unfreeze` is set, or lacks a layer of
-        --lora-targets.
+      InputError: `unfreeze` is set for int8 weights, or the LLM lacks a layer in --lora-targets.
     """
     if unfreeze and is_int8(llm):
         raise InputError(

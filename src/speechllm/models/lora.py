@@ -1,10 +1,10 @@
-"""LoRA (arXiv 2106.09685) with peft's result, in fewer operations and less memory.
+"""LoRA (arXiv 2106.09685) with the same result as peft, in fewer operations and less memory.
 
-For the backward pass, peft's layer stores its input after dropout and the dropout mask in the
-input's dtype; it scales and adds tensors of the output's width. Here the input itself is stored
-with a mask of one byte per element, scaling happens in the width of LoRA's rank, and the update is
-added in place. The feed-forward module stores only its two widest inputs and recomputes their
-product. Norms are computed by one kernel. Parameters and their names are peft's.
+For the backward pass, peft's layer stores both the input after dropout and the dropout mask in the
+input's dtype, and it scales and adds tensors of the output's width. Here the input itself is
+stored with a mask of one byte per element, tensors of LoRA's rank are scaled, and the update is
+added in place. The feed-forward module stores only the gate and up projections and recomputes their
+product. Each norm is a single kernel. Parameters have peft's names.
 """
 
 import warnings
@@ -25,10 +25,10 @@ ADAPTER = "default"
 
 
 def with_lora(llm: nn.Module, config: ModelConfig = ONE_ENCODER) -> PeftModel:
-    """Add LoRA matrices to a frozen LLM; only they are trainable.
+    """Add LoRA matrices, the only trainable parameters, to a frozen LLM.
 
     Raises:
-      InputError: the LLM lacks a layer of --lora-targets.
+      InputError: the LLM lacks a layer in --lora-targets.
     """
     options = LoraConfig(
         r=config.lora_r,
@@ -50,8 +50,8 @@ def with_lora(llm: nn.Module, config: ModelConfig = ONE_ENCODER) -> PeftModel:
 
 
 def _targets(llm: nn.Module, names: str) -> list[str]:
-    """Return the names of the layers with LoRA; LLMs may lack some of the default ones."""
-    head = llm.get_output_embeddings()  # its weights are used alone, see chunked_cross_entropy
+    """Return the names of the layers with LoRA; LLMs may lack some of the default names."""
+    head = llm.get_output_embeddings()  # used by its weight only, see chunked_cross_entropy
     existing = {
         name.rpartition(".")[2]
         for name, layer in llm.named_modules()
@@ -67,14 +67,14 @@ def _targets(llm: nn.Module, names: str) -> list[str]:
 
 
 class LoraLinear(lora.Linear):
-    """A frozen Linear with LoRA matrices: x W' + b + scaling * dropout(x) A' B'.
+    """Frozen Linear with LoRA matrices: x W' + b + scaling * dropout(x) A' B'.
 
-    The result equals peft's up to rounding; dropout uses other random numbers.
+    The result equals peft's up to rounding, except for the random numbers of dropout.
     """
 
     @property
     def plain(self) -> bool:
-        """True if peft's own forward is to be used, which torch.compile fuses."""
+        """True if `forward` uses peft's code, which torch.compile can fuse."""
         return self.disable_adapters or self.merged or torch.compiler.is_compiling()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class LoraLinear(lora.Linear):
         return _Linear.apply(x, base.weight.to(x.dtype), base.bias, *self.update_of(x.dtype))
 
     def update_of(self, dtype: torch.dtype) -> tuple:
-        """Return A and B in `dtype`, the scale and the probability of dropout."""
+        """Return A and B in `dtype`, the scale, and the dropout probability."""
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         p = getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
         return a.to(dtype), b.to(dtype), self.scaling[ADAPTER], p
@@ -104,7 +104,7 @@ class LoraMLP(Qwen2MLP):
 
 
 class FusedRMSNorm(Qwen2RMSNorm):
-    """Qwen2's norm as one kernel of a GPU instead of six, and one of the backward pass."""
+    """Qwen2's norm as one GPU kernel instead of six, and one for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:
@@ -113,7 +113,7 @@ class FusedRMSNorm(Qwen2RMSNorm):
 
 
 class _Linear(torch.autograd.Function):
-    """x W' + bias + scale * dropout(x) A' B' with x (…, N), W (M, N) and bias frozen."""
+    """x W' + bias + scale * dropout(x) A' B' for x (…, N) and frozen W (M, N) and bias."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, p):
@@ -135,7 +135,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _DownLinear(torch.autograd.Function):
-    """x W' + scale * dropout(x) A' B' with x = silu(gate) * up (…, N), W (M, N) frozen."""
+    """x W' + scale * dropout(x) A' B' for x = silu(gate) * up (…, N) and frozen W (M, N)."""
 
     @staticmethod
     def forward(ctx, gate, up, weight, a, b, scale, p):
@@ -167,18 +167,18 @@ def _low(kept: Tensor, a: Tensor, scale: float, p: float) -> Tensor:
 
 
 def _scaled_mm(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """Return scale * x @ y by one kernel."""
+    """Return scale * x @ y, with one kernel."""
     return torch.addmm(x.new_empty(1), x, y, beta=0, alpha=scale)
 
 
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, update: list[Tensor], scale: float, p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x before dropout, A and B.
+    """Return the gradients of the input (before dropout), A and B.
 
     Args:
-      x: after dropout.
-      update: dropout mask or None, low-rank projection of x, A and B.
+      x: input after dropout.
+      update: dropout mask or None, low-rank projection of x, A, and B.
     """
     mask, low, a, b = update
     shape, grad = x.shape, grad.flatten(0, -2)
@@ -195,7 +195,7 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def _dropout(x: Tensor, p: float, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Zero elements with probability p, see `_kept`; return also the mask of the others."""
+    """Zero elements with probability p (see `_kept`); also return the mask of kept elements."""
     if not p:
         return x, None
     if on_gpu(x):
@@ -205,7 +205,7 @@ def _dropout(x: Tensor, p: float, out: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def _kept(x: Tensor, mask: Tensor | None, p: float, out: Tensor | None = None) -> Tensor:
-    """Zero elements outside the mask. On a GPU, the others are scaled by 1 / (1 - p) at no cost."""
+    """Zero elements outside the mask; GPUs also scale by 1 / (1 - p), at no extra cost."""
     if mask is None:
         return x
     if on_gpu(x):
@@ -214,14 +214,14 @@ def _kept(x: Tensor, mask: Tensor | None, p: float, out: Tensor | None = None) -
 
 
 def _scale(x: Tensor, scale: float, p: float) -> float:
-    """Return the scale of LoRA with what `_kept` leaves of dropout's."""
+    """Return LoRA's scale, times 1 / (1 - p) where `_kept` does not apply it."""
     return scale if on_gpu(x) else scale / (1 - p)
 
 
 def _sample_mask(x: Tensor, p: float) -> Tensor:
-    """Sample a mask like x that is False with probability p, on a CPU.
+    """Sample a mask of x's shape that is False with probability p, on a CPU.
 
-    16 random bits per element: 4 times as fast as bernoulli_.
+    Uses 16 random bits per element, 4 times as fast as bernoulli_.
     """
     n = x.numel()
     bits = torch.empty(-(-n // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)

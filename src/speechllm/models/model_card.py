@@ -1,4 +1,4 @@
-"""The README.md of an exported model, with the metadata that the Hugging Face hub reads."""
+"""README.md for an exported model, with metadata for the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -45,20 +45,20 @@ The flags name the data (`--train-cuts` or `--shar-dir`, `--manifest-dir`):
 
 {error_rates}
 
-## Licence
+## License
 
-The licences of the LLM and the encoders named above, and of the data they and this model were
-trained on, apply to these weights. The code of the recipe is under Apache-2.0.
+The licenses of the LLM and the encoders named above, and of the data they and this model were
+trained on, apply to these weights. The code of the recipe is licensed under Apache-2.0.
 """
 
 
 def model_card(
     config: ModelConfig, exp_dir: Path, name: str, out: Path, weights: str, export_command: str
 ) -> str:
-    """Return the card as Markdown, for the parameters `name`, such as epoch-10-avg-5.
+    """Return the model card in Markdown for the parameters `name`, such as epoch-10-avg-5.
 
     Args:
-      weights: their dtype, or "int8" followed by the dtype of the encoders.
+      weights: dtype of the weights, or "int8" followed by the encoders' dtype.
     """
     int8 = weights.startswith("int8")
     rows = error_rates(exp_dir, name)
@@ -80,7 +80,7 @@ def model_card(
 
 
 def error_rates(exp_dir: Path, name: str) -> list[str]:
-    """Return table rows from decode.py's summaries for the parameters of this name."""
+    """Return table rows from decode.py's summaries for the parameters `name`."""
     rows = []
     for path in sorted((exp_dir / "decode").glob("wer-summary-*.txt")):
         text = path.read_text(encoding="utf-8")

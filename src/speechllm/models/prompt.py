@@ -1,15 +1,15 @@
-"""The chat template and the special tokens: from text to token ids, labels and padding.
+"""Chat template and special tokens: conversion of texts to padded token ids and labels.
 
-The chat of one utterance with n encoders (`⏎` is a line break):
+The chat for one utterance with n encoders (`⏎` is a line break):
 
     <|im_start|>user⏎ n × (<start_speech><speech><end_speech>) instruction context <|im_end|>⏎
     <|im_start|>assistant⏎ transcript <|im_end|>
 
-All utterances have the same instruction, and each may have a context; published models use neither.
-The model replaces each `<speech>` by the speech embeddings of one encoder. Only the transcript and
-the closing token have labels. All template text of the project is in this module.
+All utterances share an instruction, and each may have a context; published models use neither. The
+model replaces each `<speech>` with the speech embeddings of one encoder. Only the transcript and
+the closing token have labels. This module contains all template text in the project.
 
-`ChatTokenizer` runs in the data loader: the training process and the model receive ids only.
+`ChatTokenizer` runs in the data loader, so the training process and the model handle only ids.
 """
 
 import random
@@ -42,7 +42,7 @@ def chat_prompt(user: str) -> str:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Token ids of the fixed parts of a chat."""
+    """Token ids of a chat's fixed parts."""
 
     before: tuple[int, ...]  # <|im_start|>user⏎
     group: tuple[int, int, int]  # <start_speech><speech><end_speech>
@@ -54,7 +54,7 @@ class ChatTemplate:
     lowercase: bool = True  # transcripts are in lower case
 
     def spelled(self, text: str) -> str:
-        """Return a transcript in the case that the model is trained with."""
+        """Return a transcript in the letter case used in training."""
         return lower_case(text) if self.lowercase else text
 
     @property
@@ -63,7 +63,7 @@ class ChatTemplate:
 
     @property
     def ends(self) -> tuple[int, int]:
-        """Ids that end an answer in generation: the closing token and padding."""
+        """Ids that end generation: the closing token and padding."""
         return self.end, self.pad
 
     def prompt(self, num_groups: int, context: Sequence[int] = ()) -> list[int]:
@@ -73,7 +73,7 @@ class ChatTemplate:
 
 
 def add_speech_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add the five speech tokens; return the embedding rows that the LLM needs for them.
+    """Add the five speech tokens; return the number of embedding rows that the LLM then needs.
 
     Raises:
       InputError: the tokenizer lacks ChatML tokens.
@@ -94,7 +94,7 @@ def build_chat_template(
     use_context: bool = False,
     lowercase: bool = True,
 ) -> ChatTemplate:
-    """Tokenize the fixed parts of a chat; the tokenizer has the speech tokens."""
+    """Tokenize a chat's fixed parts; the tokenizer must contain the speech tokens."""
     before, after = chat_prompt(SPEECH).split(SPEECH)
     start, speech, stop = tokenizer.convert_tokens_to_ids([START_SPEECH, SPEECH, END_SPEECH])
     end, pad = tokenizer.convert_tokens_to_ids(IM_END), tokenizer.pad_token_id
@@ -118,14 +118,14 @@ def encode_transcripts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> 
 def encode_contexts(
     tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate, texts: list[str] | None
 ) -> list[list[int]] | None:
-    """Tokenize contexts, each after a space; None without contexts or if the chat uses none."""
+    """Tokenize contexts, each preceded by a space; None if there are none or the chat uses none."""
     if texts is None or not chat.use_context:
         return None
     return encode_continuations(tokenizer, texts)
 
 
 def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokenize texts, each after a space; an empty one has no tokens."""
+    """Tokenize texts, each preceded by a space; empty texts give no tokens."""
     return [_encode(tokenizer, f" {text.strip()}" if text.strip() else "") for text in texts]
 
 
@@ -134,17 +134,17 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def decode_transcripts(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
-    """Return the texts of generated ids, without special tokens, stripped."""
+    """Return the text of each list of generated ids, stripped, without special tokens."""
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def word_log_probs(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], log_probs: list[float]
 ) -> list[float]:
-    """Sum the tokens' log-probabilities for each word of `decode_transcripts([ids])[0]`."""
+    """Sum the token log-probabilities per word of `decode_transcripts([ids])[0]`."""
     pieces = [_decode_token(tokenizer, i) for i in ids]
     text, ends = "".join(pieces), [*accumulate(map(len, pieces))]
-    if "\ufffd" in text:  # a character, maybe a space, of several tokens
+    if "\ufffd" in text:  # a character, possibly a space, consists of several tokens
         prefixes = decode_transcripts(tokenizer, [ids[: n + 1] for n in range(len(ids))])
         text, ends = prefixes[-1], [*map(len, prefixes)]
     starts = [word.start() for word in re.finditer(r"\S+", text)]
@@ -161,7 +161,7 @@ def _decode_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """Tokenizer of training batches, for use in the data loader's processes (picklable)."""
+    """Tokenizer for training batches; picklable, for the data loader's worker processes."""
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
@@ -170,17 +170,17 @@ class ChatTokenizer:
     def training_batch(
         self, texts: list[str], contexts: list[str] | None = None, sample: bool = False
     ) -> dict:
-        """Tokenize the chats of B utterances.
+        """Tokenize the chats for B utterances.
 
         Args:
-          contexts: a context for each utterance, "" for none.
-          sample: drop encoders at random if there are several, as in MoSE training.
+          contexts: one context per utterance, "" for none.
+          sample: randomly drop encoders if there are several, as in MoSE training.
 
         Returns:
           input_ids: (B, L), left-padded.
-          labels: (B, L), IGNORED except on the transcript and the closing token.
-          encoders: for each utterance the encoders of its speech groups, in order.
-          num_tokens: number of labels that count.
+          labels: (B, L), IGNORED except for the transcript and the closing token.
+          encoders: encoders of each utterance's speech groups, in order.
+          num_tokens: number of labels that are not IGNORED.
         """
         if sample and self.num_encoders > 1:
             encoders = sample_encoders(self.num_encoders, len(texts))
@@ -195,10 +195,10 @@ class ChatTokenizer:
 
 
 def sample_encoders(num_encoders: int, batch_size: int) -> list[list[int]]:
-    """Sample the encoders of each utterance for MoSE training, and their order.
+    """Sample each utterance's encoders and their order for MoSE training.
 
-    Each of the n groups is kept with probability 3/4 (all if none is); the encoders of the kept
-    groups are sampled without replacement, with Python's random generator.
+    Each of the n speech groups is kept with probability 3/4; if none is kept, all are. The kept
+    groups' encoders are sampled without replacement, with Python's random generator.
     """
     sampled = []
     for _ in range(batch_size):
@@ -213,7 +213,7 @@ def training_ids(
     num_groups: list[int],
     contexts: list[list[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ids and labels, left-padded (B, L), with `num_groups[b]` speech groups in row b."""
+    """Return left-padded ids and labels (B, L), with `num_groups[b]` speech groups in row b."""
     ids, labels = [], []
     for transcript, prompt in zip(transcripts, _prompts(chat, num_groups, contexts)):
         answer = [*transcript, chat.end]
@@ -225,7 +225,7 @@ def training_ids(
 def prompt_ids(
     chat: ChatTemplate, num_groups: list[int], contexts: list[list[int]] | None = None
 ) -> Tensor:
-    """Return the ids of prompts without an answer, left-padded (B, L)."""
+    """Return the left-padded ids (B, L) of prompts, without answers."""
     return _pad_left(_prompts(chat, num_groups, contexts), chat.pad)
 
 
@@ -237,6 +237,6 @@ def _prompts(
 
 
 def _pad_left(rows: list[list[int]], padding: int) -> Tensor:
-    """Stack rows of different lengths, padded at the front: int64 (B, L)."""
+    """Stack rows of different lengths, left-padded, as int64 (B, L)."""
     length = max(map(len, rows))
     return torch.tensor([[padding] * (length - len(row)) + row for row in rows])

@@ -1,7 +1,6 @@
-"""Speech encoders with a projector for each, from features to speech embeddings.
+"""Speech encoders, each with a projector from its output to speech embeddings.
 
-Shapes: B utterances, T feature frames, S speech embeddings, D width of the LLM, C channels of an
-encoder.
+Shapes: B utterances, T feature frames, S speech embeddings, D LLM width, C encoder channels.
 """
 
 from typing import NamedTuple
@@ -20,15 +19,15 @@ class SwooshR(nn.Module):
 
 
 class EncoderOutput(NamedTuple):
-    """Output of one encoder for the rows that use it; row 0 as a dummy when none does."""
+    """One encoder's output for the rows that use it, or for row 0 as a dummy if none does."""
 
-    rows: list[int]  # N utterances of the batch
+    rows: list[int]  # N utterances in the batch
     encoder_out: Tensor  # (N, T / 4, C)
     lens: Tensor  # (N,)
 
 
 class Projector(nn.Module):
-    """Encoder output (B, T, C) -> speech embeddings (B, T // ds_rate, D)."""
+    """Maps encoder output (B, T, C) to speech embeddings (B, T // ds_rate, D)."""
 
     def __init__(self, encoder_dim: int, llm_dim: int, ds_rate: int = 4, dropout: float = 0.1):
         super().__init__()
@@ -47,7 +46,7 @@ class Projector(nn.Module):
 
 
 class SpeechEncoders(nn.Module):
-    """Encoders with a projector for each, from features to speech embeddings."""
+    """Encoders with one projector each, from features to speech embeddings."""
 
     def __init__(
         self,
@@ -59,9 +58,9 @@ class SpeechEncoders(nn.Module):
     ):
         """
         Args:
-          encoders: trained unless they are `frozen`; their CTC heads are always frozen.
+          encoders: trainable unless `frozen`; CTC heads are always frozen.
           ds_rate: encoder frames per speech embedding.
-          encoder_feature_mask: mask encoder channels in training, as the published recipe does.
+          encoder_feature_mask: mask encoder channels in training, as in the published recipe.
         """
         super().__init__()
         for encoder in encoders:
@@ -76,15 +75,15 @@ class SpeechEncoders(nn.Module):
         self.encoder_feature_mask = encoder_feature_mask
 
     def all_encoders(self, batch_size: int) -> list[list[int]]:
-        """Return all encoders in order for each utterance, as validation and decoding use them."""
+        """Return all encoders, in order, per utterance: the choice in validation and decoding."""
         return [list(range(len(self.encoder))) for _ in range(batch_size)]
 
     def encode(
         self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
     ) -> list[EncoderOutput]:
-        """Run each encoder on the utterances that use it, or on the first if none does.
+        """Run each encoder on the utterances that use it, or on the first one if none does.
 
-        On every rank all trainable parameters need a gradient, even if it is zero.
+        Every trainable parameter needs a gradient on every rank, even if it is zero.
         """
         outputs = []
         chunking = self.encoder[0].sample_chunking() if self.training else None
@@ -103,7 +102,7 @@ class SpeechEncoders(nn.Module):
     def project(
         self, outputs: list[EncoderOutput], encoders: list[list[int]]
     ) -> list[list[Tensor]]:
-        """Return the speech embeddings (S, D) of each utterance's encoders, in that order."""
+        """Return the speech embeddings (S, D) per utterance and encoder, in the given order."""
         by_encoder: list[dict[int, Tensor]] = []
         for projector, (rows, encoder_out, lens) in zip(self.encoder_projector, outputs):
             embeddings = projector(encoder_out)
@@ -118,10 +117,10 @@ class SpeechEncoders(nn.Module):
     def speech_embeddings(
         self, features: Tensor, feature_lens: Tensor, encoders: list[list[int]]
     ) -> list[list[Tensor]]:
-        """Encode and project: speech embeddings (S, D) of each utterance's encoders."""
+        """Return the speech embeddings (S, D) per utterance and encoder, from features."""
         return self.project(self.encode(features, feature_lens, encoders), encoders)
 
 
 def to_device(device: torch.device, small: Tensor) -> Tensor:
-    """Copy from the CPU to the device without waiting for it."""
+    """Copy a tensor from the CPU to the device, asynchronously."""
     return small.to(device, non_blocking=True)

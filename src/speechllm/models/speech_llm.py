@@ -1,6 +1,6 @@
-"""SpeechLLM: n speech encoders, a projector for each, and one LLM.
+"""SpeechLLM: n speech encoders, one projector each, and an LLM.
 
-Shapes: B utterances, T feature frames, S speech embeddings, L token ids, D width of the LLM.
+Shapes: B utterances, T feature frames, S speech embeddings, L token ids, D LLM width.
 """
 
 import copy
@@ -18,7 +18,7 @@ from speechllm.models.zipformer.encoder import ZipformerEncoder
 
 
 class PromptEmbeddings(NamedTuple):
-    """Input embeddings before the answers of a batch."""
+    """Input embeddings of a batch of prompts."""
 
     embeds: Tensor  # (B, L, D), left-padded
     mask: Tensor  # (B, L), False on padding; on the CPU
@@ -26,7 +26,7 @@ class PromptEmbeddings(NamedTuple):
 
 
 class SpeechLLM(SpeechEncoders):
-    """Encoders, projectors and LLM; a model with one encoder is the case n = 1."""
+    """Encoders, projectors and an LLM; one or several encoders are handled alike."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class SpeechLLM(SpeechEncoders):
         encoder_feature_mask: bool = True,
         label_smoothing: float = 0.0,
     ):
-        """For the other arguments see SpeechEncoders.
+        """Initialize from the arguments of SpeechEncoders, plus:
 
         Args:
-          label_smoothing: of the loss in training.
+          label_smoothing: label smoothing of the training loss.
         """
         llm_dim = llm.get_input_embeddings().embedding_dim
         super().__init__(encoders, llm_dim, chat, ds_rate, encoder_feature_mask)
@@ -48,7 +48,7 @@ class SpeechLLM(SpeechEncoders):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "SpeechLLM":
-        """Set training mode; frozen parts, like frozen encoders, stay in evaluation mode."""
+        """Set training mode; a frozen LLM, projector or encoder stays in evaluation mode."""
         super().train(mode)
         for part in (self.llm, self.encoder_projector):
             if not any(p.requires_grad for p in part.parameters()):
@@ -56,7 +56,7 @@ class SpeechLLM(SpeechEncoders):
         return self
 
     def checkpoint_activations(self) -> None:
-        """Store only each trained layer's input; the backward pass recomputes the rest."""
+        """Store only the input of each trainable layer; the backward pass recomputes the rest."""
         for encoder in self.encoder:
             if not encoder.frozen:
                 encoder.checkpoint_activations()
@@ -65,7 +65,7 @@ class SpeechLLM(SpeechEncoders):
         (new or llm.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def compile_layers(self) -> None:
-        """Compile each layer with torch.compile, for variable lengths."""
+        """Compile each layer with torch.compile, with dynamic lengths."""
         for encoder in self.encoder:
             encoder.compile_layers()
         for layer in self.base_llm.get_decoder().layers:
@@ -78,24 +78,24 @@ class SpeechLLM(SpeechEncoders):
 
     @property
     def logit_cap(self) -> float | None:
-        """Bound of Gemma 2's logits, cap * tanh(logits / cap); None for other LLMs."""
+        """Cap of Gemma 2's logits, cap * tanh(logits / cap); None for other LLMs."""
         return getattr(self.base_llm.config, "final_logit_softcapping", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the LLM's logits (N, V) in float32 for hidden states (N, D)."""
+        """Return the LLM's float32 logits (N, V) for hidden states (N, D)."""
         return cap_logits(self.base_llm.get_output_embeddings()(hidden).float(), self.logit_cap)
 
     def run_llm(self, embeds: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return the hidden states (B, N, D) of the last N positions, whose embeddings are given.
+        """Return the hidden states (B, N, D) of the last N of L positions.
 
         Args:
-          embeds: (B, N, D).
-          mask: (B, L) of all positions, those in the cache first; on the CPU.
-          cache: extended by the N positions.
+          embeds: (B, N, D), input embeddings of the last N positions.
+          mask: (B, L), of cached and new positions; on the CPU.
+          cache: keys and values of earlier positions; extended in place.
         """
         on_device = to_device(embeds.device, mask)
         decoder = self.base_llm.get_decoder()
-        # transformers 5.22 calls it `cache`, and drops the old name in 5.40.
+        # transformers 5.22 renamed the argument to `cache`; 5.40 drops the old name.
         names = inspect.signature(decoder.forward).parameters
         name = "cache" if "cache" in names else "past_key_values"
         return decoder(
@@ -109,9 +109,9 @@ class SpeechLLM(SpeechEncoders):
     def _attention_mask(
         self, mask: Tensor, on_device: Tensor, num_inputs: int
     ) -> Tensor | dict[str, Tensor | None]:
-        """Return the mask of `run_llm` as transformers takes it.
+        """Return the attention mask for `run_llm` in the form expected by transformers.
 
-        Where possible it is complete: transformers would wait for the device to look at it.
+        A ready-made mask is returned if possible: transformers would synchronize with the device.
         """
         if not self._attends_fully("sdpa"):
             return on_device.long()
@@ -125,10 +125,10 @@ class SpeechLLM(SpeechEncoders):
         return {"full_attention": allowed}  # (B, 1, N, L)
 
     def _attends_fully(self, *implementations: str) -> bool:
-        """Return whether all layers have full attention, with one of these implementations.
+        """Return true if all layers use full attention with one of these implementations.
 
-        Then transformers takes a ready-made mask. Sliding windows (Gemma, Mistral) and eager
-        attention need its own.
+        transformers then accepts a ready-made mask. Sliding windows (Gemma, Mistral) and eager
+        attention need the masks that transformers builds.
         """
         config = self.base_llm.get_decoder().config
         layer_types = {*(getattr(config, "layer_types", None) or ())}
@@ -137,7 +137,7 @@ class SpeechLLM(SpeechEncoders):
     def prompt(
         self, features: Tensor, feature_lens: Tensor, contexts: list[list[int]] | None = None
     ) -> PromptEmbeddings:
-        """Embed the prompts for decoding, with all encoders for each utterance.
+        """Embed the prompts for decoding; each utterance uses all encoders.
 
         Args:
           features: (B, T, 80); feature_lens: (B,), on the CPU.
@@ -149,14 +149,14 @@ class SpeechLLM(SpeechEncoders):
     def embed_prompts(
         self, outputs: list[EncoderOutput], contexts: list[list[int]] | None = None
     ) -> PromptEmbeddings:
-        """Embed the prompts for the outputs of all encoders; see `prompt`."""
+        """Embed the prompts, given the outputs of all encoders; see `prompt`."""
         encoders = self.all_encoders(len(outputs[0].lens))
         input_ids = prompt_ids(self.chat, [len(used) for used in encoders], contexts)
         embeds, mask, _ = self.merge(input_ids, None, self.project(outputs, encoders))
         return PromptEmbeddings(embeds, mask, outputs)
 
     def select_encoders(self, kept: list[int]) -> "SpeechLLM":
-        """Return a model with some of the encoders, which shares this one's parameters."""
+        """Return a model with a subset of the encoders; it shares parameters with this model."""
         part = copy.copy(self)
         part._modules = dict(self._modules)
         part.encoder = nn.ModuleList(self.encoder[k] for k in kept)
@@ -166,7 +166,7 @@ class SpeechLLM(SpeechEncoders):
     def merge(
         self, input_ids: Tensor, labels: Tensor | None, speech: list[list[Tensor]]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Replace each `<speech>` by its speech embeddings (see `expand_speech` for the padding).
+        """Replace each `<speech>` with its speech embeddings; for padding see `expand_speech`.
 
         Args:
           input_ids, labels: (B, L), on the CPU.
@@ -193,16 +193,16 @@ class SpeechLLM(SpeechEncoders):
         labels: Tensor,
         encoders: list[list[int]],
     ) -> dict[str, Tensor]:
-        """Compute the summed cross entropy of a batch, without waiting for the device.
+        """Compute the summed cross entropy of a batch, without synchronizing with the device.
 
         Args:
           features: (B, T, 80); feature_lens: (B,), on the CPU.
-          input_ids, labels: (B, L), on the CPU, left-padded, with one speech group for each
-            encoder of the utterance.
-          encoders: the encoders of each utterance's speech groups, in order.
+          input_ids, labels: (B, L), on the CPU, left-padded, with one speech group per encoder
+            of the utterance.
+          encoders: encoders of each utterance's speech groups, in order.
 
         Returns:
-          Sums over the label tokens: `loss` (nats) and `correct` (tokens predicted correctly).
+          Sums over the labels: `loss` (nats) and `correct` (number predicted correctly).
         """
         speech = self.speech_embeddings(features, feature_lens, encoders)
         embeds, _, labels = self.merge(input_ids, labels, speech)
@@ -213,7 +213,7 @@ class SpeechLLM(SpeechEncoders):
         return {"loss": loss, "correct": correct}
 
     def label_hidden_states(self, embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the hidden states (N, D) that predict the N labels, and these labels (N,).
+        """Return the hidden states (N, D) that predict the N labels, and the labels (N,).
 
         Args:
           embeds: (B, L, D), right-padded; labels: (B, L), on the CPU.
@@ -222,8 +222,8 @@ class SpeechLLM(SpeechEncoders):
         targets = labels[rows, columns]
         rows, before, targets = (to_device(embeds.device, t) for t in (rows, columns - 1, targets))
         decoder = self.base_llm.get_decoder()
-        # Causal attention needs no mask for right padding; the entry keeps transformers from
-        # building one.
+        # Causal attention needs no mask for right padding; passing None per attention type keeps
+        # transformers from building one.
         can_omit = self._attends_fully("sdpa", "flash_attention_2")
         no_mask = {"full_attention": None} if can_omit else None
         out = decoder(inputs_embeds=embeds, attention_mask=no_mask, use_cache=False)
@@ -231,7 +231,7 @@ class SpeechLLM(SpeechEncoders):
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Return position ids (B, L) that start at each row's first token, for a mask (B, L)."""
+    """Return position ids (B, L) counted from each row's first token, for a mask (B, L)."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
@@ -240,15 +240,15 @@ def expand_speech(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Repeat each `<speech>` token once per speech embedding, and pad the rows again.
 
-    Prompts without labels are padded on the left, so that their answers start together; sequences
-    with labels are padded on the right, where causal attention needs no mask.
+    Prompts (without labels) are padded on the left, so that answers start at the same position;
+    sequences with labels are padded on the right, where causal attention needs no mask.
 
     Args:
       input_ids, labels: (B, L), left-padded with `pad` and IGNORED.
-      counts: for each row the numbers of embeddings of its `<speech>` tokens, in order.
+      counts: per row, the number of embeddings for each of its `<speech>` tokens, in order.
 
     Returns:
-      input_ids, mask (bool) and labels, all (B, L').
+      input_ids, mask (bool) and labels, each (B, L').
     """
     repeats = (input_ids != pad).long().cummax(dim=1).values  # only leading `pad` is padding
     repeats[input_ids == speech] = torch.tensor([count for row in counts for count in row])

@@ -1,6 +1,6 @@
-"""State dict of a SpeechLLM's trainable parameters, under the keys of published checkpoints.
+"""State dict of a SpeechLLM's trainable parameters, with the keys of published checkpoints.
 
-It always has the projectors: with --freeze-projector no other file of the training does.
+The projectors are always included, even if frozen: no other file written by training has them.
 """
 
 import re
@@ -13,7 +13,7 @@ from speechllm.checkpoints import copy_to_cpu
 from speechllm.errors import InputError
 from speechllm.models.speech_encoders import SpeechEncoders
 
-IGNORED_KEYS = (  # in published checkpoints: an unused embedding, and copies of a frozen one
+IGNORED_KEYS = (  # of published checkpoints: an unused embedding, copies of the frozen embedding
     "prompt_embedding.weight",
     "llm.base_model.model.lm_head.weight",
     "llm.lm_head.weight",
@@ -23,9 +23,9 @@ IGNORED_KEYS = (  # in published checkpoints: an unused embedding, and copies of
 def trainable_state(
     model: SpeechEncoders, value: Callable[[Tensor], Tensor] = copy_to_cpu
 ) -> dict[str, Tensor]:
-    """Return the trainable parameters, each copied by `value`, under the published names.
+    """Return the trainable parameters, each copied by `value`, with their published names.
 
-    With one encoder these have no encoder index: `encoder_projector.proj.1.weight`.
+    With one encoder, names contain no encoder index: `encoder_projector.proj.1.weight`.
     """
     return {name: value(parameter) for name, parameter in _published_parameters(model).items()}
 
@@ -36,9 +36,10 @@ def load_trainable_state(
     """Load a checkpoint's `model` entry, published or ours; `name` is used in error messages.
 
     Returns:
-      The keys that were ignored because they are known to be unused.
+      The ignored keys, which are known to be redundant.
+
     Raises:
-      InputError: naming a key that is missing, unexpected or has a different shape.
+      InputError: a key is missing, unexpected or has a different shape.
     """
     n = len(model.encoder)
     parameters = _published_parameters(model)
@@ -75,7 +76,7 @@ def _is_copy_of_embedding(lm_head: Tensor, llm: nn.Module) -> bool:
 
 
 def saved_parameters(model: SpeechEncoders) -> dict[str, nn.Parameter]:
-    """Return the parameters of a checkpoint: those that are trained, and the projectors."""
+    """Return the parameters saved in a checkpoint: trainable parameters and projectors."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()

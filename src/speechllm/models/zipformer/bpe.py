@@ -1,4 +1,4 @@
-"""Case of a BPE model: published ones are in upper case, others as their training texts."""
+"""Letter case of a BPE model: upper in published models, else that of the training texts."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,9 @@ from sentencepiece import SentencePieceProcessor
 
 
 def case_of(bpe: SentencePieceProcessor) -> Callable[[str], str]:
-    """Return the function that brings texts to the case of the pieces.
+    """Return a function that converts texts to the case of the pieces.
 
-    It is `str.upper` or `str.lower` if all pieces are in that case, else `str`, which changes
-    nothing.
+    It is `str.upper` or `str.lower` if all pieces are in that case, else the identity `str`.
     """
     pieces = map(bpe.id_to_piece, range(bpe.vocab_size()))
     letters = "".join(piece for piece in pieces if not piece.startswith("<"))  # <blk>, <unk>

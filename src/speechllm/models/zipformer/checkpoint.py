@@ -1,4 +1,4 @@
-"""icefall's `pretrained.pt`: each key is loaded, or known to belong to an unused head."""
+"""Loading of icefall's `pretrained.pt`; every key is loaded or belongs to a known unused head."""
 
 import logging
 from collections import Counter
@@ -27,15 +27,15 @@ CTC_WEIGHT = "ctc_output.1.weight"
 def load_encoder(
     path: str | Path, size: str = AUTO, heads: tuple[int, ...] = (), unmasked: tuple[int, ...] = ()
 ) -> ZipformerEncoder:
-    """Load an encoder, with its CTC head if it has one, from pretrained.pt or icefall's epoch-N.pt.
+    """Load an encoder and its CTC head, if any, from icefall's pretrained.pt or epoch-N.pt.
 
     Args:
       size: one of `SIZES`, or "auto".
-      heads, unmasked: with "auto", what the shapes do not contain (see `config_from_shapes`).
+      heads, unmasked: with "auto", sizes not given by the shapes (see `config_from_shapes`).
 
     Raises:
       FileNotFoundError: the file is missing.
-      InputError: not a checkpoint, another size, or unexpected keys.
+      InputError: it is not a checkpoint, its size differs, or keys are unexpected.
     """
     state = load_checkpoint(path)["model"]
     state = {key.removeprefix("module."): value for key, value in state.items()}  # DDP's prefix
@@ -54,7 +54,7 @@ def load_encoder(
 
 
 def _sizes_for(state: dict[str, Tensor]) -> dict[str, ZipformerConfig]:
-    """Return `SIZES`, causal if the checkpoint is."""
+    """Return `SIZES`, as causal encoders if the checkpoint is causal."""
     causal = any(key.endswith(CAUSAL_CONV) for key in state)
     return {name: replace(size, causal=causal) for name, size in SIZES.items()}
 
@@ -62,7 +62,7 @@ def _sizes_for(state: dict[str, Tensor]) -> dict[str, ZipformerConfig]:
 def _read_config(
     state: dict[str, Tensor], heads: tuple[int, ...], unmasked: tuple[int, ...]
 ) -> ZipformerConfig:
-    """Return the size in `SIZES` with these shapes if there is one, or else a new one."""
+    """Return the size in `SIZES` with these shapes, or a new config if none matches."""
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     for size in () if heads or unmasked else _sizes_for(state).values():
         with suppress(InputError):
@@ -74,10 +74,10 @@ def _read_config(
 def encoder_from_state(
     state: dict[str, Tensor], config: ZipformerConfig, dropout: float = 0.1
 ) -> ZipformerEncoder:
-    """Build an encoder with the weights of an icefall state dict.
+    """Build an encoder from an icefall state dict.
 
     Raises:
-      InputError: naming a parameter that is missing, unexpected or has a different shape.
+      InputError: a parameter is missing, unexpected or has a different shape.
     """
     vocab_size = state[CTC_WEIGHT].size(0) if CTC_WEIGHT in state else None
     used = {k: v for k, v in state.items() if k.split(".")[0] not in UNUSED_HEADS}
@@ -89,7 +89,7 @@ def encoder_from_state(
 
 
 def save_encoder(encoder: ZipformerEncoder, path: str | Path) -> None:
-    """Write `{"model": state_dict}` under icefall's names, atomically."""
+    """Write `{"model": state_dict}` atomically, with icefall's names."""
     state = {key: copy_to_cpu(value) for key, value in encoder.state_dict().items()}
     write_checkpoint({"model": state}, path)
 
@@ -105,7 +105,7 @@ def describe_unused(state: dict[str, Tensor]) -> str:
 def _difference(
     state: dict[str, Tensor], config: ZipformerConfig, vocab_size: int | None, prefix: str = ""
 ) -> str:
-    """Compare keys and shapes with the encoder of `config`; return the first difference or ""."""
+    """Return the first key or shape that differs from the encoder of `config`, or ""."""
     with torch.device("meta"):
         encoder = ZipformerEncoder(config, vocab_size)
     expected, found = (

@@ -1,4 +1,4 @@
-"""Encode streams chunk by chunk with a causal Zipformer, each frame once."""
+"""Chunk-by-chunk encoding of streams with a causal Zipformer; each frame is encoded once."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ from speechllm.models.zipformer.chunks import History
 from speechllm.models.zipformer.config import Chunking
 from speechllm.models.zipformer.encoder import ZipformerEncoder
 
-LOOK_AHEAD = 13  # feature frames: 7 for the convolutions of the frontend, 6 for its ConvNeXt
+LOOK_AHEAD = 13  # feature frames: 7 for the frontend's convolutions, 6 for its ConvNeXt
 
 
 class StreamState(NamedTuple):
     """State of one stream between chunks.
 
-    seen: frames at 50 per second, (1,).
-    stored: what each module keeps of the frames before the next chunk, batch first.
+    seen: number of frames so far, at 50 per second: (1,).
+    stored: each module's state for the next chunk, batch first.
     """
 
     seen: Tensor
@@ -25,18 +25,18 @@ class StreamState(NamedTuple):
 
 
 class ChunkEncoder:
-    """Encodes a chunk of each stream of a batch; the streams may be of different age.
+    """Encodes one chunk of each stream in a batch; the streams may have different lengths so far.
 
     Attributes:
       advance: feature frames per chunk.
-      window: feature frames to encode a chunk, `advance` and those ahead.
+      window: feature frames needed to encode a chunk: `advance` plus the look-ahead.
     """
 
     def __init__(self, encoder: ZipformerEncoder, chunking: Chunking):
-        """Take a causal encoder in evaluation mode.
+        """Initialize with a causal encoder in evaluation mode.
 
         Raises:
-          InputError: the encoder is not causal, or cannot have such chunks.
+          InputError: the encoder is not causal or does not support the chunking.
         """
         size, left = chunking
         if size < 0 or left < 0:
@@ -62,11 +62,11 @@ class ChunkEncoder:
     def __call__(
         self, features: Tensor, feature_lens: Tensor, states: list[StreamState]
     ) -> tuple[Tensor, Tensor, list[StreamState]]:
-        """Encode a chunk of each stream.
+        """Encode one chunk of each stream.
 
         Args:
-          features: (B, window, 80), from the chunk's first frame on; a stream that continues has
-            all of them, one that ends any number of at least MIN_FEATURE_FRAMES.
+          features: (B, window, 80), starting at the chunk's first frame. Only a stream's last chunk
+            may have fewer valid frames, at least MIN_FEATURE_FRAMES.
           feature_lens: (B,), on the CPU.
 
         Returns:

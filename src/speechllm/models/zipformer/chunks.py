@@ -1,7 +1,7 @@
-"""Chunks of a causal Zipformer: attention mask, depthwise convolution, state between chunks.
+"""Chunks in a causal Zipformer: attention mask, depthwise convolution, state between chunks.
 
-The same layers run over whole utterances with a mask (`Chunking`), or chunk by chunk with the
-frames before it (`History`); both give the same output.
+The same layers process whole utterances with a mask (`Chunking`), or single chunks with the
+preceding frames (`History`); both give the same output.
 """
 
 from typing import NamedTuple
@@ -14,31 +14,31 @@ from speechllm.models.zipformer.config import Chunking
 
 
 def valid_frames(lens: Tensor, max_len: int) -> Tensor:
-    """Return a mask (B, max_len) that is True up to each utterance's length, lens (B,)."""
+    """Return a mask (B, max_len) that is True for the first `lens[b]` frames of row b."""
     return torch.arange(max_len, device=lens.device) < lens[:, None]
 
 
 class History:
-    """The last frames before a chunk, of each module that looks back, for a batch of streams.
+    """Frames before a chunk, stored per module with left context, for a batch of streams.
 
     Modules call `extend` in the same order for every chunk.
 
     Attributes:
-      seen: frames at 50 per second before the chunk, (B,).
-      left: frames at 50 per second that attention looks back.
-      updated: what to store for the next chunk; batch first.
+      seen: number of frames before the chunk, at 50 per second: (B,).
+      left: number of left-context frames for attention, at 50 per second.
+      updated: frames to store for the next chunk; batch first.
     """
 
     def __init__(self, seen: Tensor, left: int, stored: list[Tensor] | None = None):
-        """Without `stored`, all frames are zeros."""
+        """Initialize; without `stored`, all earlier frames are zeros."""
         self.seen, self.left, self.updated = seen, left, []
         self._stored = None if stored is None else iter(stored)
 
     def extend(self, x: Tensor, count: int, after: int = 0, dim: int = 1) -> Tensor:
-        """Prepend the `count` frames before a chunk, and store its last ones.
+        """Prepend the `count` frames before a chunk, and store its last `count` frames.
 
         Args:
-          after: frames at the end of `x` that belong to the next chunk.
+          after: number of frames at the end of `x` that belong to the next chunk.
         """
         if self._stored is None:
             shape = list(x.shape)
@@ -52,12 +52,12 @@ class History:
 
 
 class Frames(NamedTuple):
-    """Frames that the layers of a stack combine.
+    """Masks and chunk sizes for the layers of a stack.
 
-    valid: (B, T), False on padding.
-    sources: frames that each frame attends to, (B, 1 or T, L + T).
+    valid: (B, T), False for padding.
+    sources: mask of the frames that each frame attends to, (B, 1 or T, L + T).
     chunk: frames per chunk.
-    chunk_lens: frames of each utterance's chunks, (B,): fewer if it is shorter than a chunk.
+    chunk_lens: frames per chunk of each utterance, (B,): fewer if it is shorter than a chunk.
     left: L, the number of frames before the chunk; 0 offline.
     """
 
@@ -74,7 +74,7 @@ class Frames(NamedTuple):
 
 
 def stack_frames(lens: Tensor, num_frames: int, chunks: Chunking | History, factor: int) -> Frames:
-    """Return the frames of a stack that downsamples by `factor`, with lens (B,) valid ones."""
+    """Return the Frames of a stack that downsamples by `factor`; lens (B,) are its frame counts."""
     valid = valid_frames(lens, num_frames)
     sources = valid[:, None]
     if isinstance(chunks, History):
@@ -95,7 +95,7 @@ def stack_frames(lens: Tensor, num_frames: int, chunks: Chunking | History, fact
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution over the past, plus one within each chunk: (B, T, C) -> (B, T, C)."""
+    """Depthwise convolution over past frames plus one within chunks: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim: int, kernel: int):
         super().__init__()
@@ -104,7 +104,7 @@ class CausalConv(nn.Module):
         self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, dim, kernel))
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
-        """Convolve `x`, which is zero on padding."""
+        """Convolve `x`, which must be zero in padding."""
         context = self.causal_conv.kernel_size[0] - 1
         if frames.history is None:
             past = F.pad(x, (0, 0, context, 0))
@@ -114,7 +114,7 @@ class CausalConv(nn.Module):
         return (past + self._within_chunks(x.transpose(1, 2), frames)).transpose(1, 2)
 
     def _within_chunks(self, x: Tensor, frames: Frames) -> Tensor:
-        """Convolve each chunk alone, scaled near its edges: (B, C, T) -> (B, C, T)."""
+        """Convolve each chunk separately, scaled near its edges: (B, C, T) -> (B, C, T)."""
         num_frames = x.size(2)
         groups = -(-num_frames // frames.chunk)
         x = F.pad(x, (0, groups * frames.chunk - num_frames))
@@ -124,7 +124,7 @@ class CausalConv(nn.Module):
         return y.transpose(1, 2).flatten(2)[..., :num_frames]
 
     def _scale(self, lens: Tensor, num_frames: int) -> Tensor:
-        """Return the scale (N, C, T) of N chunks with lens (N,) frames: 1 far from their edges."""
+        """Return the scale (N, C, T) for N chunks of lens (N,) frames: 1 far from the edges."""
         at_start, at_end = self.chunkwise_conv_scale
         kernel = at_start.size(1)
         at_start = F.pad(at_start[:, :num_frames], (0, max(0, num_frames - kernel)))

@@ -1,6 +1,6 @@
-"""Sizes of the Zipformer: the released ones, and `tiny` for small corpora; its frame counts.
+"""Zipformer sizes (the released sizes, and `tiny` for small corpora), chunks and frame counts.
 
-A causal encoder has chunks (see `Chunking`), a property of each pass and not of the weights.
+A causal encoder can use any chunk size (see `Chunking`), chosen per forward pass.
 """
 
 from dataclasses import dataclass, field, fields
@@ -12,22 +12,22 @@ from speechllm.errors import InputError
 
 Frames = TypeVar("Frames")  # int, numpy array or tensor of int64
 MIN_FEATURE_FRAMES = 9  # needed for a single output frame
-CAUSAL_CONV = "depthwise_conv.causal_conv.weight"  # in the names of a causal encoder's parameters
+CAUSAL_CONV = "depthwise_conv.causal_conv.weight"  # parameter that only causal encoders have
 
 
 def frontend_out_lens(feature_lens: Frames) -> Frames:
-    """Return the frames after the convolutions, 50 per second, for feature frames at 100."""
+    """Return the number of frontend frames (50 per second) for feature frames (100 per second)."""
     return (feature_lens - 7) // 2
 
 
 def encoder_out_lens(feature_lens: Frames) -> Frames:
-    """Return the frames of the encoder's output, 25 per second, for feature frames at 100."""
+    """Return the number of output frames (25 per second) for feature frames (100 per second)."""
     return (frontend_out_lens(feature_lens) + 1) // 2
 
 
 @dataclass(frozen=True)
 class ZipformerConfig:
-    """Sizes of an encoder; each tuple has one entry per stack, or a single one for all stacks."""
+    """Encoder sizes; each tuple has one entry per stack, or a single entry for all stacks."""
 
     num_encoder_layers: tuple[int, ...]
     downsampling_factor: tuple[int, ...]
@@ -42,7 +42,7 @@ class ZipformerConfig:
     frontend_channels: int = 128  # in all released models
     pos_dim: int = 48
     feature_dim: int = 80
-    causal: bool = field(default=False, repr=False)  # the names of the parameters show it
+    causal: bool = field(default=False, repr=False)  # visible in the parameter names
 
     def __post_init__(self):
         for name in (one.name for one in fields(self)):
@@ -54,8 +54,8 @@ class ZipformerConfig:
 class Chunking(NamedTuple):
     """Chunks of a causal encoder, in frames at 50 per second; -1: no limit.
 
-    A frame sees its own chunk and `left_context` frames of earlier ones, in whole chunks and at
-    least one; with `chunk_size` -1, the whole utterance.
+    A frame attends to its own chunk and to `left_context` earlier frames, rounded down to whole
+    chunks but at least one; with `chunk_size` -1, to the whole utterance.
     """
 
     chunk_size: int = -1
@@ -63,19 +63,19 @@ class Chunking(NamedTuple):
 
     @property
     def left_chunks(self) -> int | None:
-        """Number of earlier chunks that a frame attends to; None: all."""
+        """Number of earlier chunks that a frame attends to; None for all."""
         return None if self.left_context < 0 else max(1, self.left_context // self.chunk_size)
 
     def __str__(self) -> str:
-        """Return a part of file names, such as `chunk32-left128`; "" for whole utterances."""
+        """Return a file name component such as `chunk32-left128`; "" for whole utterances."""
         left = "" if self.left_context < 0 else f"-left{self.left_context}"
         return "" if self.chunk_size < 0 else f"chunk{self.chunk_size}{left}"
 
     def check(self, config: ZipformerConfig) -> None:
-        """Check that an encoder of this configuration can use these chunks.
+        """Check that an encoder with this configuration supports the chunking.
 
         Raises:
-          InputError: it is not causal, or the sizes do not fit its downsampling or convolutions.
+          InputError: it is not causal, or its downsampling or convolutions do not allow the sizes.
         """
         size, left = f"--chunk-size {self.chunk_size}", self.left_context
         if self.chunk_size < 0:
@@ -164,14 +164,14 @@ def config_from_shapes(
     num_heads: tuple[int, ...] = (),
     encoder_unmasked_dim: tuple[int, ...] = (),
 ) -> ZipformerConfig:
-    """Read the sizes of an encoder from the shapes of its parameters.
+    """Derive an encoder's sizes from the shapes of its parameters.
 
     Args:
-      num_heads: of each stack, or of all; by default those of the usual head dimensions.
-      encoder_unmasked_dim: by default the smallest dimension of a stack.
+      num_heads: per stack, or one number for all; by default derived from icefall's head sizes.
+      encoder_unmasked_dim: likewise; by default the smallest dimension of a stack.
 
     Raises:
-      InputError: the shapes are not those of a Zipformer, or the heads do not divide them.
+      InputError: the shapes are not those of a Zipformer, or not divisible by the heads.
     """
     number = len({key.split(".")[2] for key in shapes if key.startswith("encoder.encoders.")})
     try:

@@ -1,4 +1,4 @@
-"""The Zipformer encoder: frontend, stacks at several frame rates, downsampling, CTC head."""
+"""Zipformer encoder: frontend, stacks at several frame rates, downsampling, CTC head."""
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,14 @@ FEATURE_MASK_PROBABILITY = 0.125
 
 
 class Downsample(nn.Module):
-    """Learned weighted mean of groups of s frames: (B, T, C) -> (B, ceil(T / s), C)."""
+    """Learned weighted mean over groups of s frames: (B, T, C) -> (B, ceil(T / s), C)."""
 
     def __init__(self, factor: int):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(factor))
 
     def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Complete each utterance's last group with its own last frame, not with padding."""
+        """Downsample; each utterance's last group is filled up with its own last frame."""
         factor = self.bias.numel()
         groups = (x.size(1) + factor - 1) // factor
         index = torch.arange(groups * factor, device=x.device)
@@ -45,7 +45,7 @@ class Downsample(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers at the frame rate of their input: (B, T, C) -> (B, T, C)."""
+    """Layers at the input's frame rate: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, layers: list[ZipformerLayer], pos_dim: int, factor: int):
         super().__init__()
@@ -69,7 +69,7 @@ class Stack(nn.Module):
 
 
 class DownsampledStack(nn.Module):
-    """Layers at a lower frame rate: (B, T, C) -> (B, T, C), upsampled and mixed with the input."""
+    """Layers at a lower frame rate, upsampled and mixed with the input: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, encoder: Stack, factor: int, dim: int):
         super().__init__()
@@ -88,7 +88,7 @@ class DownsampledStack(nn.Module):
 
 
 class Zipformer(nn.Module):
-    """The stacks and the final downsampling by 2: (B, T, d0) -> (B, (T + 1) // 2, max d)."""
+    """Stacks and a final downsampling by 2: (B, T, d0) -> (B, (T + 1) // 2, max d)."""
 
     def __init__(self, config: ZipformerConfig, dropout: float):
         super().__init__()
@@ -106,7 +106,7 @@ class Zipformer(nn.Module):
         self.downsample_output = Downsample(2)
 
     def feature_masks(self, x: Tensor) -> list[Tensor]:
-        """Sample a mask (B, 1, d) per stack that zeroes upper channels of some utterances."""
+        """Sample a mask (B, 1, d) per stack that zeroes the upper channels of some utterances."""
         keep = torch.rand(2, x.size(0), 1, 1, device=x.device) >= FEATURE_MASK_PROBABILITY
         m1, m2 = keep[0].to(x.dtype), keep.all(dim=0).to(x.dtype)
         masks = []
@@ -138,7 +138,7 @@ class Zipformer(nn.Module):
         self, x: Tensor, lens: Tensor, feature_mask: bool, chunks: Chunking | History
     ) -> Tensor:
         outputs = self.stack_outputs(x, lens, feature_mask, chunks)
-        # Wider channel ranges come from the latest stack that has them.
+        # Each channel comes from the last stack that has it.
         pieces, dim = [outputs[-1]], self.dims[-1]
         for output in reversed(outputs[:-1]):
             if output.size(-1) > dim:
@@ -148,10 +148,10 @@ class Zipformer(nn.Module):
 
 
 class ZipformerEncoder(nn.Module):
-    """Features at 100 frames/s -> encoder output at 25 frames/s, and a CTC head if it has one.
+    """Encodes features at 100 frames/s to 25 frames/s; optionally has a CTC head.
 
-    An utterance gives the same output alone and in any batch. Parameter names are those of
-    icefall's checkpoints (`encoder_embed.*`, `encoder.*`, `ctc_output.*`).
+    An utterance's output does not depend on its batch. Parameter names are those in icefall's
+    checkpoints (`encoder_embed.*`, `encoder.*`, `ctc_output.*`).
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class ZipformerEncoder(nn.Module):
     def freeze(self, dtype: torch.dtype = torch.float32) -> "ZipformerEncoder":
         """Freeze all parameters, with linear layers in `dtype`.
 
-        The encoder stays in evaluation mode, also after a parent's `train()`.
+        The encoder stays in evaluation mode, even after `train()` on a parent module.
         """
         cast_frozen(self, dtype)
         self.frozen = True
@@ -182,29 +182,29 @@ class ZipformerEncoder(nn.Module):
         return self.eval()
 
     def set_chunkings(self, chunkings: tuple[Chunking, ...]) -> None:
-        """Set the chunks to draw from in training; other passes use the last one.
+        """Set the chunkings to sample from in training; evaluation uses the last one.
 
         Raises:
-          InputError: the encoder is not causal, or cannot have such chunks.
+          InputError: the encoder is not causal or does not support a chunking.
         """
         for chunking in chunkings:
             chunking.check(self.config)
         self.chunkings = chunkings
 
     def sample_chunking(self) -> Chunking:
-        """Draw the chunks of a training batch."""
+        """Sample the chunking for a training batch."""
         if len(self.chunkings) == 1:
             return self.chunkings[0]
         return self.chunkings[int(torch.randint(len(self.chunkings), (), device="cpu"))]
 
     def checkpoint_activations(self) -> None:
-        """Store only each layer's input; the backward pass recomputes the rest."""
+        """Store only the input of each layer; the backward pass recomputes the rest."""
         for module in self.modules():
             if isinstance(module, Stack):
                 module.checkpointed = True
 
     def compile_layers(self) -> None:
-        """Compile each layer with torch.compile, for variable lengths."""
+        """Compile each layer with torch.compile, with dynamic lengths."""
         for module in self.modules():
             if isinstance(module, ZipformerLayer):
                 module.compile(dynamic=True)
@@ -219,12 +219,12 @@ class ZipformerEncoder(nn.Module):
         feature_mask: bool = False,
         chunking: Chunking | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Encode features (B, T, 80) with lengths (B,) to (B, T / 4, output_dim), lengths (B,).
+        """Encode features (B, T, 80) of lengths (B,) to (B, T / 4, output_dim) of lengths (B,).
 
         Args:
-          feature_lens: on the CPU, where the output lengths stay: nothing waits for a GPU.
+          feature_lens: on the CPU, like the output lengths, to avoid synchronizing with the GPU.
           feature_mask: zero upper channels of random utterances, as in the published training.
-          chunking: chunks of a causal encoder, by default the last one of `set_chunkings`.
+          chunking: chunks of a causal encoder, by default the last of `set_chunkings`.
 
         Raises:
           InputError: an utterance is too short for a single output frame.

@@ -1,7 +1,8 @@
-"""Flat start for CTC, as in Kaldi: train the first batches on uniformly spaced tokens.
+"""Flat start for CTC, as in Kaldi: the first batches are trained on uniformly spaced tokens.
 
-CTC training from scratch first learns to predict only blanks, and with an hour of speech it may
-stay there. A few hundred batches of frame-wise cross entropy with a crude alignment avoid this.
+CTC training from scratch first learns to predict only blanks; with just an hour of speech it may
+never get further. A few hundred batches of frame-wise cross entropy with a crude alignment avoid
+this.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from speechllm.models.zipformer.ctc_head import BLANK
 
-SPEECH_LEVEL = 0.35  # threshold between the quietest (0) and the loudest frames (1)
+SPEECH_LEVEL = 0.35  # threshold between the quietest (0) and the loudest frame (1)
 
 
 def flat_start_loss(
@@ -23,10 +24,10 @@ def flat_start_loss(
     """Return the summed cross entropy of a batch, in nats.
 
     Args:
-      log_probs: (B, T', V) of the encoder's frames, four feature frames each; lens: (B,).
+      log_probs: (B, T', V), one encoder frame per four feature frames; lens: (B,).
       features: log-mel energies (B, T, F); feature_lens: (B,).
-      targets: token ids of each utterance, without blanks.
-      widths: (V,) relative duration of each token, such as its number of letters.
+      targets: token ids per utterance, without blanks.
+      widths: relative duration of each token (V,), such as its number of letters.
     """
     alignment = torch.full(log_probs.shape[:2], -1)
     for b, target in enumerate(targets):
@@ -42,7 +43,7 @@ def flat_start_loss(
 
 
 def is_speech(features: Tensor, num_frames: int) -> Tensor:
-    """Return a mask (num_frames,) of the loud encoder frames, for features (T, F)."""
+    """Return the mask (num_frames,) of loud encoder frames, for features (T, F)."""
     energy = features.float().mean(dim=1)[3:]  # center of the frontend's first frame
     energy = energy[: 4 * num_frames].unflatten(0, (num_frames, 4)).mean(dim=1)
     quiet, loud = energy.min(), energy.quantile(0.95)
@@ -50,9 +51,10 @@ def is_speech(features: Tensor, num_frames: int) -> Tensor:
 
 
 def spread_evenly(target: Tensor, widths: Tensor, speech: Tensor) -> Tensor:
-    """Return a token for each frame: `target` spread over the mask `speech` (T,), blank elsewhere.
+    """Return a token per frame: `target` spread over the mask `speech` (T,), blank elsewhere.
 
-    Each token gets frames in proportion to `widths` (V,); all frames are used if speech is short.
+    Each token is assigned frames in proportion to `widths` (V,). If there are fewer speech frames
+    than tokens, all frames are used.
     """
     if int(speech.sum()) < len(target):
         speech = torch.ones_like(speech)

@@ -1,4 +1,4 @@
-"""`encoder_embed`: convolutions from fbank features at 100 frames/s to 50 frames/s."""
+"""`encoder_embed`: convolutions that reduce fbank features from 100 to 50 frames/s."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,11 @@ from speechllm.models.zipformer.config import frontend_out_lens
 from speechllm.models.zipformer.layer import BiasNorm, Dropout
 from speechllm.models.zipformer.swoosh import swoosh_l, swoosh_r
 
-CONTEXT = 3  # frames on both sides that ConvNeXt looks at
+CONTEXT = 3  # frames of context on each side in ConvNeXt
 
 
 class ConvNeXt(nn.Module):
-    """A residual block over (time, frequency), arXiv 2201.03545: (B, C, T, F) -> same."""
+    """Residual block over time and frequency (arXiv 2201.03545): (B, C, T, F) -> (B, C, T, F)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -22,9 +22,9 @@ class ConvNeXt(nn.Module):
         self.pointwise_conv2 = nn.Conv2d(3 * channels, channels, 1)
 
     def forward(self, x: Tensor, valid: Tensor, history: History | None = None) -> Tensor:
-        """`valid` (B, T) hides the padding after an utterance from the 7-frame kernel.
+        """Apply the block; `valid` (B, T) masks the padding for the 7-frame kernel.
 
-        With `history`, x is a chunk and the 3 frames after it: (B, C, T + 3, F) -> (B, C, T, F).
+        With `history`, x is a chunk plus the next 3 frames: (B, C, T + 3, F) -> (B, C, T, F).
         """
         y = x * valid[:, None, :, None]
         if history is None:
@@ -49,11 +49,11 @@ def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Frontend(nn.Module):
-    """Features (B, T, feature_dim) -> frames (B, (T - 7) // 2, out_dim)."""
+    """Maps features (B, T, feature_dim) to frames (B, (T - 7) // 2, out_dim)."""
 
     def __init__(self, feature_dim: int, channels: int, out_dim: int, dropout: float = 0.1):
         super().__init__()
-        # icefall's indices: it has activations and balancers between the convolutions.
+        # Indices as in icefall, which has activations and balancers between the convolutions.
         self.conv = nn.ModuleDict(
             {
                 "0": nn.Conv2d(1, channels // 16, 3, padding=(0, 1)),
@@ -70,9 +70,9 @@ class Frontend(nn.Module):
     def forward(
         self, features: Tensor, feature_lens: Tensor, history: History | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the frames and the number of valid ones per utterance, (B,).
+        """Return the frames and the number of valid frames per utterance, (B,).
 
-        With `history`, the features of a chunk of c frames are (B, 2c + 13, feature_dim).
+        With `history`, a chunk of c frames needs features (B, 2c + 13, feature_dim).
         """
         x = features.unsqueeze(1)  # (B, T, F) -> (B, 1, T, F)
         x = x.to(memory_format=torch.channels_last)  # twice as fast on CPUs

@@ -1,4 +1,4 @@
-"""One Zipformer layer and its parts (arXiv 2310.11230, figure 2), frames first: (B, T, C)."""
+"""Zipformer layer and its modules (arXiv 2310.11230, figure 2), batch first: (B, T, C)."""
 
 import math
 
@@ -11,7 +11,7 @@ from speechllm.models.zipformer.swoosh import swoosh_l, swoosh_r
 
 
 class BiasNorm(nn.Module):
-    """x / rms(x - bias) * exp(log_scale) over the channels; it preserves length information."""
+    """Norm over channels that preserves length information: x / rms(x - bias) * exp(log_scale)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -24,7 +24,7 @@ class BiasNorm(nn.Module):
 
 
 class Bypass(nn.Module):
-    """orig + (x - orig) * bypass_scale: a learned mixture of a module's input and output."""
+    """Learned mixture of a module's input and output: orig + (x - orig) * bypass_scale."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -36,7 +36,7 @@ class Bypass(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is shared over time: (B, T, C), one mask (B, 1, C)."""
+    """Dropout on (B, T, C) with a mask (B, 1, C) shared over time."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -50,7 +50,7 @@ class Dropout(nn.Module):
 
 
 def scaled_linear(in_dim: int, out_dim: int, scale: float, bias: bool = True) -> nn.Linear:
-    """Create a Linear with PyTorch's initial weights times `scale` and a small bias."""
+    """Create a Linear with PyTorch's initial weights scaled by `scale`, and a small bias."""
     linear = nn.Linear(in_dim, out_dim, bias=bias)
     with torch.no_grad():
         linear.weight.mul_(scale)
@@ -60,10 +60,10 @@ def scaled_linear(in_dim: int, out_dim: int, scale: float, bias: bool = True) ->
 
 
 def positional_embedding(num_frames: int, dim: int, device=None, left: int = 0) -> Tensor:
-    """Return embeddings of the offsets -(L+T-1) … T, shape (L + 2T, dim), float32.
+    """Return float32 embeddings (L + 2T, dim) of the offsets -(L + T - 1) to T.
 
-    `left` is L, the frames before a chunk. Offset T is unused; it spares `relative_shift` a special
-    case for T = 1.
+    `left` is L, the number of frames before a chunk. Offset T is unused; it avoids a special case
+    for T = 1 in `relative_shift`.
     """
     first = 1 - num_frames - left
     offsets = torch.arange(first, num_frames + 1, device=device, dtype=torch.float32)
@@ -79,7 +79,7 @@ def positional_embedding(num_frames: int, dim: int, device=None, left: int = 0) 
 def relative_shift(x: Tensor) -> Tensor:
     """Convert scores by offset (…, T, L + 2T) to scores by source frame (…, T, L + T).
 
-    Row t of the result starts at column T - 1 - t of the input, i.e. at offset -L - t.
+    Row t of the result starts at column T - 1 - t of the input, that is, at offset -L - t.
     """
     num_frames, num_offsets = x.shape[-2:]
     flat = x.flatten(-2)[..., num_frames - 1 : -1]
@@ -97,7 +97,7 @@ class AttentionWeights(nn.Module):
         self.linear_pos = scaled_linear(pos_dim, heads * pos_head_dim, 0.05, bias=False)
 
     def forward(self, x: Tensor, pos_emb: Tensor, frames: Frames) -> Tensor:
-        """Return weights for x (B, T, C), pos_emb (L + 2T, pos_dim); 0 outside `frames.sources`."""
+        """Return weights for x (B, T, C), pos_emb (L + 2T, pos_dim), 0 outside `frames.sources`."""
         q, k, p = self.in_proj(x).split(self.sizes, dim=-1)
         k = frames.with_history(k)
         q, k, p = (
@@ -111,7 +111,7 @@ class AttentionWeights(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Weighted sums of values, with given attention weights: (B, T, C) -> (B, T, C)."""
+    """Sum of values weighted by given attention weights: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim: int, heads: int, value_dim: int):
         super().__init__()
@@ -126,7 +126,7 @@ class SelfAttention(nn.Module):
 
 
 class NonlinAttention(nn.Module):
-    """Gated values, weighted by the first attention head: (B, T, C) -> (B, T, C)."""
+    """Gated values weighted by the first attention head: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -139,7 +139,7 @@ class NonlinAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """(B, T, C) -> (B, T, C) through SwooshL."""
+    """Feed-forward module with SwooshL activation: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float):
         super().__init__()
@@ -152,7 +152,7 @@ class FeedForward(nn.Module):
 
 
 class ConvModule(nn.Module):
-    """A gated depthwise convolution over time: (B, T, C) -> (B, T, C)."""
+    """Gated depthwise convolution over time: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim: int, kernel: int, causal: bool):
         super().__init__()
@@ -176,7 +176,7 @@ class ConvModule(nn.Module):
 
 
 class ZipformerLayer(nn.Module):
-    """One layer; the attention weights are computed once and used three times."""
+    """Zipformer layer; the attention weights are computed once and used three times."""
 
     def __init__(self, config: ZipformerConfig, stack: int, dropout: float):
         super().__init__()
@@ -196,7 +196,7 @@ class ZipformerLayer(nn.Module):
         self.norm = BiasNorm(dim)
         self.bypass = Bypass(dim)
         self.bypass_mid = Bypass(dim)
-        # Unused; icefall's state dicts have it.
+        # Unused, but part of icefall's state dicts.
         self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5), requires_grad=False)
 
     def forward(self, x: Tensor, pos_emb: Tensor, frames: Frames) -> Tensor:

@@ -1,4 +1,4 @@
-"""Swoosh activations (arXiv 2310.11230, section 3.4), with k2's kernels if k2 is installed."""
+"""Swoosh activations (arXiv 2310.11230, section 3.4), using k2's kernels if installed."""
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,14 @@ class _Swoosh(torch.autograd.Function):
 
 
 def swoosh_l(x: Tensor) -> Tensor:
-    """log(1 + exp(x - 4)) - 0.08 x - 0.035, element-wise."""
+    """Return log(1 + exp(x - 4)) - 0.08 x - 0.035, element-wise."""
     if k2 is not None:
         return k2.swoosh_l(x) if x.requires_grad else k2.swoosh_l_forward(x)
     return _Swoosh.apply(x, 4.0, 0.035)
 
 
 def swoosh_r(x: Tensor) -> Tensor:
-    """log(1 + exp(x - 1)) - 0.08 x - 0.313261687, element-wise."""
+    """Return log(1 + exp(x - 1)) - 0.08 x - 0.313261687, element-wise."""
     if k2 is not None:
         return k2.swoosh_r(x) if x.requires_grad else k2.swoosh_r_forward(x)
     return _Swoosh.apply(x, 1.0, 0.313261687)
