@@ -1,6 +1,6 @@
 """Augmentation with lhotse: speed, volume, reverberation, codecs, noise, SpecAugment.
 
-Transforms of batches draw from Python's generator, which is seeded for each batch.
+Batch transforms use Python's random generator, which is seeded for each batch.
 """
 
 import io
@@ -22,7 +22,7 @@ from speechllm.data.features import SPEED_FACTORS
 
 
 def spec_augment(time_warp_factor: int) -> SpecAugment:
-    """Return SpecAugment with the published masks; frame masks cover at most 15 % of a cut."""
+    """Return SpecAugment with the published masks; frame masks cover at most 15% of a cut."""
     return SpecAugment(
         time_warp_factor=time_warp_factor,
         num_frame_masks=10,
@@ -33,15 +33,15 @@ def spec_augment(time_warp_factor: int) -> SpecAugment:
 
 
 def perturb_speed(cut: Cut, seed: str) -> Cut:
-    """Return the cut at 0.9, 1.0 or 1.1 times its speed, as `seed` and its id determine."""
+    """Return the cut at 0.9, 1.0 or 1.1 times its speed, determined by `seed` and the cut id."""
     factor = random.Random(f"{seed} {cut.id}").choice((1.0, *SPEED_FACTORS))
     return cut if factor == 1.0 else cut.drop_features().perturb_speed(factor, affix_id=False)
 
 
 def perturb_audio(cuts: CutSet, volume: bool, reverb: bool, codec: bool) -> CutSet:
-    """Change the volume of half of the cuts, the room of half, and the codec of half."""
+    """Apply each enabled transform (volume, reverberation, codec) to a random half of the cuts."""
     rng = random.Random(random.getrandbits(64))
-    cuts = cuts.drop_features()  # lhotse would warn about each
+    cuts = cuts.drop_features()  # otherwise lhotse warns about each
     if volume:
         cuts = PerturbVolume(0.5, randgen=rng, preserve_id=True)(cuts)
     if reverb:
@@ -54,10 +54,10 @@ def perturb_audio(cuts: CutSet, volume: bool, reverb: bool, codec: bool) -> CutS
 
 
 def random_room(rng: random.Random) -> Recording:
-    """Return an impulse response: the direct sound, then noise that decays exponentially (Polack).
+    """Return an impulse response: direct sound, then exponentially decaying noise (Polack).
 
-    It decays by 60 dB in 0.1 to 0.8 s, and the direct sound is 0 to 15 dB louder. lhotse's
-    generator of impulse responses needs torchaudio.
+    The noise decays by 60 dB in 0.1 to 0.8 s; the direct sound is 0 to 15 dB louder than the noise.
+    lhotse's generator of impulse responses needs torchaudio.
     """
     reverberation_time, direct_db = rng.uniform(0.1, 0.8), rng.uniform(0, 15)
     time = np.arange(round(reverberation_time * SAMPLING_RATE)) / SAMPLING_RATE
@@ -71,6 +71,6 @@ def random_room(rng: random.Random) -> Recording:
 
 
 def mix_noise(cuts: CutSet, noise: CutSet) -> CutSet:
-    """Mix noise at 10 to 20 dB SNR into half of the cuts."""
+    """Mix noise into a random half of the cuts, at an SNR of 10 to 20 dB."""
     rng = random.Random(random.getrandbits(64))
     return CutMix(noise, p=0.5, snr=(10, 20), preserve_id=True, seed=rng)(cuts)

@@ -1,4 +1,4 @@
-"""DataConfig and TrainDataConfig: which cuts are read, and how they become batches."""
+"""DataConfig and TrainDataConfig: selection, batching and augmentation of cuts."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _train = partial(option, group="training data")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Options of all programs that read cut files; the names are icefall's.
+    """Options of all programs that read cut files, with icefall's names.
 
     Raises:
       InputError: a value is out of range.
@@ -50,11 +50,11 @@ class TrainDataConfig(DataConfig):
         "librispeech_cuts_train-all-shuf", "cut files in --manifest-dir, comma-separated"
     )
     corpus_weights: str | None = _train(
-        None, "share of each file of --train-cuts in an epoch, such as 0.7,0.3; small files are "
+        None, "weight of each --train-cuts file in an epoch, such as 0.7,0.3; small files are "
         "repeated", unset="by size",
     )  # fmt: skip
     replay: str | None = _train(
-        None, "cut files of former training data with their shares of an epoch, such as "
+        None, "cut files of former training data, each with its fraction of an epoch, such as "
         "old_cuts_train:0.2; the rest is --train-cuts", unset="none",
     )  # fmt: skip
     valid_cuts: str = _train(
@@ -62,12 +62,12 @@ class TrainDataConfig(DataConfig):
         "cut files in --manifest-dir, comma-separated",
     )
     shar_dir: str | None = _train(
-        None, "directories of lhotse Shar shards, comma-separated, instead of --train-cuts"
+        None, "directories of lhotse Shar shards, comma-separated; replaces --train-cuts"
     )
     shuffle: bool = _train(True, "reorder the cuts in each epoch")
     drop_last: bool = _train(True, "drop the last, incomplete batch of each bucket")
     max_batch_tokens: int = _train(
-        0, "maximum LLM positions per batch and process, padding included; 0: no limit"
+        0, "maximum LLM positions per batch and process, including padding; 0: no limit"
     )
     min_duration: float = _train(1.0, "minimum utterance duration in seconds")
     max_utterance_duration: float = _train(20.0, "maximum utterance duration in seconds")
@@ -85,18 +85,17 @@ class TrainDataConfig(DataConfig):
         True, "mix noise from musan_cuts.jsonl.gz into half of the cuts, at 10-20 dB SNR"
     )
     enable_speed_perturb: bool = _train(
-        False, "0.9, 1 or 1.1 times the speed, drawn per utterance and epoch"
+        False, "change the speed by a factor of 0.9, 1 or 1.1, sampled per utterance and epoch"
     )
     enable_volume_perturb: bool = _train(False, "change the volume of half of the utterances")
-    enable_reverb: bool = _train(False, "reverberate half of the utterances, in random rooms")
-    enable_codec: bool = _train(False, "compress half of the utterances by MP3, Opus or GSM")
+    enable_reverb: bool = _train(False, "add reverberation of random rooms to half the utterances")
+    enable_codec: bool = _train(False, "compress half of the utterances with MP3, Opus or GSM")
     enable_spec_aug: bool = _train(True, "apply SpecAugment")
     spec_aug_time_warp_factor: int = _train(
-        80, "time warping of SpecAugment in frames; below 1: none"
+        80, "SpecAugment time warping in frames; below 1: none"
     )
     encoder_cache_dir: Path | None = _train(
-        None, "directory in which the frozen encoders' outputs are cached and reused (augmentation "
-        "must be off)",
+        None, "directory for caching the frozen encoders' outputs; augmentation must be off",
     )  # fmt: skip
 
     def __post_init__(self):
@@ -120,7 +119,7 @@ class TrainDataConfig(DataConfig):
 
     @property
     def audio_augmentation(self) -> list[str]:
-        """Names of the enabled options that change the audio."""
+        """Names of enabled options that change the audio."""
         return [name for name in AUDIO_AUGMENTATION if getattr(self, name)]
 
     @property

@@ -1,4 +1,4 @@
-"""Loaders of the batches described in dataset.py, with lhotse's samplers and augmentation."""
+"""Data loaders for the batches described in dataset.py, with lhotse's samplers."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from speechllm.data.workers import (
 )
 
 MIN_BATCHES_IN_BUCKET = 10  # --drop-last may drop one of them
-POSITIONS_PER_SECOND = 6.25  # LLM positions, at least: one encoder at the published rate
-BATCHES_IN_BUFFER = 4  # per bucket, where cuts hold their data
+POSITIONS_PER_SECOND = 6.25  # minimum LLM positions: one encoder at the published rate
+BATCHES_IN_BUFFER = 4  # per bucket, for cuts that contain their data
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class CutSource:
 
     Attributes:
       num_cuts, seconds: size of `cuts`.
-      sample: for shards, a few of the cuts, from which the buckets are estimated. Then each worker
-        of each rank has its own part of `cuts` (see shar.py), and leaves out invalid cuts, as the
-        manifests of shards were not scanned before.
+      sample: for shards, a sample of the cuts for estimating buckets. Each worker on each rank then
+        reads its own part of `cuts` (see shar.py) and skips invalid cuts, as shards are not
+        scanned beforehand.
     """
 
     cuts: CutSet
@@ -52,10 +52,10 @@ class CutSource:
 
 @dataclass(frozen=True)
 class EpochPosition:
-    """Epoch and rank, which determine order and augmentation together with the seed.
+    """Epoch, rank and seed, which determine order and augmentation.
 
     Attributes:
-      skip: batches of this rank that were trained on; they are not loaded.
+      skip: number of this rank's batches already trained on; they are not loaded.
     """
 
     epoch: int = 1
@@ -67,13 +67,13 @@ class EpochPosition:
 
 @dataclass(frozen=True)
 class Extras:
-    """Optional parts of a training loader.
+    """Optional components of a training loader.
 
     Attributes:
       musan: noise to mix in.
-      count_positions: LLM positions of a cut, for --max-batch-tokens.
+      count_positions: returns a cut's LLM positions, for --max-batch-tokens.
       encoder_cache: replaces features and augmentation.
-      check: further errors of a cut of shards.
+      check: returns further errors of a cut from shards.
     """
 
     text: TextOptions = TextOptions()
@@ -86,7 +86,7 @@ class Extras:
 def training_loader(
     source: CutSource, config: TrainDataConfig, position: EpochPosition, extras: Extras = Extras()
 ) -> DataLoader:
-    """Return the augmented batches of one epoch and rank.
+    """Return a loader of the augmented batches for one epoch and rank.
 
     Raises (while iterating):
       InputError: a worker returns no batch for --loader-timeout seconds, or was killed.
@@ -109,10 +109,10 @@ def train_sampler(
     count_positions: Callable[[Cut], int] | None = None,
     shuffle: bool | None = None,
 ) -> CutSampler:
-    """Return the sampler of an epoch's batches.
+    """Return the sampler for an epoch's batches.
 
     Args:
-      shuffle: by default as the config's.
+      shuffle: by default `config.shuffle`.
     """
     cuts, sample = source.cuts, source.sample
     if config.max_batch_tokens:
@@ -131,9 +131,9 @@ def train_sampler(
 
 
 def _sampler_sizes(source: CutSource, config: TrainDataConfig, position: EpochPosition) -> dict:
-    """Return the options of `make_sampler` that depend on the size of the source and on the ranks.
+    """Return the `make_sampler` options that depend on the source's size and the ranks.
 
-    With --drop-last each bucket may lose a batch: a small source gets fewer buckets.
+    With --drop-last each bucket may lose a batch, so a small source gets fewer buckets.
     """
     full = config.max_duration  # seconds of a full batch
     if config.max_batch_tokens:
@@ -149,7 +149,7 @@ def _sampler_sizes(source: CutSource, config: TrainDataConfig, position: EpochPo
         "rank": position.rank,
         "world_size": position.world_size,
     }
-    if source.is_sharded:  # the shards are divided already
+    if source.is_sharded:  # the shards are already divided
         buffered = BATCHES_IN_BUFFER * max(1, num_buckets) * full * source.num_cuts / source.seconds
         sizes |= {"num_cuts": source.num_cuts // parts, "rank": 0, "world_size": 1}
         sizes["cuts_in_buffer"] = round(buffered)
@@ -179,7 +179,7 @@ def _train_dataset(config: TrainDataConfig, extras: Extras, check_cuts: bool) ->
 def _check_cut(
     on_the_fly_feats: bool, check: Callable[[Cut], list[CutError]] | None, cut: Cut
 ) -> list[CutError]:
-    """Check a cut as a scan of the manifest would."""
+    """Check a cut like a scan of the manifest."""
     errors = validate_cut(cut, need_features=not on_the_fly_feats)
     return errors or (check(cut) if check else [])
 
@@ -194,14 +194,14 @@ def evaluation_loader(
     world_size: int = 1,
     encoder_cache: EncoderCache | None = None,
 ) -> DataLoader:
-    """Return the batches of an evaluation: every cut once, similar durations together.
+    """Return a loader for evaluation: every cut once, in batches of similar durations.
 
-    Each rank gets its share of the batches, which are the same for any number of ranks: in other
-    batches kernels round differently. The manifests have been scanned before.
+    The ranks share the batches, which do not depend on the number of ranks: kernels round
+    differently in other batches. The manifests must have been scanned.
 
     Args:
       num_cuts: number of cuts in `cuts`.
-      encoder_cache: the batches hold its outputs instead of features.
+      encoder_cache: batches contain its outputs instead of features.
     """
     dataset = SpeechDataset(config.on_the_fly_feats, text=text)
     if encoder_cache is not None:
@@ -214,7 +214,7 @@ def evaluation_loader(
         rank=0,
         world_size=1,
     )
-    if world_size > 1:  # the longest first, so that all ranks take about as long
+    if world_size > 1:  # longest first, so that all ranks take about the same time
         batches = sorted(batches, key=_padded_seconds, reverse=True)[rank::world_size]
     return DiagnosticDataLoader(dataset, config, "evaluation", sampler=batches)
 

@@ -1,26 +1,26 @@
-"""Datasets that make batches of cuts, in the main process or in a worker.
+"""Datasets that convert cuts to batches, in the main process or in a worker.
 
 A batch is a dict:
 
     features      (B, T, 80) float32, padded; B utterances, T frames of 10 ms
     feature_lens  (B,) int64, valid frames
     texts         B transcripts as in the cut files
-    contexts      B texts for the prompt, empty where there is none; only with `use_context`
-    cut_ids       B cut ids; a cut made by --concatenate-cuts has a new one
+    contexts      B prompt contexts, "" for none; only with `use_context`
+    cut_ids       B cut ids; --concatenate-cuts gives new ids
     seconds       audio in the batch, without padding
-    invalid       errors of the utterances left out, and of noise: some show only when read
+    invalid       errors found when reading skipped utterances and noise
 
-With a tokenizer also what a model is trained on; for an LLM (see prompt.ChatTokenizer):
+A tokenizer adds the training targets; for an LLM (see prompt.ChatTokenizer):
 
     input_ids     (B, L) int64, left-padded
-    labels        (B, L) int64, IGNORED except on the transcript and its closing token
-    encoders      for each utterance the encoders of its speech groups
-    num_tokens    labels that count
+    labels        (B, L) int64, IGNORED except for the transcript and its closing token
+    encoders      encoders of each utterance's speech groups
+    num_tokens    number of labels that are not IGNORED
 
 With an encoder cache, `features` are the outputs of all encoders, (B, T / 4, C).
 
-If all utterances of a batch are invalid, it is one second of silence with the text "" and without
-`cut_ids`: it keeps the ranks in step and has no weight. `usable_batches` leaves it out.
+If all utterances in a batch are invalid, the batch is one second of silence with the text "" and
+without `cut_ids`: it keeps the ranks in sync and has no weight. `usable_batches` drops it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,7 +47,7 @@ ErrorsOf = Callable[[Cut], list[CutError]]
 
 
 class BatchTokenizer(Protocol):
-    """Interface of objects that make the token entries of a batch, as prompt.ChatTokenizer."""
+    """Interface for objects that create a batch's token entries, such as prompt.ChatTokenizer."""
 
     def training_batch(
         self, texts: list[str], contexts: list[str] | None = None, sample: bool = False
@@ -56,10 +56,10 @@ class BatchTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Text entries of a batch: contexts, and with a tokenizer token ids and labels.
+    """Creates a batch's text entries: contexts, and with a tokenizer token ids and labels.
 
     Attributes:
-      sample_encoders: sample the encoders of each utterance, as in MoSE training.
+      sample_encoders: sample each utterance's encoders, as in MoSE training.
     """
 
     use_context: bool = False
@@ -67,7 +67,7 @@ class TextOptions:
     sample_encoders: bool = False
 
     def __call__(self, texts: list[str], cuts: Iterable[Cut]) -> dict:
-        """Return the entries for these cuts; for the batch of silence without a cut."""
+        """Return the entries for these cuts, or without cuts for the batch of silence."""
         contexts = ([context_of(cut) for cut in cuts] or [""]) if self.use_context else None
         entries = {} if contexts is None else {"contexts": contexts}
         if self.tokenizer is not None:
@@ -76,7 +76,7 @@ class TextOptions:
 
 
 class SpeechDataset(K2SpeechRecognitionDataset):
-    """lhotse's dataset with the batches described at the top of this file."""
+    """lhotse's dataset, with the batches described at the top of this file."""
 
     def __init__(
         self,
@@ -88,20 +88,20 @@ class SpeechDataset(K2SpeechRecognitionDataset):
     ):
         """
         Args:
-          check: returns the errors of a cut, where manifests were not scanned before.
+          check: returns the errors of a cut; for manifests that were not scanned.
         """
         strategy = PrecomputedFeatures()
-        if on_the_fly_feats:  # one by one: in a batch the last frames would depend on the others
+        if on_the_fly_feats:  # one by one: in a batch, the last frames would depend on other cuts
             strategy = OnTheFlyFeatures(fbank_extractor(), use_batch_extract=False)
         super().__init__(True, input_transforms=input_transforms, input_strategy=strategy)
         self.on_the_fly_feats, self.check, self.text = on_the_fly_feats, check, text
         self.augmentations, self.augmented = cut_transforms, CutSet()
 
     def __getitem__(self, cuts: CutSet) -> dict:
-        """Return a batch; if it cannot be read, its utterances are read one by one.
+        """Return a batch; if reading it fails, its utterances are read one by one.
 
         Raises:
-          InputError: it cannot be read although every utterance can.
+          InputError: the batch cannot be read, although every utterance can.
         """
         valid, invalid = _partition(cuts, self._errors)
         for augmentations in (self.augmentations, self.augmentations, ()):  # noise may be damaged
@@ -111,7 +111,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
             self.cut_transforms = [*augmentations, self._remember]
             try:
                 batch = self._read(CutSet.from_cuts(valid))
-            except Exception as error:  # each of lhotse's storages has its own exceptions
+            except Exception as error:  # lhotse's storages raise different exceptions
                 reason = first_line(error)
             else:
                 return make_batch(*batch, self.text, invalid)
@@ -131,7 +131,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         return cuts
 
     def _noise_errors(self, ids: set[str]) -> list[CutError]:
-        """Return the errors of the noise last mixed with the cuts of these ids."""
+        """Return the errors in the noise that was last mixed with the cuts of these ids."""
         tracks = [track.cut for cut in self.augmented for track in getattr(cut, "tracks", ())]
         noise = [cut for cut in tracks if cut.id not in ids and not isinstance(cut, PaddingCut)]
         return _partition(noise, self._read_errors)[1]
@@ -140,7 +140,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         """Return augmented features (B, T, 80), their valid frames, and the cut of each row.
 
         Raises:
-          Exception: an utterance, or noise, cannot be read or is not finite.
+          Exception: an utterance or noise cannot be read or is not finite.
         """
         batch = super().__getitem__(cuts)
         features, supervisions = batch["inputs"], batch["supervisions"]
@@ -154,7 +154,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
 
 
 class CachedEncoderDataset(Dataset):
-    """Batches as those of SpeechDataset, with cached encoder outputs instead of features."""
+    """Dataset like SpeechDataset, with cached encoder outputs instead of features."""
 
     def __init__(self, cache: EncoderCache, text: TextOptions = TextOptions()):
         self.cache, self.text = cache, text
@@ -179,7 +179,7 @@ def make_batch(
     text: TextOptions,
     invalid: Sequence[CutError] = (),
 ) -> dict:
-    """Return the batch of `cuts`, or without any the batch of silence."""
+    """Return the batch of `cuts`; without cuts, the batch of silence."""
     texts = [" ".join(part.text for part in cut.supervisions) for cut in cuts] or [""]
     return {
         "features": features,
@@ -193,7 +193,7 @@ def make_batch(
 
 
 def _partition(cuts: Iterable[Cut], errors_of: ErrorsOf) -> tuple[list[Cut], list[CutError]]:
-    """Return the valid cuts, and the first error of each other one."""
+    """Return the valid cuts, and the first error of each invalid cut."""
     valid, invalid = [], []
     for cut in cuts:
         errors = errors_of(cut)
@@ -203,7 +203,7 @@ def _partition(cuts: Iterable[Cut], errors_of: ErrorsOf) -> tuple[list[Cut], lis
 
 
 def usable_batches(batches: Iterable[dict], invalid: list[CutError]) -> Iterator[dict]:
-    """Yield the batches with utterances; errors of all batches are appended to `invalid`."""
+    """Yield batches that contain utterances; append the errors of all batches to `invalid`."""
     for batch in batches:
         invalid += batch["invalid"]
         if batch["cut_ids"]:

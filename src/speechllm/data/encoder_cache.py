@@ -1,11 +1,11 @@
 """Cached outputs of frozen encoders: computed once, read in every epoch without augmentation.
 
     DIR/<hash>/          hash of the encoders, the precision and this format
-      <name>/            a part, complete or absent
-        outputs.bin      (T / 4, C) of each cut in turn, C the channels of all encoders
+      <name>/            one part, complete or absent
+        outputs.bin      (T / 4, C) for each cut in turn; C is the sum of the encoders' channels
         index.npy        position of each cut, by the fingerprint of its input
 
-An encoder or a cut that has changed is not found, and encoded again.
+A changed encoder or cut is not found in the cache and is encoded again.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ from speechllm.io import atomic_directory, check_space
 from speechllm.models.zipformer.encoder import ZipformerEncoder, encoder_out_lens
 from speechllm.precision import autocast
 
-FORMAT = 1  # changes when the same encoders and cuts give other content
+FORMAT = 1  # increase when the content changes for the same encoders and cuts
 OUTPUTS, INDEX = "outputs.bin", "index.npy"
 ENTRY = np.dtype([("key", "u8"), ("row", "u8"), ("frames", "u4")])  # row of the first output
 FRAMES_PER_SECOND = 25  # encoder output
-BATCHES_IN_PART = 500  # lost at most when filling is interrupted
+BATCHES_IN_PART = 500  # at most these are lost when filling is interrupted
 
 
 def fingerprint(cut: Cut, on_the_fly_feats: bool = False) -> int:
-    """Return a 64-bit hash of a cut's id, its features or audio, and where its speech is.
+    """Return a 64-bit hash of a cut's id, its features or audio, and its supervision times.
 
-    Files count by path, size and modification time.
+    Files are identified by path, size and modification time.
     """
     source = cut.drop_supervisions().to_dict()
     unused = "features" if on_the_fly_feats else "recording"
@@ -54,7 +54,7 @@ def fingerprint(cut: Cut, on_the_fly_feats: bool = False) -> int:
 
 @cache
 def _size_and_time(path: str) -> tuple[int, int] | None:
-    """Return size and modification time; None for a URL and the like."""
+    """Return a file's size and modification time; None for URLs etc."""
     try:
         found = os.stat(path)
     except OSError:
@@ -63,7 +63,7 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
 
 
 def hash_of_encoders(encoders: Iterable[ZipformerEncoder], *options) -> str:
-    """Return 16 hexadecimal digits of the configurations and parameters, without the CTC heads."""
+    """Return 16 hexadecimal digits for the configs and parameters, excluding CTC heads."""
     digest = hashlib.sha256(repr(options).encode())
     for encoder in encoders:
         digest.update(f"{encoder.config!r}{encoder.chunkings[-1]}".encode())
@@ -79,7 +79,7 @@ def _as_bytes(value: Tensor) -> np.ndarray:
 
 
 class EncoderCache:
-    """On-disk cache of encoder outputs in `dtype`; dataloader workers read from it."""
+    """On-disk cache of encoder outputs in `dtype`, read by dataloader workers."""
 
     def __init__(
         self,
@@ -124,14 +124,14 @@ class EncoderCache:
         return sum((part / OUTPUTS).stat().st_size for part in self.parts) / 1e9
 
     def with_fingerprint(self, cut: Cut) -> Cut:
-        """Return the cut with its fingerprint as its id."""
+        """Return the cut with its fingerprint as id."""
         return cut.with_id(str(fingerprint(cut, self.on_the_fly_feats)))
 
     def is_missing(self, cut: Cut) -> bool:
         return self._position(cut) is None
 
     def read(self, cut: Cut) -> tuple[Tensor, int]:
-        """Return the encoders' concatenated outputs, (T / 4, C), and the feature frames T.
+        """Return the encoders' concatenated outputs (T / 4, C) and the number of feature frames T.
 
         Raises:
           KeyError: the cut is missing.
@@ -150,10 +150,10 @@ class EncoderCache:
         return position if key in self.keys[position : position + 1] else None
 
     def check_space(self, seconds: float) -> None:
-        """Check that the outputs for this much audio fit on the disk.
+        """Check that the outputs for `seconds` of audio fit on the disk.
 
         Raises:
-          InputError: the disk has too little space.
+          InputError: disk space is insufficient.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         needed = seconds * FRAMES_PER_SECOND * self.frame_bytes
@@ -162,7 +162,7 @@ class EncoderCache:
     def fill(
         self, encoders: Iterable[ZipformerEncoder], batches: Iterable[dict], device: torch.device
     ) -> None:
-        """Encode batches of cuts `with_fingerprint`; `refresh` finds them afterwards."""
+        """Encode and store batches of cuts `with_fingerprint`; call `refresh` to read them."""
         encoders, batches = list(encoders), iter(batches)
         for first in batches:
             part = chain([first], islice(batches, BATCHES_IN_PART - 1))
@@ -184,14 +184,14 @@ class EncoderCache:
         np.save(folder / INDEX, np.array(entries, ENTRY))
 
     def cached_encoders(self, encoders: Iterable[ZipformerEncoder]) -> nn.ModuleList:
-        """Return modules that stand in for the encoders in a SpeechLLM, with their CTC heads."""
+        """Return modules that replace the encoders in a SpeechLLM, with their CTC heads."""
         ends = np.cumsum(self.dims).tolist()
         parts = zip(self.dims, ends, encoders)
         return nn.ModuleList(_CachedEncoder(end - dim, end, e.ctc_output) for dim, end, e in parts)
 
 
 class _CachedEncoder(nn.Module):
-    """Select an encoder's output, the channels `start` to `end` of all encoders' outputs."""
+    """Selects one encoder's output, channels `start` to `end` of the cached outputs."""
 
     frozen = True
 
@@ -200,15 +200,15 @@ class _CachedEncoder(nn.Module):
         self.start, self.end, self.ctc_output = start, end, ctc_output
 
     def compile_layers(self) -> None:
-        """Compile nothing, as the outputs are computed already."""
+        """Do nothing: the outputs are cached."""
 
     def sample_chunking(self) -> None:
-        """Draw nothing: the outputs have the chunks of the cache."""
+        """Return None: the chunking was fixed when the cache was filled."""
 
     def forward(
         self, outputs: Tensor, feature_lens: Tensor, feature_mask: bool, chunking: None = None
     ) -> tuple[Tensor, Tensor]:
-        """outputs (B, T / 4, C), feature_lens (B,) -> (B, T / 4, end - start), lengths (B,)."""
+        """Return (B, T / 4, end - start) and lengths (B,) for cached outputs (B, T / 4, C)."""
         return outputs[..., self.start : self.end], encoder_out_lens(feature_lens)
 
 
@@ -216,7 +216,7 @@ class _CachedEncoder(nn.Module):
 def encode_batch(
     encoders: Iterable[ZipformerEncoder], batch: dict, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Return the concatenated outputs of all encoders, (B, T / 4, C) in `dtype`, on the CPU."""
+    """Return all encoders' concatenated outputs (B, T / 4, C) in `dtype`, on the CPU."""
     features = batch["features"].to(device, non_blocking=True)
     with autocast(device, dtype):
         outputs = [encoder(features, batch["feature_lens"])[0] for encoder in encoders]

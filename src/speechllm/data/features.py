@@ -1,8 +1,8 @@
-"""Compute 80-dim Kaldi fbank of cuts and store it next to the cut file.
+"""Computation of 80-dim Kaldi fbank features, stored next to the cut file.
 
-The features of `<dir>/<corpus>_cuts_<part>.jsonl.gz` are in `<dir>/<corpus>_feats_<part>/` (Lilcom
-chunks). The cut file is written last and atomically, so a cut file that exists is complete. Paths
-are stored as given: relative paths require that programs start in the same directory.
+Features for `<dir>/<corpus>_cuts_<part>.jsonl.gz` are in `<dir>/<corpus>_feats_<part>/` (Lilcom
+chunks). The cut file is written last and atomically, so an existing cut file is complete. Paths are
+stored as given: with relative paths, programs must start in the same directory.
 """
 
 import logging
@@ -32,13 +32,13 @@ def cuts_path(manifest_dir: Path, corpus: str, part: str) -> Path:
 
 
 def feats_dir(cuts_file: Path) -> Path:
-    """`x/an4_cuts_dev.jsonl.gz` -> `x/an4_feats_dev`."""
+    """Return the feature directory: `x/an4_cuts_dev.jsonl.gz` -> `x/an4_feats_dev`."""
     stem = cuts_file.name.removesuffix(".jsonl.gz").replace("_cuts", "_feats")
     return cuts_file.with_name(stem)
 
 
 def with_perturbed_speed(cuts: CutSet) -> CutSet:
-    """Append copies at 0.9 and 1.1 times the speed (ids end in `_sp0.9`)."""
+    """Append copies at 0.9 and 1.1 times the speed; their ids end in `_sp0.9` and `_sp1.1`."""
     perturbed = [cut.perturb_speed(factor) for factor in SPEED_FACTORS for cut in cuts]
     return CutSet.from_cuts([*cuts, *perturbed])
 
@@ -48,13 +48,14 @@ def has_perturbed_speed(cut: Cut) -> bool:
 
 
 def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
-    """Compute the features of `cuts` in `num_jobs` processes; write features and cuts.
+    """Compute the features of `cuts` in `num_jobs` processes; write features and cut file.
 
     Returns:
       The cuts with their features, in the order given.
+
     Raises:
-      InputError: cuts share an id, are unsafe, or their audio cannot be read; names them.
-        Nothing is left on disk.
+      InputError: cuts share an id, are unsafe, or their audio cannot be read; the message names
+        them. Nothing is left on disk.
     """
     shared = [cut_id for cut_id, n in Counter(cut.id for cut in cuts).items() if n > 1]
     if shared:

@@ -1,4 +1,4 @@
-"""Cut files: finding and reading them, checking every cut, filtering by duration."""
+"""Cut files: locating, reading, checking, and filtering by duration."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,19 +23,19 @@ from speechllm.data.validation import (
 from speechllm.errors import InputError, first_line
 from speechllm.models.zipformer.config import encoder_out_lens
 
-CutErrors = dict[Path, dict[int, list[CutError]]]  # by file, and by position of the cut from 0
+CutErrors = dict[Path, dict[int, list[CutError]]]  # by file, then by position of the cut from 0
 ExtraCheck = Callable[[Cut], list[CutError]]
 
 
 @dataclass(frozen=True)
 class CutStatistics:
-    """Counts of a pass over cut files."""
+    """Counts from a pass over cut files."""
 
     kept: int
     seconds: float
     too_short: int
     too_long: int
-    longest: float = 0.0  # seconds, of the kept cuts
+    longest: float = 0.0  # longest kept cut, in seconds
     errors: CutErrors = field(default_factory=dict)
     files: dict[Path, tuple[int, float]] = field(default_factory=dict)  # kept cuts and seconds
 
@@ -45,7 +45,7 @@ class CutStatistics:
 
     @property
     def invalid_cuts(self) -> list[list[CutError]]:
-        """The errors of each invalid cut."""
+        """Errors of each invalid cut."""
         return [errors for of_file in self.errors.values() for errors in of_file.values()]
 
     def __str__(self) -> str:
@@ -60,20 +60,20 @@ class CutStatistics:
 
 
 def frames_needed(ds_rate: int = 4) -> int:
-    """Return the fewest feature frames that give a speech embedding, 21 at the published rate."""
+    """Return the minimum feature frames for one speech embedding, 21 at the published rate."""
     return 4 * ds_rate + 5
 
 
 def speech_embeddings(frames: int, ds_rate: int = 4) -> int:
-    """Return the number of speech embeddings of `frames` feature frames, 6.25 per second."""
+    """Return the number of speech embeddings for `frames` feature frames (6.25 per second)."""
     return encoder_out_lens(frames) // ds_rate
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Durations in seconds of the utterances to use, and the fewest feature frames of their speech.
+    """Limits for utterances: duration in seconds, and minimum feature frames in supervised speech.
 
-    Instances are functions that return whether a cut is within the limits.
+    Instances are callable and return true if a cut is within the limits.
     """
 
     min_seconds: float = 0.0
@@ -91,10 +91,10 @@ class Limits:
 
 
 def cuts_file(manifest_dir: Path, name: str) -> Path:
-    """Find a cut file by its path, or by its name in `manifest_dir`, with or without the ending.
+    """Return a cut file given by path or by name in `manifest_dir`; `.jsonl.gz` is optional.
 
     Raises:
-      FileNotFoundError: none of these exists.
+      FileNotFoundError: no such file exists.
     """
     for candidate in (manifest_dir / name, manifest_dir / f"{name}.jsonl.gz", Path(name)):
         if candidate.is_file():
@@ -103,11 +103,11 @@ def cuts_file(manifest_dir: Path, name: str) -> Path:
 
 
 def read_cuts(path: Path) -> Iterator[Cut]:
-    """Read the cuts of a file one by one.
+    """Read the cuts in a file one by one.
 
     Raises:
       InputError: the file is empty, truncated or not a cut manifest, or a cut is unsafe; the
-        message has the number of cuts read before.
+        message gives the number of cuts read before.
     """
     for count, item in enumerate(read_lines(path)):
         if isinstance(item, str):
@@ -116,13 +116,13 @@ def read_cuts(path: Path) -> Iterator[Cut]:
 
 
 def read_lines(path: Path) -> Iterator[Cut | str]:
-    """Yield the cut of each line, or an error message for a line that is not a cut."""
+    """Yield a cut for each line, or an error message if the line is not a cut."""
     line = None
     try:
         with open_best(path, "r") as lines:
             for line in lines:
                 yield _parse_line(line)
-    except Exception as error:  # gzip, zlib, decoders and file systems each have their own
+    except Exception as error:  # gzip, zlib, decoders and file systems raise different exceptions
         yield first_line(error)
         return
     if line is None:
@@ -145,7 +145,7 @@ def context_of(cut: Cut) -> str:
     """Join the distinct `context` custom fields of the cut's supervisions.
 
     Raises:
-      InputError: a context is not a string; names the cut.
+      InputError: a context is not a string; the message names the cut.
     """
     found = [(supervision.custom or {}).get("context") for supervision in cut.supervisions]
     for context in found:
@@ -168,16 +168,16 @@ def scan_manifests(
 ) -> CutStatistics:
     """Read and check every cut once, so that errors appear before the work begins.
 
-    Features or audio are read until one cut of each file is readable.
+    Features or audio are read only until one cut per file proves readable.
 
     Args:
-      need_text, need_features: as for `validate_cut`.
+      need_text, need_features: see `validate_cut`.
       extra_check: applied to cuts without other errors.
-      tolerate: skip and count invalid cuts instead of raising at the first one.
+      tolerate: skip and count invalid cuts instead of raising an error.
 
     Raises:
-      InputError: a file cannot be read, a cut is invalid (names file, cut and value), or every
-        cut is skipped.
+      InputError: a file cannot be read, a cut is invalid (the message gives file, cut and value),
+        or every cut is skipped.
     """
     lengths, too_short, too_long = [], 0, 0
     files: dict[Path, tuple[int, float]] = {}
@@ -211,7 +211,7 @@ def checked_cuts(
     need_features: bool,
     extra_check: ExtraCheck | None = None,
 ) -> Iterator[tuple[int, Cut, list[CutError]]]:
-    """Yield position, cut and errors of each cut of a file; see `scan_manifests`."""
+    """Yield the position, the cut and its errors for each cut in a file; see `scan_manifests`."""
     ids: set[str] = set()
     can_be_read = False
     for number, cut in enumerate(read_cuts(path)):
@@ -228,7 +228,7 @@ def checked_cuts(
 
 
 def long_enough(cut: Cut, min_frames: int) -> bool:
-    """Check that the supervised part of the cut has `min_frames` frames."""
+    """Return true if the cut's supervised part has at least `min_frames` frames."""
     end = max((supervision.end for supervision in cut.supervisions), default=cut.duration)
     return round(min(end, cut.duration) * 100) >= min_frames
 
@@ -241,10 +241,10 @@ def cuts_within(
     limits: Limits = Limits(),
     skip: Mapping[Path, Iterable[int]] = MappingProxyType({}),
 ) -> CutSet:
-    """Return the cuts of several files within the limits, read lazily, the files interleaved.
+    """Return the cuts within the limits, read lazily, with the files interleaved.
 
     Args:
-      skip: positions of cuts to leave out of each file, such as `CutStatistics.errors`.
+      skip: positions of the cuts to skip in each file, such as `CutStatistics.errors`.
     """
     cuts = [CutSet(_CutFile(path, frozenset(skip.get(path, ())))) for path in paths]
     joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
@@ -253,7 +253,7 @@ def cuts_within(
 
 @dataclass(frozen=True)
 class _CutFile:
-    """Unlike a generator it can be iterated over repeatedly, and pickled for worker processes."""
+    """Iterable over a cut file; unlike a generator, it is repeatable and picklable for workers."""
 
     path: Path
     skip: frozenset[int]
@@ -263,7 +263,7 @@ class _CutFile:
 
 
 def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:
-    """Return every `world_size`-th cut from `rank` on, read lazily."""
+    """Return every `world_size`-th cut, starting at index `rank`, read lazily."""
     return CutSet(LazySlicer(cuts, rank, world_size))
 
 

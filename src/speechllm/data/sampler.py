@@ -1,4 +1,4 @@
-"""Batch sampling: at most N seconds and M LLM positions per batch, padding included."""
+"""Batch sampling: at most N seconds and M LLM positions per batch, including padding."""
 
 import heapq
 import math
@@ -26,13 +26,13 @@ from speechllm.models.prompt import ChatTemplate, encode_contexts, encode_transc
 
 MIN_CUTS_IN_BUCKET = 20  # small sets get fewer buckets
 CUTS_IN_BUFFER = 7000  # per bucket
-CUTS_FOR_BINS = 10_000  # cuts from which the buckets are estimated
+CUTS_FOR_BINS = 10_000  # cuts used to estimate the buckets
 QUANTILE = 0.999  # longer cuts have a bucket of their own
 
 
 @dataclass(frozen=True)
 class LLMPositions:
-    """LLM positions of a cut: prompt, speech of all encoders, transcript and closing token."""
+    """Counts a cut's LLM positions: prompt, all encoders' speech, transcript and closing token."""
 
     tokenizer: PreTrainedTokenizerBase
     chat: ChatTemplate
@@ -40,7 +40,7 @@ class LLMPositions:
     ds_rate: int = 4
 
     def __call__(self, cut: Cut, new_tokens: int | None = None) -> int:
-        """Count the positions, in decoding with `new_tokens` instead of the text.
+        """Count the positions; decoding passes `new_tokens` to count instead of the text.
 
         Raises:
           InputError: the context is not a string.
@@ -54,13 +54,13 @@ class LLMPositions:
         return self.before_text(cut.duration) + len(context) + new_tokens
 
     def before_text(self, seconds: float) -> int:
-        """Return the positions of prompt and speech, without a context."""
+        """Return the number of positions for prompt and speech, without a context."""
         frames = compute_num_frames(seconds, FRAME_SHIFT, SAMPLING_RATE)
         prompt = len(self.chat.prompt(self.num_encoders)) - self.num_encoders  # no `<speech>`
         return prompt + self.num_encoders * speech_embeddings(frames, self.ds_rate)
 
     def most(self, seconds: float) -> float:
-        """Return an upper bound for a valid cut: one token per byte of its text."""
+        """Return an upper bound for a valid cut, assuming one token per byte of text."""
         if self.chat.use_context:  # unlimited length
             return math.inf
         return self.before_text(seconds) + 4 * int(max_characters(seconds)) + 1
@@ -68,10 +68,10 @@ class LLMPositions:
 
 @dataclass(frozen=True)
 class TooManyPositions:
-    """Check for cuts that exceed the LLM's positions, or whose context is not a string.
+    """Check for cuts that exceed the LLM's positions or whose context is not a string.
 
     Attributes:
-      max_new_tokens: in decoding, the positions reserved instead of those of the text.
+      max_new_tokens: for decoding, number of positions reserved in place of the text.
     """
 
     count_positions: LLMPositions
@@ -92,15 +92,15 @@ class TooManyPositions:
 
 @dataclass(frozen=True)
 class EvenMix:
-    """Cuts of several corpora, each spread evenly over an epoch, in the same order every time.
+    """Deterministic mix of corpora, each spread evenly over an epoch.
 
-    A corpus of which an epoch takes fewer cuts than it has continues in the next epoch where this
-    one ends; a corpus of which it takes more is repeated.
+    If an epoch uses only part of a corpus, the next epoch continues where it ended; if an epoch
+    uses more cuts than a corpus has, the corpus is repeated.
 
     Attributes:
-      corpora: the cuts of each corpus, which can be iterated over repeatedly.
-      sizes: their numbers of cuts.
-      counts: cuts to take from each in an epoch.
+      corpora: cuts per corpus, as repeatable iterables.
+      sizes: number of cuts per corpus.
+      counts: number of cuts to use per corpus and epoch.
       epoch: counted from 1.
     """
 
@@ -114,7 +114,7 @@ class EvenMix:
         return (cut for _, cut in heapq.merge(*streams, key=itemgetter(0)))
 
     def _placed(self, cuts: CutSet, size: int, count: int) -> Iterator[tuple[float, Cut]]:
-        """Yield the cuts of a corpus with their places, from 0 to 1, in the epoch."""
+        """Yield a corpus's cuts, each with its position in the epoch from 0 to 1."""
         first = (self.epoch - 1) * count % size
         repeated = chain.from_iterable(repeat(cuts))
         for i, cut in enumerate(islice(repeated, first, first + count)):
@@ -122,7 +122,7 @@ class EvenMix:
 
 
 def with_positions(cuts: CutSet, count_positions: Callable[[Cut], int]) -> CutSet:
-    """Return the cuts, lazily, with their LLM positions as `cut.llm_positions`."""
+    """Return the cuts, lazily, with the number of LLM positions as `cut.llm_positions`."""
     return cuts.map(partial(_set_positions, count_positions=count_positions))
 
 
@@ -133,20 +133,20 @@ def _set_positions(cut: Cut, count_positions: Callable[[Cut], int]) -> Cut:
 
 @dataclass
 class BatchLimit(TimeConstraint):
-    """At most `max_duration` seconds and, unless 0, `max_batch_tokens` LLM positions, with padding.
+    """Limits a padded batch to `max_duration` seconds and, unless 0, `max_batch_tokens` positions.
 
-    The length of a cut is its duration, or more if its positions are the larger share of their
-    limit: the same share of `max_duration`. So n cuts keep both limits exactly if n times the
-    longest is at most `max_duration`.
+    A cut's length is its duration or, if larger, its positions scaled by `max_duration /
+    max_batch_tokens`. Thus n cuts are within both limits exactly if n times the greatest length is
+    at most `max_duration`.
 
-    lhotse draws from a bucket until one more cut as long as the longest drawn would exceed the
-    limit, though the last one drawn may be longer. Here the longest of all cuts seen in the bucket
-    counts, so that only a single cut that is too long exceeds the limits, alone.
+    lhotse draws from a bucket until one more cut as long as the longest drawn so far would exceed
+    the limit, but the last cut drawn may be longer. Here the longest of all cuts seen in the bucket
+    counts, so the limits are exceeded only by batches of a single cut that is too long.
     """
 
     max_batch_tokens: int = 0
     bins: list[float] = field(default_factory=list)  # upper ends of the buckets
-    longest_in: dict[int, float] = field(default_factory=dict)  # by bucket, shared by all copies
+    longest_in: dict[int, float] = field(default_factory=dict)  # by bucket; shared by all copies
     longest_to_come: float = 0
 
     def measure_length(self, example: Cut) -> float:
@@ -187,11 +187,12 @@ def make_sampler(
     cuts_in_buffer: int | None = None,
     **options,
 ) -> CutSampler:
-    """Return batches of similar lengths, or of any lengths with fewer than two buckets.
+    """Return a sampler of batches of similar lengths, or of any lengths without buckets.
 
     Args:
-      sample: cuts to estimate the buckets from; by default the first ones of `cuts`.
-      cuts_in_buffer: cuts read ahead, by default 7000 per bucket.
+      num_buckets: an upper limit; below 2, no buckets are used.
+      sample: cuts for estimating the buckets, by default the first of `cuts`.
+      cuts_in_buffer: number of cuts to read ahead, by default 7000 per bucket.
     """
     num_buckets = min(num_buckets, num_cuts // MIN_CUTS_IN_BUCKET)
     if num_buckets < 2:
@@ -208,9 +209,9 @@ def make_sampler(
 
 
 def _bins(cuts: Iterable[Cut], num_buckets: int, limit: BatchLimit) -> list[float]:
-    """Return the ends of buckets of about equal total duration, and of one for rare long cuts.
+    """Return the upper ends of buckets of similar total duration, plus one for rare long cuts.
 
-    In the last bucket these would make its batches small.
+    Without their own bucket, long cuts would make the batches of the last bucket small.
     """
     seen = list(islice(cuts, CUTS_FOR_BINS))
     bins = estimate_duration_buckets(seen, num_buckets, limit)

@@ -1,8 +1,8 @@
-"""Reject manifests whose cuts would execute code when they are read.
+"""Rejection of manifests that would execute code when their cuts are read.
 
-lhotse runs audio sources of type "command", names that contain "pipe:" and, through a shell,
-converters of SPHERE and Opus files, and it unpickles arrays stored as memory_raw. Any local file
-and the URLs of object stores are allowed.
+lhotse executes audio sources of type "command", names that contain "pipe:" and, through a shell,
+converters for SPHERE and Opus files, and it unpickles arrays stored as memory_raw. Local files and
+object store URLs are allowed.
 """
 
 import re
@@ -19,14 +19,14 @@ STORAGES = (
     "lilcom_chunky", "lilcom_files", "lilcom_url", "lilcom_hdf5", "chunked_lilcom_hdf5",
     "numpy_files", "numpy_hdf5", "memory_lilcom", "memory_npy", "shar",
 )  # fmt: skip
-SCHEMES = ("http", "https", "s3", "gs", "azure")  # hdfs starts a program, ssh uses one's keys
+SCHEMES = ("http", "https", "s3", "gs", "azure")  # hdfs starts a program, ssh uses the user's keys
 NAMES = ("source", "storage_path", "storage_key")
 GIVEN_TO_A_SHELL = (".sph", ".opus")
 LEAVES = (str, int, float, bool, bytes, type(None))  # most of a cut; skipped for speed
 
 
 def safe_cuts(cuts: CutSet) -> CutSet:
-    """Check cuts lazily; reaching an unsafe one raises InputError."""
+    """Check cuts lazily; iteration raises InputError at an unsafe cut."""
     return cuts.map(check_safe, apply_fn=None)
 
 
@@ -34,7 +34,7 @@ def check_safe(cut: Cut) -> Cut:
     """Return the cut if reading it does not execute anything.
 
     Raises:
-      InputError: names the cut and what it would do.
+      InputError: the cut is unsafe; the message gives its id and the reason.
     """
     for fields in _fields_within(cut):
         if danger := _danger(fields):
@@ -57,7 +57,7 @@ def _fields_within(value: object) -> Iterator[dict]:
 
 
 def _danger(fields: dict) -> str:
-    """Describe the danger of reading an audio source, features or an array; empty if safe."""
+    """Describe the danger of reading an audio source, features or an array; "" if safe."""
     if "source" in fields and "channels" in fields and fields.get("type") not in AUDIO:
         return f"its audio comes from a {fields.get('type')}, {fields['source']!r}"
     if fields.get("storage_type", "shar") not in STORAGES:

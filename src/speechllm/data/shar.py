@@ -1,12 +1,12 @@
-"""Lhotse Shar: a corpus in a few large files that are read sequentially, from disk or a store.
+"""Lhotse Shar: a corpus in a few large files, read sequentially from disk or an object store.
 
-A directory that `local/write_shar.py` wrote:
+`local/write_shar.py` writes directories with these files:
 
     cuts.000000.jsonl.gz …   texts and durations of --shard-size cuts each
-    features.000000.tar …    their fbank; or recording.000000.tar, their audio
+    features.000000.tar …    fbank features of these cuts; or recording.000000.tar, their audio
     index.json               names and sizes of the shards, and a histogram of cut durations
 
-The index replaces the pass over all cuts that cut files need.
+With the index, no initial pass over all cuts is needed, unlike with cut files.
 """
 
 import json
@@ -35,7 +35,7 @@ from speechllm.io import atomic_directory
 
 INDEX = "index.json"
 SHARD = re.compile(r"cuts\.\d+\.jsonl\.gz|(features|recording)\.\d+\.tar")
-SAMPLE_SIZE = 10_000  # cuts from which duration buckets are estimated
+SAMPLE_SIZE = 10_000  # cuts for estimating duration buckets
 SHUFFLE_BUFFER = 200_000  # cuts in memory
 SHUFFLE_SEED = 42
 SHARDS_CHECKED = 100  # evenly spread
@@ -54,10 +54,10 @@ def write_shards(
     """Write a directory of shards atomically; return the number of cuts.
 
     Args:
-      store: lilcom for the cuts' features, flac or wav for their audio.
+      store: lilcom to store features, flac or wav to store audio.
 
     Raises:
-      InputError: the directory exists, or a cut cannot be stored; names the cut.
+      InputError: the directory exists, or a cut cannot be stored; the message names the cut.
     """
     if directory.exists():
         raise InputError(f"{directory} exists: remove it or choose another directory")
@@ -85,7 +85,7 @@ def _write_cut(writer: SharWriter, cut: Cut, kind: str) -> None:
         else:
             features = fastcopy(cut.features, recording_id=cut.recording_id)
             writer.write(fastcopy(cut, features=features, recording=None))
-    except Exception as error:  # audio backends and storages each have their own
+    except Exception as error:  # audio backends and storages raise different exceptions
         raise InputError(f"cut {cut.id} cannot be stored: {first_line(error)}") from None
 
 
@@ -104,16 +104,16 @@ def _write_index(directory: Path, paths: dict[str, list[str]], durations: Counte
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of one or several directories."""
+    """Shards from one or several directories."""
 
     fields: dict[str, list[str]]  # cuts, and features or recording -> paths, as in from_shar
-    durations: Counter  # cuts by duration in units of 10 ms
+    durations: Counter  # number of cuts by duration in units of 10 ms
 
     def __len__(self) -> int:
         return len(self.fields["cuts"])
 
     def statistics(self, limits: Limits = Limits()) -> CutStatistics:
-        """Return what `scan_manifests` counts, with durations rounded to 10 ms."""
+        """Return statistics like `scan_manifests`, with durations rounded to 10 ms."""
         shortest, longest = max(limits.min_seconds, limits.min_frames / 100), limits.max_seconds
         lengths = {units / 100: count for units, count in self.durations.items()}
         kept = {one: count for one, count in lengths.items() if shortest <= one <= longest}
@@ -128,14 +128,14 @@ class Shards:
         )
 
     def sample(self) -> CutSet:
-        """Return cuts without data from shards spread evenly over the corpus."""
+        """Return a sample of cuts, without data, from shards spread evenly over the corpus."""
         paths = [fields["cuts"][0] for fields in self.spread(SHARDS_CHECKED)]
         size = -(-SAMPLE_SIZE // len(paths))
         files = (safe_cuts(CutSet.from_jsonl_lazy(path)) for path in paths)
         return CutSet.from_cuts(cut for cuts in files for cut in islice(cuts, size))
 
     def cuts(self, seed: int | None = None) -> CutSet:
-        """Read this rank's and worker's share of the shards lazily, with data.
+        """Lazily read the cuts, with data, from this rank's and worker's share of the shards.
 
         Args:
           seed: shuffles the shards, identically in all processes; None keeps their order.
@@ -150,17 +150,17 @@ class Shards:
         return safe_cuts(cuts)
 
     def spread(self, number: int) -> list[dict[str, list[str]]]:
-        """Return the fields of about `number` single shards, evenly spread."""
+        """Return the fields of about `number` evenly spaced single shards."""
         numbers = range(0, len(self), max(1, len(self) // number))
         return [{name: [paths[i]] for name, paths in self.fields.items()} for i in numbers]
 
 
 def read_shards(directories: list[str]) -> Shards:
-    """Read the indices of directories of shards: paths or, with smart_open, URLs.
+    """Read the indices of shard directories: paths or, with smart_open, URLs.
 
     Raises:
       FileNotFoundError: a directory has no index.
-      InputError: an index cannot be read, or a shard has another size than when it was written.
+      InputError: an index cannot be read, or a shard's size differs from the index.
     """
     fields: dict[str, list[str]] = {}
     durations: Counter = Counter()
@@ -207,13 +207,14 @@ def check_shards(
     need_features: bool = True,
     tolerate: bool = False,
 ) -> CutStatistics:
-    """Check shards by their index and the first cut of up to 200 shards, as `scan_manifests`.
+    """Check shards by their index and the first cut in up to 199 of them; see `scan_manifests`.
 
     Args:
-      tolerate: accept invalid cuts unless all of these are; the loader counts the others.
+      tolerate: accept invalid cuts unless all checked cuts are invalid; the loader counts others.
 
     Raises:
-      InputError: a cut is invalid (names shard, cut and value), or every cut is skipped.
+      InputError: a cut is invalid (the message gives shard, cut and value), or every cut is
+        skipped.
     """
     valid = False
     for fields in shards.spread(SHARDS_CHECKED):
@@ -232,7 +233,7 @@ def check_shards(
 def _first_cut_errors(fields: dict[str, list[str]], need_features: bool) -> list[CutError]:
     try:
         cut = next(iter(safe_cuts(CutSet.from_shar(fields=fields))))
-    except Exception as error:  # gzip, tarfile, json and lhotse each have their own
+    except Exception as error:  # gzip, tarfile, json and lhotse raise different exceptions
         raise InputError(f"{fields['cuts'][0]} cannot be read: {first_line(error)}") from None
     return validate_cut(cut, need_features=need_features) or read_errors(cut, need_features)
 
@@ -245,12 +246,12 @@ class EvenBatches:
     """Batches of an epoch read from shards, the same number on every rank.
 
     An exhausted rank would leave the others waiting for its gradients. With `drop_last` the epoch
-    ends on all ranks with the first that is exhausted; without, it ends with the last, and
-    exhausted ranks start again.
+    ends on all ranks when the first is exhausted. Otherwise it ends with the last, and exhausted
+    ranks start over.
 
     Attributes:
-      loader: returns the batches after the first N, which were trained on.
-      skip: batches of the epoch that were trained on.
+      loader: returns a loader that skips the first N batches.
+      skip: number of batches in the epoch already trained on.
     """
 
     loader: Callable[[int], DataLoader]

@@ -1,17 +1,17 @@
 """Checks of a single cut. Each error has a reason, and a message with the id and the values.
 
-    malformed             a field of the wrong type or range; also what lhotse's validation rejects
-    invalid-id            empty, or unprintable
-    duplicate-id          an earlier cut of the file has the same id
+    malformed             field of the wrong type or range, or cut rejected by lhotse's validation
+    invalid-id            empty or unprintable id
+    duplicate-id          an earlier cut in the file has the same id
     no-text               no supervision, or a missing or blank text
-    no-words              a text of tags, punctuation or invisible characters alone
+    no-words              text of only tags, punctuation or invisible characters
     not-unicode           a lone surrogate or U+FFFD: characters were lost
     long-text             more characters than can be spoken in the duration
     supervision-outside   the supervision exceeds the cut
     no-features, feature-dim, frame-shift, no-audio, sampling-rate, channels
     wrong-length          the number of frames or samples does not match the manifest
     unreadable-features, unreadable-audio, not-finite
-    positions             more positions than the LLM has
+    positions             more LLM positions than supported
     not-cached            missing from the encoder cache
 """
 
@@ -40,13 +40,13 @@ REASONS = (  # in the order of reports; see above
 )  # fmt: skip
 TOLERANCE = 2e-3  # s, as in lhotse
 MAX_CHARACTERS_PER_SECOND = 100  # twice the fastest speech
-ALWAYS_SHORT = 1000  # characters
-LENGTH_TOLERANCE = 0.025  # s by which decoders of some formats differ
+ALWAYS_SHORT = 1000  # characters that are accepted for any duration
+LENGTH_TOLERANCE = 0.025  # s; decoders of some formats differ by this much
 LOST = re.compile("[\ud800-\udfff\ufffd]")
 
 
 class CutError(NamedTuple):
-    """One problem of one cut."""
+    """A problem found in a cut."""
 
     id: str
     reason: str  # one of REASONS
@@ -56,7 +56,7 @@ class CutError(NamedTuple):
 def validate_cut(
     cut: Cut, *, need_text: bool | None = True, need_features: bool = True
 ) -> list[CutError]:
-    """Check a cut by its manifest alone, without reading features or audio.
+    """Check a cut using only its manifest, without reading features or audio.
 
     Args:
       need_text: False if the text may be blank, as in a test set; None for noise.
@@ -105,7 +105,7 @@ def _supervision_errors(cut: Cut) -> Iterator[tuple[str, str]]:
 
 
 def text_errors(cut: Cut, need_text: bool = True) -> Iterator[tuple[str, str]]:
-    """Yield (reason, message without `cut <id>`) for each problem of the texts."""
+    """Yield (reason, message without `cut <id>`) for each problem in the texts."""
     texts = [supervision.text for supervision in cut.supervisions]
     if others := [text for text in texts if not isinstance(text, str | None)]:
         yield "malformed", f"has a text of type {type(others[0]).__name__}"
@@ -119,7 +119,7 @@ def text_errors(cut: Cut, need_text: bool = True) -> Iterator[tuple[str, str]]:
 
 
 def max_characters(seconds: float) -> float:
-    """Return the longest text that is accepted as the transcript of a duration."""
+    """Return the maximum length of a transcript for this duration, in characters."""
     return max(ALWAYS_SHORT, MAX_CHARACTERS_PER_SECOND * seconds)
 
 
@@ -155,7 +155,7 @@ def _feature_errors(cut: Cut) -> Iterator[tuple[str, str]]:
 
 
 def read_errors(cut: Cut, need_features: bool = True) -> list[CutError]:
-    """Read the features or audio of a cut that passed `validate_cut`, and check the values."""
+    """Read and check the features or audio of a cut that passed `validate_cut`."""
     name = shown_id(cut)
     what = "features" if need_features else "audio"
     if not need_features and (errors := header_errors(cut)):
@@ -163,7 +163,7 @@ def read_errors(cut: Cut, need_features: bool = True) -> list[CutError]:
     try:
         data = cut.load_features() if need_features else cut.load_audio()  # (T, 80) | (1, N)
         finite = np.isfinite(data).all()  # raises for strings
-    except Exception as error:  # lhotse's storages each have their own
+    except Exception as error:  # lhotse's storages raise different exceptions
         return [_unreadable(name, what, error)]
     expected = (cut.num_frames, NUM_MEL_BINS) if need_features else (1, cut.num_samples)
     if data.shape != expected:
@@ -175,16 +175,16 @@ def read_errors(cut: Cut, need_features: bool = True) -> list[CutError]:
 
 
 def header_errors(cut: Cut) -> list[CutError]:
-    """Compare the headers of audio files with the manifest: sampling rate, channels, length.
+    """Compare audio file headers with the manifest: sampling rate, channels, length.
 
-    lhotse would read 8 kHz as 16 kHz, and fill half a second of missing audio by mirroring.
+    lhotse would read 8 kHz as 16 kHz, and fill up to half a second of missing audio by mirroring.
     """
     errors, name = [], shown_id(cut)
     for source, rate, samples in _files(cut):
         path = source.source
         try:
             header = info(path, force_opus_sampling_rate=rate)
-        except Exception as error:  # audio backends each have their own
+        except Exception as error:  # audio backends raise different exceptions
             errors.append(_unreadable(name, "audio", error))
             continue
         for reason, is_wrong, found, expected in (
@@ -227,12 +227,12 @@ def count_reasons(invalid_cuts: Iterable[list[CutError]]) -> Counter[str]:
 
 
 def format_counts(reasons: Mapping[str, int]) -> str:
-    """`3 no-text, 1 long-text`."""
+    """Format counts like `3 no-text, 1 long-text`."""
     return ", ".join(f"{reasons[reason]} {reason}" for reason in REASONS if reasons.get(reason))
 
 
 def append_errors(path: Path, errors: Iterable[CutError]) -> None:
-    """Append errors to a file of JSON lines (id, reason, message), each only once."""
+    """Append errors to a JSON lines file (id, reason, message), without duplicates."""
     written = set(path.read_text().splitlines()) if path.exists() else set()
     lines = dict.fromkeys(json.dumps(error._asdict()) for error in errors)
     if new := [f"{line}\n" for line in lines if line not in written]:
@@ -244,10 +244,10 @@ def append_errors(path: Path, errors: Iterable[CutError]) -> None:
 def check_invalid_fraction(
     reasons: Mapping[str, int], total: int, max_invalid_fraction: float, example: str, listing: Path
 ) -> None:
-    """Check that few enough of `total` utterances are invalid.
+    """Check that at most `max_invalid_fraction` of the `total` utterances are invalid.
 
     Raises:
-      InputError: too many are invalid; the message has an example and names `listing`.
+      InputError: too many are invalid; the message includes `example` and `listing`.
     """
     invalid = sum(reasons.values())
     if invalid > max_invalid_fraction * total:

@@ -1,7 +1,7 @@
-"""Dataloader worker processes: seeding, shards, signals, and diagnosis of workers that fail.
+"""Dataloader worker processes: seeding, shards, signals, and diagnosis of failed workers.
 
-Batches are numbered within their epoch. A batch that was trained on before resuming is not made
-again: it holds `cut_ids` and `seconds` only (see dataset.py for the other keys).
+Batches are numbered within their epoch. A batch that was trained on before resuming is not loaded
+again: it contains only `cut_ids` and `seconds` (see dataset.py for the other keys).
 """
 
 import os
@@ -26,7 +26,7 @@ from speechllm.seeding import fork_rng
 
 
 class IndexedSampler:
-    """Pairs (number, cuts) of a sampler's batches; those before `skip` are (number, dict)."""
+    """Numbers a sampler's batches: yields (number, cuts), or (number, dict) before `skip`."""
 
     def __init__(self, sampler: Iterable[CutSet], skip: int, start: int = 0, step: int = 1):
         self.sampler, self.skip, self.start, self.step = sampler, skip, start, step
@@ -39,7 +39,7 @@ class IndexedSampler:
 
 
 class SeededDataset(Dataset):
-    """Wrapper that seeds each batch by its number, whichever worker makes it."""
+    """Wrapper that seeds each batch by its number, so that workers do not matter."""
 
     def __init__(self, dataset: Dataset, seed: str):
         self.dataset, self.seed = dataset, seed
@@ -53,10 +53,10 @@ class SeededDataset(Dataset):
 
 
 class ShardedIterableDataset(IterableDataset):
-    """Batches of shards: each worker samples from its own part of the cuts.
+    """Batches from shards: each worker samples from its own part of the cuts.
 
-    Workers take turns. When one is exhausted, the numbers of the others exceed their position in
-    the epoch, so that no batch from `skip` on is mistaken for one that was trained on.
+    Workers take turns. When a worker is exhausted, the others' batch numbers exceed the actual
+    positions in the epoch, so no untrained batch is numbered below `skip`.
     """
 
     def __init__(self, dataset: Dataset, sampler: Iterable[CutSet], skip: int):
@@ -69,7 +69,7 @@ class ShardedIterableDataset(IterableDataset):
 
 
 class TracedDataset(Dataset):
-    """Wrapper that notes in `<folder>/<pid>` the cuts a worker is reading, for error messages."""
+    """Wrapper that writes the cuts a worker is reading to `<folder>/<pid>`, for error messages."""
 
     def __init__(self, dataset: Dataset):
         self.dataset, self.folder = dataset, Path()
@@ -92,8 +92,8 @@ def _cut_ids(cuts: CutSet | dict) -> list[str]:
 class DiagnosticDataLoader(DataLoader):
     """Loader of whole batches whose errors name the worker that hung or died, and its cuts.
 
-    It leaves torch's global generator alone. Workers start by the platform's default method also
-    in a spawned rank, where torch would spawn them: each would import everything in every epoch.
+    It does not use torch's global generator. Even in a spawned rank, workers start with the
+    platform's default method: torch would spawn them, with all imports repeated in every epoch.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class DiagnosticDataLoader(DataLoader):
         """
         Args:
           where: context for the error message, such as "epoch 3".
-          init: called with the number of each new worker.
+          init: called in each new worker with its number.
         """
         num_workers = config.num_workers
         self.where, self.traced = where, TracedDataset(dataset)
@@ -138,7 +138,7 @@ class DiagnosticDataLoader(DataLoader):
                 raise InputError(self._message(number, first_line(error))) from None
 
     def _message(self, number: int, error: str) -> str:
-        """Describe a worker that died, or else the worker that has been reading longest."""
+        """Describe the worker that died, or else the one that has been reading the longest."""
         notes = sorted(self.traced.folder.iterdir(), key=lambda note: note.stat().st_mtime)
         texts = {note.name: note.read_text("utf-8") for note in notes}
         reading = {pid: cuts for pid, cuts in texts.items() if cuts}
@@ -152,7 +152,7 @@ class DiagnosticDataLoader(DataLoader):
 
 
 def _init_worker(number: int, init: Callable[[int], None] | None) -> None:
-    """Ignore the group-wide SIGTERM: only the parent process ends its workers by it."""
+    """Ignore a SIGTERM to the process group: workers exit only if their parent sends it."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     Thread(target=_exit_with_parent, daemon=True).start()

@@ -1,1 +1,1 @@
-"""Read corpora in their usual forms as utterances, and convert these to cuts."""
+"""Reading of corpora in common formats as utterances, and conversion to cuts."""

@@ -1,6 +1,6 @@
-"""Decode the audio files of a corpus completely, and copy those that lhotse cannot read.
+"""Full decoding of a corpus's audio files, and copies of files that lhotse cannot read.
 
-Files of which soundfile cannot read every sample at any offset (m4a, joined mp3, GSM, …), and those
+Files that soundfile cannot read completely and at any offset (m4a, joined mp3, GSM, …), and files
 for which lhotse starts a shell, are copied to FLAC.
 """
 
@@ -19,12 +19,12 @@ from speechllm.audio.reader import open_sound
 from speechllm.data.security import GIVEN_TO_A_SHELL
 from speechllm.errors import InputError
 
-SEEKABLE = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW", "VORBIS", "MPEG")  # by lhotse at any offset
-TOLERANCE = 0.1  # s; decoders of MP3 differ in the encoder's delay
+SEEKABLE = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW", "VORBIS", "MPEG")  # read at any offset
+TOLERANCE = 0.1  # s; MP3 decoders treat the encoder's delay differently
 
 
 class AudioFile(NamedTuple):
-    """Properties of an audio file; `path` is the copy if there is one."""
+    """Properties of an audio file, or of its copy if there is one."""
 
     path: Path
     sampling_rate: int  # Hz
@@ -33,7 +33,7 @@ class AudioFile(NamedTuple):
 
     @property
     def duration(self) -> float:
-        """Seconds."""
+        """Duration in seconds."""
         return self.num_samples / self.sampling_rate
 
 
@@ -47,7 +47,7 @@ def check_files(
 
     Args:
       copies: folder for copies; created if needed.
-      mix: copy multi-channel files to one channel, the mean.
+      mix: copy multi-channel files as their mean, with one channel.
     """
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(num_jobs) as executor:  # soundfile decodes outside Python's lock
@@ -56,7 +56,7 @@ def check_files(
 
 
 def check_file(path: Path, copies: Path, mix: bool = False) -> AudioFile | Problem:
-    """Decode a file as `check_files`."""
+    """Decode a single file; see `check_files`."""
     if not path.is_file():
         return "no-audio", f"{path} is missing"
     used = path
@@ -79,7 +79,7 @@ def check_file(path: Path, copies: Path, mix: bool = False) -> AudioFile | Probl
 
 
 def lhotse_samples(path: Path, rate: int, channels: int) -> int:
-    """Return the number of samples that lhotse reads, 0 if it cannot or has another format."""
+    """Return the number of samples that lhotse reads, 0 if the file must be copied."""
     if path.suffix.lower() in GIVEN_TO_A_SHELL:
         return 0
     try:
@@ -91,7 +91,7 @@ def lhotse_samples(path: Path, rate: int, channels: int) -> int:
 
 
 def _write(copy: Path, rate: int, channels: int, blocks: Iterator[np.ndarray]) -> int:
-    """Write blocks of (N, C) samples as `channels`, C or 1; return the number of samples."""
+    """Write blocks (N, C) with C channels or one (the mean); return the number of samples."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     with soundfile.SoundFile(copy, "w", rate, channels, "PCM_16") as file:
         for block in blocks:

@@ -1,4 +1,4 @@
-"""PrepareConfig: which corpus `local/prepare_corpus.py` prepares, and how."""
+"""PrepareConfig: the corpus that `local/prepare_corpus.py` prepares, and its options."""
 
 import re
 from dataclasses import dataclass
@@ -28,21 +28,21 @@ class PrepareConfig:
     source: str  # one of SOURCES
     path: Path
     corpus: str = option("", "name of the corpus in file names")
-    manifest_dir: Path = option(Path("data/fbank"), "directory of the written cut files")
+    manifest_dir: Path = option(Path("data/fbank"), "output directory for cut files")
     train_split: str = option("train", "name of the training split in the corpus")
-    split: str = option("", "split of all utterances; adds it to the corpus")
+    split: str = option("", "assign all utterances to this split, and add it to the corpus")
     layout: str = option(
-        "auto", "layout of --folder: recognized by its files, or " + ", ".join(LAYOUTS)
-        + ", or the name of a recipe of lhotse, such as thchs_30",
+        "auto", "layout of --folder: auto (recognized by its files), " + ", ".join(LAYOUTS)
+        + ", or the name of a lhotse recipe, such as thchs_30",
     )  # fmt: skip
-    audio_dir: Path | None = option(None, "folder of the audio of --table, if it is another one")
-    text_column: str | None = option(None, "column of the text", unset="by name")
-    path_column: str | None = option(None, "column of the audio's path", unset="by name")
+    audio_dir: Path | None = option(None, "audio folder for --table, if not the table's folder")
+    text_column: str | None = option(None, "name of the text column", unset="by name")
+    path_column: str | None = option(None, "name of the audio path column", unset="by name")
     drop_tags: bool = option(False, "remove tags such as <NOISE> and [music] within texts")
     overwrite: bool = option(False, "replace splits that were made from other files or flags")
     language: str | None = option(
-        None, "language of utterances that have none, such as en; zh, ja, th and others without "
-        "spaces are scored by characters",
+        None, "language of utterances for which the corpus has none, such as en; languages "
+        "without spaces (zh, ja, th, …) are scored by characters",
     )  # fmt: skip
     channel: str | None = option(
         None, "channel of multi-channel files, unless the corpus specifies it: 1, 2, …, A, B or "
@@ -70,7 +70,7 @@ class PrepareConfig:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns that flags name, by field."""
+        """Column names given by flags, by field."""
         given = {"text": self.text_column, "path": self.path_column}
         return {field: name for field, name in given.items() if name}
 
@@ -80,17 +80,17 @@ class PrepareConfig:
 
     @property
     def channel_index(self) -> int | None:
-        """The channel, counted from 0; None if not given."""
+        """Channel index from 0; None if not given."""
         if self.mix:
             return 0
         return None if self.channel is None else channel_number(self.channel or "0")
 
 
 def channel_number(text: str) -> int | None:
-    """Parse `1` or `A` as 0, the first channel; empty as None.
+    """Parse `1` or `A` as 0, the first channel, and "" as None.
 
     Raises:
-      ValueError: not a number from 1, nor A or B.
+      ValueError: the text is neither a positive number nor A or B.
     """
     if not text:
         return None

@@ -1,4 +1,4 @@
-"""Statistics of a prepared corpus and the skipped utterances, as JSON and as text."""
+"""Report on a prepared corpus, as JSON and as text: statistics and skipped utterances."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -9,15 +9,15 @@ from lhotse.cut import Cut
 from speechllm.data.features import has_perturbed_speed
 from speechllm.data.validation import CutError, count_reasons, format_counts
 
-SHOWN = 50  # items of a list in the text; the JSON has all
+SHOWN = 50  # maximum items per list in the text; the JSON contains all
 
 
 def corpus_report(source: str, splits: Mapping[str, list[Cut]], errors: list[CutError]) -> dict:
-    """Build the content of report.json.
+    """Build the content of <corpus>_report.json for one source, with these entries:
 
-    splits: utterances, hours, speakers, seconds (quantiles); cuts include speed perturbation
-    given: number of utterances in the source, and how many of them are used
-    shared_speakers: speakers in several splits -> these splits
+    splits: utterances, hours, speakers, seconds (quantiles), cuts (including speed perturbation)
+    given: number of utterances in the source, and number used
+    shared_speakers: speakers in several splits -> their splits
     skipped: counts by reason; id, reason and message of each utterance
     """
     originals = {
@@ -59,10 +59,10 @@ def _shared_speakers(splits: Mapping[str, list[Cut]]) -> dict[str, list[str]]:
 
 
 def merge_reports(former: dict, added: dict, source_hash: str) -> dict:
-    """Add the splits of a further source to a report.
+    """Add the splits from another source to a report.
 
-    `sources` has what was given and skipped for each source by its hash; the other entries, except
-    `splits`, describe the last source.
+    `sources` maps each source's hash to its given and skipped utterances; all other entries except
+    `splits` describe the last source.
     """
     splits = former.get("splits", {}) | added["splits"]
     sources = {
@@ -112,7 +112,7 @@ def report_text(report: Mapping) -> str:
 
 
 def shorten(texts: Iterable[str], separator: str) -> str:
-    """Join the first 50 texts and the number of the others."""
+    """Join the first 50 texts, and give the number of remaining texts."""
     texts = list(texts)
     more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
     return separator.join(texts[:SHOWN] + more)

@@ -1,7 +1,7 @@
-"""Read a folder of audio files with a text file for each: `anna/1.wav` and `anna/1.txt`.
+"""Reader for folders with a text file per audio file: `anna/1.wav` and `anna/1.txt`.
 
-The first folder of a path is the split if it has the name of one (train, dev, test, …), the others
-are the speaker. The id is the path without its suffix, with `-` for `/`.
+If the first folder in a path is the name of a split (train, dev, test, …), it is the split; the
+other folders are the speaker. The id is the path without its suffix, with `/` replaced by `-`.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ TEXTS = (".txt", ".lab")
 
 
 def audio_and_texts(folder: Path) -> list[Path]:
-    """List audio and text files in the order of their names, without hidden ones."""
+    """List audio and text files, except hidden files, sorted by path."""
     return sorted(
         path for path in files_below(folder) if path.suffix.lower() in (*SUFFIXES, *TEXTS)
     )
 
 
 def read_folder(folder: Path) -> Iterator[Utterance]:
-    """Read the utterances of a folder; audio without a text, or the reverse, is a problem.
+    """Read a folder's utterances; audio without text, or text without audio, is a problem.
 
     Raises:
       InputError: the folder contains no audio file.

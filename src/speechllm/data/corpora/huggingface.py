@@ -1,6 +1,6 @@
-"""Read a Hugging Face dataset from disk: written by `save_to_disk`, or parquet files of the hub.
+"""Reader for Hugging Face datasets on disk: output of `save_to_disk`, or the hub's parquet files.
 
-Needs pyarrow but not datasets. Embedded audio is written to files.
+It needs pyarrow but not datasets. Embedded audio is written to files.
 """
 
 import json
@@ -10,14 +10,14 @@ from pathlib import Path
 from speechllm.data.corpora.utterance import Utterance, as_text, find_columns, from_fields
 from speechllm.errors import InputError, first_line
 
-ROWS = 16  # at a time: audio is large
+ROWS = 16  # rows read at a time: audio is large
 
 
 def dataset_files(folder: Path) -> list[tuple[str, Path]]:
-    """List (split, file) of the files with rows, in order; split is "" if there is only one.
+    """List (split, file) for the data files, in order; split is "" if the dataset has no splits.
 
     Raises:
-      InputError: no files found, or the dataset's JSON cannot be read.
+      InputError: no files were found, or the dataset's JSON cannot be read.
     """
     if (folder / "dataset_dict.json").is_file():
         splits = _json(folder / "dataset_dict.json").get("splits", [])
@@ -30,7 +30,7 @@ def dataset_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _split(parquet: Path, folder: Path) -> str:
-    """Get the split of `train-00000-of-00002.parquet`, or of the hub's `train/0000.parquet`."""
+    """Return the split of `train-00000-of-00002.parquet` or `train/0000.parquet`."""
     name = parquet.stem.split("-")[0]
     if not name.isdigit():
         return name
@@ -44,11 +44,11 @@ def huggingface_files(folder: Path) -> list[Path]:
 def read_huggingface(
     folder: Path, copies: Path, chosen: Mapping[str, str] | None = None
 ) -> Iterator[Utterance]:
-    """Read the utterances of a dataset.
+    """Read the utterances in a dataset.
 
     Args:
       copies: folder for embedded audio; created if needed.
-      chosen: names of columns, by field.
+      chosen: column names given by flags, by field.
 
     Raises:
       InputError: pyarrow is missing, a file cannot be read, or a required column is missing.
@@ -56,7 +56,7 @@ def read_huggingface(
     rows = ((split, path, row) for split, path in dataset_files(folder) for row in _rows(path))
     for number, (split, path, row) in enumerate(rows):
         columns = find_columns(list(row), path, chosen)
-        # If there is `audio`, `path` is only the original location.
+        # If there is a column `audio`, `path` is only the original location.
         is_chosen = "path" in (chosen or {})
         audio = row["audio" if "audio" in row and not is_chosen else columns["path"]]
         content = audio if isinstance(audio, dict) else {"path": audio}
@@ -73,7 +73,7 @@ def read_huggingface(
 
 
 def _arrow_files(folder: Path) -> list[Path]:
-    """List the files named in state.json."""
+    """List the data files named in state.json."""
     names = [entry["filename"] for entry in _json(folder / "state.json").get("_data_files", [])]
     return [folder / Path(name).name for name in names]
 

@@ -1,8 +1,8 @@
-"""Read a Kaldi data directory, or a folder of such (https://kaldi-asr.org/doc/data_prep.html).
+"""Reader for Kaldi data directories, single or in a folder.
 
-Uses wav.scp and text, and if they exist segments, utt2spk, utt2lang and reco2file_and_channel,
-which selects the channel of multi-channel files. As in Kaldi, segments may have a fifth column,
-the channel from 0.
+See https://kaldi-asr.org/doc/data_prep.html. The reader uses wav.scp and text and, if they exist,
+segments, utt2spk, utt2lang and reco2file_and_channel, which selects the channel of multi-channel
+files. As in Kaldi, segments may have a fifth column, the channel counted from 0.
 """
 
 import re
@@ -18,10 +18,10 @@ NAMES = ("wav.scp", "text", "segments", "utt2spk", "utt2lang", "reco2file_and_ch
 
 
 def data_directories(folder: Path) -> dict[Path, str]:
-    """Map data directories to splits: the folder itself (no split), or those inside it.
+    """Map data directories to splits: the folder itself, with no split, or its subfolders.
 
     Raises:
-      InputError: no data directories found.
+      InputError: no data directories were found.
     """
     if (folder / "wav.scp").is_file():
         return {folder: ""}
@@ -36,17 +36,17 @@ def kaldi_files(folder: Path) -> list[Path]:
 
 
 def read_kaldi(folder: Path) -> Iterator[Utterance]:
-    """Read the utterances; each bad line is a problem of its utterance alone.
+    """Read the utterances; a malformed line is a problem of its utterance only.
 
     Raises:
-      InputError: a file is missing, or wav.scp has a command.
+      InputError: a file is missing, or wav.scp contains a command.
     """
     for directory, split in data_directories(folder).items():
         yield from _read_directory(directory, split)
 
 
 class Line(NamedTuple):
-    """A line `key value`; `repeated` if an earlier line has the key."""
+    """A line `key value`; `repeated` is true if an earlier line has the same key."""
 
     key: str
     value: str
@@ -55,7 +55,7 @@ class Line(NamedTuple):
 
 
 class Table(dict):
-    """The first value of each key of a file, and the keys that occur twice."""
+    """Maps each key in a file to its first value; `repeated` contains keys that occur twice."""
 
     def __init__(self, lines: list[Line]):
         super().__init__((line.key, line.value) for line in lines if not line.repeated)
@@ -103,7 +103,7 @@ def _read_directory(directory: Path, split: str) -> Iterator[Utterance]:
 
 
 def _problem(one: Utterance, audio: Table, tables: tuple[Table, ...]) -> tuple[str, str] | None:
-    """Explain why an utterance cannot be used."""
+    """Return the reason why an utterance cannot be used, or None."""
     if one.recording not in audio:
         return "no-audio", f"{one.recording} is not in wav.scp"
     for table, key in ((audio, one.recording), *((table, one.id) for table in tables)):
@@ -125,7 +125,7 @@ def _check_commands(audio: Table, wav_scp: Path) -> None:
 
 
 def _segment(segment: str) -> tuple[str, float, float | None, int | None]:
-    """Parse recording, start, end (s) and channel; -1 is the end of the recording."""
+    """Parse recording, start, end (s) and channel; end -1 means the end of the recording."""
     recording, *numbers = segment.split()
     if len(numbers) not in (2, 3):
         raise ValueError(f"{segment!r} is not `recording start end [channel]`")
@@ -152,7 +152,7 @@ def _read(path: Path) -> list[Line]:
     Raises:
       InputError: the file is missing.
     """
-    try:  # undecodable bytes become U+FFFD, which is an error of the utterance
+    try:  # undecodable bytes become U+FFFD, reported later as an error of the utterance
         lines = path.read_text("utf-8-sig", errors="replace").split("\n")
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None

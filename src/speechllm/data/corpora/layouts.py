@@ -1,8 +1,8 @@
-"""Recognize and read corpora as they are published.
+"""Recognition and reading of corpora in their published layouts.
 
-lhotse's recipes leave out what they cannot use and stop at the first unreadable file; here each
-line of a transcript and each audio file is an utterance, so that all are counted. Other corpora
-are read by the recipe of lhotse that has their name.
+lhotse's recipes omit unusable data and stop at the first unreadable file; here each line of a
+transcript and each audio file is an utterance, so that all are counted. Other corpora are read by
+lhotse's recipe of the same name.
 """
 
 import inspect
@@ -23,14 +23,14 @@ from speechllm.io import files_below
 
 
 class Transcripts(NamedTuple):
-    """A layout with transcripts of many utterances; audio is found by the id.
+    """Layout with transcript files; audio files are found by utterance id.
 
-    pattern: a glob of the transcripts.
-    root: the audio is within this parent of a transcript, 0 for its folder.
+    pattern: glob pattern of the transcript files.
+    root: index of the transcript's parent folder that contains the audio; 0 is its own folder.
     separator: between id and text; None for white space.
-    speaker: from id and audio file.
-    split: from transcript and audio file.
-    language: from the transcript.
+    speaker: returns the speaker for an id and an audio file.
+    split: returns the split for a transcript file and an audio file.
+    language: returns the language for a transcript file.
     """
 
     pattern: str
@@ -64,7 +64,7 @@ TRANSCRIPTS = {
         lambda transcript, _: _part(transcript.absolute().parents[1].name),
     ),
 }  # fmt: skip
-PATTERNS = {  # layouts by their files, the most special first
+PATTERNS = {  # files that identify a layout, the most specific first
     "kaldi": ("wav.scp", "*/wav.scp"),
     "huggingface": ("dataset_dict.json", "state.json", "**/*.parquet"),
     "lhotse": ("*cuts*.jsonl*", "*recordings*.jsonl*"),
@@ -74,7 +74,7 @@ PATTERNS = {  # layouts by their files, the most special first
     "table": tuple(f"{one}{ending}" for one in SPLITS for ending in TABLES)
     + tuple(f"**/{name}" for name in METADATA),
 }
-CONFIRMED = {  # checks of files that other corpora may have too
+CONFIRMED = {  # further checks for files that other corpora may also have
     "common-voice": lambda clip: any(clip.parents[1].glob("*.[tT][sS][vV]")),
     "ljspeech": lambda metadata: "|" in _first_line(metadata),
     "table": lambda file: file.name.lower() not in METADATA or "file_name" in _first_line(file),
@@ -88,7 +88,7 @@ IGNORED_STM = ("ignore_time_segment_in_scoring", "inter_segment_gap")
 
 
 def recognize(folder: Path) -> str:
-    """Return the name of a folder's layout; `folder` if no other fits."""
+    """Return the name of a folder's layout; `folder` if no other layout matches."""
     files = _files(folder)
     for name in PATTERNS:
         found = _matching(name, files)
@@ -98,12 +98,12 @@ def recognize(folder: Path) -> str:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """List the files by their names relative to the folder."""
+    """Map paths relative to the folder to files."""
     return {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
 
 
 def _matching(layout: str, files: dict[str, Path]) -> list[Path]:
-    """Select files by the patterns of a layout; the case does not matter."""
+    """Select files by a layout's patterns, ignoring case."""
     pattern = re.compile("|".join(map(_regex, PATTERNS[layout])), re.IGNORECASE)
     return [path for name, path in files.items() if pattern.fullmatch(name)]
 
@@ -119,15 +119,15 @@ def _first_line(path: Path) -> str:
 
 
 def _mls_language(name: str) -> str | None:
-    """`mls_german` and `mls_german_opus` -> `de`."""
+    """Return the language code: `mls_german` and `mls_german_opus` -> `de`."""
     return MLS_LANGUAGES.get(name.lower().removesuffix("_opus").removeprefix("mls_"))
 
 
 def layout_files(layout: str, folder: Path) -> list[Path]:
-    """List the transcripts of a layout.
+    """List the transcript files of a layout.
 
     Raises:
-      InputError: there are none.
+      InputError: no transcript files were found.
     """
     if layout not in TRANSCRIPTS and layout not in ("voxpopuli", "common-voice"):
         return [folder]
@@ -138,13 +138,13 @@ def layout_files(layout: str, folder: Path) -> list[Path]:
     if layout == "common-voice":
         folders = dict.fromkeys(clip.parents[1] for clip in found)
         return [table for one in folders for table in table_files(one)]
-    if layout == "tedlium":  # the third release has each talk in data/, and again by split
+    if layout == "tedlium":  # the third release contains each talk twice: in data/ and by split
         found = [one for one in found if one.parts[-4:-3] == ("legacy",)] or found
     return found
 
 
 def read_layout(layout: str, folder: Path) -> Iterator[Utterance]:
-    """Read the utterances of a corpus of a known layout.
+    """Read the utterances of a corpus in a known layout.
 
     Raises:
       InputError: the folder does not have this layout.
@@ -166,7 +166,7 @@ def _placed(utterance: Utterance, file: Path) -> Utterance:
 
 
 def _part(name: str) -> str:
-    """Return the name of a split such as `dev` or `train-clean-100`; otherwise empty."""
+    """Return the name if it is a split, such as `dev` or `train-clean-100`, else ""."""
     return name if name.lower().split("-")[0] in SPLITS else ""
 
 
@@ -241,15 +241,15 @@ def _audio_by_name(root: Path) -> dict[str, Path]:
 
 
 def _audio_of(name: str, audio: dict[str, Path]) -> Path | None:
-    """Find an audio file by its id; VCTK has two microphones, of which lhotse uses the second."""
+    """Find an audio file by id; of VCTK's two microphones, the second is used as in lhotse."""
     names = (name, f"{name}_mic2", f"{name}_mic1")
     return next((audio[one] for one in names if one in audio), None)
 
 
 def _read_voxpopuli(files: list[Path]) -> Iterator[Utterance]:
-    """Read `asr_train.tsv` …, whose ids name audio files in folders by year.
+    """Read `asr_train.tsv` etc.; ids are names of audio files in folders by year.
 
-    Many utterances have no raw text, but the normalized one. The folder is the language.
+    Many utterances have only a normalized text, no raw text. The folder gives the language.
     """
     for file in files:
         audio = _audio_by_name(file.parent)
@@ -269,7 +269,7 @@ def _read_voxpopuli(files: list[Path]) -> Iterator[Utterance]:
 
 
 def _read_recipe(name: str, folder: Path) -> Iterator[Utterance]:
-    """Read a corpus by lhotse's recipe; it logs what it leaves out.
+    """Read a corpus with lhotse's recipe, which logs omitted data.
 
     Raises:
       InputError: lhotse has no such recipe, or it failed.
@@ -285,7 +285,7 @@ def _read_recipe(name: str, folder: Path) -> Iterator[Utterance]:
             options["output_dir"] = manifests
         try:
             prepared = prepare(folder, **options)
-        except Exception as error:  # each recipe has its own
+        except Exception as error:  # recipes raise different exceptions
             raise InputError(f"lhotse's recipe of {name} failed: {first_line(error)}") from None
         for split, parts in _parts(prepared):
             target = Path(manifests, "written")
@@ -296,7 +296,7 @@ def _read_recipe(name: str, folder: Path) -> Iterator[Utterance]:
 
 
 def _parts(manifests: dict, split: str = "") -> Iterator[tuple[str, dict]]:
-    """Find recordings and supervisions in nested dicts; the innermost key is the split."""
+    """Yield the recordings and supervisions in nested dicts; the innermost key is the split."""
     if "recordings" in manifests and "supervisions" in manifests:
         yield split, manifests
         return

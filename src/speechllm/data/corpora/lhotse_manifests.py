@@ -1,6 +1,6 @@
-"""Read lhotse manifests: a cut file, or a folder of cut files or of recordings and supervisions.
+"""Reader for lhotse manifests: a cut file, or a folder of cuts or recordings and supervisions.
 
-Each file of a folder is a split: `an4_cuts_dev.jsonl.gz`, or `an4_recordings_dev.jsonl.gz` with
+Each file in a folder is a split: `an4_cuts_dev.jsonl.gz`, or `an4_recordings_dev.jsonl.gz` with
 `an4_supervisions_dev.jsonl.gz`, is dev. Stored features are ignored.
 """
 
@@ -21,10 +21,10 @@ from speechllm.errors import InputError, first_line
 
 
 def manifest_files(path: Path) -> list[Path]:
-    """List cut files, or else files of recordings, each followed by its supervisions.
+    """List cut files, or else recording manifests, each followed by its supervisions.
 
     Raises:
-      InputError: no files found.
+      InputError: no files were found.
     """
     if path.is_file():
         return _with_supervisions(path)
@@ -35,7 +35,7 @@ def manifest_files(path: Path) -> list[Path]:
 
 
 def read_manifests(path: Path) -> Iterator[Utterance]:
-    """Read an utterance from each supervision; what cannot be read is a problem.
+    """Read one utterance per supervision; unreadable lines become problems.
 
     Raises:
       InputError: a file is missing or truncated.
@@ -68,7 +68,7 @@ def _read_cuts(file: Path, split: str) -> Iterator[Utterance]:
 
 
 def _read_recordings(file: Path, split: str) -> Iterator[Utterance]:
-    """Read the supervisions next to a file of recordings, one by one."""
+    """Read the supervisions that belong to a recording manifest, one by one."""
     _, supervisions = _with_supervisions(file)
     recordings, unread = {}, {}
     for number, one in _items(file, Recording):
@@ -93,12 +93,12 @@ def _read_recordings(file: Path, split: str) -> Iterator[Utterance]:
 
 
 def _items(file: Path, kind: type) -> Iterator[tuple[int, object]]:
-    """Yield line number and the recording or supervision, or an error message."""
+    """Yield each line's number and its recording or supervision, or an error message."""
     try:
         with open_best(file, "r") as lines:
             for number, line in enumerate(lines, start=1):
                 yield number, _item(line, kind)
-    except Exception as error:  # gzip, zlib, decoders and file systems each have their own
+    except Exception as error:  # gzip, zlib, decoders and file systems raise different exceptions
         raise InputError(f"{file} cannot be read: {first_line(error)}") from None
 
 
@@ -150,7 +150,7 @@ def _time_problem(cut: Cut, supervision: SupervisionSegment) -> tuple[str, str] 
 
 
 def _problem(cut: Cut, channel: int | list[int] | None) -> tuple[str, str] | None:
-    """Explain why the audio of a cut cannot be used."""
+    """Return the reason why a cut's audio cannot be used, or None."""
     recording = getattr(cut, "recording", None)
     if recording is None:
         return "no-audio", "not a cut of one recording"

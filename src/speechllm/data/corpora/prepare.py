@@ -1,4 +1,4 @@
-"""Prepare a corpus: read it, check it, compute features, write cut files and a report."""
+"""Preparation of a corpus: read and check it, compute features, write cut files and a report."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ from speechllm.data.validation import CutError, count_reasons, format_counts, sh
 from speechllm.errors import InputError
 from speechllm.io import atomic_write
 
-READERS: dict[str, tuple[Callable, Callable]] = {  # layout: reader, and its input files
+READERS: dict[str, tuple[Callable, Callable]] = {  # layout: reader, function listing its files
     "table": (read_table, table_files),
     "folder": (read_folder, audio_and_texts),
     "kaldi": (read_kaldi, kaldi_files),
@@ -57,12 +57,13 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
-    """Prepare a corpus unless this was done before; return the report and the names of all splits.
+    """Prepare a corpus, unless already done; return the report and the names of all splits.
 
-    `.<corpus>.json` next to the cut files has the hash of the source of each finished split.
+    `.<corpus>.json` next to the cut files contains the source hash of each finished split.
 
     Raises:
-      InputError: the source cannot be read, has invalid utterances, or its splits exist.
+      InputError: the source cannot be read or has invalid utterances, or a split exists that was
+        made from another source.
     """
     config = with_layout(config)
     folder, source = config.manifest_dir, source_hash(config)
@@ -97,7 +98,7 @@ def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
 
 
 def with_layout(config: PrepareConfig) -> PrepareConfig:
-    """Replace `folder` as the source by the layout that is given or recognized."""
+    """Replace the source `folder` with the given or recognized layout."""
     if config.source != "folder":
         return config
     layout = config.layout
@@ -121,7 +122,7 @@ def _read_report(report: Path) -> dict:
 
 
 def source_hash(config: PrepareConfig) -> str:
-    """Hash the options that are not defaults, and names, sizes and times of the input files."""
+    """Hash the non-default options, and the input files' names, sizes and modification times."""
     options = {
         one.name: str(value)
         for one in fields(config)
@@ -161,17 +162,17 @@ class Corpus(NamedTuple):
 
 
 def is_training(split: str, train_split: str) -> bool:
-    """`train` and LibriSpeech's `train-clean-100` are training splits."""
+    """Return true for training splits, such as `train` and LibriSpeech's `train-clean-100`."""
     return split.split("-")[0] == train_split.lower() or split == train_split.lower()
 
 
 def _read_with_copies(
     config: PrepareConfig, copies: Path, former: Mapping[str, str], source: str
 ) -> Corpus:
-    """Read as `read_corpus`, and remove new copies if that fails.
+    """Read like `read_corpus`, and remove new copies on failure.
 
     Raises:
-      InputError: as `read_corpus`; or a split exists that was made from another source.
+      InputError: see `read_corpus`; or a split exists that was made from another source.
     """
     is_new = not copies.exists()
     try:
@@ -199,7 +200,7 @@ def read_corpus(config: PrepareConfig, copies: Path) -> Corpus:
       copies: folder for copies of audio; created if needed.
 
     Raises:
-      InputError: utterances are invalid and --skip-invalid is false, or all are invalid.
+      InputError: utterances are invalid and --skip-invalid is false, or no utterance is valid.
     """
     utterances = [_with_flags(one, config) for one in _read(config, copies)]
     paths = (one.path for one in utterances if not one.problem)

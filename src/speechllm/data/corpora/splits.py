@@ -1,4 +1,4 @@
-"""Assign splits so that no speaker is in two of them."""
+"""Assignment of utterances to splits by speaker."""
 
 import logging
 import random
@@ -8,16 +8,16 @@ from lhotse.cut import Cut
 
 from speechllm.data.corpora.utterance import Utterance
 
-HELD_OUT = {"dev": 0.1, "test": 0.1}  # share of the duration
+HELD_OUT = {"dev": 0.1, "test": 0.1}  # fraction of the duration
 SPLIT_SEED = 42
 
 logger = logging.getLogger(__name__)
 
 
 def assign_splits(cuts: list[tuple[Utterance, Cut]], train_split: str) -> dict[str, list[Cut]]:
-    """Group cuts by split; utterances without a split get that of their speaker, or a new one.
+    """Group cuts by split; utterances without a split get their speaker's split, or a new one.
 
-    Names of splits are lower-cased: `Train` and `TRAIN` are `train`.
+    `train_split` and the utterances' splits are in lower case.
     """
     split_of = {_speaker(cut): one.split for one, cut in cuts if one.split}
     without = [cut for one, cut in cuts if not one.split]
@@ -40,7 +40,7 @@ def _speaker(cut: Cut) -> str:
 
 
 def divide_speakers(seconds: dict[str, float], train_split: str) -> dict[str, str]:
-    """Map speakers to splits by duration; random but reproducible."""
+    """Map speakers to splits at random, but reproducibly; `seconds` is speech per speaker."""
     speakers = sorted(seconds)
     random.Random(SPLIT_SEED).shuffle(speakers)
     split_of = dict.fromkeys(speakers, train_split)

@@ -1,7 +1,7 @@
-"""Read tables of utterances: TSV or CSV with a header, or JSON lines; or a folder of such.
+"""Reader for tables of utterances (TSV or CSV with a header, or JSON lines), and folders of tables.
 
-A table named `dev.tsv` (train, test, …) without a split column is that split, as is `metadata.csv`
-in a folder `dev`, as in Hugging Face's audio folders. Paths are relative to the table, or to
+Without a split column, a table's name gives its split (`dev.tsv`), or its folder's name for
+`dev/metadata.csv`, as in Hugging Face's audio folders. Paths are relative to the table, or to
 `clips/` next to it as in Common Voice, or to --audio-dir.
 """
 
@@ -27,17 +27,17 @@ Row = tuple[int, dict]  # line number, cells by column
 JSON = (".jsonl", ".json", ".ndjson")
 TABLES = (".tsv", ".csv", *JSON)
 METADATA = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's audio folders
-FEWER = ""  # key of rows with too few cells
-ENDINGS = ("", ".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a")  # some corpora leave them out
+FEWER = ""  # key that marks rows with too few cells
+ENDINGS = ("", ".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a")  # some corpora omit them
 
 logger = logging.getLogger(__name__)
 
 
 def table_files(path: Path) -> list[Path]:
-    """List the tables of a folder: those named after splits, or metadata; a file is itself.
+    """List a folder's tables named after splits, or else its metadata files; or a single table.
 
     Raises:
-      InputError: the folder has no such table.
+      InputError: the folder contains no such table.
     """
     if path.is_file():
         return [path]
@@ -57,11 +57,11 @@ def _tables(folder: Path) -> list[Path]:
 def read_table(
     path: Path, audio_dir: Path | None = None, chosen: Mapping[str, str] | None = None
 ) -> Iterator[Utterance]:
-    """Read the utterances of a table, or of the tables of a folder.
+    """Read the utterances in a table, or in the tables of a folder.
 
     Args:
-      audio_dir: folder of the audio, if it is not that of the table.
-      chosen: names of columns, by field.
+      audio_dir: audio folder, by default the table's folder.
+      chosen: column names given by flags, by field.
 
     Raises:
       InputError: a file is not a table, or a required column is missing.
@@ -91,7 +91,7 @@ def _utterance(
 
 
 def _split(table: Path) -> str:
-    """`Dev.tsv`, VoxPopuli's `asr_dev.tsv` and `dev/metadata.csv` -> `dev`; otherwise empty."""
+    """Return the split `dev` of `Dev.tsv`, VoxPopuli's `asr_dev.tsv`, `dev/metadata.csv`; else ""."""
     named = table.absolute().parent if table.name.lower() in METADATA else table
     name = named.stem.lower().removeprefix("asr_")
     return name if name in SPLITS else ""
@@ -109,7 +109,7 @@ def _find_audio(path: Path, folder: Path) -> Path:
 
 
 def _cells(table: Path) -> tuple[list[str], list[Row]]:
-    try:  # undecodable bytes become U+FFFD, which is an error of the row
+    try:  # undecodable bytes become U+FFFD, reported later as an error of the row
         with open(table, encoding=_encoding(table), errors="replace", newline="") as file:
             header = file.readline()
             if "\0" in header:
@@ -126,7 +126,7 @@ def _cells(table: Path) -> tuple[list[str], list[Row]]:
 
 
 def _encoding(table: Path) -> str:
-    """Return UTF-16, as of Excel's Unicode text, if the file begins with its mark, or UTF-8."""
+    """Return UTF-16 (Excel's "Unicode text") if the file begins with its mark, else UTF-8."""
     with open(table, "rb") as file:
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     return "utf-16" if is_utf16 else "utf-8-sig"
@@ -139,14 +139,14 @@ def _row(names: list[str], cells: list[str]) -> dict:
 
 
 def _unquoted(cell: str) -> str:
-    """Remove the quotes around a cell of a TSV, if all others are doubled."""
+    """Remove the quotes around a cell if all quotes within it are doubled."""
     if re.fullmatch(r'"([^"]|"")+"', cell) and cell != '""':
         return cell[1:-1].replace('""', '"')
     return cell
 
 
 def _json_lines(table: Path) -> tuple[list[str], list[Row]]:
-    """Read JSON lines, or one JSON list of objects, whose "lines" are numbered from 1."""
+    """Read JSON lines, or one JSON list of objects, numbered from 1 like lines."""
     try:
         text = table.read_text(_encoding(table))
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Convert utterances to cuts, or to errors."""
+"""Conversion of utterances to cuts, or to errors."""
 
 import re
 import unicodedata
@@ -17,7 +17,7 @@ NOISE = "(noise|music|laugh(s|ter)?|applause|silence|inaudible|unintelligible|co
 TAG = re.compile(
     rf"<[^<>]*>|\[[^\[\]]*\]|\{{[^{{}}]*\}}|\(\(?{NOISE}\)?\)|\*{NOISE}\*", re.IGNORECASE
 )
-OVERSHOOT = 0.5  # s that a segment may exceed its file, as in Kaldi
+OVERSHOOT = 0.5  # s by which a segment may exceed its file, as in Kaldi
 
 
 def to_cut(
@@ -26,15 +26,15 @@ def to_cut(
     """Convert an utterance to a cut at 16 kHz, or to its first error.
 
     Args:
-      language: used if the utterance has none.
-      channel: used for multi-channel files if the utterance has none.
+      language: default for utterances without a language.
+      channel: default for utterances in multi-channel files without a channel.
     """
     problem = utterance.problem or _field_problem(utterance)
     if not problem and not isinstance(file, AudioFile):
         problem = file
     if not problem:
         channel = channel if utterance.channel is None else utterance.channel
-        if file.channels == 1:  # Kaldi and lhotse may number it as in the conversation
+        if file.channels == 1:  # Kaldi and lhotse may give its number in the conversation
             channel = 0
         problem = _segment_problem(utterance, file, channel)
     if problem:
@@ -48,17 +48,17 @@ def to_cut(
 
 
 def without_tags(text: str) -> str:
-    """Remove tags of noises, such as `<NOISE>`, `[music]`, `{breath}` and `(laughter)`."""
+    """Remove noise tags such as `<NOISE>`, `[music]`, `{breath}` and `(laughter)`."""
     return " ".join(TAG.sub(" ", text).split())
 
 
 def has_words(text: str) -> bool:
-    """Check that a text has a letter or digit outside tags."""
+    """Return true if the text contains a letter or digit outside tags."""
     return any(unicodedata.category(letter)[0] in "LN" for letter in without_tags(text))
 
 
 def utterance_error(utterance: Utterance, reason: str, what: str) -> CutError:
-    """Build an error whose message starts with the utterance's location in the source."""
+    """Return an error whose message starts with the utterance's location in the source."""
     return CutError(shown_id(utterance), reason, f"{utterance}: {what}")
 
 
@@ -72,7 +72,7 @@ def _field_problem(utterance: Utterance) -> Problem | None:
         return "no-text", "empty text"
     if not has_words(utterance.text) and not LOST.search(utterance.text):
         return "no-words", f"text without a word: {ascii(utterance.text[:40])}"
-    if utterance.speaker == "":  # None is an unknown speaker
+    if utterance.speaker == "":  # None means unknown
         return "malformed", "empty speaker"
     if not re.fullmatch(r"[\w.-]*", utterance.split):
         return "malformed", f"split {utterance.split!r} cannot be part of a file name"
@@ -94,7 +94,7 @@ def _segment_problem(utterance: Utterance, file: AudioFile, channel: int | None)
 
 
 def is_late(utterance: Utterance, file: AudioFile) -> bool:
-    """Return whether the utterance ends after its audio, by more than a feature frame."""
+    """Return true if the utterance ends after its audio, by more than a feature frame."""
     return utterance.end is not None and utterance.end > file.duration + FRAME_SHIFT
 
 

@@ -1,4 +1,4 @@
-"""Utterance: what the readers of all sources return, with its problem if it has one."""
+"""Utterance: the common result of all corpus readers, including its problem if there is one."""
 
 import re
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ SPLITS = ("train", "training", "dev", "val", "valid", "validation", "eval", "tes
 
 @dataclass
 class Utterance:
-    """An utterance as in its source; None if the source has no such field.
+    """Utterance as given by its source; fields that the source lacks are None.
 
-    start, end: seconds in the file; None is the end of the file.
+    start, end: seconds in the file; end None means the end of the file.
     channel: index of the channel in a multi-channel file, from 0.
-    recording: id of the recording; None if the utterance is all of it.
+    recording: id of the recording; None if the utterance is the whole recording.
     place: location in the source, such as `line 5`.
-    problem: (one of validation.REASONS, description) found while reading the source.
+    problem: (one of validation.REASONS, description), found while reading the source.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Utterance:
 def find_columns(
     header: list[str], source: Path, chosen: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Map fields to the names of their columns; those of `chosen` are given by flags.
+    """Map fields to column names; names in `chosen`, given by flags, take precedence.
 
     Raises:
       InputError: a required column is missing.
@@ -88,17 +88,17 @@ def find_columns(
 
 
 def as_text(value: object) -> str:
-    """Convert a cell: datasets and JSON also have numbers, null, and lists of hotwords."""
+    """Convert a cell to text; datasets and JSON also have numbers, null and lists of hotwords."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ", ".join(value)
     return "" if value is None else str(value)
 
 
 def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
-    """Build the utterance of a row; its path is relative to `base`.
+    """Build the utterance for a row, whose path is relative to `base`.
 
     Args:
-      fields: cells by the names in COLUMNS.
+      fields: cells by their field names in COLUMNS.
     """
     path, problem, times = fields["path"].strip(), None, {}
     fields = {field: " ".join(text.split()) for field, text in fields.items()}
@@ -128,10 +128,10 @@ def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
 
 
 def seconds(text: str) -> float:
-    """Parse a time.
+    """Parse a time in seconds.
 
     Raises:
-      ValueError: not a non-negative number.
+      ValueError: the text is not a non-negative number.
     """
     if not re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", text):
         raise ValueError(f"{text!r} is not a time in seconds")
