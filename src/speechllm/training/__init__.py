@@ -1,1 +1,1 @@
-"""Training: data, loop, optimizers, checkpoints and DeepSpeed, for any model with a batch loss."""
+"""Training for any model with a batch loss: data, loop, optimizers, checkpoints, DeepSpeed."""

@@ -1,4 +1,4 @@
-"""TrainConfig and EncoderConfig: options of the training programs besides data and model."""
+"""TrainConfig and EncoderConfig: options of the training programs, except data and model."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ _memory = partial(option, group="precision and memory")
 _checkpoints = partial(option, group="checkpoints")
 _logging = partial(option, group="logging and diagnostics")
 _encoder = partial(option, group="encoder")
-LR_FACTORS = ("projector_lr", "lora_lr", "encoder_lr")  # times base_lr
+LR_FACTORS = ("projector_lr", "lora_lr", "encoder_lr")  # relative to base_lr
 # fmt: off
 
 
@@ -43,14 +43,14 @@ class TrainConfig:
     grad_accum: int = _training(
         1, "batches per process and optimizer step, equivalent to one large batch")
     dry_run: bool = _training(
-        False, "check everything, print the trainable parameters, data and memory estimate, write "
+        False, "check everything and print trainable parameters, data and a memory estimate; write "
         "nothing")
-    seed: int = _training(42, "seed of data order, augmentation and dropout")
+    seed: int = _training(42, "seed for data order, augmentation and dropout")
 
     pretrained_model_path: str | None = _trainable(
         None, "initialize the trainable parameters from this checkpoint")
     freeze_projector: bool = _trainable(
-        False, "train only LoRA, the LLM or the encoders; the projectors are those of "
+        False, "train only LoRA, the LLM or the encoders; use the projectors of "
         "--pretrained-model-path")
     encoder_feature_mask: bool = _trainable(
         True, "mask encoder channels in training, as in the published models")
@@ -59,20 +59,20 @@ class TrainConfig:
 
     optimizer: str = _optimizer("scaled_adam", "optimizer", choices=("scaled_adam", "adamw"))
     base_lr: float = _optimizer(
-        0.01, "learning rate; the default is for scaled_adam, adamw needs less")
+        0.01, "learning rate; the default is for scaled_adam, adamw needs a lower value")
     projector_lr: float = _optimizer(1.0, "learning rate of the projectors, times --base-lr")
     lora_lr: float = _optimizer(1.0, "learning rate of the LoRA matrices, times --base-lr")
     encoder_lr: float = _optimizer(1.0, "learning rate of the encoders, times --base-lr")
     betas: str | None = _optimizer(
-        None, "decay of the optimizer's two averages",
+        None, "decay rates of the optimizer's two moving averages",
         unset="0.9,0.98 for scaled_adam, 0.9,0.999 for adamw")
     weight_decay: float | None = _optimizer(None, "weight decay of adamw", unset="0.01")
     max_grad_norm: float = _optimizer(
-        0.0, "with adamw: scale gradients with a larger norm down to this one; 0: never")
+        0.0, "with adamw: clip the gradient norm to this value; 0: no clipping")
     label_smoothing: float = _optimizer(
-        0.0, "share of each label's probability spread over all tokens, in training only")
+        0.0, "fraction of each label's probability to spread over all tokens, in training only")
     lr_schedule: str = _optimizer(
-        "fixed", "learning rate schedule; linear and cosine end at 0 with the last epoch",
+        "fixed", "learning rate schedule; linear and cosine decay to 0 in the last epoch",
         choices=("fixed", "eden", "linear", "cosine"))
     lr_batches: float = _optimizer(7500.0, "Eden: batches before the decay")
     lr_epochs: float = _optimizer(3.5, "Eden: epochs before the decay")
@@ -81,9 +81,9 @@ class TrainConfig:
     use_fp16: bool | None = _memory(
         None, "autocast to float16 with a gradient scaler", unset="true on a GPU")
     use_bf16: bool = _memory(False, "autocast to bfloat16; takes precedence over --use-fp16")
-    use_flash_attn: bool = _memory(False, "flash-attn instead of torch's SDPA")
+    use_flash_attn: bool = _memory(False, "use flash-attn instead of torch's SDPA")
     activation_checkpointing: bool = _memory(
-        False, "recompute the trained layers in the backward pass: less memory, a third more time")
+        False, "recompute trainable layers in the backward pass: less memory, a third more time")
     compile: bool = _memory(False, "compile the layers with torch.compile")
     scan_oom: bool | None = _memory(
         None, "before training, check that the largest batches fit into memory",
@@ -95,23 +95,24 @@ class TrainConfig:
         choices=("auto", "never", "must"))
     start_epoch: int = _checkpoints(1, "above 1: resume from epoch-(N-1).pt or a newer checkpoint")
     save_every_n: int = _checkpoints(
-        0, "steps between checkpoint-<step>.pt within an epoch; 0: none")
-    save_every_minutes: float = _checkpoints(30.0, "minutes between checkpoint-<step>.pt; 0: none")
-    keep_last_k: int = _checkpoints(5, "number of checkpoint-<step>.pt to keep")
+        0, "write checkpoint-<step>.pt every N steps; 0: never")
+    save_every_minutes: float = _checkpoints(
+        30.0, "write checkpoint-<step>.pt every N minutes; 0: never")
+    keep_last_k: int = _checkpoints(5, "number of checkpoint-<step>.pt files to keep")
 
     log_interval: int = _logging(50, "steps between log lines")
     valid_interval: int = _logging(5000, "steps between validations")
     valid_decode: int = _logging(
-        0, "validation utterances to decode with each validation: their WER is logged, and the "
-        "model with the lowest kept as best-valid-wer.pt; 0: none")
+        0, "number of utterances to decode in each validation; their WER is logged, and the model "
+        "with the lowest WER is saved as best-valid-wer.pt; 0: none")
     patience: int = _logging(
-        0, "end training after this number of validations in a row without a lower WER, or loss "
-        "without --valid-decode; 0: never")
+        0, "stop after this number of consecutive validations without a lower WER (without "
+        "--valid-decode: a lower loss); 0: never")
     tensorboard: bool = _logging(True, "write tensorboard files")
     inf_check: bool = _logging(False, "stop at the first module whose output is not finite")
     max_skipped_steps: int = _logging(
-        20, "skipped steps (non-finite loss or gradients, out of memory), beyond 1 in 100, after "
-        "which training ends")
+        20, "stop training after this number of skipped steps (non-finite loss or gradients, out "
+        "of memory), not counting 1 in 100")
 
     def __post_init__(self):
         for name in ("start_epoch", "num_epochs", "log_interval", "valid_interval", "grad_accum",
@@ -139,7 +140,7 @@ class TrainConfig:
 
     @property
     def adam_betas(self) -> tuple[float, float] | None:
-        """Values of --betas; None for the optimizer's own."""
+        """Values of --betas; None for the optimizer's defaults."""
         if self.betas is None:
             return None
         try:
@@ -179,30 +180,30 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Options of pretrain_encoder.py for its encoder.
+    """Encoder options of pretrain_encoder.py.
 
     Raises:
       InputError: a value is out of range.
     """
 
     encoder_size: str = _encoder(
-        "medium", "size of the encoder (models/zipformer/config.py)", choices=SIZES)
-    causal: bool = _encoder(False, "train an encoder that can stream: it sees only the past")
+        "medium", "encoder size (models/zipformer/config.py)", choices=SIZES)
+    causal: bool = _encoder(False, "train a streaming encoder, which uses no future chunks")
     chunk_size: str | None = _encoder(
-        None, "causal: frames per chunk (20 ms), drawn for each batch; -1: whole utterances",
+        None, "causal: 20 ms frames per chunk, sampled per batch; -1: whole utterances",
         unset="16,32,64,-1")
     left_context_frames: str | None = _encoder(
-        None, "causal: frames before a chunk that attention sees, drawn for each batch; -1: all",
+        None, "causal: 20 ms frames of left context per chunk, sampled per batch; -1: all",
         unset="64,128,256,-1")
     vocab_size: int = _encoder(500, "maximum number of BPE pieces; small corpora give fewer")
-    uppercase: bool = _encoder(False, "upper-case the texts, as the published encoders have them")
-    lowercase: bool = _encoder(False, "lower-case the texts; by default they keep their case")
+    uppercase: bool = _encoder(False, "upper-case the texts, as for the published encoders")
+    lowercase: bool = _encoder(False, "lower-case the texts; by default their case is kept")
     dropout: float = _encoder(0.1, "dropout in the encoder and before the CTC head")
     flat_start_batches: int = _encoder(
-        400, "first batches, trained on evenly spaced tokens instead of with CTC")
-    avg: int = _encoder(5, "last epochs averaged into pretrained.pt")
+        400, "number of initial batches trained on evenly spaced tokens instead of with CTC")
+    avg: int = _encoder(5, "number of last epochs to average into pretrained.pt")
     test_cuts: str | None = _encoder(
-        None, "cut files to decode by greedy CTC and score at the end")
+        None, "cut files to decode with greedy CTC and score at the end")
 
     def __post_init__(self):
         check_range("avg", self.avg, 1)
@@ -217,12 +218,12 @@ class EncoderConfig:
 
     @property
     def size(self) -> ZipformerConfig:
-        """Sizes of the encoder."""
+        """The encoder's sizes."""
         return replace(SIZES[self.encoder_size], causal=self.causal)
 
     @property
     def chunkings(self) -> tuple[Chunking, ...]:
-        """Chunks to draw from in training; validation uses the last."""
+        """Chunkings to sample from in training; validation uses the last."""
         if not self.causal:
             return (OFFLINE,)
         sizes, left = self.chunk_size or "16,32,64,-1", self.left_context_frames

@@ -1,4 +1,4 @@
-"""Training of a Zipformer with a CTC head from scratch: data, BPE model and loss."""
+"""CTC training of a Zipformer from scratch: data, BPE model and loss."""
 
 import io
 import logging
@@ -33,13 +33,13 @@ from speechllm.training.fit import Training, begin, fit, launch_training
 from speechllm.training.resume import Start, TrainState, find_start
 from speechllm.training.validate import validate
 
-BPE_TEXTS = 1_000_000  # more are sampled: sentencepiece holds them in memory
+BPE_TEXTS = 1_000_000  # sample size for larger corpora: sentencepiece keeps texts in memory
 BPE_FILE = "bpe.model"
 
 
 @dataclass(frozen=True)
 class CtcTokenizer:
-    """Texts in the case of the BPE pieces to ids, in the data loader's processes (picklable)."""
+    """Converts texts to BPE ids, in the case of the pieces; picklable, for data loader workers."""
 
     bpe: sentencepiece.SentencePieceProcessor
 
@@ -48,12 +48,12 @@ class CtcTokenizer:
         return case_of(self.bpe)
 
     def training_batch(self, texts: list[str], contexts=None, sample: bool = False) -> dict:
-        """Return `targets`, the ids of each utterance."""
+        """Return `targets`, one list of ids per utterance."""
         return {"targets": self.bpe.encode([_spaced(self.case(text)) for text in texts])}
 
 
 class CtcModel(nn.Module):
-    """Features (B, T, 80) -> CTC log-probabilities (B, T / 4, V) and their lengths."""
+    """Maps features (B, T, 80) to CTC log-probabilities (B, T / 4, V) and their lengths."""
 
     def __init__(self, encoder: ZipformerEncoder, feature_mask: bool = True):
         super().__init__()
@@ -76,9 +76,9 @@ class CtcModel(nn.Module):
 
 
 class CtcLoss:
-    """CTC loss of a batch in nats per encoder frame; word errors of greedy CTC in validation.
+    """CTC loss in nats, with encoder frames as tokens; in validation also greedy CTC word errors.
 
-    The first `flat_start_batches` steps of `state` use the loss of flat_start.py instead.
+    The first `flat_start_batches` steps of the training use the loss of flat_start.py instead.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ def _word_errors(references: list[str], hypotheses: list[str]) -> dict[str, Tens
 
 
 def train_encoder(encoder: EncoderConfig, data: TrainDataConfig, config: TrainConfig) -> bool:
-    """Train an encoder, or describe the training with --dry-run (returns False).
+    """Train an encoder and return True, or with --dry-run describe the training, return False.
 
     Raises:
       FileNotFoundError, InputError: a file is missing or invalid, or options contradict each other.
@@ -131,7 +131,7 @@ def train_encoder(encoder: EncoderConfig, data: TrainDataConfig, config: TrainCo
 
 
 def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
-    """Train in one process of `launch`."""
+    """Train in one process started by `launch`."""
     config, options, start = training.config, training.model, begin(training, dist_env)
     check_epochs(config, options.avg, start.state)
     bpe = prepare_bpe(training, start, dist_env)
@@ -150,10 +150,10 @@ def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
 
 
 def check_epochs(config: TrainConfig, avg: int, state: TrainState) -> None:
-    """Check that the epochs before `state` that will be averaged still exist.
+    """Check that the completed epochs needed for the final average still exist.
 
     Raises:
-      FileNotFoundError: one does not.
+      FileNotFoundError: an epoch's checkpoint is missing.
     """
     first, found = config.num_epochs - avg + 1, numbered_files(config.exp_dir, "epoch")
     for number in range(max(1, first), state.next_epoch):
@@ -166,7 +166,7 @@ def check_epochs(config: TrainConfig, avg: int, state: TrainState) -> None:
 
 
 def write_average(engine: Engine, loss: CtcLoss, training: Training) -> None:
-    """Write the average of the last epochs as pretrained.pt, and log its validation loss."""
+    """Write the average of the last epochs to pretrained.pt, and log its validation loss."""
     encoder, dist_env, config = engine.module.encoder, engine.dist_env, training.config
     path, avg = config.exp_dir / "pretrained.pt", min(training.model.avg, config.num_epochs)
     if dist_env.is_main:
@@ -181,10 +181,10 @@ def write_average(engine: Engine, loss: CtcLoss, training: Training) -> None:
 
 
 def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> ZipformerEncoder:
-    """Return a new encoder, or that of the checkpoint.
+    """Return a new encoder, or the checkpoint's encoder.
 
     Raises:
-      InputError: the checkpoint has another size or vocabulary.
+      InputError: the checkpoint's size or vocabulary differs.
     """
     if start.path:
         encoder = _encoder_of(start, config)
@@ -212,10 +212,10 @@ def _encoder_of(start: Start, config: EncoderConfig) -> ZipformerEncoder:
 def prepare_bpe(
     training: Training, start: Start, dist_env: DistEnv = DistEnv()
 ) -> sentencepiece.SentencePieceProcessor:
-    """Train bpe.model on rank 0, or read that of the training resumed.
+    """Train bpe.model on rank 0, or read the existing one when training resumes.
 
     Raises:
-      FileNotFoundError, InputError: the file is missing, or --vocab-size too small.
+      FileNotFoundError, InputError: the file is missing, or --vocab-size is too small.
     """
     path = training.config.exp_dir / BPE_FILE
     if start.path and not path.is_file():
@@ -237,7 +237,7 @@ def prepare_bpe(
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a sentencepiece model with icefall's ids: 0 blank, 2 unknown.
 
-    Texts keep their characters: decoding the ids of a training text gives the same text.
+    Texts are not normalized: decoding the ids of a training text restores the text.
 
     Raises:
       InputError: `vocab_size` is below the number of characters.
@@ -252,7 +252,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
             input_sentence_size=BPE_TEXTS,
             hard_vocab_limit=False,
             character_coverage=1.0,
-            normalization_rule_name="identity",  # NFKC would change ß, ½ and others
+            normalization_rule_name="identity",  # NFKC would change ½, ² and others
             user_defined_symbols=["<blk>", "<sos/eos>"],
             unk_id=2,
             bos_id=-1,
@@ -266,7 +266,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _training_texts(training: Training) -> Iterator[str]:
-    """Yield the text of each training cut with a valid text, in the case that flags select."""
+    """Yield the text of each training cut with a valid text, in the case selected by flags."""
     options = training.model
     case = str.upper if options.uppercase else str.lower if options.lowercase else str
     for path in training.data.train_paths:

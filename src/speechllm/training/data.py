@@ -1,4 +1,4 @@
-"""TrainingData: the scanned cuts of a training, and the loaders that read them."""
+"""TrainingData: scanned training, validation and noise cuts, and their loaders."""
 
 import logging
 import math
@@ -52,16 +52,16 @@ from speechllm.training.invalid_utterances import INVALID_CUTS, report_invalid
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Scanned cuts of a training.
+    """Scanned training, validation and noise cuts.
 
     Attributes:
       train, valid, noise: statistics of the scans; `noise` is None without --enable-musan.
-      min_frames: feature frames below which an utterance is too short.
-      seed: seed of the training.
-      check: further errors of a cut, such as too many LLM positions.
-      count_positions: LLM positions of a cut, for --max-batch-tokens.
-      text: texts of validation batches, which use all encoders in order.
-      encoder_cache: replaces features by encoder outputs.
+      min_frames: minimum feature frames per utterance.
+      seed: seed for data order and augmentation.
+      check: returns further errors of a cut, such as too many LLM positions.
+      count_positions: returns a cut's LLM positions, for --max-batch-tokens.
+      text: creates the text entries of validation batches, which use all encoders in order.
+      encoder_cache: replaces features with encoder outputs.
     """
 
     config: TrainDataConfig
@@ -79,7 +79,7 @@ class TrainingData:
 
     @property
     def train_paths(self) -> list[Path | str]:
-        """Cut files of the training; for shards the files with the transcripts."""
+        """Training cut files; for shards, the files with the transcripts."""
         return _train_paths(self.config)
 
     def train_cuts(self) -> CutSet:
@@ -89,10 +89,10 @@ class TrainingData:
 
     @property
     def epoch_counts(self) -> list[int]:
-        """Cuts of each file in an epoch.
+        """Cuts per file in an epoch.
 
-        --train-cuts are used once, or as --corpus-weights divides their number; --replay adds to
-        them until its files have their shares.
+        All --train-cuts are used once, or their total number is divided by --corpus-weights;
+        --replay adds cuts until its files have their fractions.
         """
         weights, replay = self.config.weights, list(self.config.replay_shares.values())
         kept = [kept for kept, _ in self.train.files.values()] or [self.train.kept]
@@ -104,7 +104,7 @@ class TrainingData:
 
     @property
     def epoch_seconds(self) -> float:
-        """Audio in an epoch."""
+        """Seconds of audio in an epoch."""
         if not self.train.files:
             return self.train.seconds
         files = zip(self.epoch_counts, self.train.files.values())
@@ -117,7 +117,7 @@ class TrainingData:
         return CutSet(EvenMix(corpora, sizes, self.epoch_counts, epoch))
 
     def describe_corpora(self) -> list[str]:
-        """Return a line with the cuts of each file in an epoch, if there are several."""
+        """Return a line with the cuts per file in an epoch, if there are several files."""
         counts, files = self.epoch_counts, self.train.files.items()
         shares = [
             f"{count} from {path.name} (of {kept}, {count / sum(counts):.1%})"
@@ -139,7 +139,7 @@ class TrainingData:
         return CutSet.from_cuts(cuts)
 
     def source(self, epoch: int) -> CutSource:
-        """Return the cuts to sample from in an epoch; shards come in a new order in each."""
+        """Return the cuts to sample from in an epoch; each epoch shuffles the shards anew."""
         sample = None
         if not self.config.shar_dir:
             cuts = self._mixed_cuts(epoch) if len(self.epoch_counts) > 1 else self.train_cuts()
@@ -147,17 +147,17 @@ class TrainingData:
             shards, limits = _shards(self.config), _limits(self.config, self.min_frames)
             cuts = shards.cuts(self.seed + epoch if self.config.shuffle else None).filter(limits)
             sample = shards.sample().filter(limits)
-        if self.config.enable_speed_perturb:  # here, as the sampler needs the durations
+        if self.config.enable_speed_perturb:  # here, because the sampler needs the durations
             cuts = cuts.map(partial(perturb_speed, seed=f"{self.seed} {epoch}"))
         return CutSource(cuts, sum(self.epoch_counts), self.epoch_seconds, sample)
 
     # ---- loaders
 
     def train_loader(self, dist_env: DistEnv) -> Callable:
-        """Return a function (epoch, batches to skip) -> this rank's batches of the epoch.
+        """Return a function (epoch, batches to skip) -> this rank's batches in the epoch.
 
         Raises:
-          InputError: there are fewer shards than processes that read them.
+          InputError: there are fewer shards than processes reading them.
         """
         if self.config.shar_dir:
             self._check_number_of_shards(dist_env)
@@ -175,7 +175,7 @@ class TrainingData:
         return even_batches_of if self.config.shar_dir else batches_of
 
     def valid_loader(self, dist_env: DistEnv, exp_dir: Path) -> Callable[[], Iterator[dict]]:
-        """Return a function to this rank's validation batches: every world_size-th cut."""
+        """Return a function that yields this rank's validation batches."""
         rank, world_size = dist_env.rank, dist_env.world_size
         cuts = share_of_cuts(self.valid_cuts(), rank, world_size)
         if self.valid.too_short:
@@ -197,17 +197,17 @@ class TrainingData:
         return batches
 
     def report_unread(self, unread: list[CutError], prefix: str, total: int, exp_dir: Path) -> None:
-        """Log and list utterances that could not be read.
+        """Log and list unreadable utterances.
 
         Raises:
-          InputError: they are more than --max-invalid-fraction of `total`.
+          InputError: their number exceeds --max-invalid-fraction of `total`.
         """
         reasons = count_reasons([error] for error in unread)
         limit, listing = self.config.max_invalid_fraction, exp_dir / INVALID_CUTS
         report_invalid(unread, reasons, total, limit, listing, prefix)
 
     def sample_batches(self) -> Iterator[CutSet]:
-        """Yield cuts in batches like those of an epoch, of all ranks; for shards of a sample."""
+        """Yield batches of cuts like an epoch's, for all ranks; for shards, from a sample."""
         source = self.source(1)
         if source.is_sharded:
             source = replace(source, cuts=source.sample, sample=None)
@@ -219,7 +219,7 @@ class TrainingData:
             yield cuts
 
     def count_batches(self, world_size: int) -> int:
-        """Count the batches of a rank in the first epoch; later ones have about as many."""
+        """Count the batches per rank in the first epoch; later epochs have about as many."""
         position = EpochPosition(seed=self.seed, world_size=world_size)
         sampler = train_sampler(self.source(1), self.config, position, self.count_positions)
         return sum(1 for _ in sampler)
@@ -234,10 +234,10 @@ class TrainingData:
             )
 
     def check_invalid(self, exp_dir: Path, write: bool) -> None:
-        """Check the fraction of invalid cuts of all scans; with `write`, list them.
+        """Check the fraction of invalid cuts in each scan; with `write`, list them.
 
         Raises:
-          InputError: more than --max-invalid-fraction of a scan is invalid.
+          InputError: more than --max-invalid-fraction of the cuts in a scan are invalid.
         """
         listing = exp_dir / INVALID_CUTS
         scans = [scan for scan in (self.train, self.valid, self.noise) if scan]
@@ -257,11 +257,11 @@ def scan_training_data(
     ds_rate: int = 4,
     check: Callable[[Cut], list[CutError]] | None = None,
 ) -> TrainingData:
-    """Read the manifests of training, validation and noise once.
+    """Scan the manifests of training, validation and noise cuts.
 
     Args:
       ds_rate: encoder frames per speech embedding; determines `min_frames`.
-      check: further errors of a valid cut.
+      check: returns further errors of a valid cut.
 
     Raises:
       FileNotFoundError, InputError: a file is missing or cannot be read, or a cut is invalid and
@@ -291,9 +291,9 @@ def scan_training_data(
 def with_llm_positions(
     data: TrainingData, count_positions: LLMPositions, limit: int
 ) -> TrainingData:
-    """Leave out utterances that need more than `limit` LLM positions.
+    """Exclude utterances that need more than `limit` LLM positions.
 
-    The manifests are scanned again only if there may be such utterances.
+    The manifests are scanned again only if such utterances are possible.
     """
     data = replace(data, count_positions=count_positions)
     if count_positions.most(max(data.train.longest, data.valid.longest)) <= limit:

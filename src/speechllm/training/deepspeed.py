@@ -1,7 +1,7 @@
-"""ZeroEngine: a model sharded by DeepSpeed's ZeRO (arXiv 1910.02054), stages 1, 2 and 3.
+"""ZeroEngine: sharded training with DeepSpeed's ZeRO (arXiv 1910.02054), stages 1, 2 and 3.
 
 Checkpoints are the same as without DeepSpeed: parameters and optimizer state are gathered. Training
-with or without DeepSpeed, with any stage and number of ranks, can resume from them. DeepSpeed is
+can resume from them with or without DeepSpeed, and with any stage or number of ranks. DeepSpeed is
 imported only where it is used.
 """
 
@@ -23,12 +23,12 @@ from speechllm.errors import InputError
 from speechllm.training.engine import Engine
 
 REQUIREMENTS = "local/requirements-deepspeed.txt"
-SUPPORTED = ("zero_optimization", "gradient_clipping")  # flags set the rest
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, in its shape
+SUPPORTED = ("zero_optimization", "gradient_clipping")  # flags set everything else
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, of the same shape
 
 
 def deepspeed_config(path: Path | None, dtype: torch.dtype) -> dict | None:
-    """Read the file of --deepspeed; None without one.
+    """Read the --deepspeed file; None if the flag is not given.
 
     Raises:
       FileNotFoundError, InputError: the precision is float16, DeepSpeed is not installed, or the
@@ -46,7 +46,7 @@ def deepspeed_config(path: Path | None, dtype: torch.dtype) -> dict | None:
 
 
 def read_config(path: Path) -> dict:
-    """Read DeepSpeed's JSON file, of which SUPPORTED entries may be set.
+    """Read a DeepSpeed JSON file, which may contain only SUPPORTED entries.
 
     Raises:
       FileNotFoundError, InputError: the file is missing, or an entry is invalid.
@@ -65,7 +65,7 @@ def read_config(path: Path) -> dict:
 
 
 def _unsupported(config: object) -> str:
-    """Return what DeepSpeed would accept and this program does not support, or ""."""
+    """Return a sentence about an unsupported entry, or ""."""
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         return "it must be a JSON object with zero_optimization"
     for key in config:
@@ -83,7 +83,7 @@ def _unsupported(config: object) -> str:
 
 
 class ZeroEngine(Engine):
-    """Each rank holds a shard of the optimizer; from stage 2 of gradients, from 3 of parameters."""
+    """Engine that shards the optimizer state, from stage 2 gradients, at stage 3 parameters."""
 
     is_sharded = True
 
@@ -98,7 +98,7 @@ class ZeroEngine(Engine):
         """
         Args:
           model: owned by DeepSpeed afterwards.
-          optimizer: with all trained parameters in one group, in order.
+          optimizer: with all trainable parameters in one group, in order.
           config: as returned by `read_config`.
         """
         self.module, self.optimizer, self.dist_env, self.dtype = model, optimizer, dist_env, dtype
@@ -114,16 +114,17 @@ class ZeroEngine(Engine):
         )
 
     def grad_sync(self, last: bool) -> AbstractContextManager:
-        """Average gradients in each backward pass: a rank cannot hold all gradients."""
+        """Return a null context: every backward pass averages and shards the gradients."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss, scale_wrt_gas=False)
 
     def recover_from_oom(self) -> None:
-        """
+        """Fail: all ranks communicate throughout each pass, so no batch can be skipped.
+
         Raises:
-          InputError: always; all ranks communicate throughout each pass.
+          InputError: always.
         """
         raise InputError(
             f"rank {self.dist_env.rank} is out of memory, and with --deepspeed no batch can be "
@@ -131,20 +132,20 @@ class ZeroEngine(Engine):
         )
 
     def gradients_finite(self) -> Tensor:
-        """Return True: `step` checks instead, where DeepSpeed checks its shards."""
+        """Return True: DeepSpeed checks its shards in `step`."""
         return torch.tensor(True)
 
     def step(self) -> bool:
-        """Update the parameters; false if DeepSpeed skipped non-finite gradients on all ranks."""
+        """Update the parameters; return false if DeepSpeed skipped non-finite gradients."""
         self.model.step()
         return not self.model.optimizer.overflow
 
     def skip_step(self) -> None:
-        """Step: gradients of a non-finite loss are not finite, and DeepSpeed skips them."""
+        """Call `step`: DeepSpeed skips the gradients of a non-finite loss, which are not finite."""
         self.step()
 
     def full_param(self, parameter: Tensor) -> Tensor:
-        """Gather the parameter on rank 0 as a copy on the CPU; the others get an empty tensor."""
+        """Return a gathered CPU copy of the parameter on rank 0, an empty tensor elsewhere."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return self._kept(safe_get_full_fp32_param(parameter), parameter)
@@ -155,7 +156,7 @@ class ZeroEngine(Engine):
         return copy_to_cpu(whole).view(self.shapes[parameter])
 
     def state_dict(self) -> dict:
-        """Return AdamW's state as without DeepSpeed, gathered one moment at a time."""
+        """Return AdamW's state in the format used without DeepSpeed, gathered moment by moment."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         step = self.optimizer.state[self._parts()[0]]["step"]
@@ -194,25 +195,25 @@ class ZeroEngine(Engine):
         if self.stage < 3:
             safe_set_full_optimizer_state(parameter, whole, name)
             return
-        # DeepSpeed's function for whole tensors fails if their size is not a multiple of the ranks.
+        # DeepSpeed's function for whole tensors fails if the ranks do not divide their size.
         size = parameter.ds_tensor.numel()
         padded = pad(whole.flatten(), (0, size * self.dist_env.world_size - whole.numel()))
         mine = padded.split(size)[self.dist_env.rank]
         safe_set_local_optimizer_state(parameter, mine, name)
 
     def _parts(self) -> list[Tensor]:
-        """Return AdamW's parameters: this rank's shards, concatenated, in float32."""
+        """Return AdamW's parameters: this rank's concatenated shards in float32."""
         if self.stage == 3:
             return self.model.optimizer.fp32_partitioned_groups_flat
         return self.model.optimizer.single_partition_of_fp32_groups
 
 
 def whole_config(config: dict, dtype: torch.dtype) -> dict:
-    """Return the config with the options set by flags, and without DeepSpeed's default clipping."""
+    """Return the config with options set by flags, and without DeepSpeed's default clipping."""
     config = {
         "gradient_clipping": 0.0,
         **config,
-        "train_micro_batch_size_per_gpu": 1,  # required, unused
+        "train_micro_batch_size_per_gpu": 1,  # required but unused
         "managed_gradient_accumulation": False,  # the trainer decides when to step
     }
     if dtype != torch.float32:
@@ -221,16 +222,16 @@ def whole_config(config: dict, dtype: torch.dtype) -> dict:
 
 
 def _ready_deepspeed(dist_env: DistEnv):
-    """Import DeepSpeed with the settings it would get from MPI and a compiler."""
+    """Import DeepSpeed with settings that replace MPI and a compiler."""
     cpu = dist_env.device.type == "cpu"
     os.environ.setdefault("LOCAL_RANK", str(dist_env.rank if cpu else dist_env.device.index))
-    if not dist.is_initialized():  # DeepSpeed needs a group, even of one process
+    if not dist.is_initialized():  # DeepSpeed needs a process group even for one process
         backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed = _import_deepspeed()
-    if cpu:  # else compiled at first use: reductions in shared memory
+    if cpu:  # otherwise reductions in shared memory are compiled at first use
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed calls functions that torch 2.13 has renamed.
+    # DeepSpeed calls functions that torch 2.13 renamed.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     return deepspeed
 

@@ -1,4 +1,4 @@
-"""--dry-run: report trainable parameters, data, steps, memory and disk space."""
+"""--dry-run: report on trainable parameters, data, steps, memory and disk space."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -23,11 +23,11 @@ NOT_COUNTED = "not counted: library workspaces and unused blocks of the allocato
 def describe_training(
     training: Training, model: nn.Module, loss: Callable[[nn.Module, dict], Tensor], start: Start
 ) -> Iterator[str]:
-    """Yield the lines that describe a training of any model.
+    """Yield lines that describe the training of any model.
 
     Args:
       model: on the device "meta".
-      loss: (model, batch) -> scalar, the forward pass of a step.
+      loss: (model, batch) -> scalar; runs the forward pass of a step.
 
     Raises:
       InputError: the disk has no room for two checkpoints.
@@ -102,7 +102,7 @@ def _memory_lines(
 
 
 def model_lines(model: SpeechLLM, training: Training) -> Iterator[str]:
-    """Yield a line for each encoder, the projectors and the LLM."""
+    """Yield a line per encoder, for the projectors and for the LLM."""
     config = training.model
     for number, (encoder, (path, name)) in enumerate(zip(model.encoder, config.encoder_files), 1):
         state = "frozen" if encoder.frozen else "trainable"
@@ -127,13 +127,13 @@ def count(module: nn.Module) -> int:
 
 
 def size(num_bytes: float) -> str:
-    """Format bytes as GiB or MiB."""
+    """Format a number of bytes in GiB or MiB."""
     gib = num_bytes >= 2**30
     return f"{num_bytes / 2**30:.1f} GiB" if gib else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def device_memory(ranks: int) -> tuple[str, float]:
-    """Return a name and the bytes available per rank: a GPU, or a share of this machine."""
+    """Return a device name and its bytes per rank: a whole GPU, or a share of this machine."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if torch.cuda.is_available():
         gpus = range(min(here, torch.cuda.device_count()))

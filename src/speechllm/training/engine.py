@@ -1,4 +1,4 @@
-"""Engine: model, optimizer and gradient scaler of one rank, under DDP with several ranks."""
+"""Engine: model, optimizer and gradient scaler of one rank; several ranks use DDP."""
 
 import gc
 import warnings
@@ -16,7 +16,7 @@ from speechllm.precision import autocast
 class Engine:
     """Data parallelism with DDP, autocast and a gradient scaler."""
 
-    # True where validation and reading parameters or optimizer state involve all ranks.
+    # True if validation and reading parameters or optimizer state involve all ranks.
     is_sharded = False
 
     def __init__(
@@ -29,12 +29,12 @@ class Engine:
     ):
         """
         Args:
-          dtype: autocast dtype; float16 has a gradient scaler.
-          max_grad_norm: a larger norm of all gradients is scaled down to this one; 0: never.
+          dtype: autocast dtype; float16 uses a gradient scaler.
+          max_grad_norm: clip the norm of all gradients to this value; 0: no clipping.
         """
         self.module, self.optimizer, self.dist_env, self.dtype = model, optimizer, dist_env, dtype
         self.max_grad_norm = max_grad_norm
-        self.model = wrap_ddp(model, dist_env)  # called in training
+        self.model = wrap_ddp(model, dist_env)  # for calls in training
         self.sent: set[Tensor] = set()  # parameters whose gradients DDP received in this step
         if dist_env.world_size > 1:
             for parameter in trained(model):
@@ -46,7 +46,7 @@ class Engine:
         return autocast(self.dist_env.device, self.dtype)
 
     def grad_sync(self, last: bool) -> AbstractContextManager:
-        """Return a context for forward and backward: only the last of a step averages gradients."""
+        """Return a context for forward and backward; gradients are averaged only in the last."""
         self.sent.clear()
         return nullcontext() if last or self.dist_env.world_size == 1 else self.model.no_sync()
 
@@ -60,8 +60,8 @@ class Engine:
     def recover_from_oom(self) -> None:
         """Free memory, and send the gradients that other ranks wait for; the step is skipped.
 
-        In the forward pass none was sent; in the backward pass some were, and may not be sent
-        again. Zeros suffice.
+        If the forward pass failed, no gradients have been sent. If the backward pass failed, some
+        have been, and must not be sent again. As the step is skipped, zeros suffice.
         """
         gc.collect()
         if self.dist_env.device.type == "cuda":
@@ -74,14 +74,14 @@ class Engine:
             self.model().backward()
 
     def gradients_finite(self) -> Tensor:
-        """Return (), on the device: all gradients are finite; fp16's scaler checks its own."""
+        """Return (), on the device: whether all gradients are finite; fp16's scaler checks by itself."""
         gradients = [p.grad for p in trained(self.module) if p.grad is not None]
         if self.scaler.is_enabled():
             gradients = []
         return nn.utils.get_total_norm(gradients).isfinite()
 
     def step(self) -> bool:
-        """Update the parameters and clear the gradients; false if the update was skipped."""
+        """Update the parameters and clear the gradients; return false if the update was skipped."""
         if self.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(trained(self.module), self.max_grad_norm)
@@ -95,15 +95,15 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def skip_step(self) -> None:
-        """Leave the parameters as they are, and clear the gradients."""
+        """Clear the gradients without updating the parameters."""
         self.zero_grad()
 
     def full_param(self, parameter: Tensor) -> Tensor:
-        """Return a copy of the whole parameter on the CPU."""
+        """Return a copy of the full parameter on the CPU."""
         return copy_to_cpu(parameter)
 
     def state_dict(self) -> dict:
-        """Return the state of optimizer and gradient scaler for a checkpoint."""
+        """Return the states of the optimizer and the gradient scaler, for a checkpoint."""
         return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -113,14 +113,14 @@ class Engine:
 
 
 class DDPWrapper(nn.Module):
-    """A module with an additional forward pass without inputs, for ranks out of memory."""
+    """Wrapper whose forward pass without inputs returns 0, for ranks that are out of memory."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
 
     def forward(self, *inputs, **options):
-        """Without inputs return 0, whose gradients are zeros."""
+        """Call the module; without inputs, return 0, whose gradients are zeros."""
         if inputs or options:
             return self.module(*inputs, **options)
         return zero_of(trained(self.module))
@@ -132,7 +132,7 @@ def trained(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def zero_of(parameters: Iterable[Tensor]) -> Tensor:
-    """Return 0, with every parameter in its graph."""
+    """Return 0 with every parameter in its autograd graph."""
     return sum(p.sum() * 0 for p in parameters)
 
 
@@ -140,7 +140,7 @@ def wrap_ddp(model: nn.Module, dist_env: DistEnv) -> nn.Module:
     """Wrap the model in DDP if there are several ranks."""
     if dist_env.world_size == 1:
         return model
-    # Gradients of the frontend's convolutions have channels last; the result is the same.
+    # The gradients of the frontend's convolutions are channels_last; the result is the same.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # With `device_ids` DDP would move lengths, ids and labels, which the model needs on the CPU.
     return nn.parallel.DistributedDataParallel(DDPWrapper(model), broadcast_buffers=False)

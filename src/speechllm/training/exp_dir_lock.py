@@ -11,20 +11,20 @@ from pathlib import Path
 
 from speechllm.errors import InputError
 
-LOCK = ".lock"  # stays, with the last training's host and process
+LOCK = ".lock"  # never removed; contains the last training's process and host
 
 
 @contextmanager
 def exclusive(exp_dir: Path) -> Iterator[None]:
-    """Hold the lock of an experiment directory; it ends with this process, however that ends.
+    """Lock an experiment directory until this process ends, in whatever way.
 
     Raises:
-      InputError: another process holds it.
+      InputError: another process holds the lock.
     """
     exp_dir.mkdir(parents=True, exist_ok=True)
     with open(exp_dir / LOCK, "a+") as file:
         try:
-            # A lock of the process: dataloader workers, which outlive it for a moment, lack it.
+            # The lock belongs to this process only: dataloader workers may outlive it briefly.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):

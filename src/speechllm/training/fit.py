@@ -1,4 +1,4 @@
-"""Training: everything that determines a training; its start, and `fit`, for any model."""
+"""Training: configuration of a training, `launch_training`, and `fit` for any model."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -48,9 +48,9 @@ from speechllm.training.validate import BatchLoss
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that determines a training; picklable, for its processes.
+    """Everything that determines a training; picklable, to be sent to its processes.
 
-    zero: DeepSpeed's configuration; None for DDP.
+    zero: DeepSpeed configuration; None for DDP.
     """
 
     model: ModelConfig | EncoderConfig
@@ -60,14 +60,14 @@ class Training:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of autocast."""
+        """The autocast dtype."""
         return autocast_dtype(self.config.use_fp16, self.config.use_bf16)
 
     def lr_factor(self, world_size: int) -> Factor:
-        """Return the function of the learning rate schedule.
+        """Return the learning rate schedule as a function.
 
         Raises:
-          InputError: the training ends within the warm-up.
+          InputError: the training ends before the warm-up does.
         """
         config, num_steps = self.config, None
         if needs_num_steps(config):
@@ -82,11 +82,11 @@ def launch_training(
     training: Training,
     describe: Callable[[Training], Iterable[str]],
 ) -> bool:
-    """Run a training in all processes, or describe it with --dry-run (returns False).
+    """Train in all processes and return True, or with --dry-run describe it and return False.
 
     Raises:
       InputError: another training uses --exp-dir, too many cuts are invalid, the schedule does not
-        fit the data, or `run` raised it.
+        support the data, or `run` raised it.
     """
     data, config = training.data, training.config
     if needs_num_steps(config) and data.config.shar_dir:
@@ -115,7 +115,7 @@ def begin(training: Training, dist_env: DistEnv) -> Start:
     logging.info(f"Training started: {training.model}, {training.data.config}, {config}")
     seed_everything(config.seed)
     start = find_start(config, dist_env)
-    if dist_env.is_main and not start.path:  # the list of an earlier training
+    if dist_env.is_main and not start.path:  # the list may be from an earlier training
         (config.exp_dir / INVALID_CUTS).unlink(missing_ok=True)
     return start
 
@@ -129,14 +129,14 @@ def fit(
     dist_env: DistEnv,
     decode: Callable[[], dict[str, Tensor]] | None = None,
 ) -> Engine:
-    """Train `model`, whose parameters are those of `start` already.
+    """Train `model`, whose parameters have already been loaded from `start`.
 
     Args:
       decode: see `Trainer`.
 
     Raises:
-      InputError: the data, the checkpoint or the device does not fit.
-      Preempted: a stop signal was received, and a checkpoint saved.
+      InputError: the data, the checkpoint or the device is unsuitable.
+      Preempted: a stop signal was received, and a checkpoint was saved.
     """
     data, config = training.data, training.config
     data.check_invalid(config.exp_dir, write=dist_env.is_main)
@@ -158,7 +158,7 @@ def fit(
         tracker.load_state_dict(start.invalid)
         if "sums" in start.checkpoint:
             sums = sums_for_ranks(start.state, start.checkpoint["sums"], dist_env.world_size)
-        start.checkpoint.clear()  # frees its memory: optimizers copy their state
+        start.checkpoint.clear()  # frees memory: optimizers have copied their state
     if dist_env.is_main:
         _prepare_exp_dir(model, start, config)
     if torch.cuda.is_available() if config.scan_oom is None else config.scan_oom:
@@ -193,7 +193,7 @@ def _make_engine(
 
 
 def _prepare_exp_dir(model: nn.Module, start: Start, config: TrainConfig) -> None:
-    """Make room in --exp-dir for the checkpoints to come."""
+    """Clean up --exp-dir, and check that there is room for the checkpoints."""
     remove_partial_checkpoints(config.exp_dir)
     if config.resume == "never":
         archive_later_checkpoints(config.exp_dir, start.state)

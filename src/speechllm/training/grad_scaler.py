@@ -1,4 +1,4 @@
-"""Gradient scale of float16 training, by the rules of the published recipe."""
+"""Gradient scale in float16 training, following the rules of the published recipe."""
 
 import logging
 
@@ -8,7 +8,7 @@ GROW_BELOW = ((400, 32.0), (100, 8.0), (25, 2.0))  # every N batches, double sma
 
 
 def adjust_grad_scale(scaler: torch.amp.GradScaler, batch_idx: int) -> None:
-    """Grow a small gradient scale quickly, and fail at a tiny one.
+    """Quickly increase a small gradient scale, and fail if it is tiny.
 
     Raises:
       RuntimeError: the scale is below 1e-5.

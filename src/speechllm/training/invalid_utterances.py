@@ -1,4 +1,4 @@
-"""Utterances skipped in training: counted, listed in `<exp-dir>/invalid-cuts.jsonl` and limited."""
+"""Counting, listing (in `<exp-dir>/invalid-cuts.jsonl`) and limiting of skipped utterances."""
 
 import logging
 from collections import Counter
@@ -30,8 +30,8 @@ def report_invalid(
     """Log and list errors, and check the fraction of invalid utterances.
 
     Args:
-      errors: new ones, of this rank.
-      reasons: all invalid ones of `total` utterances, by reason.
+      errors: new errors on this rank.
+      reasons: all invalid utterances out of `total`, counted by reason.
 
     Raises:
       InputError: too many are invalid.
@@ -39,15 +39,15 @@ def report_invalid(
     for error in errors:
         logging.warning(f"{prefix} ({error.reason}): {error.message}")
     append_errors(listing, errors)
-    example = errors[0].message if errors else "see the listing"  # found by another rank
+    example = errors[0].message if errors else "see the listing"  # found on another rank
     check_invalid_fraction(reasons, total, max_invalid_fraction, example, listing)
 
 
 class InvalidUtteranceTracker:
-    """Counts the utterances that loaders skip in an epoch, besides those the scan found.
+    """Counts the utterances that loaders skip in an epoch, in addition to those found by the scan.
 
-    The limit is a fraction of the utterances of a whole epoch, not of those seen so far: an invalid
-    one among the first twenty does not stop a training of a million.
+    The limit is a fraction of all utterances in the epoch, not of those so far: one invalid
+    utterance among the first twenty does not stop a training on a million.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class InvalidUtteranceTracker:
     ):
         """
         Args:
-          total: utterances of an epoch, invalid ones included.
-          invalid_cuts: errors of each invalid utterance that the scan found.
+          total: number of utterances in an epoch, including invalid ones.
+          invalid_cuts: errors of each invalid utterance found by the scan.
         """
         self.listing, self.total, self.max_invalid_fraction = listing, total, max_invalid_fraction
         self.dist_env, self.from_scan = dist_env, count_reasons(invalid_cuts)
@@ -77,10 +77,10 @@ class InvalidUtteranceTracker:
         self.new += batch["invalid"]
 
     def check(self) -> None:
-        """Sum over ranks, log and list new errors; called by all ranks together.
+        """Sum the counts over ranks, log and list new errors; all ranks must call it together.
 
         Raises:
-          InputError: on all ranks, if too many are invalid.
+          InputError: too many utterances are invalid; raised on all ranks.
         """
         own = Counter(error.reason for error in self.new)
         totals = self.dist_env.sum(torch.tensor([own[reason] for reason in REASONS]))
@@ -95,7 +95,7 @@ class InvalidUtteranceTracker:
         report_invalid(new, self.reasons, self.total, self.max_invalid_fraction, self.listing)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the counts by reason over all ranks, up to the last `check`."""
+        """Return the counts by reason over all ranks, as of the last `check`."""
         return dict(self.reasons)
 
     def load_state_dict(self, state: dict[str, int]) -> None:

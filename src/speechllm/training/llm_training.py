@@ -1,4 +1,4 @@
-"""Training of a SpeechLLM: data, model, loss and encoder cache of train.py."""
+"""Training of a SpeechLLM by train.py: data, model, loss and encoder cache."""
 
 import logging
 import time
@@ -66,7 +66,7 @@ class LlmLoss:
         return {**sums, "frames": (batch["feature_lens"] // 2).sum()}
 
 
-# From model, training and ranks: a function that decodes validation utterances, see `Trainer`.
+# Returns a function that decodes validation utterances (see `Trainer.decode`).
 MakeDecoder = Callable[[SpeechLLM, Training, DistEnv], Callable[[], dict[str, Tensor]]]
 
 
@@ -90,14 +90,14 @@ def train_llm(
 
 
 def run_llm_training(dist_env: DistEnv, training: Training, make_decoder: MakeDecoder) -> None:
-    """Train in one process of `launch`."""
+    """Train in one process started by `launch`."""
     config, start = training.config, begin(training, dist_env)
     if start.path:
         check_same_model(training.model, config.exp_dir)
     model, training = _prepare(training, start)
-    dist_env.barrier()  # all ranks have read the checkpoint to start from
+    dist_env.barrier()  # now all ranks have read the initial checkpoint
     if dist_env.is_main:
-        if config.resume == "never" and not start.path:  # with the model.json of those
+        if config.resume == "never" and not start.path:  # together with the old model.json
             archive_later_checkpoints(config.exp_dir, start.state)
         longest = float(training.data.train.longest)
         trained_model = replace(with_hashes(training.model), longest_utterance=longest)
@@ -115,13 +115,13 @@ def run_llm_training(dist_env: DistEnv, training: Training, make_decoder: MakeDe
 
 
 def starts_new_stage(model: ModelConfig, config: TrainConfig) -> bool:
-    """Return whether --pretrained-model-path starts another model than --exp-dir has."""
+    """Return true if --pretrained-model-path starts a model that differs from --exp-dir's."""
     warm = config.pretrained_model_path and config.resume == "auto"
     return bool(warm) and not is_same_model(model, config.exp_dir)
 
 
 def _check_options(model: ModelConfig, data: TrainDataConfig, config: TrainConfig) -> dict | None:
-    """Check what can be checked before anything is loaded; return DeepSpeed's configuration."""
+    """Check the options before loading anything; return DeepSpeed's configuration."""
     check_model_files(model)
     if (Path(model.llm_path) / INT8_FILE).is_file():  # integers have no gradients
         raise InputError(f"--llm-path {model.llm_path} has int8 weights, which are for decoding")
@@ -164,12 +164,12 @@ def _check_encoder_cache(model: ModelConfig, data: TrainDataConfig, config: Trai
 
 
 def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[SpeechLLM, Training]:
-    """Return the model with its initial parameters, and the training with the data's tokenizer."""
+    """Return the model with initial parameters, and the training with a tokenizer in its data."""
     config, dtype = training.config, training.dtype
     model, tokenizer = build_model(
         training.model,
         BuildOptions(
-            # Weights that are trained stay in float32; autocast converts them.
+            # Trainable weights stay in float32; autocast converts them.
             llm_dtype=torch.float32 if training.model.trains_llm else dtype,
             encoder_dtype=dtype,
             encoder_feature_mask=config.encoder_feature_mask,
@@ -195,13 +195,13 @@ def _describe(training: Training) -> list[str]:
     """Return the lines of --dry-run, after a forward and backward pass on the model's shapes.
 
     Raises:
-      InputError: the LLM is not supported, or as in training.
+      InputError: the LLM is not supported, or training would raise it.
     """
     try:
         return list(_description(training))
     except (FileNotFoundError, InputError):
         raise
-    except Exception as error:  # of whatever an unknown architecture lacks
+    except Exception as error:  # depends on what an unknown architecture lacks
         raise InputError(
             f"--llm-path {training.model.llm_path} cannot be trained: a forward and backward pass "
             f"on its shapes fails with {type(error).__name__}: {first_line(error)}"
@@ -227,12 +227,12 @@ def _description(training: Training) -> Iterator[str]:
 def fill_encoder_cache(
     encoders: Iterable[nn.Module], training: Training, dist_env: DistEnv
 ) -> EncoderCache:
-    """Encode all training and validation cuts that --encoder-cache-dir lacks.
+    """Encode all training and validation cuts that are missing in --encoder-cache-dir.
 
-    Each rank encodes its share; cuts that cannot be read are skipped and reported.
+    Each rank encodes its share; unreadable cuts are skipped and reported.
 
     Raises:
-      InputError: the disk has no room, or the ranks do not share the directory.
+      InputError: disk space is insufficient, or the ranks do not share the directory.
     """
     start, data = time.monotonic(), training.data
     on_the_fly = data.config.on_the_fly_feats
@@ -241,7 +241,7 @@ def fill_encoder_cache(
     durations = [cut.duration for cut in missing]
     cache.check_space(sum(durations))
     expected = len(cache.keys) + len(durations)
-    dist_env.barrier()  # nothing is written before all ranks have looked
+    dist_env.barrier()  # no rank writes before all have listed the missing cuts
     if num_cuts := size_of_share(len(durations), dist_env.rank, dist_env.world_size):
         mine = share_of_cuts(missing, dist_env.rank, dist_env.world_size)
         loader = evaluation_loader(mine.map(cache.with_fingerprint), data.config, num_cuts=num_cuts)

@@ -1,9 +1,9 @@
-"""Estimated memory of a training step, measured on a model on the device "meta".
+"""Memory estimate for a training step, measured with a model on the device "meta".
 
-Such a model has shapes and no weights: forward and backward run in seconds, and the tensors they
-make are counted. Not counted: CUDA's context, library workspaces and the allocator's unused blocks.
-On a CPU, in float32, the peak resident memory of a training of 110 M parameters was 6 % below the
-estimate with LoRA, and 3 % below it when the whole LLM was trained.
+Such a model has shapes but no weights: forward and backward take seconds, and the tensors they
+create are counted. CUDA's context, library workspaces and the allocator's unused blocks are not
+counted. On a CPU, in float32, the peak resident memory of training a model of 110 M parameters was
+6% below the estimate with LoRA, and 3% below it when the whole LLM was trained.
 """
 
 import copy
@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from speechllm.training.engine import trained
 
-STATE_PER_PARAMETER = 8  # bytes, of ScaledAdam (delta, v) and AdamW (exp_avg, exp_avg_sq)
+STATE_PER_PARAMETER = 8  # bytes, for ScaledAdam (delta, v) and AdamW (exp_avg, exp_avg_sq)
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of live tensors made within it; `peak` is the maximum."""
+    """Counts the bytes of live tensors created within the context; `peak` is the maximum."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ def _storages(tree) -> set[torch.UntypedStorage]:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per rank: constant parts, and the peak of forward and backward with its gradients."""
+    """Bytes per rank: fixed parts, and the forward/backward peak including gradients."""
 
     weights: int
     optimizer: int
@@ -69,20 +69,20 @@ def estimate_memory(
     ranks: int = 1,
     zero_stage: int = 0,
 ) -> MemoryEstimate:
-    """Estimate the memory of a step.
+    """Estimate the memory of a training step.
 
     Args:
-      model: on "meta", with parameters of the dtypes they are trained with.
-      loss: runs the forward pass of a batch with a copy of the model in `dtype`.
-      dtype: dtype of autocast.
-      zero_stage: stage of ZeRO; 0 means DDP.
+      model: on "meta", with parameters in the dtypes used in training.
+      loss: runs the forward pass for a batch, given a copy of the model in `dtype`.
+      dtype: autocast dtype.
+      zero_stage: ZeRO stage; 0 means DDP.
     """
     parameters = sum(p.nbytes for p in model.parameters())
     gradients = sum(p.nbytes for p in trained(model))
     running = copy.deepcopy(model).to(dtype).train()
     with LiveMemory() as memory:
         loss(running).backward()
-    # In half precision the gradients stay in float32, and autocast copies the trained weights.
+    # In half precision, gradients stay in float32, and autocast copies the trainable weights.
     autocast = 0 if dtype == torch.float32 else gradients
     state = STATE_PER_PARAMETER * sum(p.numel() for p in trained(model))
     shards = [ranks if zero_stage >= stage else 1 for stage in (1, 2, 3)]

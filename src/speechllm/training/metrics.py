@@ -18,8 +18,8 @@ SUMS = ("loss", "correct", "tokens", "errors", "words", "frames")
 class Metrics:
     """Sums over batches: `loss` and `correct` over `tokens`, `errors` over `words`, and `frames`.
 
-    Only loss, tokens and frames are always present. The sums stay tensors on their device and are
-    read when a line is logged.
+    Only loss, tokens and frames are always present. The sums are tensors that stay on their device
+    until a line is logged.
     """
 
     def __init__(self, sums: dict[str, Tensor] | None = None):
@@ -37,21 +37,21 @@ class Metrics:
         )
 
     def table(self) -> Tensor:
-        """Return (6, 2) float64 on the CPU: the sums in the order of SUMS, and 1 if present."""
+        """Return (6, 2) float64 on the CPU: each sum in the order of SUMS, and 1 if present."""
         rows = [[float(self.sums.get(name, 0.0)), float(name in self.sums)] for name in SUMS]
         return torch.tensor(rows, dtype=torch.float64)
 
     @staticmethod
     def from_table(table: Tensor) -> "Metrics":
-        """Return the sums of a `table()`."""
+        """Return the metrics in a `table()`."""
         return Metrics({name: value for name, (value, seen) in zip(SUMS, table) if seen > 0})
 
     def reduced(self, dist_env: DistEnv) -> "Metrics":
-        """Return the sums over all ranks; a rank without a batch lacks some of them."""
+        """Return the sums over all ranks; sums missing on a rank without a batch count as 0."""
         return Metrics.from_table(dist_env.sum(self.table()))
 
     def means(self) -> dict[str, float]:
-        """Return `loss` and `acc` per token and `wer` in percent, as far as they were counted."""
+        """Return `loss` and, if counted, `acc` per token and `wer` in percent."""
         sums = {name: float(value) for name, value in self.sums.items()}
         means = {"loss": sums["loss"] / max(sums["tokens"], 1.0)}
         if "correct" in sums:
@@ -66,11 +66,11 @@ class Metrics:
 
 
 class ThroughputMeter:
-    """Audio of an epoch trained on so far, over all ranks, with a progress bar.
+    """Measures the audio trained on in an epoch, over all ranks, and shows a progress bar.
 
     Attributes:
-      audio: seconds, including those before resuming.
-      speed: seconds of audio per second, without those.
+      audio: seconds of audio, including audio from before resuming.
+      speed: seconds of audio per second, since resuming.
     """
 
     def __init__(self, name: str, epoch_seconds: float, dist_env: DistEnv):
@@ -79,12 +79,12 @@ class ThroughputMeter:
         self.audio = self.speed = 0.0
 
     def start(self, batches: Iterable[dict]) -> None:
-        """Start the clock; `batches` of this rank were trained on before."""
+        """Start the clock; this rank has already trained on `batches`."""
         self._add(batches)
         self.before, self.start_time = self.audio, time.monotonic()
 
     def step(self, batches: Iterable[dict]) -> None:
-        """Count this rank's batches of a step."""
+        """Count this rank's batches in a step."""
         self._add(batches)
         self.speed = (self.audio - self.before) / (time.monotonic() - self.start_time)
 
@@ -95,19 +95,19 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock, for validation."""
+        """Pause the clock, for validation."""
         pause = time.monotonic()
         yield
         self.start_time += time.monotonic() - pause
 
 
 class TensorBoard:
-    """Scalars under icefall's names; does nothing when not enabled."""
+    """Writer of scalars with icefall's names; does nothing unless enabled."""
 
     def __init__(self, log_dir: Path, enabled: bool, purge_step: int | None = None):
         """
         Args:
-          purge_step: entries of this step and later ones are hidden.
+          purge_step: existing entries from this step on are hidden.
         """
         self.writer = None
         if enabled:

@@ -1,7 +1,7 @@
-"""--scan-oom: forward and backward of the largest batches of an epoch, before training.
+"""--scan-oom: forward and backward pass on the largest batches in an epoch, before training.
 
-Memory depends on sizes, not on content: the batches are silence of these sizes, and no features are
-read. Training afterwards is the same as without.
+Memory depends on sizes, not on content, so the batches contain silence and no features are read.
+The scan does not affect the training.
 """
 
 import copy
@@ -26,7 +26,7 @@ from speechllm.training.validate import BatchLoss
 def largest_batches(
     batches: Iterable[CutSet], count_positions: Callable[[Cut], int] | None = None
 ) -> dict[str, CutSet]:
-    """Return the batches with the longest utterance, most padded audio and most LLM positions."""
+    """Return the batches with the longest utterance, most padded audio, and most LLM positions."""
     largest: dict[str, tuple[float, CutSet]] = {}
     for cuts in batches:
         longest = max(cut.duration for cut in cuts)
@@ -40,7 +40,7 @@ def largest_batches(
 
 
 def silent_batch(cuts: Iterable[Cut], data: TrainingData) -> dict:
-    """Return a batch (see data/dataset.py) of silence as long as these cuts, with their texts."""
+    """Return a batch of silence (see data/dataset.py) with the durations and texts of the cuts."""
     cuts, cache = list(cuts), data.encoder_cache
     lens = [compute_num_frames(cut.duration, FRAME_SHIFT, SAMPLING_RATE) for cut in cuts]
     frames, dim = max(lens), NUM_MEL_BINS
@@ -50,18 +50,18 @@ def silent_batch(cuts: Iterable[Cut], data: TrainingData) -> dict:
 
 
 def scan_memory(engine: Engine, loss: BatchLoss, data: TrainingData) -> None:
-    """Run the largest batches; model, optimizer and loss stay as they are.
+    """Run the largest batches, without changing model, optimizer or loss.
 
     Raises:
-      InputError: a batch does not fit into memory; the message has the size that does.
+      InputError: a batch does not fit into memory; the message gives the size that does.
     """
     if engine.is_sharded:
         logging.info("--scan-oom skipped: it does not cover DeepSpeed's communication")
         return
     largest = largest_batches(data.sample_batches(), data.count_positions)
-    loss = copy.copy(loss)  # it may count its batches
+    loss = copy.copy(loss)  # the loss may count its batches
     engine.model.train()
-    # The optimizer's state: two values per parameter after the first step.
+    # After the first step the optimizer's state has two values per parameter.
     new = [] if engine.optimizer.state else trained(engine.module)
     state = [torch.empty_like(p) for p in new for _ in range(2)]
     for name, cuts in largest.items():
@@ -77,7 +77,7 @@ def scan_memory(engine: Engine, loss: BatchLoss, data: TrainingData) -> None:
 
 
 def _fits(engine: Engine, loss: BatchLoss, batch: dict) -> bool:
-    """Run forward and backward on this rank alone; return whether the memory sufficed."""
+    """Run forward and backward on this rank only; return true if memory suffices."""
     try:
         with engine.grad_sync(last=False), engine.autocast():
             sums = loss(engine.model, batch)

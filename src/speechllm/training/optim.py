@@ -1,8 +1,8 @@
-"""Optimizers, and learning-rate schedules that follow from batch and epoch numbers.
+"""Optimizers, and learning rate schedules that depend on batch and epoch numbers.
 
     schedule = Schedule(optimizer, lr_factor(config))
-    schedule.step_epoch(epoch)      # at the start of each epoch: epochs completed
-    schedule.step_batch(batch_idx)  # before each step: batches trained on in all epochs
+    schedule.step_epoch(epoch)      # at the start of each epoch: number of completed epochs
+    schedule.step_batch(batch_idx)  # before each step: number of batches so far, in all epochs
 """
 
 import math
@@ -18,19 +18,19 @@ from speechllm.errors import InputError
 from speechllm.training.config import TrainConfig
 from speechllm.training.scaled_adam import ScaledAdam
 
-PARTS = {  # options with the learning rate of a part, relative to --base-lr: its parameters
+PARTS = {  # options for learning rates relative to --base-lr -> names of their parameters
     "projector_lr": re.compile(r"encoder_projector\."),
     "lora_lr": re.compile(r".*\.lora_[AB]\."),
     "encoder_lr": re.compile(r"encoder\."),
 }
-FROM_FLAGS = ("initial_lr", "betas", "weight_decay")  # of a group, when training resumes
+FROM_FLAGS = ("initial_lr", "betas", "weight_decay")  # group options not taken from checkpoints
 
 
 def param_groups(config: TrainConfig, model: nn.Module) -> list[dict]:
-    """Return the trained parameters, in order, in a group for each learning rate.
+    """Return the trainable parameters, in order, with one group per learning rate.
 
     Raises:
-      InputError: a learning rate is given for a part that is not trained.
+      InputError: a learning rate is given for a part that is not trainable.
     """
     factors = {name: getattr(config, name) for name in PARTS}
     groups: dict[float, list[nn.Parameter]] = {}
@@ -47,7 +47,7 @@ def param_groups(config: TrainConfig, model: nn.Module) -> list[dict]:
 def make_optimizer(
     config: TrainConfig, parameters: Iterable[Tensor] | list[dict]
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that --optimizer selects, for parameters or groups of them."""
+    """Return the optimizer selected by --optimizer, for parameters or parameter groups."""
     options = {"betas": config.adam_betas, "weight_decay": config.weight_decay}
     options = {name: value for name, value in options.items() if value is not None}
     if config.optimizer == "adamw":
@@ -56,14 +56,14 @@ def make_optimizer(
 
 
 def load_keeping_flags(optimizer: torch.optim.Optimizer, load: Callable[[], None]) -> None:
-    """Call `load`, which loads the optimizer's state; options set by flags stay as they are."""
+    """Call `load`, which loads the optimizer's state, but keep the options set by flags."""
     kept = [{k: v for k, v in one.items() if k in FROM_FLAGS} for one in optimizer.param_groups]
     load()
     for group, options in zip(optimizer.param_groups, kept, strict=True):
         group.update(options)
 
 
-# ---- schedules: (batches, epochs trained on) -> learning rate relative to the initial one
+# ---- schedules: (batches, epochs) so far -> factor for the initial learning rate
 
 Factor = Callable[[int, int], float]
 
@@ -80,14 +80,14 @@ def eden(
     lr_epochs: float = 3.5,
     warmup_batches: float = 500,
 ) -> float:
-    """Decay with batch b and epoch e, after a linear warm-up from a half.
+    """Decay with batch b and epoch e, after a linear warm-up from 0.5.
 
     ((b² + B²) / B²)^(-1/4) · ((e² + E²) / E²)^(-1/4) · warm-up, from Yao et al., "Zipformer",
     2023, section 3.5, https://arxiv.org/abs/2310.11230.
 
     Args:
-      lr_batches: B, batches after which the decay sets in.
-      lr_epochs: E, likewise in epochs.
+      lr_batches: B, number of batches after which the decay sets in.
+      lr_epochs: E, number of epochs after which the decay sets in.
       warmup_batches: length of the warm-up; 0 for none.
     """
     by_batch = (1 + (batch / lr_batches) ** 2) ** -0.25
@@ -98,20 +98,20 @@ def eden(
 
 
 def linear(batch: int, epoch: int, warmup_batches: float, num_steps: int) -> float:
-    """Rise from 0 to 1 in the warm-up and fall to 0 at step `num_steps`, as in transformers."""
+    """Rise from 0 to 1 in the warm-up, then fall to 0 at step `num_steps`, as in transformers."""
     if batch < warmup_batches:
         return batch / warmup_batches
     return max(0.0, (num_steps - batch) / (num_steps - warmup_batches))
 
 
 def cosine(batch: int, epoch: int, warmup_batches: float, num_steps: int) -> float:
-    """Rise as `linear`, and fall to 0 along half a cosine."""
+    """Rise like `linear`, then fall to 0 along half a cosine."""
     if batch < warmup_batches:
         return batch / warmup_batches
     return 0.5 - 0.5 * math.cos(math.pi * linear(batch, epoch, warmup_batches, num_steps))
 
 
-SCHEDULES = {  # by name: the function and its options, those of TrainConfig and num_steps
+SCHEDULES = {  # by name: the function and its options, from TrainConfig or num_steps
     "fixed": (fixed, ()),
     "eden": (eden, ("lr_batches", "lr_epochs", "warmup_batches")),
     "linear": (linear, ("warmup_batches", "num_steps")),
@@ -120,18 +120,18 @@ SCHEDULES = {  # by name: the function and its options, those of TrainConfig and
 
 
 def needs_num_steps(config: TrainConfig) -> bool:
-    """Return whether the schedule depends on the number of steps of the training."""
+    """Return true if the schedule depends on the total number of steps."""
     return "num_steps" in SCHEDULES[config.lr_schedule][1]
 
 
 def lr_factor(config: TrainConfig, num_steps: int | None = None) -> Factor:
-    """Return the function of the schedule that --lr-schedule selects.
+    """Return the schedule selected by --lr-schedule as a function.
 
     Args:
-      num_steps: steps of the whole training, where the schedule depends on it.
+      num_steps: total number of steps, if the schedule depends on it.
 
     Raises:
-      InputError: the training ends within the warm-up.
+      InputError: the training ends before the warm-up does.
     """
     function, names = SCHEDULES[config.lr_schedule]
     values = {**vars(config), "num_steps": num_steps}
@@ -144,10 +144,10 @@ def lr_factor(config: TrainConfig, num_steps: int | None = None) -> Factor:
 
 
 class Schedule:
-    """Learning rates of all groups: the initial ones times a factor.
+    """Sets the learning rate of each group to its initial rate times a factor.
 
-    The initial rate of a group is its `initial_lr` if set (torch saves it with the optimizer's
-    state), else its `lr`.
+    A group's initial rate is its `initial_lr` if set (torch saves it with the optimizer's state),
+    else its `lr`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Factor = fixed):
@@ -162,7 +162,7 @@ class Schedule:
         self._set_lr()
 
     def step_epoch(self, epoch: int) -> None:
-        """Set the learning rates for an epoch; `epoch` is the number of completed ones."""
+        """Set the learning rates for an epoch; `epoch` is the number of completed epochs."""
         self.epoch = epoch
         self._set_lr()
 
@@ -175,7 +175,7 @@ class Schedule:
         return {"batch": self.batch, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue from a `state_dict()`; load the optimizer's own first."""
+        """Continue from a `state_dict()`; load the optimizer's state first."""
         self.batch, self.epoch = state_dict["batch"], state_dict["epoch"]
         self._set_lr()
 

@@ -1,6 +1,6 @@
-"""Checkpoints of a training: its progress, which files are kept, and where it resumes.
+"""Checkpoints of a training: saved progress, files to keep, and where to resume.
 
-`epoch-N.pt` is written at the end of epoch N, `checkpoint-B.pt` after B steps, within an epoch.
+`epoch-N.pt` is written at the end of epoch N, `checkpoint-B.pt` within an epoch, after B steps.
 """
 
 import logging
@@ -40,7 +40,7 @@ FORMER_NAMES = {  # former names of options, as in older checkpoints
 
 @dataclass
 class TrainState:
-    """Progress of a training, and its best losses and WER."""
+    """Progress of a training, with its best losses and WER."""
 
     epoch: int = 0
     batch_idx_train: int = 0
@@ -48,28 +48,28 @@ class TrainState:
     best_train_epoch: int = -1
     best_valid_loss: float = float("inf")
     best_valid_epoch: int = -1
-    batches_in_epoch: int = 0  # trained on by each rank; 0 at the end of an epoch
+    batches_in_epoch: int = 0  # per rank, so far; 0 at the end of an epoch
     skipped_steps: int = 0  # in total (see skipped_steps.py)
     recently_skipped: float = 0.0  # decays with successful steps
     skipped_since: int = 0  # batch_idx_train when recently_skipped was last 0
-    lowest_valid_loss: float = float("inf")  # of all validations, also within an epoch
+    lowest_valid_loss: float = float("inf")  # of all validations, including within epochs
     lowest_valid_wer: float = float("inf")
-    validations_without_gain: int = 0  # in a row
+    validations_without_gain: int = 0  # consecutive
     validated_at: int = -1  # batch_idx_train of the last validation
 
     @property
     def next_epoch(self) -> int:
-        """The first epoch that is not complete."""
+        """The first incomplete epoch."""
         return self.epoch + (self.batches_in_epoch == 0)
 
     def update_best(self, kind: str, loss: float) -> None:
-        """Update the best "train" or "valid" loss with that of this epoch."""
+        """Update the best "train" or "valid" loss with this epoch's loss."""
         if loss < getattr(self, f"best_{kind}_loss"):
             setattr(self, f"best_{kind}_loss", loss)
             setattr(self, f"best_{kind}_epoch", self.epoch)
 
     def note_validation(self, means: dict[str, float]) -> bool:
-        """Count a validation; return whether its WER, or loss without one, is the lowest so far."""
+        """Count a validation; return true if its WER (without WER: loss) is the lowest so far."""
         name = "wer" if "wer" in means else "loss"
         lowest = f"lowest_valid_{name}"
         is_new = self.batch_idx_train != self.validated_at  # not repeated after resuming
@@ -83,7 +83,7 @@ class TrainState:
 
 
 def restore_state(checkpoint: dict) -> TrainState:
-    """Return the progress saved in a checkpoint; averages and published files have none."""
+    """Return a checkpoint's progress; averages and published files have only defaults."""
     defaults = asdict(TrainState())
     return TrainState(**{name: checkpoint.get(name, value) for name, value in defaults.items()})
 
@@ -92,39 +92,39 @@ def restore_state(checkpoint: dict) -> TrainState:
 
 
 def save_checkpoint(path: Path, model: dict[str, Tensor], state: TrainState, **resume) -> None:
-    """Write model, progress and the state dicts in `resume`, atomically."""
+    """Atomically write the model, the progress and the state dicts in `resume`."""
     write_checkpoint({"model": model, **asdict(state), **resume}, path)
 
 
 def copy_best(exp_dir: Path, state: TrainState) -> None:
-    """Copy the epoch just saved to best-train-loss.pt and best-valid-loss.pt if it is the best."""
+    """Copy the latest epoch to best-train-loss.pt and best-valid-loss.pt if it is the best."""
     saved = epoch_path(exp_dir, state.epoch)
     for kind, best in (("train", state.best_train_epoch), ("valid", state.best_valid_epoch)):
         if best == state.epoch:
             with atomic_write(exp_dir / f"best-{kind}-loss.pt") as partial:
                 try:
                     os.link(saved, partial)
-                except OSError:  # not every file system has links
+                except OSError:  # the file system does not support hard links
                     shutil.copyfile(saved, partial)
 
 
 def remove_old_checkpoints(exp_dir: Path, keep: int) -> None:
-    """Delete all `checkpoint-B.pt` but the last `keep`."""
+    """Delete all `checkpoint-B.pt` files except the last `keep`."""
     for path in list(numbered_files(exp_dir, "checkpoint").values())[keep:]:
         path.unlink()
 
 
 def remove_partial_checkpoints(exp_dir: Path) -> None:
-    """Delete incomplete files of a training that was killed while it wrote them."""
+    """Delete incomplete files left by a training that was killed while writing them."""
     for path in exp_dir.glob(".part-*"):
         if re.fullmatch(r"\.part-\d+-(epoch-\d+|checkpoint-\d+|best-.*)\.pt", path.name):
             path.unlink()
 
 
 def archive_later_checkpoints(exp_dir: Path, state: TrainState) -> Path | None:
-    """Move checkpoints beyond `state` to a new folder `former-N`, and return it.
+    """Move checkpoints later than `state` to a new folder `former-N`, and return the folder.
 
-    Otherwise a later --resume auto would find them. The folder gets a copy of model.json.
+    Otherwise a later --resume auto would find them. model.json is copied to the folder.
     """
     epochs, checkpoints = (numbered_files(exp_dir, kind) for kind in ("epoch", "checkpoint"))
     later = [path for number, path in epochs.items() if number > state.epoch]
@@ -142,18 +142,18 @@ def archive_later_checkpoints(exp_dir: Path, state: TrainState) -> Path | None:
 
 
 def checkpoint_bytes(parameters: Iterable[Tensor]) -> int:
-    """Estimate the size of a checkpoint: trained parameters and two optimizer values for each."""
+    """Estimate a checkpoint's size: trainable parameters, with two optimizer values for each."""
     return 3 * sum(p.nbytes for p in parameters if p.requires_grad)
 
 
 def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> None:
-    """Check that the disk has room for checkpoints of these trained parameters.
+    """Check that the disk has room for checkpoints of these parameters.
 
     Args:
-      num_files: checkpoints of the whole training; room for fewer is a warning.
+      num_files: number of checkpoints in the whole training; room for fewer gives a warning.
 
     Raises:
-      InputError: two checkpoints do not fit.
+      InputError: two checkpoints do not fit on the disk.
     """
     size = checkpoint_bytes(parameters)
     check_space(exp_dir, 2 * size, "two checkpoints")
@@ -168,7 +168,7 @@ def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> N
 
 @dataclass(frozen=True)
 class Start:
-    """Start of a training: a checkpoint, which is read once, or nothing."""
+    """Starting point of a training: a checkpoint, which is read once, or nothing."""
 
     path: Path | None = None
     checkpoint: dict = field(default_factory=dict)
@@ -176,7 +176,7 @@ class Start:
 
     @property
     def invalid(self) -> dict[str, int]:
-        """Counts of invalid utterances in the epoch; checkpoints used to call them `bad`."""
+        """Counts of invalid utterances in the epoch; older checkpoints call them `bad`."""
         return self.checkpoint.get("invalid", self.checkpoint.get("bad", {}))
 
 
@@ -184,7 +184,7 @@ def find_start(config: TrainConfig, dist_env: DistEnv = DistEnv()) -> Start:
     """Find and read the checkpoint to resume from; rank 0 chooses it.
 
     Raises:
-      FileNotFoundError, InputError: a required checkpoint is missing, or none can be loaded.
+      FileNotFoundError, InputError: a required checkpoint is missing, or no checkpoint is loadable.
     """
     start = Start()
     if dist_env.is_main:
@@ -212,9 +212,10 @@ def _choose(config: TrainConfig) -> Start:
 
 
 def _newest_loadable(exp_dir: Path) -> Start:
-    """Return the checkpoint with most steps that loads; files that do not are logged.
+    """Return the loadable checkpoint with the most steps; log files that cannot be loaded.
 
-    One is in memory at a time: `checkpoint-B.pt` of epoch e is older than `epoch-N.pt` if e <= N.
+    Only one is in memory at a time. `checkpoint-B.pt` in epoch e is older than `epoch-N.pt` if
+    e <= N.
     """
     errors: list[InputError] = []
     checkpoints, epochs = (numbered_files(exp_dir, kind) for kind in ("checkpoint", "epoch"))
@@ -232,7 +233,7 @@ def _newest_loadable(exp_dir: Path) -> Start:
 
 
 def _first_loadable(paths: Iterable[Path], errors: list[InputError]) -> Start:
-    """Return the first checkpoint that loads; appends the errors of those before it."""
+    """Return the first loadable checkpoint; append the errors of earlier files to `errors`."""
     for path in paths:
         try:
             return _read(path)
@@ -242,9 +243,10 @@ def _first_loadable(paths: Iterable[Path], errors: list[InputError]) -> Start:
 
 
 def _read(path: Path) -> Start:
-    """
+    """Read a checkpoint.
+
     Raises:
-      InputError: the file is damaged, or holds only a model.
+      InputError: the file is damaged, or contains only a model.
     """
     checkpoint = load_checkpoint(path)
     for entry in REQUIRED:
@@ -254,10 +256,10 @@ def _read(path: Path) -> Start:
 
 
 def check_optimizer(start: Start, config: TrainConfig) -> None:
-    """Check that the checkpoint, if there is one, was written with the same optimizer.
+    """Check that the checkpoint, if any, was written with the same optimizer.
 
     Raises:
-      InputError: it was written with another optimizer.
+      InputError: the optimizer differs.
     """
     if not start.path:
         return
@@ -270,10 +272,10 @@ def check_optimizer(start: Start, config: TrainConfig) -> None:
 
 
 def check_groups(start: Start, optimizer: torch.optim.Optimizer) -> None:
-    """Check that the parameters are in groups of the same sizes as in the checkpoint.
+    """Check that the parameter groups have the same sizes as in the checkpoint.
 
     Raises:
-      InputError: they are not.
+      InputError: the sizes differ.
     """
     saved = start.checkpoint["optimizer"]["param_groups"]
     if [len(one["params"]) for one in saved] != [len(g["params"]) for g in optimizer.param_groups]:
@@ -293,7 +295,7 @@ def warn_if_order_changed(order: dict[str, str], start: Start) -> None:
     saved = {
         FORMER_NAMES.get(name, name): value
         for name, value in start.checkpoint.get("order", {}).items()
-        if value  # options that were not set were empty
+        if value  # unset options are empty
     }
     changed = [
         f"--{name.replace('_', '-')} was {saved[name]}, now {value}"
@@ -309,7 +311,7 @@ def warn_if_order_changed(order: dict[str, str], start: Start) -> None:
 
 
 def sums_for_ranks(state: TrainState, sums: Tensor, world_size: int) -> Tensor:
-    """Convert the metrics of N ranks, (N, …), and `state` in place, to `world_size` ranks."""
+    """Convert the metrics (N, …) of N ranks, and in place `state`, to `world_size` ranks."""
     before = len(sums)
     if before == world_size:
         return sums

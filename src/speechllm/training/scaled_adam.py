@@ -1,8 +1,8 @@
-"""ScaledAdam: Adam whose steps are relative to the size of each parameter, with clipping.
+"""ScaledAdam: Adam with steps relative to the size of each parameter tensor, with clipping.
 
-From Yao et al., "Zipformer", 2023, section 3.5, https://arxiv.org/abs/2310.11230: the step of a
-tensor is proportional to its root mean square, and that size is also learnt, from the gradient with
-respect to an imaginary factor in front of the tensor. One learning rate fits tensors of any size.
+From Yao et al., "Zipformer", 2023, section 3.5, https://arxiv.org/abs/2310.11230: a tensor's step
+is proportional to its root mean square (its size), and the size is also learned, from the gradient
+with respect to an imaginary factor in front of the tensor. One learning rate suits all sizes.
 
     optimizer = ScaledAdam(model.parameters(), lr=0.01)
 """
@@ -15,34 +15,35 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-SIZE_PERIOD = 4  # steps between two updates of a tensor's size
+SIZE_PERIOD = 4  # steps between updates of a tensor's size
 SIZE_LR = 0.1  # learning rate of sizes and of one-element tensors, relative to lr
-MIN_RMS, MAX_RMS = 1e-5, 3.0  # a tensor's size is learnt between these
-MAX_SCALAR = 10.0  # one-element tensors stay within +-MAX_SCALAR
-CLIP_PERIOD = 100  # gradient norms remembered, and steps between two thresholds
-EARLY_CLIP_STEPS = (10, 20, 40)  # first thresholds: from fewer norms, and twice as lenient
-MAX_STACK = 2**26  # elements of one stack of equal-shaped tensors: bounds the temporary memory
+MIN_RMS, MAX_RMS = 1e-5, 3.0  # limits for a tensor's learned size
+MAX_SCALAR = 10.0  # one-element tensors are limited to +-MAX_SCALAR
+CLIP_PERIOD = 100  # number of stored gradient norms, and steps between threshold updates
+EARLY_CLIP_STEPS = (10, 20, 40)  # first thresholds: from fewer norms, and twice as high
+MAX_STACK = 2**26  # elements per stack of equal-shaped tensors; limits temporary memory
 
 
 class ScaledAdam(torch.optim.Optimizer):
     """Adam with steps relative to parameter size, and clipping relative to the median norm.
 
-    Parameters of equal shape are stacked and updated together. State is kept by parameter, and the
-    clipping history by group, so checkpoints do not depend on the stacking. A parameter whose
-    gradient is None stays as it is.
+    Parameters of equal shape are stacked and updated together. State is stored per parameter, and
+    the clipping history per group, so checkpoints do not depend on the stacking. Parameters without
+    a gradient are not updated.
 
-    Each parameter group is clipped separately: gradients whose norm exceeds clipping_scale times
-    the median of recent norms are scaled down to that; if the norm is NaN or infinite, they become
-    zero. A step waits for the device only where a new threshold is computed.
+    Each parameter group is clipped separately: if the gradient norm exceeds clipping_scale times
+    the median of recent norms, it is scaled down to this threshold; if the norm is NaN or infinite,
+    the gradients are set to zero. A step synchronizes with the device only to compute a new
+    threshold.
 
     Args:
-      lr: relative step size; a group may have its own, as well as other options of its own.
-      eps: added to the root of the squared gradients.
+      lr: relative step size; like all options, it can be set per group.
+      eps: added to the root of the mean squared gradients.
       clipping_scale: multiple of the median norm at which gradients are clipped; None: no clipping,
         and no protection from non-finite gradients.
 
     Raises:
-      RuntimeError: from `step`, when most recent gradients of a group were not finite.
+      RuntimeError: in `step`, if most recent gradients of a group were not finite.
     """
 
     def __init__(
@@ -54,13 +55,13 @@ class ScaledAdam(torch.optim.Optimizer):
         clipping_scale: float | None = 2.0,
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "clipping_scale": clipping_scale}
-        # Torch saves and loads the state of clipping with its group.
+        # Stored in the group, so that torch saves and loads the state of clipping.
         progress = {"clip_step": 0, "clip_norms": None, "clip_threshold": math.inf}
         super().__init__(params, defaults | progress)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient; return the closure's loss, if given one."""
+        """Update every parameter that has a gradient; return the loss of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -79,14 +80,14 @@ class ScaledAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a copy of a `state_dict()`."""
-        # Without the copy two optimizers would update the same tensors.
+        # Without the copy, two optimizers would update the same tensors.
         super().load_state_dict(copy.deepcopy(state_dict))
         for group in self.param_groups:
-            if group["clip_norms"] is not None:  # torch moves only the states of parameters
+            if group["clip_norms"] is not None:  # torch moves only per-parameter state
                 group["clip_norms"] = group["clip_norms"].to(group["params"][0].device)
 
     def _batches(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Yield the parameters in lists that can be stacked and are at the same step."""
+        """Yield lists of parameters that can be stacked and are at the same step."""
         groups = defaultdict(list)
         for p in params:
             groups[p.shape, p.dtype, p.device, self.state[p]["step"]].append(p)
@@ -96,19 +97,19 @@ class ScaledAdam(torch.optim.Optimizer):
                 yield batch[start : start + size]
 
     def _clip_factor(self, group: dict, params: list[Tensor]) -> Tensor:
-        """Record the norm of a group's gradients; return their factor (), from 0 to 1."""
+        """Record the gradient norm of a group; return the clipping factor (), from 0 to 1."""
         # Each gradient is weighted by its tensor's size, as in the update.
         rms = torch.stack([self.state[p]["rms"] for p in params])
         norm = (torch.stack(torch._foreach_norm([p.grad for p in params])) * rms).norm()
         t = group["clip_step"]
         group["clip_step"] = t + 1
-        if t == 0:  # not representative, so not recorded
+        if t == 0:  # the first norm is not representative and not recorded
             group["clip_norms"] = torch.zeros(CLIP_PERIOD, device=norm.device)
         else:
             group["clip_norms"][t % CLIP_PERIOD] = norm
             if t in EARLY_CLIP_STEPS or t % CLIP_PERIOD == 0:
                 group["clip_threshold"] = self._new_threshold(group, t)
-        # inf / inf, before the first threshold, is NaN: the gradients become zero.
+        # Before the first threshold, inf / inf is NaN: the gradients become zero.
         return (group["clip_threshold"] / norm).clamp(max=1.0).nan_to_num(nan=0.0)
 
     def _new_threshold(self, group: dict, t: int) -> float:
@@ -148,9 +149,9 @@ class ScaledAdam(torch.optim.Optimizer):
 
 
 def _initial_state(p: Tensor) -> dict[str, int | Tensor]:
-    """Return the state of p: `delta` and `v` like p, `rms` (); for the size `s` () and `dots` (4,).
+    """Return p's state: `delta` and `v` like p, `rms` (), and for the size `s` () and `dots` (4,).
 
-    The size of a one-element tensor is not learnt: its `rms` stays SIZE_LR.
+    A one-element tensor's size is not learned: its `rms` is always SIZE_LR.
     """
     state = {"step": 0, "delta": torch.zeros_like(p), "v": torch.zeros_like(p)}
     if p.numel() == 1:
@@ -160,9 +161,9 @@ def _initial_state(p: Tensor) -> dict[str, int | Tensor]:
 
 
 def _update_size(values: dict[str, Tensor], p: Tensor, grad: Tensor, t: int, group: dict) -> None:
-    """Add the step of the size to delta: Adam on a factor in front of p, every SIZE_PERIOD steps.
+    """Add the size's step to delta every SIZE_PERIOD steps, using Adam on a factor in front of p.
 
-    p · grad, summed, is the gradient with respect to the logarithm of that factor.
+    The sum of p · grad is the gradient with respect to the factor's logarithm.
     """
     beta1, beta2 = group["betas"]
     rms, s, dots = values["rms"], values["s"], values["dots"]  # (N, 1), (N, 1), (N, SIZE_PERIOD)
@@ -181,7 +182,7 @@ def _update_size(values: dict[str, Tensor], p: Tensor, grad: Tensor, t: int, gro
 
 
 def _add_adam_step(values: dict[str, Tensor], grad: Tensor, t: int, group: dict) -> None:
-    """Add Adam's step, in proportion to rms, to delta."""
+    """Add Adam's step, scaled by rms, to delta."""
     beta1, beta2 = group["betas"]
     v = values["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     root = v.sqrt()
@@ -203,5 +204,8 @@ def _unstack(stacked: Tensor, tensors: list[Tensor]) -> None:
 
 
 def _median(norms: Tensor) -> float:
-    """Return the recipe's median of n norms, element 2 * (n // 4), NaN being largest; waits."""
+    """Return the recipe's median of n norms: element 2 * (n // 4), with NaN sorted last.
+
+    Synchronizes with the device.
+    """
     return norms.sort().values[2 * (len(norms) // 4)].item()

@@ -1,6 +1,6 @@
-"""Skipped steps: non-finite loss or gradients, or out of memory; counting and diagnosis.
+"""Counting and diagnosis of skipped steps: non-finite loss or gradients, or out of memory.
 
-All ranks skip such a step together and count it; too many of them end the training.
+All ranks skip and count such a step together; too many skipped steps end the training.
 """
 
 import math
@@ -19,7 +19,7 @@ STEPS_PER_SKIP = 100  # successful steps that offset a skipped one
 def step_status(metrics: Metrics | None, engine: Engine) -> Tensor:
     """Return (3,) float64 on the CPU: out of memory (0 or 1), loss, gradients finite (0 or 1).
 
-    The step waits for the device here, and only here.
+    This is the only synchronization with the device in a step.
 
     Args:
       metrics: None for a step that ran out of memory.
@@ -31,7 +31,7 @@ def step_status(metrics: Metrics | None, engine: Engine) -> Tensor:
 
 
 def skip_reason(status: Tensor) -> str:
-    """Return why a step with this status (ranks, 3) has to be skipped, or ""."""
+    """Return the reason for skipping a step with this status (ranks, 3), or ""."""
     out_of_memory, losses, finite = status.unbind(1)
     if out_of_memory.any():
         return OUT_OF_MEMORY
@@ -76,7 +76,7 @@ def _size_and_ids(batch: dict) -> str:
 
 
 def non_finite_gradients(module: nn.Module) -> str:
-    """Return how many gradients are not finite and the name of the first, or ""."""
+    """Return the number of non-finite gradients and the name of the first, or ""."""
     names = [
         name
         for name, parameter in module.named_parameters()
@@ -86,7 +86,7 @@ def non_finite_gradients(module: nn.Module) -> str:
 
 
 def abort_message(state: TrainState, last: str, max_skipped_steps: int, dtype: torch.dtype) -> str:
-    """Return why the training ends, and advice.
+    """Return the message that ends the training, with advice.
 
     Args:
       last: description of the last skipped step.
@@ -112,7 +112,7 @@ def check_outputs_finite(model: nn.Module) -> None:
     """Make every module check its output (--inf-check).
 
     Raises (later, from the forward pass):
-      FloatingPointError: the output of a module is not finite; names the first one.
+      FloatingPointError: a module's output is not finite; the message names the first such module.
     """
 
     def check(module, _inputs, output, name):

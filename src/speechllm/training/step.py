@@ -1,4 +1,4 @@
-"""OptimizerStep: a step on the batches of all ranks, which all ranks skip if it fails on one."""
+"""OptimizerStep: one step on all ranks' batches; if it fails on one rank, all ranks skip it."""
 
 import logging
 
@@ -30,20 +30,20 @@ class OptimizerStep:
         self.engine, self.loss, self.state, self.last_skip = engine, loss, state, ""
 
     def num_tokens(self, batch: dict) -> int:
-        """Return what the loss is a sum over; batches without `cut_ids` have no weight."""
+        """Return the number of tokens in the batch's loss; 0 for batches without `cut_ids`."""
         return self.loss.num_tokens(batch) if batch["cut_ids"] else 0
 
     def __call__(self, batches: list[dict], tokens: int) -> Metrics | None:
-        """Take an optimizer step on the mean loss over all `tokens` of all ranks' batches.
+        """Take an optimizer step on the mean loss over all `tokens` in all ranks' batches.
 
         Returns:
-          This rank's sums; None if all ranks skipped the step.
+          This rank's metrics; None if all ranks skipped the step.
         """
         try:
             metrics = self._gradients(batches, tokens)
         except torch.OutOfMemoryError:
             metrics = None
-        if metrics is None:  # after the except clause, whose exception holds the batches' memory
+        if metrics is None:  # outside the except clause: its exception keeps the batches in memory
             self.engine.recover_from_oom()
         status = self.engine.dist_env.gather(step_status(metrics, self.engine))
         reason = skip_reason(status)
@@ -61,7 +61,7 @@ class OptimizerStep:
             with engine.grad_sync(last=i == len(batches)):
                 with engine.autocast():
                     sums = self.loss(engine.model, batch)
-                # DDP averages gradients over ranks; the factor turns the mean into a sum.
+                # DDP averages gradients over ranks; multiplying by world_size gives the sum.
                 weight = world_size / max(1, tokens) if is_used else 0.0
                 engine.backward(sums["loss"] * weight)
             sums = {name: value.detach() * is_used for name, value in sums.items()}
@@ -70,7 +70,7 @@ class OptimizerStep:
         return metrics
 
     def _skip(self, reason: str, status: Tensor, batches: list[dict]) -> None:
-        """Skip the step on all ranks; without a reason DeepSpeed has skipped it already."""
+        """Skip the step on all ranks; without a reason, DeepSpeed has already skipped it."""
         state, engine = self.state, self.engine
         self.last_skip = describe(reason or GRADIENTS, status, batches, engine.module)
         if reason:

@@ -36,18 +36,18 @@ ModelState = Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]]
 
 
 class OutOfPatience(Exception):
-    """--patience ends the training within an epoch."""
+    """Raised when --patience ends the training within an epoch."""
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of a training.
+    """Training and validation batches of one rank.
 
     Attributes:
-      train: (epoch, skip) -> the batches of an epoch, counted from 1, of which the first `skip`
-        were trained on and have only `cut_ids` and `seconds`.
-      valid: this rank's validation batches.
-      epoch_seconds: audio of one epoch over all ranks, for the progress bar.
+      train: (epoch, skip) -> the batches in an epoch, counted from 1; the first `skip` batches were
+        already trained on and contain only `cut_ids` and `seconds`.
+      valid: returns the validation batches.
+      epoch_seconds: seconds of audio per epoch over all ranks, for the progress bar.
     """
 
     train: Callable[[int, int], Iterable[dict]]
@@ -57,18 +57,18 @@ class Loaders:
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Trains to the end of epoch `config.num_epochs`, writing `epoch-N.pt` after each.
+    """Trains to the end of epoch `config.num_epochs`, writing `epoch-N.pt` after each epoch.
 
     Within an epoch it writes `checkpoint-B.pt` after B steps. A training resumed from any of these
-    files (`state`, `sums`, and the state of engine and schedule) ends where it would have ended
-    without interruption: randomness follows from seed, epoch, batch and rank. Gradients are of the
-    mean over the tokens of all ranks and all `grad_accum` batches of a step. Batches without
-    `cut_ids` have no weight.
+    files (`state`, `sums`, and the states of engine and schedule) has the same result as without
+    interruption: random numbers depend only on seed, epoch, batch and rank. The loss is the mean
+    over all tokens in a step, for all ranks and `grad_accum` batches. Batches without `cut_ids`
+    have no weight.
 
     Attributes:
-      model_state: returns the model part of a checkpoint, given a function that copies a parameter.
-      sums: (ranks, 2, …), the metrics of the epoch and the recent ones, from a checkpoint.
-      order: options that determine the order of batches, kept in checkpoints.
+      model_state: returns a checkpoint's `model` entry, given a function that copies a parameter.
+      sums: (ranks, 2, …), the epoch's metrics and the recent metrics, from a checkpoint.
+      order: options that determine the order of batches, saved in checkpoints.
       decode: decodes validation utterances with the model, and returns their `errors` and `words`
         over all ranks.
     """
@@ -89,10 +89,10 @@ class Trainer:
         self.step = OptimizerStep(self.engine, self.loss, self.state)
 
     def run(self) -> TrainState:
-        """Train; returns the state after the last epoch, or after --patience validations.
+        """Train, and return the state after the last epoch or an early stop by --patience.
 
         Raises:
-          Preempted: some rank received a stop signal; a checkpoint was saved.
+          Preempted: a rank received a stop signal; a checkpoint was saved.
           RuntimeError: the gradient scale of fp16 fell below 1e-5.
           InputError: too many steps were skipped; a checkpoint was saved.
         """
@@ -148,7 +148,7 @@ class Trainer:
     def _dead_workers_explained(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # raised at any point when torch learns of a worker's death
+        except RuntimeError as error:  # torch raises it anywhere when a worker dies
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise InputError(
@@ -157,7 +157,7 @@ class Trainer:
             ) from None
 
     def _train_epoch(self) -> None:
-        """Train on the remaining batches of an epoch."""
+        """Train on the remaining batches in an epoch."""
         state, accumulate = self.state, self.config.grad_accum
         seconds, dist_env = self.loaders.epoch_seconds, self.engine.dist_env
         self.meter = ThroughputMeter(f"epoch {state.epoch}", seconds, dist_env)
@@ -185,7 +185,7 @@ class Trainer:
         )
 
     def _train_batches(self, batch_idx: int, batches: list[dict]) -> Metrics | None:
-        """Validate if it is due, take a step, and log, stop or save if that is due."""
+        """Take a step; before it validate, and after it log, stop or save, whenever due."""
         starts = batch_idx == 0 and self.state.epoch > self.first_epoch  # just validated
         if batch_idx % self.config.valid_interval == 0 and not starts:
             with self.meter.paused():
@@ -207,7 +207,7 @@ class Trainer:
         return metrics
 
     def _agree(self, batches: list[dict]) -> tuple[int, bool, bool]:
-        """Return, for all ranks: tokens of this step, whether to stop, and whether to save."""
+        """Return, agreed by all ranks: tokens in this step, whether to stop, whether to save."""
         tokens = sum(map(self.step.num_tokens, batches))
         minutes = (time.monotonic() - self.saved) / 60
         is_main = self.engine.dist_env.is_main
@@ -219,7 +219,7 @@ class Trainer:
     # ---- a step
 
     def _train_step(self, batch_idx: int, batches: list[dict], tokens: int) -> Metrics | None:
-        """Take a step and update sums, counts and gradient scale; None if it was skipped."""
+        """Take a step and update metrics, counts and gradient scale; None if it was skipped."""
         state = self.state
         self.schedule.step_batch(state.batch_idx_train)
         seed_everything(self.config.seed, state.epoch, batch_idx, self.engine.dist_env.rank)
@@ -259,7 +259,7 @@ class Trainer:
         return means["loss"]
 
     def _out_of_patience(self) -> bool:
-        """Return whether --patience ends the training, and log it."""
+        """Return true, and log it, if --patience ends the training."""
         number, limit = self.state.validations_without_gain, self.config.patience
         if not 0 < limit <= number:
             return False
@@ -277,7 +277,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         if not self.state.batches_in_epoch:
-            return  # epoch-N.pt of the epoch before is the checkpoint
+            return  # epoch-N.pt of the previous epoch is the checkpoint
         self._save(checkpoint_path(self.config.exp_dir, self.state.batch_idx_train))
         self.saved = time.monotonic()
         if self.engine.dist_env.is_main:
@@ -318,7 +318,7 @@ class Trainer:
 
 
 def grouped(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
-    """Yield lists of `size` batches; the last may have fewer."""
+    """Yield lists of `size` batches; the last list may be shorter."""
     remaining = iter(batches)
     while group := list(islice(remaining, size)):
         yield group

@@ -1,4 +1,4 @@
-"""BatchLoss, which any model provides, and `validate`: its sums over the validation cuts."""
+"""BatchLoss, the interface that any model provides, and `validate`, its sums over batches."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -13,10 +13,10 @@ from speechllm.training.metrics import Metrics
 
 
 class BatchLoss(Protocol):
-    """Loss of a batch.
+    """Interface for the loss of a batch.
 
     Calls return sums over the batch as scalar tensors: `loss`, `frames`, and optionally `correct`
-    or `errors` and `words`. `num_tokens` counts what the loss is a sum over.
+    or `errors` and `words`. `num_tokens` returns the number of terms in the loss.
     """
 
     def __call__(self, model: nn.Module, batch: dict) -> dict[str, Tensor]: ...
@@ -31,10 +31,10 @@ def validate(
     batches: Iterable[dict],
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Metrics:
-    """Return the sums over all ranks' batches; leaves the model in evaluation mode.
+    """Return the metrics over all ranks' batches; leave the model in evaluation mode.
 
     Raises:
-      StopRequested: `stop_requested` returned true on some rank.
+      StopRequested: `stop_requested` returned true on any rank.
     """
     engine.module.eval()
     totals = Metrics(dict.fromkeys(("loss", "tokens", "frames"), torch.zeros(())))
@@ -49,9 +49,9 @@ def validate(
 def _synchronized(
     batches: Iterable[dict], engine: Engine, stop_requested: Callable[[], bool]
 ) -> Iterator[tuple[dict, bool]]:
-    """Yield this rank's batches and whether each counts; stops on all ranks together.
+    """Yield this rank's batches and whether each counts; stop on all ranks together.
 
-    With a sharded model every rank yields the same number: its last batch is repeated.
+    With a sharded model, a rank repeats its last batch until all ranks have finished.
 
     Raises:
       InputError: the model is sharded, and this rank has no batch.

@@ -1,7 +1,7 @@
-"""Warm starts: initial parameters from another model's checkpoint, as far as they fit.
+"""Warm starts: initial parameters from another model's checkpoint, where compatible.
 
-Parts fit as a whole: each projector, each encoder, LoRA, the LLM. Resuming is strict instead (see
-models/state_dict.py).
+Each projector, each encoder, LoRA and the LLM is loaded as a whole or not at all. Resuming, in
+contrast, is strict (see models/state_dict.py).
 """
 
 import logging
@@ -19,19 +19,20 @@ from speechllm.models.identity import content_hash
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.models.state_dict import IGNORED_KEYS, saved_parameters
 
-Parts = dict[str, dict[str, Tensor]]  # by name of the part, then by key
+Parts = dict[str, dict[str, Tensor]]  # by part name, then by key
 NUMBERED = re.compile(r"(encoder_projector|encoder)\.(\d+\.)?(?=\D)")
 
 
 def initialize(model: SpeechLLM, config: ModelConfig, path: Path) -> None:
-    """Load the parts of a checkpoint, or of an exported directory, that fit; log all parts.
+    """Load the compatible parts of a checkpoint or an exported directory, and log all parts.
 
-    The projector of an encoder goes to the same encoder in `model`, found by the content of its
-    file; without such an encoder to the one at the same position.
+    An encoder's projector is loaded for the same encoder in `model`, identified by file content, or
+    else for the encoder at the same position.
 
     Raises:
       FileNotFoundError: the checkpoint is missing.
-      InputError: it cannot be read, no part of it fits, or a projector that is frozen does not.
+      InputError: it cannot be read, no part is compatible, or a frozen projector would not be
+        loaded.
     """
     path, described = _find_checkpoint(path)
     saved = _parts(load_checkpoint(path)["model"])
@@ -76,7 +77,7 @@ def _check_trained(part: str, parameters: dict[str, nn.Parameter], reason: str) 
 
 
 def _find_checkpoint(path: Path) -> tuple[Path, ModelConfig | None]:
-    """Return the file, and the configuration of its model if it is known."""
+    """Return the checkpoint file, and its model's configuration if known."""
     if path.is_dir():
         described = load_model_config(path)
         if described is None or described.checkpoint is None:
@@ -85,7 +86,7 @@ def _find_checkpoint(path: Path) -> tuple[Path, ModelConfig | None]:
                 "as epoch-1.pt"
             )
         return path / described.checkpoint, described
-    if not path.is_file():  # a later stage in the same --exp-dir moves it to a new folder
+    if not path.is_file():  # a later stage in the same --exp-dir may have moved it
         former = sorted(path.parent.glob(f"former-*/{path.name}"), key=_number_of_folder)
         path = former[-1] if former else path
     return path, load_model_config(path.parent)
@@ -97,7 +98,7 @@ def _number_of_folder(path: Path) -> int:
 
 
 def _parts(state: dict[str, Tensor]) -> Parts:
-    """Group a state dict, with or without encoder numbers, by parts such as "projector 1"."""
+    """Group a state dict, with or without encoder numbers, into parts such as "projector 1"."""
     parts: Parts = defaultdict(dict)
     for key, value in state.items():
         if key in IGNORED_KEYS and key != "llm.lm_head.weight":
@@ -112,7 +113,7 @@ def _parts(state: dict[str, Tensor]) -> Parts:
 
 
 def _places(saved: Parts, config: ModelConfig, described: ModelConfig | None) -> dict[int, int]:
-    """Return, for each encoder number of the checkpoint, that of the same encoder in the model."""
+    """Map each encoder number in the checkpoint to that of the same encoder in the model."""
     numbers = sorted({int(part.split()[1]) for part in saved if part[-1].isdecimal()})
     own = [content_hash(path) for path, _ in config.encoder_files]
     others = [content_hash(path) for path, _ in described.encoder_files] if described else []
@@ -139,7 +140,7 @@ def _moved(part: str, places: dict[int, int]) -> str:
 
 
 def _difference(parameters: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """Return why a part of the checkpoint does not fit, or ""."""
+    """Return the reason why a part of the checkpoint is incompatible, or ""."""
     if not state:
         return "not in the checkpoint"
     missing, unexpected = parameters.keys() - state.keys(), state.keys() - parameters.keys()
