@@ -1,1 +1,1 @@
-"""From speech to transcripts: search, CTC drafts, hallucination detection and word times."""
+"""Decoding of speech to transcripts: search, CTC drafts, hallucination detection, word times."""

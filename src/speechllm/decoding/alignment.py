@@ -1,13 +1,14 @@
-"""Times and confidences of words, from an encoder's CTC log-probabilities.
+"""Word times and confidences from an encoder's CTC log-probabilities.
 
 The best CTC path through all words gives the frames of each word's spikes. Spikes are not word
-borders, so two corrections follow. CTC emits a word some time after it is spoken: `lag` is
-subtracted. And letters take about equally long: a word's spikes are placed at its middle letter,
-and the letters between the middles of two words are spread evenly over the time between them. A
-word without spikes gets the share of its letters; too much time for the letters is a pause.
+boundaries, so two corrections follow. First, CTC emits a word some time after it is spoken, so
+`lag` is subtracted. Second, all letters are assumed to take about the same time: a word's spikes
+are placed at its middle letter, and the letters between two words' middles are spread evenly over
+the time between them. A word without spikes gets time in proportion to its letters. If there is too
+much time for the letters, the rest is a pause.
 
-Lags that fit the demo's encoders (dev set): 0.03 s after a flat start, 0.11 s without one.
-`local/score_word_times.py` measures the rest: a mean error above 0 needs a larger --ctc-lag.
+The demo's encoders have a lag (dev set) of 0.03 s after a flat start and 0.11 s without one.
+`local/score_word_times.py` measures the remaining error: increase --ctc-lag if its mean is above 0.
 """
 
 import math
@@ -23,15 +24,15 @@ from speechllm.errors import InputError
 from speechllm.models.zipformer.ctc_head import BLANK, ctc_frames_needed
 
 CTC_FRAME_SHIFT = 0.04  # s between frames of the encoder output
-FRAME_CENTRE = 0.055  # s: frame 0 is centred between feature frames 4 and 6
+FRAME_CENTRE = 0.055  # s: frame 0 is centered between feature frames 4 and 6
 
 SECONDS_PER_LETTER = 0.07  # for utterances with too few words to estimate it
 PAUSE = 2.0  # times the usual time per letter
-MIN_LOG_PROB = -1e5  # instead of -inf, so every allowed path beats the others
+MIN_LOG_PROB = -1e5  # instead of -inf, so that every allowed path beats forbidden paths
 
 
 class Span(NamedTuple):
-    """A word's spikes: seconds of the first and last frame, mean log-probability."""
+    """A word's spikes: times of the first and last frame in seconds, and mean log-probability."""
 
     start: float
     end: float
@@ -51,15 +52,15 @@ class TimedWord(NamedTuple):
 def align_words(
     log_probs: list[Tensor], pieces: list[list[list[int]]]
 ) -> list[list[Span | None]]:
-    """Return for each utterance the spikes of each word on the best CTC path through all words.
+    """Return each word's spikes, per utterance, on the best CTC path through all words.
 
     Args:
-      log_probs: (T, V) each, on the CPU.
+      log_probs: (T, V) per utterance, on the CPU.
       pieces: token ids per word; empty for a word outside the vocabulary.
 
     Returns:
-      A span per word, its log-probability the mean over its pieces of their best frame; None for
-      words without pieces, and for all words if T frames cannot hold all pieces.
+      A span per word, whose log-probability is the mean over its pieces, each at its best frame.
+      None for words without pieces, and for all words if T frames are too few for all pieces.
     """
     targets = [[piece for word in words for piece in word] for words in pieces]
     spans: list[list[Span | None]] = [[None] * len(words) for words in pieces]
@@ -74,9 +75,9 @@ def align_words(
 def _spans(
     log_probs: np.ndarray, path: np.ndarray, target: list[int], lens: list[int]
 ) -> list[Span | None]:
-    """Return the span of each word, which has `lens` pieces, from the best path (T,)."""
+    """Return each word's span, given the best path (T,) and the number of pieces per word."""
     frames = np.flatnonzero(path >= 0)
-    first = np.flatnonzero(np.diff(path[frames], prepend=-1))  # of each piece's frames
+    first = np.flatnonzero(np.diff(path[frames], prepend=-1))  # first frame of each piece
     last = np.append(first[1:], len(frames)) - 1
     emitted = log_probs[frames, np.array(target)[path[frames]]]
     best = np.maximum.reduceat(emitted, first).tolist()
@@ -90,13 +91,13 @@ def _spans(
 
 
 def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> list[np.ndarray]:
-    """Viterbi over blanks and tokens: (T, V) -> (T,), positions in the target or -1 for a blank.
+    """Return Viterbi paths: (T, V) -> (T,), positions in the target or -1 for a blank.
 
-    Each step takes one frame of all utterances. T must be at least `ctc_frames_needed(target)`.
+    Each step processes one frame of all utterances. T must be at least `ctc_frames_needed(target)`.
     """
     rows, lens = np.arange(len(targets)), np.array([*map(len, log_probs)], dtype=int)
     ends = 2 * np.array([*map(len, targets)], dtype=int) + 2  # last state, a blank
-    # Two states that no path reaches, then blank, token, blank, ..., token, blank.
+    # Two unreachable states, then blank, token, blank, ..., token, blank.
     states = np.full((len(targets), ends.max(initial=2) + 1), BLANK)
     scores = np.full((lens.max(initial=0), *states.shape), -np.inf)  # (T, B, S)
     for b, (emitted, target) in enumerate(zip(log_probs, targets)):
@@ -104,14 +105,14 @@ def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> lis
         used = slice(2, ends[b] + 1)
         scores[: lens[b], b, used] = np.maximum(emitted[:, states[b, used]], MIN_LOG_PROB)
     scores[:1, :, 4:] = -np.inf
-    # From token to token without a blank in between, if they differ.
+    # Different tokens may follow each other without a blank in between.
     may_skip = (states[:, 2:] != BLANK) & (states[:, 2:] != states[:, :-2])
     skip = np.where(may_skip, 0.0, -np.inf)
     for before, now in pairwise(scores):
         now[:, 2:] += np.maximum(
             np.maximum(before[:, 2:], before[:, 1:-1]), before[:, :-2] + skip
         )
-    steps = np.zeros(scores.shape, dtype=np.int8)  # states advanced since the frame before
+    steps = np.zeros(scores.shape, dtype=np.int8)  # states advanced since the previous frame
     stay, step, leap = scores[:-1, :, 2:], scores[:-1, :, 1:-1], scores[:-1, :, :-2] + skip
     steps[1:, :, 2:] = step > stay
     steps[1:, :, 2:][leap > np.maximum(stay, step)] = 2
@@ -135,9 +136,9 @@ def time_words(
     """Return every word with its time, in order, without overlap, within [0, duration].
 
     Args:
-      spans: of `align_words`.
+      spans: see `align_words`.
       llm_log_probs: LLM log-probability per word, summed over its tokens. The confidence is the
-        mean of the probabilities of CTC and LLM, or the available one, or 0.
+        mean of the CTC and LLM probabilities, or the one that is available, or 0.
       lag: delay of the CTC spikes in seconds.
     """
     if not words:
@@ -149,9 +150,9 @@ def time_words(
 
 
 def ctm_lines(recording_id: str, channel: str, offset: float, words: list[TimedWord]) -> list[str]:
-    """Return NIST CTM: `<recording> <channel> <begin s> <duration s> <word> <confidence>`.
+    """Return NIST CTM lines: `<recording> <channel> <begin s> <duration s> <word> <confidence>`.
 
-    A comment `;; not aligned: <word>` precedes a word that CTC could not align. `offset` seconds
+    A comment `;; not aligned: <word>` precedes each word that CTC could not align. `offset` seconds
     are added to all times.
 
     Raises:
@@ -162,7 +163,7 @@ def ctm_lines(recording_id: str, channel: str, offset: float, words: list[TimedW
         for field in (recording_id, channel, word):
             if field.split() != [field]:
                 raise InputError(f"{recording_id}: {field!r} cannot be one field of a CTM line")
-        # Both ends are rounded, so a word never ends after the next one begins.
+        # Start and end are rounded, so a word never ends after the next word starts.
         begin, end = round(1000 * (offset + start)), round(1000 * (offset + end))
         if not aligned:
             lines.append(f";; not aligned: {word}")
@@ -176,13 +177,13 @@ def ctm_lines(recording_id: str, channel: str, offset: float, words: list[TimedW
 def _borders(
     words: list[str], spans: list[Span | None], duration: float, lag: float
 ) -> tuple[list[float], list[float]]:
-    """Start and end of each word in seconds, N each, by interpolation over the letters."""
+    """Return the words' start and end times in seconds, interpolated over the letters."""
     border = [0, *accumulate(map(len, words))]  # in letters
     aligned = [i for i, span in enumerate(spans) if span]
     if not aligned:
         times = [duration * letter / border[-1] for letter in border]
         return times[:-1], times[1:]
-    letters = [(border[i] + border[i + 1]) / 2 for i in aligned]  # at the middles of the words
+    letters = [(border[i] + border[i + 1]) / 2 for i in aligned]  # positions of word middles
     middles = [(spans[i].start + spans[i].end) / 2 - lag for i in aligned]
     points = list(zip(letters, middles))
     rates = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(points)]  # seconds per letter

@@ -1,4 +1,4 @@
-"""Beam search with transformers, and the log-probabilities of given hypotheses."""
+"""Beam search with transformers, and scoring of given hypotheses."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,15 +25,15 @@ def beam_search(
     is_repetition: Callable[[int, list[int]], bool] = lambda b, ids: False,
     trees: Sequence[PrefixTree | None] = (),
 ) -> list[list[Hypothesis]]:
-    """Return the distinct hypotheses of each utterance, by mean log-probability.
+    """Return each utterance's distinct hypotheses, sorted by mean log-probability.
 
     Args:
       embeds: left-padded prompts (B, L, D).
       mask: (B, L), true for tokens, false for padding; on the CPU.
-      is_repetition: called with the utterance and the ids of its most probable hypothesis; true
-        ends the search, as the other hypotheses would soon repeat too. Hypotheses ended this way
-        are dropped, or reduced to the best one if none ended with the closing token.
-      trees: the hotwords of each utterance, whose bonus is added; none if empty.
+      is_repetition: called with an utterance's index and the ids of its most probable hypothesis;
+        true ends its search, as the other hypotheses would soon repeat too. Hypotheses ended this
+        way are dropped, except for the best one if none ended with the closing token.
+      trees: hotwords per utterance, whose bonus is added; empty for no hotwords.
     """
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -72,9 +72,9 @@ def beam_search(
 def score_hypotheses(
     model: SpeechLLM, embeds: Tensor, mask: Tensor, hypotheses: list[list[int]], max_new_tokens: int
 ) -> list[Hypothesis]:
-    """Return the hypotheses, one per prompt, with the log-probabilities of their tokens.
+    """Return the hypotheses, one per prompt, with their token log-probabilities.
 
-    The closing token is scored too, except after hypotheses of `max_new_tokens` tokens.
+    The closing token is included, except for hypotheses of `max_new_tokens` tokens.
     """
     closed = [ids if len(ids) == max_new_tokens else [*ids, model.chat.end] for ids in hypotheses]
     lens = torch.tensor([len(ids) for ids in closed])
@@ -95,7 +95,7 @@ def score_hypotheses(
 
 
 class _HotwordBonus(LogitsProcessor):
-    """Adds the hotwords' bonus to the log-probabilities of all beams."""
+    """Adds the hotword bonus to the log-probabilities of all beams."""
 
     def __init__(self, trees: Sequence[PrefixTree | None]):
         self.trees = trees
@@ -113,7 +113,7 @@ class _HotwordBonus(LogitsProcessor):
 
 
 class _RepetitionStopper(LogitsProcessor):
-    """Ends all beams of an utterance whose best hypothesis repeats itself, at a low score."""
+    """Ends all beams of an utterance, with a low score, if its best hypothesis is a repetition."""
 
     def __init__(self, is_repetition: Callable[[int, list[int]], bool], beam_size: int, end: int):
         self.is_repetition, self.beam_size, self.end = is_repetition, beam_size, end
@@ -121,7 +121,7 @@ class _RepetitionStopper(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         hypotheses = input_ids.tolist()
-        for b, best in enumerate(hypotheses[:: self.beam_size]):  # the most probable comes first
+        for b, best in enumerate(hypotheses[:: self.beam_size]):  # the most probable is first
             if self.is_repetition(b, best):
                 rows = slice(b * self.beam_size, (b + 1) * self.beam_size)
                 self.stopped |= {(b, tuple(ids)) for ids in hypotheses[rows]}

@@ -1,4 +1,4 @@
-"""CheckpointConfig and SearchConfig: which trained model to decode with, and how to search."""
+"""CheckpointConfig and SearchConfig: options for selecting a trained model and the search."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from speechllm.models.config import MAX_NEW_TOKENS
 
 HOTWORD_SCORE = 2.0
 BEAM_SIZE = 4
-LAG = 0.03  # s; encoders trained from a flat start emit CTC spikes this late
+LAG = 0.03  # s; delay of the CTC spikes of encoders trained from a flat start
 EXP_DIR = Path("exp/asr_librispeech_zipformer_qwen2_1.5B")
 
 _model = functools.partial(option, group="trained model")
@@ -20,20 +20,20 @@ _search = functools.partial(option, group="search")
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The parameters of a trained model: --exp-dir with --epoch, --iter or --checkpoint."""
+    """Parameters of a trained model: --exp-dir with --epoch, --iter or --checkpoint."""
 
     exp_dir: Path = _model(EXP_DIR, "directory of the checkpoints, or an exported model")
     epoch: int = _model(0, "last epoch to average; 0: the newest in --exp-dir")
-    iter: int = _model(0, "above 0: average checkpoint-<step>.pt up to this step, not epochs")
-    avg: int = _model(0, "epochs or checkpoints to average; 0: 5, or fewer if there are fewer")
-    checkpoint: str | None = _model(None, "file in --exp-dir, instead of --epoch and --avg")
+    iter: int = _model(0, "above 0: average checkpoint-<step>.pt files up to this step, not epochs")
+    avg: int = _model(0, "number of epochs or checkpoints to average; 0: up to 5")
+    checkpoint: str | None = _model(None, "file in --exp-dir; replaces --epoch and --avg")
     use_encoders: str | None = _model(None, "encoders to use, such as 1,3", unset="all")
     use_fp16: bool | None = _model(None, "decode in float16", unset="true on a GPU")
     use_bf16: bool = _model(False, "decode in bfloat16; takes precedence over --use-fp16")
-    use_flash_attn: bool = _model(False, "flash-attn instead of torch's SDPA")
+    use_flash_attn: bool = _model(False, "use flash-attn instead of torch's SDPA")
 
     def encoder_indices(self, num_encoders: int) -> list[int]:
-        """Return the 0-based encoders that --use-encoders selects: `1,3` -> [0, 2].
+        """Return the 0-based encoders selected by --use-encoders: `1,3` -> [0, 2].
 
         Raises:
           InputError: an encoder does not exist or is named twice.
@@ -49,7 +49,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Search method and its options; `resolve` fills in what depends on the model.
+    """Search method and its options; `resolve` sets those that depend on the model.
 
     Raises:
       InputError: a value is out of range, or options contradict each other.
@@ -60,33 +60,33 @@ class SearchConfig:
         "default with --beam-size above 1", choices=("draft", "greedy", "beam"),
         unset="draft with a CTC head and a BPE model, else greedy",
     )  # fmt: skip
-    beam_size: int | None = _search(None, "hypotheses kept by --method beam", unset=str(BEAM_SIZE))
-    nbest: int = _search(1, "hypotheses to write to nbest-*.jsonl")
+    beam_size: int | None = _search(None, "beam size of --method beam", unset=str(BEAM_SIZE))
+    nbest: int = _search(1, "above 1: number of hypotheses to write to nbest-*.jsonl")
     ctc_weight: float = _search(
-        0.0, "weight of the CTC log-probability, 0 to 1, when choosing among the beam's hypotheses"
+        0.0, "weight of the CTC log-probability (0 to 1) in the choice among the beam's hypotheses"
     )
     draft_accept_prob: float = _search(
-        1.0, "below 1: also accept draft tokens to which the LLM gives at least this probability"
+        1.0, "below 1: also accept draft tokens that have at least this probability for the LLM"
     )
     forward_cost: int | None = _search(
-        None, "cost of a forward pass of the LLM, in tokens, for choosing the length of proposals",
+        None, "cost of an LLM forward pass, in tokens, which determines the length of proposals",
         unset="by device, dtype and size of the LLM",
     )  # fmt: skip
     ctc_bypass_entropy: float = _search(
-        0.0, "take the CTC text without the LLM if the entropy of every frame is below this (nats)"
+        0.0, "use the CTC text without the LLM if every frame's entropy is below this (in nats)"
     )
     guard: str | None = _search(
         None, "stop: end repetitions and list suspicious utterances; fallback: also decode these "
-        "again by beam search with CTC, or take the CTC text",
+        "again with beam search and CTC, or use the CTC text",
         choices=("stop", "fallback", "off"), unset="stop; fallback in transcribe.py and serve.py",
     )  # fmt: skip
     word_timestamps: bool = _search(True, "write word times (needs a CTC head)")
     ctc_lag: float = _search(LAG, "delay of the CTC spikes in seconds, subtracted from word times")
     hotwords: Path | None = _search(
-        None, "file of phrases, one per line, favoured where the CTC posteriors allow them"
+        None, "file of phrases to favor where the CTC posteriors allow them, one per line"
     )
-    hotword: tuple[str, ...] = _search((), "a phrase besides those of --hotwords; repeatable")
-    hotword_score: float = _search(HOTWORD_SCORE, "bonus for each token of a hotword, in nats")
+    hotword: tuple[str, ...] = _search((), "a phrase to add to --hotwords; repeatable")
+    hotword_score: float = _search(HOTWORD_SCORE, "bonus per hotword token, in nats")
     max_new_tokens: int = _search(MAX_NEW_TOKENS, "maximum tokens per hypothesis")
 
     def __post_init__(self):
@@ -108,7 +108,7 @@ class SearchConfig:
 
     @property
     def ctc_options(self) -> list[str]:
-        """The options given that need a CTC head; only for a resolved config."""
+        """Options in use that need a CTC head; only for a resolved config."""
         options = (
             ("--method draft", self.method == "draft"),
             ("--ctc-weight", self.ctc_weight),
@@ -119,7 +119,7 @@ class SearchConfig:
 
     @property
     def _beam_options(self) -> list[str]:
-        """The options given that need a beam."""
+        """Options in use that need a beam."""
         least = {"beam_size": 1, "nbest": 1, "ctc_weight": 0}
         values = {name: getattr(self, name) or 0 for name in least}
         return [f"{flag_name(name)} {x}" for name, x in values.items() if x > least[name]]
@@ -132,8 +132,8 @@ class SearchConfig:
         """Return the config with method, beam size and guard set.
 
         Args:
-          has_ctc: an encoder has a CTC head and a BPE model.
-          default_guard: without --guard and with CTC; without CTC it is "stop".
+          has_ctc: true if an encoder has a CTC head and a BPE model.
+          default_guard: default of --guard with CTC; without CTC the default is "stop".
         """
         method = self._method(has_ctc)
         beam_size = (self.beam_size or BEAM_SIZE) if method == "beam" else 1
@@ -142,7 +142,7 @@ class SearchConfig:
 
     @property
     def name(self) -> str:
-        """Part of the result files' names; only for a resolved config."""
+        """Component of result file names; only for a resolved config."""
         parts = (
             (True, f"beam{self.beam_size}" if self.method == "beam" else self.method),
             (self.nbest > 1, f"nbest{self.nbest}"),

@@ -1,7 +1,7 @@
-"""Correction of hypotheses by spotted hotwords.
+"""Correction of hypotheses with spotted hotwords.
 
-A phrase replaces the words of a hypothesis at the same time, or is inserted between them, if LLM,
-CTC and the bonus of the hotwords together give the new text a higher score.
+A phrase replaces the hypothesis's words at the same time, or is inserted between words, if the sum
+of LLM score, CTC score and hotword bonus is higher for the new text.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from speechllm.decoding.prefix_tree import PrefixTree
 
 @dataclass
 class Correction:
-    """The hypothesis of one utterance, changed in place, with what it is corrected by."""
+    """An utterance's hypothesis, to be corrected in place, with its CTC output and hotwords."""
 
     hypothesis: Hypothesis
     ctc: CtcOutput
@@ -26,7 +26,7 @@ class Correction:
     tree: PrefixTree
 
     def candidates(self) -> list[str]:
-        """Return the texts in which one spotted phrase replaces or joins the words."""
+        """Return texts in which one spotted phrase replaces words or is inserted."""
         words, texts = self.hypothesis.text.split(), []
         pieces = self.ctc.tokenizer.encode_words(words)
         [spans] = align_words([self.ctc.log_probs], [pieces])
@@ -39,7 +39,7 @@ class Correction:
         return texts
 
     def score(self, hypothesis: Hypothesis) -> float:
-        """Return the log-probabilities of LLM and CTC, and the bonus, in nats."""
+        """Return the sum of LLM and CTC log-probabilities and the bonus, in nats."""
         hypothesis.ctc_log_prob = self.ctc.log_prob(hypothesis.text)
         hypothesis.bonus = self.tree.score(hypothesis.ids)
         if hypothesis.ctc_log_prob is None:
@@ -47,7 +47,7 @@ class Correction:
         return sum(hypothesis.log_probs) + hypothesis.ctc_log_prob + hypothesis.bonus
 
     def take_best(self, candidates: list[Hypothesis]) -> bool:
-        """Replace the hypothesis by the best candidate; return false if none is better."""
+        """Replace the hypothesis with the best candidate; return false if none is better."""
         self.hypothesis.passes += 1
         scores = [self.score(one) for one in candidates]
         best = candidates[scores.index(max(scores))]
@@ -61,10 +61,10 @@ class Correction:
 def correct(
     corrections: list[Correction], score: Callable[[list[int], list[str]], list[Hypothesis]]
 ) -> None:
-    """Take the best candidate of each hypothesis, again and again until none is better.
+    """Repeatedly replace each hypothesis with its best candidate until none is better.
 
     Args:
-      score: from indices of corrections, and a text for each, to the LLM's hypotheses.
+      score: returns scored hypotheses, given indices of corrections and a text for each.
     """
     active = range(len(corrections))
     while active:

@@ -15,23 +15,23 @@ from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, c
 
 
 class BpeTokenizer:
-    """BPE tokenizer of texts in any case, if its pieces are in one case."""
+    """BPE tokenizer for texts in any case, if all of its pieces are in one case."""
 
     def __init__(self, bpe: sentencepiece.SentencePieceProcessor, lowercase: bool = True):
         """
         Args:
-          lowercase: false keeps the case of texts, unless all pieces are in upper case.
+          lowercase: return texts in lower case; always true if all pieces are in upper case.
         """
         self.bpe, self.case = bpe, case_of(bpe)
         self.lowercase = lowercase or self.case is str.upper
         self.is_space = [not bpe.decode([i]).strip() for i in range(bpe.vocab_size())]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of the pieces in the vocabulary; commas, for example, may have none."""
+        """Return the ids of a text's pieces, without unknown pieces (commas, for example)."""
         return self.encode_words([text])[0]
 
     def encode_words(self, words: list[str]) -> list[list[int]]:
-        """Return for each word what `encode` returns, in one call of the BPE model."""
+        """Return `encode(word)` for each word, with one call to the BPE model."""
         unknown = self.bpe.unk_id()
         rows = self.bpe.encode(list(map(self.case, words)))
         rows = [[i for i in row if i != unknown] for row in rows]
@@ -47,7 +47,7 @@ class BpeTokenizer:
 
 
 class CtcOutput:
-    """CTC posteriors of one utterance: log-probabilities (T, V), on the CPU."""
+    """CTC output for one utterance: log-probabilities (T, V), on the CPU."""
 
     def __init__(self, log_probs: Tensor, tokenizer: BpeTokenizer):
         self.log_probs, self.tokenizer = log_probs.float(), tokenizer
@@ -60,11 +60,11 @@ class CtcOutput:
 
     @cached_property
     def entropy(self) -> float:
-        """Highest entropy of a frame, in nats."""
+        """Highest entropy of any frame, in nats."""
         return float((-self.log_probs.exp() * self.log_probs).sum(dim=1).max())
 
     def log_prob(self, text: str) -> float | None:
-        """Return the log-probability of a text over all paths in nats, None if it cannot fit."""
+        """Return the log-probability of a text over all paths, in nats; None if it is too long."""
         target = self.tokenizer.encode(text)
         frames = len(self.log_probs)
         if ctc_frames_needed(target) > frames:
@@ -73,7 +73,7 @@ class CtcOutput:
 
 
 class CtcDecoder:
-    """The CTC head of one of the model's encoders, with its BPE model."""
+    """CTC head of one of the model's encoders, with its BPE model."""
 
     def __init__(self, model: SpeechEncoders, encoder: int, tokenizer: BpeTokenizer):
         self.encoder, self.tokenizer = encoder, tokenizer
@@ -86,11 +86,11 @@ class CtcDecoder:
 
 
 def find_ctc_decoder(model: SpeechEncoders, bpe_paths: list[str]) -> CtcDecoder | None:
-    """Return the decoder of the first encoder with a CTC head and a BPE model, if any.
+    """Return the decoder for the first encoder with a CTC head and a BPE model, if any.
 
     Raises:
-      InputError: `bpe_paths` are not one for all encoders or one each; a BPE model cannot be read,
-        or its vocabulary differs from the head's.
+      InputError: the number of `bpe_paths` is neither 0, 1 nor that of the encoders; a BPE model
+        cannot be read, or its vocabulary differs from the head's.
     """
     n = len(model.encoder)
     if len(bpe_paths) not in (0, 1, n):
@@ -115,7 +115,7 @@ def find_ctc_decoder(model: SpeechEncoders, bpe_paths: list[str]) -> CtcDecoder 
 
 
 def read_bpe(path: str) -> sentencepiece.SentencePieceProcessor:
-    """Read a BPE model; raise InputError with the file if it cannot be read."""
+    """Read a BPE model; raise InputError, naming the file, if it cannot be read."""
     try:
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except RuntimeError as error:

@@ -8,18 +8,18 @@ from torch import Tensor
 
 from speechllm.scoring.normalize import normalize_basic
 
-MAX_PERIOD = 40  # tokens of the repeated block
-MIN_SURPLUS_COPIES = 2  # copies of the block beyond those in the CTC text
-MIN_SURPLUS = 12  # surplus tokens, if the hypothesis is longer than the CTC text by as many
+MAX_PERIOD = 40  # tokens in the repeated block
+MIN_SURPLUS_COPIES = 2  # copies of the block in addition to those in the CTC text
+MIN_SURPLUS = 12  # surplus tokens, if the hypothesis exceeds the CTC text by more than this
 MIN_SURPLUS_WITHOUT_CTC = 24  # surplus tokens otherwise, or without a CTC text
 
 
 def find_repetition(ids: Sequence[int], ctc_ids: Sequence[int] | None) -> int | None:
-    """Return the number of ids to keep of a hypothesis that ends in a repetition, else None.
+    """Return the number of ids to keep if a hypothesis ends in a repetition, else None.
 
-    It does if it ends with the same block again and again, more often than the CTC text has it.
-    The block is kept as often as in the CTC text, at least once: people do repeat themselves, but
-    then CTC predicts that as well.
+    A repetition consists of copies of the same block, more than in the CTC text. As many copies as
+    in the CTC text are kept, at least one: people do repeat themselves, but then CTC predicts the
+    copies too.
     """
     is_longer = ctc_ids is not None and len(ids) > len(ctc_ids) + MIN_SURPLUS
     least = MIN_SURPLUS if is_longer else MIN_SURPLUS_WITHOUT_CTC
@@ -36,7 +36,7 @@ def find_repetition(ids: Sequence[int], ctc_ids: Sequence[int] | None) -> int | 
 
 
 def _repeated_at_end(ids: Sequence[int], period: int) -> int:
-    """Count the ids at the end that equal those one period before."""
+    """Count the ids at the end that equal the ids one period earlier."""
     repeated = 0
     while repeated + period < len(ids) and ids[-1 - repeated] == ids[-1 - repeated - period]:
         repeated += 1
@@ -44,7 +44,7 @@ def _repeated_at_end(ids: Sequence[int], period: int) -> int:
 
 
 def _longest_run(ids: Sequence[int], block: Sequence[int]) -> int:
-    """Return the longest run of ids that cycles through the block, from any position in it."""
+    """Return the length of the longest run of ids that cycles through the block."""
     longest, runs = 0, [0] * len(block)  # runs[i]: length of the run that ends with block[i]
     for token in ids:
         runs = [runs[i - 1] + 1 if token == block[i] else 0 for i in range(len(block))]
@@ -56,16 +56,16 @@ def _longest_run(ids: Sequence[int], block: Sequence[int]) -> int:
 class Thresholds:
     """Limits beyond which a hypothesis is flagged.
 
-    None of 542 hypotheses without an error (AN4 and the demo corpus, dev and test, a good and a
-    bad model each) is flagged: at most 0.29 of the characters differ from the CTC text, the length
-    is at most 1.1 times the CTC text's beyond the slack, there are up to 21 characters per second,
-    the mean log-probability is at least -0.45 and the spectral variation at least 1.85. Silence
-    has a variation of 0, white or pink noise of 0.78, speech in noise at 0 dB of 0.92.
+    None of 542 error-free hypotheses (AN4 and the demo corpus, dev and test, a good and a bad model
+    for each) is flagged: at most 0.29 of the characters differ from the CTC text, the length minus
+    the slack is at most 1.1 times that of the CTC text, there are at most 21 characters per second,
+    the mean log-probability is at least -0.45 and the spectral variation at least 1.85. The
+    variation is 0 for silence, 0.78 for white or pink noise, and 0.92 for speech in noise at 0 dB.
     """
 
-    disagreement: float = 0.4  # edit distance of LLM and CTC text, relative to the longer one
-    length: float = 1.3  # ratio of the lengths of the two texts
-    slack: int = 8  # characters that may differ in length besides
+    disagreement: float = 0.4  # edit distance of LLM and CTC text, relative to the longer text
+    length: float = 1.3  # ratio of the two texts' lengths
+    slack: int = 8  # additional difference in length, in characters
     characters_per_second: float = 30.0  # the fastest speakers reach about 25
     mean_log_prob: float = -0.5  # nats per token
     spectral_variation: float = 0.9  # see `spectral_variation`
@@ -83,7 +83,7 @@ def hallucination_flags(
     ctc_text: str | None,
     variation: float,
 ) -> list[str]:
-    """Return the reasons to distrust a hypothesis with these token log-probabilities (nats)."""
+    """Return signs of hallucination in a hypothesis with these token log-probabilities (nats)."""
     limits, flags = Thresholds(), []
     llm = normalize_basic(text)
     if ctc_text is not None:

@@ -1,9 +1,9 @@
-"""Hotwords: phrases that are favoured where the CTC head may have emitted them.
+"""Hotwords: phrases that are favored where the CTC head may have emitted them.
 
-A list is reduced to the phrases that align to an utterance's CTC posteriors nearly as well as the
-best path does (the word spotting of Andrusenko et al., "Fast context-biasing for CTC and transducer
-ASR models", 2024, https://arxiv.org/abs/2406.07096). Beam search favours these (`prefix_tree`), and
-the hypothesis of any search is corrected with them (`correction`).
+For each utterance, a list is reduced to the phrases that align to the CTC posteriors nearly as well
+as the best path (word spotting by Andrusenko et al., "Fast context-biasing for CTC and transducer
+ASR models", 2024, https://arxiv.org/abs/2406.07096). Beam search favors these phrases
+(`prefix_tree`), and the hypotheses of any search are corrected with them (`correction`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,16 +22,16 @@ from speechllm.errors import InputError
 from speechllm.models.prompt import encode_continuations, encode_transcripts
 from speechllm.models.zipformer.ctc_head import BLANK
 
-LEAST_RATIO = -3.0  # nats per piece: a phrase against the best path, over the frames it takes
+LEAST_RATIO = -3.0  # nats per piece: a phrase relative to the best path in the same frames
 IMPOSSIBLE = -1e30
 
 
 def read_hotwords(path: Path) -> list[str]:
-    """Read the phrases of a UTF-8 file, one per line.
+    """Read the phrases in a UTF-8 file, one per line.
 
     Raises:
       FileNotFoundError: the file does not exist.
-      InputError: it is not UTF-8, or has no phrase.
+      InputError: the file is not UTF-8 or contains no phrase.
     """
     if not path.is_file():
         raise FileNotFoundError(f"hotwords: {path} does not exist")
@@ -49,12 +49,12 @@ class Hotword(NamedTuple):
     """A phrase with its tokens."""
 
     text: str
-    tokens: tuple[list[int], list[int]]  # of the LLM, at the beginning of a text and after a space
-    pieces: list[int]  # of the CTC head; empty without one
+    tokens: tuple[list[int], list[int]]  # LLM tokens at the start of a text, and after a space
+    pieces: list[int]  # CTC tokens; empty without a CTC head
 
 
 class Spotted(NamedTuple):
-    """A phrase that the CTC head may have emitted; seconds of the first and the last spike."""
+    """A phrase that the CTC head may have emitted; times of the first and last spike in seconds."""
 
     hotword: Hotword
     start: float
@@ -69,11 +69,11 @@ class Hotwords:
     ):
         """
         Args:
-          phrases: in the model's spelling.
-          bpe: of the CTC head; None without one.
+          phrases: in the letter case used by the model.
+          bpe: tokenizer of the CTC head; None without a CTC head.
 
         Raises:
-          InputError: a phrase has no token, or none in the CTC head's vocabulary.
+          InputError: a phrase has no LLM tokens or no CTC tokens.
         """
         texts = list(dict.fromkeys(" ".join(phrase.split()) for phrase in phrases))
         tokens = [encode_transcripts(tokenizer, texts), encode_continuations(tokenizer, texts)]
@@ -85,14 +85,14 @@ class Hotwords:
         self.pieces, self.lens = pad_pieces(self.entries)
 
     def possible(self, ratios: Tensor) -> list[Hotword]:
-        """Return the phrases whose pieces are probable enough in any order: (T, V)."""
+        """Return the phrases whose pieces, in any order, have high `ratios` (T, V)."""
         best = ratios.max(dim=0).values[self.pieces.clamp(min=0)].masked_fill(self.pieces < 0, 0)
         passed = torch.nonzero(best.sum(dim=1) >= LEAST_RATIO * self.lens).flatten()
         return [self.entries[i] for i in passed.tolist()]
 
 
 def pad_pieces(hotwords: list[Hotword]) -> tuple[Tensor, Tensor]:
-    """Return pieces (N, P), padded with -1, and their numbers (N,)."""
+    """Return pieces (N, P), padded with -1, and the number of pieces per phrase (N,)."""
     rows = [torch.tensor(one.pieces, dtype=torch.long) for one in hotwords]
     return pad_sequence(rows, True, padding_value=-1), torch.tensor(list(map(len, rows)))
 
@@ -100,7 +100,7 @@ def pad_pieces(hotwords: list[Hotword]) -> tuple[Tensor, Tensor]:
 def spot_hotwords(
     outputs: Sequence[CtcOutput], lists: Sequence[Hotwords | None]
 ) -> list[list[Spotted]]:
-    """Return the phrases of each utterance's list that its CTC posteriors allow."""
+    """Return, per utterance, the phrases in its list that its CTC posteriors allow."""
     found: list[list[Spotted]] = [[] for _ in outputs]
     ratios = [one.log_probs - one.log_probs.max(dim=1, keepdim=True).values for one in outputs]
     pairs = [(b, entries) for b, entries in enumerate(lists) if entries]
@@ -120,26 +120,26 @@ def spot_hotwords(
 def _spot(
     ratios: Tensor, utterances: Tensor, pieces: Tensor, lens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the frames in which each phrase fits best.
+    """Find the best-matching frames for each phrase.
 
     Args:
-      ratios: log-probabilities relative to the best piece of each frame, (B, T, V).
-      utterances: the utterance of each phrase (N,).
-      pieces: (N, P), padded; with lens (N,).
+      ratios: log-probabilities relative to the best piece per frame, (B, T, V).
+      utterances: index of each phrase's utterance (N,).
+      pieces: (N, P), padded, with lens (N,).
 
     Returns:
-      Score, first and last frame of each phrase, (N,) each.
+      Score, first frame and last frame of each phrase, (N,) each.
     """
     n, index = len(pieces), pieces.clamp(min=0)
     last, rows = lens - 1, torch.arange(n)
     differs = pad(index[:, 1:] != index[:, :-1], (1, 0), value=True)
-    # Paths that end on piece j, and on a blank after it: scores and first frames.
+    # Scores and first frames of paths that end on piece j, or on a blank after it.
     on_piece = on_blank = torch.full(pieces.shape, IMPOSSIBLE)
     piece_start = blank_start = torch.zeros_like(pieces)
     best, start, end = on_piece[:, 0], piece_start[:, 0], piece_start[:, 0]
     for t in range(ratios.size(1)):
         from_piece = pad(on_piece[:, :-1], (1, 0), value=IMPOSSIBLE).where(differs, IMPOSSIBLE)
-        from_blank = pad(on_blank[:, :-1], (1, 0), value=0.0)  # begin at any frame
+        from_blank = pad(on_blank[:, :-1], (1, 0), value=0.0)  # may begin at any frame
         entered = [pad(one[:, :-1], (1, 0), value=t) for one in (piece_start, blank_start)]
         starts = torch.stack([piece_start, *entered])
         on_blank, source = torch.stack([on_blank, on_piece]).max(dim=0)

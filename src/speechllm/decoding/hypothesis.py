@@ -1,4 +1,4 @@
-"""Hypotheses of the LLM with token log-probabilities, and their scores with CTC."""
+"""LLM hypotheses with token log-probabilities, and their scores with CTC."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Hypothesis:
-    """Token ids of a hypothesis without the closing token, its scores, and the work it took."""
+    """Token ids of a hypothesis, without the closing token, its scores, and decoding statistics."""
 
     ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)  # nats; one per id, the closing token's
-    passes: int = 0  # forward passes of the LLM
+    log_probs: list[float] = field(default_factory=list)  # nats, per id and for the closing token
+    passes: int = 0  # LLM forward passes
     drafted: int = 0  # draft tokens that were verified
     accepted: int = 0  # draft tokens that were accepted
     text: str = ""
-    ctc_log_prob: float | None = None  # None without a CTC head, or if the audio is too short
+    ctc_log_prob: float | None = None  # None without a CTC head or for too short audio
     bonus: float = 0.0  # of hotwords, in nats
 
     def score(self, ctc_weight: float) -> float:
-        """Return `(1 - w) llm + w ctc` per token, where llm includes the hotwords' bonus."""
+        """Return `(1 - w) llm + w ctc` per token, where llm includes the hotword bonus."""
         llm_log_prob, num_tokens = sum(self.log_probs) + self.bonus, len(self.log_probs)
         if not ctc_weight:
             return llm_log_prob / num_tokens

@@ -1,4 +1,4 @@
-"""Load a trained model for decoding: checkpoint or average, model, and its Recognizer."""
+"""Loading of a trained model for decoding: checkpoint or average, model and Recognizer."""
 
 import dataclasses
 import logging
@@ -25,13 +25,13 @@ def default_device() -> torch.device:
 def read_parameters(
     config: CheckpointConfig, exported: str | None, dist_env: DistEnv = DistEnv()
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the parameters to decode with, and a name for them in the results' file names.
+    """Return the parameters to decode with, and their name for use in result file names.
 
     Args:
-      exported: the checkpoint that model.json of an exported model names, if any.
+      exported: checkpoint named in model.json, for an exported model.
 
     Raises:
-      FileNotFoundError: a checkpoint is missing; the message lists those in --exp-dir.
+      FileNotFoundError: a checkpoint is missing; the message lists the existing ones.
       InputError: --epoch or --avg is out of range, or a file cannot be read.
     """
     if checkpoint := config.checkpoint or exported:
@@ -50,10 +50,10 @@ def read_parameters(
 
 
 class TrainedModel:
-    """A trained SpeechLLM with its tokenizer, from which recognizers are made.
+    """A trained SpeechLLM with its tokenizer; `recognizer` returns recognizers that use it.
 
     Attributes:
-      parameters_name: checkpoint or average, such as `epoch-10-avg-5`.
+      parameters_name: name of the checkpoint or average, such as `epoch-10-avg-5`.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class TrainedModel:
         dist_env: DistEnv | None = None,
         named_parameters: tuple[dict[str, Tensor], str] | None = None,
     ):
-        """Load the model with `named_parameters`, by default those that `checkpoint` selects.
+        """Load the model with `named_parameters`, by default those selected by `checkpoint`.
 
         Raises:
-          FileNotFoundError, InputError: a file is missing, damaged or does not fit the model.
+          FileNotFoundError, InputError: a file is missing, damaged or does not match the model.
         """
         dist_env = dist_env or DistEnv(device=default_device())
         self.config, self.checkpoint, self.device = config, checkpoint, dist_env.device

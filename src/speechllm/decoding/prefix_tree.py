@@ -1,7 +1,7 @@
 """Prefix tree of phrases, which adds a bonus to hypotheses token by token.
 
-Each token of a phrase adds a bonus, in nats; a match that is not completed returns all of it, as in
-icefall's ContextGraph. After a failed match the search starts again at the root.
+Each token in a phrase adds a bonus, in nats, which is subtracted again if the match fails before
+the end of the phrase, as in icefall's ContextGraph. Matching then restarts at the root.
 """
 
 from collections.abc import Iterable
@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 @dataclass
 class Node:
-    """A token of the tree; `is_end` where a phrase is complete."""
+    """Node for one token; `is_end` is true if it completes a phrase."""
 
     children: dict[int, "Node"] = field(default_factory=dict)
     is_end: bool = False
 
 
 class Match(NamedTuple):
-    """Bonus of a prefix in tokens: of complete phrases, and of the match at its end."""
+    """Bonus of a prefix, in tokens: for complete phrases, and for the partial match at its end."""
 
     complete: int
     partial: int
@@ -26,12 +26,12 @@ class Match(NamedTuple):
 
 
 class PrefixTree:
-    """Bonus of hypotheses for a set of phrases."""
+    """Computes the bonus of hypotheses for a set of phrases."""
 
     def __init__(self, phrases: Iterable[list[int]], bonus: float):
         """
         Args:
-          phrases: token ids; one that may begin a text and follow a space is in both forms.
+          phrases: token ids; include a phrase's ids both at the start of a text and after a space.
           bonus: nats per token.
         """
         self.root, self.bonus = Node(), bonus
@@ -63,7 +63,7 @@ class PrefixTree:
         return self.bonus * self._match(ids).complete
 
     def next_scores(self, ids: list[int]) -> tuple[dict[int, float], float]:
-        """Return what each next token adds to the bonus of a prefix: some tokens, all others."""
+        """Return the bonus that each next token adds to a prefix: by token, and for all others."""
         match = self._match(ids)
         before = match.complete + match.partial
         following = {

@@ -1,7 +1,7 @@
-"""Number of draft tokens to propose, by the acceptance rates so far and the cost of a pass.
+"""Choice of the number of draft tokens to propose, from acceptance rates and the cost of a pass.
 
 A forward pass mostly reads the weights, so a proposed token costs little, and saves a pass if it is
-right. The rates are those of the utterances before, and soon those of the utterance itself.
+right. The rates start from those of earlier utterances and soon reflect the utterance itself.
 """
 
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from torch import nn
 
 CPU_FORWARD_COST = 64  # tokens: measured in float32 for LLMs of 0.5B
-# An H200 at 75 % of 790 TFLOP/s and 80 % of 4.8 TB/s reads a weight while it computes 154 tokens.
+# At 75% of 790 TFLOP/s and 80% of 4.8 TB/s, an H200 computes 154 tokens while reading a weight.
 GPU_READ_COST, GPU_FLOPS = 154, 590e12
-GPU_LAYER_LAUNCH = 30 * 4e-6  # s: kernels of a layer
+GPU_LAYER_LAUNCH = 30 * 4e-6  # s: launches of a layer's kernels
 
 
 def forward_cost(llm: nn.Module) -> int:
-    """Return the fixed cost of a forward pass, in tokens that could be computed in that time.
+    """Return the fixed cost of a forward pass, as the number of tokens computable in that time.
 
-    On a GPU it is the time to read the weights and to launch the kernels; a token takes 2 FLOPs per
+    On a GPU it is the time to read the weights and launch the kernels; a token takes 2 FLOPs per
     parameter.
     """
     if llm.device.type == "cpu":
@@ -26,30 +26,30 @@ def forward_cost(llm: nn.Module) -> int:
     return GPU_READ_COST + round(launches * GPU_FLOPS / (2 * llm.num_parameters()))
 
 
-# Predictions that the earlier utterances count as: few, so that the own tokens soon prevail.
+# Weight of earlier utterances, in predictions; small, so that an utterance's own tokens dominate.
 PRIOR_WEIGHT = {True: 2.0, False: 0.75}
 
 
 class AcceptanceRates:
-    """Counts how often drafts predict the next token, after a right and after a wrong prediction.
+    """Rates at which drafts predict the next token, after a right and after a wrong prediction.
 
-    The rates of all utterances so far are what the next one begins with.
+    Each utterance starts with the rates of all utterances so far.
     """
 
     def __init__(self):
-        # Right and all predictions by whether the one before was right. The first utterances
-        # begin with little trust.
+        # [right, all] predictions, by whether the previous one was right. The initial rates are
+        # low.
         self.counts = {True: [1.0, 2.0], False: [0.25, 1.0]}
 
     def begin(self) -> "AcceptanceRates":
-        """Return the rates as those of an utterance: its own tokens soon change them."""
+        """Return initial rates for an utterance, which its own tokens soon change."""
         rates = AcceptanceRates()
         for key, (right, total) in self.counts.items():
             rates.counts[key] = [PRIOR_WEIGHT[key] * right / total, PRIOR_WEIGHT[key]]
         return rates
 
     def add(self, follows: bool, is_right: bool) -> None:
-        """Count a prediction; `follows` if the one before was right."""
+        """Count a prediction; `follows` is true if the previous prediction was right."""
         self.counts[follows][0] += is_right
         self.counts[follows][1] += 1
 
@@ -60,23 +60,23 @@ class AcceptanceRates:
 
 @dataclass
 class DraftPolicy:
-    """The cost of a forward pass, and the acceptance rates so far: proposals follow from both."""
+    """Cost of a forward pass and acceptance rates so far, which determine the proposals."""
 
     forward_cost: int  # in tokens
     rates: AcceptanceRates = field(default_factory=AcceptanceRates)
 
 
 class Draft:
-    """The remaining part of a draft, by edit distance, as the hypothesis advances.
+    """Draft whose remaining part is found by edit distance as the hypothesis advances.
 
-    The draft predicts each next token. How often it was right gives the chances of the tokens to
-    come.
+    The draft predicts each next token. Its acceptance rates give the chances of the remaining
+    tokens.
     """
 
     def __init__(self, tokens: list[int], usual: AcceptanceRates | None = None):
         """
         Args:
-          usual: rates of earlier utterances, to which the tokens of this one are added.
+          usual: rates of earlier utterances, updated with this utterance's tokens.
         """
         self.tokens, self.usual = tokens, usual or AcceptanceRates()
         self.follows = True  # the last prediction was right
@@ -85,7 +85,7 @@ class Draft:
         self.distances = list(range(len(tokens) + 1))
 
     def advance(self, token: int) -> None:
-        """Align the draft to the next token of the hypothesis, and learn from it."""
+        """Align the draft to the hypothesis's next token, and update the rates."""
         if self.tokens:
             is_right = self.remaining[:1] == [token]
             for rates in (self.rates, self.usual):
@@ -98,23 +98,23 @@ class Draft:
 
     @property
     def remaining(self) -> list[int]:
-        """Tokens after the prefix nearest to the hypothesis; the longest of several."""
+        """Tokens after the prefix nearest to the hypothesis; the longest if several are nearest."""
         nearest = min(self.distances)
         return self.tokens[len(self.tokens) - self.distances[::-1].index(nearest) :]
 
     def chances(self) -> list[float]:
-        """Return for each remaining token the probability that it and all before it are right."""
+        """Return, for each remaining token, the probability that all tokens up to it are right."""
         first, later = self.rates[self.follows], self.rates[True]
         return [first * later**i for i in range(len(self.remaining))]
 
 
 def best_draft_length(chances: list[list[float]], cost: int) -> int:
-    """Return the number of draft tokens to verify at the least cost per generated token.
+    """Return the number of draft tokens to verify with the least cost per generated token.
 
-    The prompt in the first pass does not count: its cost is the same for all numbers.
+    The prompt in the first pass is ignored: its cost does not depend on this number.
 
     Args:
-      chances: for each utterance, see `Draft.chances`.
+      chances: per utterance, see `Draft.chances`.
       cost: fixed cost of a forward pass, in tokens.
     """
     best, best_rate, generated = 0, 0.0, float(len(chances))

@@ -1,4 +1,4 @@
-"""Data of decoding: a batch after the encoders, and the result for one utterance."""
+"""Data classes for decoding: an encoded batch, and the result for one utterance."""
 
 import math
 from dataclasses import dataclass, field
@@ -23,12 +23,12 @@ class EncodedBatch:
     ctc: list[CtcOutput | None]
     ctc_ids: list[list[int] | None]  # CTC texts as token ids of the LLM
     spotted: list[list[Spotted]]  # hotwords that the CTC head may have emitted
-    trees: list[PrefixTree | None]  # of these hotwords; of all without a CTC head
+    trees: list[PrefixTree | None]  # of these hotwords; without a CTC head, of all hotwords
 
 
 @dataclass
 class Recognition:
-    """The result for one utterance."""
+    """Result for one utterance."""
 
     text: str
     hypothesis: Hypothesis
@@ -41,7 +41,7 @@ class Recognition:
 
     @property
     def mean_log_prob(self) -> float | None:
-        """Mean log-probability of the LLM's tokens in nats; None for a CTC text and for NaN."""
+        """Mean log-probability per LLM token, in nats; None for a CTC text, or if it is NaN."""
         log_probs = self.hypothesis.log_probs
         mean = sum(log_probs) / len(log_probs) if log_probs else math.nan
         return mean if math.isfinite(mean) else None

@@ -1,4 +1,4 @@
-"""Batches to transcripts: encoders, search, choice among hypotheses, flags and word times."""
+"""Recognizer: encoders, search, choice among hypotheses, flags and word times for batches."""
 
 import time
 from collections import Counter
@@ -45,7 +45,7 @@ Item = TypeVar("Item")
 
 
 class Recognizer:
-    """Turns batches into recognitions with one search, and counts the work."""
+    """Recognizes batches with one search configuration, and collects decoding statistics."""
 
     def __init__(
         self,
@@ -56,7 +56,11 @@ class Recognizer:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        """Take a resolved search; raise InputError if it needs a CTC head and there is none."""
+        """Initialize with a resolved search.
+
+        Raises:
+          InputError: the search needs a CTC head and there is none, or hotwords are invalid.
+        """
         if not ctc_decoder and search.ctc_options:
             raise InputError(NEEDS_CTC.format(search.ctc_options[0]))
         self.model, self.tokenizer, self.ctc_decoder = model, tokenizer, ctc_decoder
@@ -67,7 +71,7 @@ class Recognizer:
         self.start_counting()
 
     def tokenize_hotwords(self, phrases: Sequence[str]) -> Hotwords | None:
-        """Return phrases as a batch's `hotwords` may hold them; None without phrases.
+        """Return phrases in the form of a batch's `hotwords` entry; None without phrases.
 
         Raises:
           InputError: a phrase cannot be tokenized, or neither a CTC head nor a beam can use it.
@@ -87,10 +91,10 @@ class Recognizer:
     def stop_counting(
         self, gather: Callable[[tuple], list[tuple]] = lambda mine: [mine]
     ) -> dict[str, float]:
-        """Return measurements since `start_counting`, of all processes that `gather` collects."""
+        """Return statistics since `start_counting`, for all processes collected by `gather`."""
         mine = time.monotonic() - self.start, self.counter, self.audio_seconds
         all_seconds, counters, audio_seconds = zip(*gather(mine))
-        seconds, n = max(all_seconds), sum(counters, Counter())  # the slowest process counts
+        seconds, n = max(all_seconds), sum(counters, Counter())  # of the slowest process
         self.counter, self.audio_seconds = n, sum(audio_seconds)
         self.rtfx = self.audio_seconds / seconds
         counts = {
@@ -109,7 +113,7 @@ class Recognizer:
     def __call__(self, batches: Iterable[dict]) -> Iterator[tuple[dict, list[Recognition]]]:
         """Yield each batch with its recognitions.
 
-        On a GPU the encoders run one batch ahead of the LLM; on a CPU both need all cores.
+        On a GPU the encoders run one batch ahead of the LLM. On a CPU each uses all cores anyway.
         """
         encoded_batches = ((batch, self.encode(batch)) for batch in batches)
         if self.device.type == "cuda":
@@ -149,7 +153,7 @@ class Recognizer:
         """Run the projectors and the CTC head on the outputs of all encoders.
 
         Args:
-          features: (B, T, 80) of these outputs; lens: (B,), on the CPU.
+          features: (B, T, 80), from which the outputs were computed; lens: (B,), on the CPU.
         """
         ctc, ctc_ids = [None] * len(lens), [None] * len(lens)
         with autocast(self.device, self.dtype):
@@ -169,10 +173,10 @@ class Recognizer:
     def _hotwords(
         self, ctc: list[CtcOutput | None], lists: list[Hotwords | None]
     ) -> tuple[list[list[Spotted]], list[PrefixTree | None]]:
-        """Return the spotted hotwords and the prefix tree of each utterance.
+        """Return the spotted hotwords and the prefix tree for each utterance.
 
         Args:
-          lists: of each utterance, instead of that of the search.
+          lists: hotwords per utterance; None for the search's hotwords.
         """
         spotted, lists = [[] for _ in ctc], [one or self.hotwords for one in lists]
         if self.ctc_decoder and any(lists):
@@ -186,14 +190,14 @@ class Recognizer:
 
     @torch.no_grad()
     def decode_ctc(self, features: Tensor, lens: Tensor) -> list[CtcOutput]:
-        """Return CTC outputs alone, for features (B, T, 80) with lens (B,) on the CPU."""
+        """Return only CTC outputs, for features (B, T, 80) with lens (B,) on the CPU."""
         encoder = self.model.encoder[self.ctc_decoder.encoder]
         with autocast(self.device, self.dtype):
             return self.ctc_decoder(*encoder(features.to(self.device), lens))
 
     @torch.no_grad()
     def decode(self, encoded: EncodedBatch) -> list[Recognition]:
-        """Return the recognitions of an encoded batch."""
+        """Return the recognitions for an encoded batch."""
         limit, rows = self.search.ctc_bypass_entropy, range(len(encoded.seconds))
         bypassed = [b for b in rows if limit and encoded.ctc[b].entropy < limit]
         searched = [b for b in rows if b not in bypassed]
@@ -210,7 +214,7 @@ class Recognizer:
     def _search(
         self, encoded: EncodedBatch, rows: list[int], search: SearchConfig
     ) -> dict[int, Recognition]:
-        """Return the recognitions of some utterances of the batch."""
+        """Return the recognitions for some utterances in the batch."""
         if not rows:
             return {}
         prompts, limit = self._prompts(encoded, rows), search.max_new_tokens
@@ -233,11 +237,11 @@ class Recognizer:
         return recognitions
 
     def _prompts(self, encoded: EncodedBatch, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Return embeddings and mask of some utterances of the batch."""
+        """Return embeddings and mask for some utterances in the batch."""
         return encoded.embeds[to_device(self.device, torch.tensor(rows))], encoded.mask[rows]
 
     def _correct(self, encoded: EncodedBatch, found: dict[int, Recognition]) -> None:
-        """Correct the recognitions by the hotwords that were spotted."""
+        """Correct the recognitions with the spotted hotwords."""
         rows = [b for b in found if encoded.spotted[b] and "repetition" not in found[b].flags]
         corrections = [
             Correction(found[b].hypothesis, encoded.ctc[b], encoded.spotted[b], encoded.trees[b])
@@ -252,13 +256,13 @@ class Recognizer:
             return [replace(one, text=text) for one, text in zip(scored, texts)]
 
         correct(corrections, score)
-        for b in rows:  # flags stay: the LLM gives a corrected text a low probability
+        for b in rows:  # flags are not updated: the LLM gives corrected texts a low probability
             found[b].text = found[b].hypothesis.text
 
     def _choose(
         self, encoded: EncodedBatch, b: int, hypotheses: list[Hypothesis], search: SearchConfig
     ) -> Recognition:
-        """Return the best hypothesis of an utterance, cut before its repetition, with flags."""
+        """Return an utterance's best hypothesis, cut off at a repetition, with its flags."""
         ctc, guarded = encoded.ctc[b], search.guard != "off"
         is_repetition = [guarded and _cut_repetition(one, encoded.ctc_ids[b]) for one in hypotheses]
         texts = decode_transcripts(self.tokenizer, [one.ids for one in hypotheses])
@@ -285,7 +289,7 @@ class Recognizer:
     def _replace_flagged(
         self, encoded: EncodedBatch, found: dict[int, Recognition], flagged: list[int]
     ) -> None:
-        """Decode flagged utterances again by beam search with CTC, or take the CTC text."""
+        """Decode flagged utterances again with beam search and CTC, or use the CTC text."""
         search = replace(
             self.search,
             method="beam",
@@ -322,7 +326,7 @@ class Recognizer:
 
 
 def _cut_repetition(hypothesis: Hypothesis, ctc_ids: list[int] | None) -> bool:
-    """Remove a repetition at the end of a hypothesis; return true if there was one."""
+    """Remove a repetition at the end of a hypothesis; return true if there is one."""
     keep = find_repetition(hypothesis.ids, ctc_ids)
     if keep is not None:
         del hypothesis.ids[keep:], hypothesis.log_probs[keep:]
@@ -330,7 +334,7 @@ def _cut_repetition(hypothesis: Hypothesis, ctc_ids: list[int] | None) -> bool:
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield the items; the next one is computed while this one is used."""
+    """Yield the items, computing the next item while the current one is used."""
     remaining = iter(items)
     with ThreadPoolExecutor(max_workers=1) as thread:
         future = thread.submit(next, remaining, None)

@@ -1,10 +1,10 @@
 """Speculative greedy decoding: the LLM verifies a draft, the encoder's CTC text.
 
-A forward pass over several tokens costs little more than one over a single token. Each pass gets,
-after the last token of the hypothesis, the tokens that the draft predicts next. The LLM's own
-choices show how many of them are right; its first differing choice is taken as well, the remaining
-draft is aligned to the hypothesis, and the next pass continues there. The output is the LLM's
-greedy output. Without a draft each pass adds one token: plain greedy decoding.
+A forward pass over several tokens costs little more than over a single token. Each pass processes
+the hypothesis's last token and the next tokens of the draft. Draft tokens are accepted as long as
+they equal the LLM's choices; then the LLM's first differing choice is added, the remaining draft is
+aligned to the hypothesis, and the next pass continues there. The output equals the LLM's greedy
+output. Without a draft, each pass adds one token, as in plain greedy decoding.
 """
 
 import math
@@ -19,8 +19,8 @@ from speechllm.decoding.proposals import Draft, DraftPolicy, best_draft_length, 
 from speechllm.models.speech_encoders import to_device
 from speechllm.models.speech_llm import SpeechLLM
 
-LOGITS_AT_ONCE = 128  # positions of which logits are in memory at a time
-FIRST_LOGITS = 32  # positions that cost as much as one: the time goes to reading the weights
+LOGITS_AT_ONCE = 128  # number of positions whose logits are in memory at a time
+FIRST_LOGITS = 32  # positions that cost as much as one: reading the weights dominates
 
 
 @torch.no_grad()
@@ -34,16 +34,16 @@ def speculative_decode(
     should_stop: Callable[[int, list[int]], bool] = lambda b, ids: False,
     policy: DraftPolicy | None = None,
 ) -> list[Hypothesis]:
-    """Return the greedy hypotheses, which do not depend on the drafts (ties by rounding apart).
+    """Return the greedy hypotheses, which do not depend on the drafts (except for rounding ties).
 
     Args:
       embeds: left-padded prompts (B, L, D).
       mask: (B, L), true for tokens, false for padding; on the CPU.
-      drafts: token ids of a guess per utterance, without the closing token; None for no guess.
-      draft_accept_prob: below 1, a draft token is also accepted if the LLM gives it this
-        probability, proposed or not (the number of proposals depends on the batch).
-      should_stop: called with the utterance and its ids after each token.
-      policy: also learns from these drafts; by default a new one.
+      drafts: draft token ids per utterance, without the closing token; None for no draft.
+      draft_accept_prob: below 1, also accept draft tokens with at least this LLM probability,
+        proposed or not (the number of proposals depends on the batch).
+      should_stop: called with the utterance's index and its ids after each token.
+      policy: updated with the acceptance rates of these drafts; by default a new one.
     """
     min_log_prob = math.log(draft_accept_prob) if draft_accept_prob else -math.inf
     policy = policy or DraftPolicy(forward_cost(model.base_llm))
@@ -54,13 +54,14 @@ def speculative_decode(
 
 
 class _Search:
-    """Hypotheses, drafts and LLM cache; `active` utterances have the rows of cache and `mask`.
+    """State of the search: hypotheses, drafts and LLM cache.
 
-    A forward pass waits twice for the device: for the first tokens, and for the rest.
+    A step synchronizes with the device twice: for the first tokens, and for the rest.
 
     Attributes:
       embeds: prompts (B, N, D).
-      mask: attention mask of prompts and cache (B, L), on the CPU.
+      mask: attention mask for prompts and cache (B, L), on the CPU.
+      active: indices of unfinished utterances, in the order of the rows of cache and `mask`.
     """
 
     def __init__(self, model, embeds, mask, drafts, max_new_tokens, should_stop, policy):
@@ -69,7 +70,7 @@ class _Search:
         self.forward_cost = policy.forward_cost
         self.embedding = model.llm.get_input_embeddings()
         self.hypotheses = [Hypothesis() for _ in drafts]
-        # Rejected tokens in the cache would count for a sliding window that is exceeded.
+        # Rejected tokens in the cache would count toward an exceeded sliding window.
         window = getattr(model.base_llm.config, "sliding_window", None) or math.inf
         if mask.size(1) + max_new_tokens + sum(len(ids or ()) + 1 for ids in drafts) > window:
             drafts = [None] * len(drafts)
@@ -79,7 +80,7 @@ class _Search:
         self.cache = DynamicCache()
 
     def step(self, min_log_prob: float) -> None:
-        """Make one forward pass and append its tokens to the active hypotheses."""
+        """Run one forward pass and append its tokens to the active hypotheses."""
         proposals = self._proposals()
         remaining = [self.drafts[b].remaining for b in self.active]
         width = max(map(len, proposals))
@@ -102,9 +103,9 @@ class _Search:
     def _given(
         self, proposals: list[list[int]], remaining: list[list[int]], width: int
     ) -> Tensor:
-        """Return the last token of each hypothesis, its proposal and one more drafted token.
+        """Return each hypothesis's last token, its proposal and one more draft token.
 
-        (B, 1 + width + 1), padded; on the CPU, to be copied to the device at once.
+        The result (B, 1 + width + 1) is padded, and on the CPU, to be copied to the device at once.
         """
         end, rows = self.model.chat.end, []
         for b, tokens, drafted in zip(self.active, proposals, remaining):
@@ -114,7 +115,7 @@ class _Search:
         return torch.tensor(rows)
 
     def _forward(self, given: Tensor, lens: list[int]) -> Tensor:
-        """Return the hidden states after the inputs and after each proposed token (B, 1 + W, D).
+        """Return the hidden states (B, 1 + W, D) after the inputs and each proposed token.
 
         Args:
           given: see `_given`; lens: number of proposed tokens per utterance.
@@ -145,9 +146,9 @@ class _Search:
         return True
 
     def _keep(self, rows: list[int], accepted: list[int], width: int) -> None:
-        """Keep these rows of the batch and their accepted tokens among the last `width`.
+        """Keep these rows of the batch, and the accepted tokens among their last `width`.
 
-        Rejected tokens stay in the cache, masked, where another row needs the position.
+        Rejected tokens stay in the cache, masked, if another row needs their position.
         """
         self.active = [self.active[row] for row in rows]
         if not rows:
@@ -169,14 +170,14 @@ def _verify(
 ) -> list[list[tuple[int, float]]]:
     """Return each row's new tokens with log-probabilities: accepted proposals and one more token.
 
-    A token of the remaining draft, which begins with the proposal, is accepted if its
-    log-probability is at least `min_log_prob`; otherwise the LLM's choice is taken.
+    A token in the remaining draft, which begins with the proposal, is accepted if it is the LLM's
+    choice or its log-probability is at least `min_log_prob`; otherwise the LLM's choice is added.
 
-    Logits are large: they are computed for the first tokens of all rows, then for the rest of the
+    Logits are large: they are computed for the first tokens of all rows, then for the rest of those
     proposals that are right so far.
 
     Args:
-      hidden: (B, 1 + W, D); given: (B, 1 + W) drafted tokens, on the same device.
+      hidden: (B, 1 + W, D); given: draft tokens (B, 1 + W), on the same device.
     """
     new: list[list[tuple[int, float]]] = [[] for _ in proposals]
     open_rows, first = set(range(len(proposals))), max(1, FIRST_LOGITS // len(proposals))
@@ -201,11 +202,11 @@ def _verify(
 def token_scores(
     model: SpeechLLM, hidden: Tensor, tokens: Tensor
 ) -> list[tuple[int, float, float]]:
-    """Return the best token, its log-probability and the given token's, at each of N positions.
+    """Return best token, its log-probability, and the given token's, for each of N positions.
 
     Args:
-      hidden: (N, D); their logits (N, V) are computed for LOGITS_AT_ONCE at a time.
-      tokens: (N,) given tokens.
+      hidden: (N, D); logits (N, V) are computed for LOGITS_AT_ONCE positions at a time.
+      tokens: given tokens (N,).
     """
     scores = []
     for states, given in zip(hidden.split(LOGITS_AT_ONCE), tokens.split(LOGITS_AT_ONCE)):
@@ -214,7 +215,7 @@ def token_scores(
         chosen = logits.gather(1, given[:, None])[:, 0]
         total = highest + logits.sub_(highest[:, None]).exp_().sum(dim=1).log()  # in place
         scores.append(torch.stack([best.float(), highest - total, chosen - total], dim=1))
-    # One copy for all; float32 has room for ids up to 2^24.
+    # A single copy from the device; float32 represents ids up to 2^24 exactly.
     return [(int(best), *log_probs) for best, *log_probs in torch.cat(scores).tolist()]
 
 

@@ -74,7 +74,7 @@ class Engine:
             self.model().backward()
 
     def gradients_finite(self) -> Tensor:
-        """Return (), on the device: whether all gradients are finite; fp16's scaler checks by itself."""
+        """Return (), on the device: whether all gradients are finite; true with fp16's scaler."""
         gradients = [p.grad for p in trained(self.module) if p.grad is not None]
         if self.scaler.is_enabled():
             gradients = []

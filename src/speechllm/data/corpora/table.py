@@ -91,7 +91,7 @@ def _utterance(
 
 
 def _split(table: Path) -> str:
-    """Return the split `dev` for `Dev.tsv`, `asr_dev.tsv` (VoxPopuli), `dev/metadata.csv`; or ""."""
+    """Return `dev` for `Dev.tsv`, VoxPopuli's `asr_dev.tsv` and `dev/metadata.csv`, or ""."""
     named = table.absolute().parent if table.name.lower() in METADATA else table
     name = named.stem.lower().removeprefix("asr_")
     return name if name in SPLITS else ""
