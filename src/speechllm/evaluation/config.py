@@ -1,4 +1,4 @@
-"""EvalConfig: which test sets are decoded and how they are scored; DecodeConfig: all options."""
+"""EvalConfig, options for test sets and scoring, and DecodeConfig, all options of decode.py."""
 
 import argparse
 import dataclasses
@@ -24,8 +24,8 @@ class EvalConfig:
 
     test_cuts: str = _eval(TEST_CUTS, "cut files in --manifest-dir, comma-separated")
     normalize: str = _eval(
-        "none", "text normalization before scoring; none: lower-casing alone, or, with a model of "
-        "true case, nothing (cased)",
+        "none", "text normalization before scoring; none: only lower-casing, or nothing (cased) "
+        "for a model with cased output",
         choices=("none", "cased", "basic", "english"),
     )  # fmt: skip
     error_unit: str = _eval(
@@ -33,7 +33,7 @@ class EvalConfig:
         choices=("auto", "words", "characters"),
     )  # fmt: skip
     biasing_list: Path | None = _eval(
-        None, "file of phrases: their words and all others are also scored alone (B-WER, U-WER)",
+        None, "file of phrases: also score their words (B-WER) and all other words (U-WER) alone",
         unset="--hotwords",
     )  # fmt: skip
     world_size: int | None = _eval(
@@ -54,7 +54,7 @@ class DecodeConfig:
 
     @property
     def out_dir(self) -> Path:
-        """Directory of the result files."""
+        """Directory for result files."""
         return self.checkpoint.exp_dir / "decode"
 
 
@@ -63,7 +63,7 @@ def add_decode_options(
     model: ModelConfig = ONE_ENCODER,
     checkpoint: CheckpointConfig = CheckpointConfig(),
 ) -> None:
-    """Add the flags of decode.py; `model` and `checkpoint` hold the defaults."""
+    """Add the flags of decode.py; `model` and `checkpoint` contain the defaults."""
     for config in (EvalConfig, checkpoint, SearchConfig, EVALUATION_DATA):
         add_options(parser, config)
     add_options(parser, model, skip=("language",))
@@ -74,10 +74,11 @@ def decode_config(
     model: ModelConfig = ONE_ENCODER,
     checkpoint: CheckpointConfig = CheckpointConfig(),
 ) -> DecodeConfig:
-    """Build the config from parsed flags, model.json of the exp dir, and the defaults.
+    """Build the config from parsed flags, then `<exp-dir>/model.json`, then the defaults.
 
     Raises:
-      InputError: model.json cannot be read, a value is out of range, or flags contradict.
+      InputError: model.json cannot be read, a value is out of range, or flags contradict each
+        other.
     """
     checkpoint = from_args(checkpoint, args)
     return DecodeConfig(

@@ -1,6 +1,6 @@
 """Greedy CTC decoding of test sets, at the end of pretrain_encoder.py.
 
-A causal encoder is scored with each chunk size of its training, as streaming would use it.
+A causal encoder is also scored with each chunk size used in training, as for streaming.
 """
 
 import logging
@@ -33,10 +33,10 @@ from speechllm.training.ctc_training import BPE_FILE, CtcModel
 def decode_with_ctc(
     test_sets: list[EvalSet], encoder: EncoderConfig, data: DataConfig, exp_dir: Path
 ) -> None:
-    """Decode with pretrained.pt and bpe.model in `exp_dir`; results go to its `decode/`."""
+    """Decode with pretrained.pt and bpe.model in `exp_dir`; write results to `exp_dir`/decode."""
     if not test_sets:
         return
-    setup_logging(exp_dir / "decode" / "log-ctc-greedy", DistEnv())  # ranks have logged elsewhere
+    setup_logging(exp_dir / "decode" / "log-ctc-greedy", DistEnv())  # ranks log elsewhere
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bpe = sentencepiece.SentencePieceProcessor(model_file=str(exp_dir / BPE_FILE))
     state = load_checkpoint(exp_dir / "pretrained.pt")["model"]
@@ -48,7 +48,7 @@ def decode_with_ctc(
             log_probs, lens = model(batch["features"].to(device), batch["feature_lens"])
             yield batch, bpe.decode(ctc_greedy(log_probs, lens))
 
-    # each chunk size, with the last of its limited left contexts
+    # Each chunk size with its last limited left context.
     by_size = {one.chunk_size: one for one in encoder.chunkings if one.left_context > 0}
     for cuts, chunking in product(test_sets, [OFFLINE, *by_size.values()]):
         model.encoder.set_chunkings((chunking,))

@@ -1,4 +1,4 @@
-"""Decode test sets with a trained model and write their results: what decode.py runs."""
+"""Decoding of test sets with a trained model, and writing of results, for decode.py."""
 
 import logging
 from collections import ChainMap
@@ -26,7 +26,7 @@ from speechllm.scoring.wer import ErrorCounts
 
 
 def decode_sets(dist_env: DistEnv, config: DecodeConfig) -> None:
-    """Decode all test sets with one search; runs in every process, raises as `prepare`."""
+    """Decode all test sets with one search; runs in every process; raises like `prepare`."""
     sets, model = prepare(config, "decode", dist_env)
     recognizer = model.recognizer(config.search)
     suffix = result_suffix(config, recognizer.search, model.parameters_name)
@@ -41,7 +41,7 @@ def prepare(
     """Read the test sets, start the log file, and load the model.
 
     Raises:
-      FileNotFoundError, InputError: a file is missing or does not fit.
+      FileNotFoundError, InputError: a file is missing, or does not match the model.
     """
     check_model_files(config.model)
     sets = read_eval_sets(config.evaluation.test_cuts, config.data)
@@ -58,7 +58,7 @@ def prepare(
 def decode_set(
     cuts: EvalSet, recognizer: Recognizer, config: DecodeConfig, suffix: str, dist_env: DistEnv
 ) -> ErrorCounts:
-    """Decode a test set together with the other processes, write its results, return its errors."""
+    """Decode a test set jointly with the other processes; write the results; return the errors."""
     recognizer.start_counting()
     model, most = recognizer.model, recognizer.search.max_new_tokens
     positions = LLMPositions(recognizer.tokenizer, model.chat, len(model.encoder), model.ds_rate)
@@ -89,10 +89,10 @@ def decode_set(
 
 
 def result_suffix(config: DecodeConfig, search: SearchConfig, parameters_name: str) -> str:
-    """Return the part of the result files' names that differs between ways of decoding.
+    """Return the part of result file names that identifies the decoding options.
 
     Args:
-      search: resolved.
+      search: resolved search.
     """
     used, evaluation = config.checkpoint.use_encoders, config.evaluation
     dtype = autocast_dtype(config.checkpoint.use_fp16, config.checkpoint.use_bf16)

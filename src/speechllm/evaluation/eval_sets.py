@@ -1,4 +1,4 @@
-"""Test sets: read and validate a cut file once, recognize every cut once, score the results."""
+"""Test sets: reading and validating cut files, recognizing every cut once, scoring results."""
 
 import logging
 import unicodedata
@@ -39,7 +39,7 @@ class EvalSet:
 
     @property
     def name(self) -> str:
-        """`librispeech_cuts_test-clean.jsonl.gz` -> `librispeech_test_clean`."""
+        """Name for results: `librispeech_cuts_test-clean.jsonl.gz` -> `librispeech_test_clean`."""
         name = self.path.name.removesuffix(".jsonl.gz")
         return name.replace("_cuts", "").replace("-", "_")
 
@@ -49,8 +49,8 @@ def read_eval_sets(test_cuts: str, data: DataConfig) -> list[EvalSet]:
 
     Raises:
       FileNotFoundError: a file is missing.
-      InputError: with the file, the cut and the value: a file cannot be read, has no cut to
-        decode, or results would be ambiguous.
+      InputError: a file cannot be read, has no cut to decode, or results would be ambiguous; the
+        message gives file, cut and value.
     """
     paths = [cuts_file(data.manifest_dir, name) for name in comma_list(test_cuts)]
     sets = [read_eval_set(path, not data.on_the_fly_feats) for path in paths]
@@ -78,7 +78,7 @@ def read_eval_set(path: Path, need_features: bool = True) -> EvalSet:
 
 @dataclass(frozen=True)
 class DecodedCut:
-    """A cut with its result; None if it is invalid (`error`) or too short."""
+    """A cut with its result, which is None if the cut is invalid (`error`) or too short."""
 
     cut: Cut
     result: Any
@@ -86,12 +86,12 @@ class DecodedCut:
 
     @property
     def reference(self) -> str:
-        """Texts of the supervisions; characters that cannot be encoded are question marks."""
+        """Text of all supervisions, with `?` for characters that cannot be encoded."""
         texts = (str(supervision.text or "") for supervision in self.cut.supervisions)
         return " ".join(texts).encode(errors="replace").decode()
 
     def by_characters(self, error_unit: str = "auto") -> bool:
-        """Return true if it is scored by characters; the first supervision's language counts."""
+        """Return true if the cut is scored by characters; the first language found decides."""
         languages = (one.language for one in self.cut.supervisions if one.language)
         return by_characters(next(languages, None), error_unit)
 
@@ -107,15 +107,15 @@ def decode_shard(
     dist_env: DistEnv = DistEnv(),
     encoder_cache: EncoderCache | None = None,
 ) -> dict[str, Any]:
-    """Return the results of this rank's share of a set by cut id; a CutError for invalid cuts.
+    """Return this rank's results for a set by cut id; for invalid cuts, a CutError.
 
     The batches depend only on the cuts, not on their order or the number of ranks.
 
     Args:
-      recognize: from batches (see speechllm.data.dataset) to pairs of a batch and its results.
+      recognize: yields pairs of a batch and its results for batches (see speechllm.data.dataset).
       min_frames: shorter cuts are not decoded.
-      more_errors: further validation of a cut.
-      encoder_cache: the batches hold its outputs instead of features.
+      more_errors: returns further errors of a cut.
+      encoder_cache: batches contain its outputs instead of features.
     """
     results: dict[str, Any] = dict(cuts.errors)
     long_cuts = [cut for cut in cuts.cuts if cut.id not in results and long_enough(cut, min_frames)]
@@ -141,7 +141,7 @@ def decode_shard(
 
 
 def merge_results(cuts: EvalSet, results: dict[str, Any]) -> list[DecodedCut]:
-    """Return every cut with its result, in the order of the file; log the cuts without one."""
+    """Return every cut with its result, in file order; log the cuts without a result."""
     decoded = []
     for cut in cuts.cuts:
         result, error = results.get(cut.id), None
@@ -159,7 +159,7 @@ def merge_results(cuts: EvalSet, results: dict[str, Any]) -> list[DecodedCut]:
 
 
 def error_rate(decoded: Iterable[DecodedCut], error_unit: str = "auto") -> str:
-    """Return WER, CER or MER."""
+    """Return the name of the error rate: WER, CER or MER."""
     return rate_name(one.by_characters(error_unit) for one in decoded)
 
 
@@ -169,7 +169,7 @@ def score_cuts(
     normalize: str = "none",
     error_unit: str = "auto",
 ) -> list[ScoredUtterance]:
-    """Align one text per cut to its reference, both lower-cased, normalized and in NFC."""
+    """Align one text per cut to its reference, after applying `normalize` and NFC to both."""
     function, converted = NORMALIZERS[normalize], 0
 
     def split(text: str, one: DecodedCut) -> list[str]:
@@ -188,5 +188,5 @@ def score_cuts(
 
 
 def reasons(errors: Iterable[CutError]) -> str:
-    """`3 no-text, 1 long-text`."""
+    """Format error counts by reason, such as `3 no-text, 1 long-text`."""
     return format_counts(count_reasons([error] for error in errors))

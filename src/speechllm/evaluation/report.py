@@ -1,4 +1,4 @@
-"""HTML report of a decoded test set: error rates by group, frequent errors, every utterance."""
+"""HTML report on a decoded test set: error rates by group, frequent errors, every utterance."""
 
 import os
 from collections import Counter, defaultdict
@@ -22,7 +22,7 @@ from speechllm.scoring.wer import (
     word_error_counts,
 )
 
-SECONDS = (0, 2, 5, 10, 15, 20, 30)  # lower ends of the groups of durations
+SECONDS = (0, 2, 5, 10, 15, 20, 30)  # lower ends of the duration groups
 
 
 def report_html(
@@ -33,11 +33,11 @@ def report_html(
     suffix: str,
     config: EvalConfig,
 ) -> str:
-    """Return the page.
+    """Return the HTML page.
 
     Args:
-      scored: the result of each cut in `decoded`.
-      out_dir: directory of the page; audio files are linked relative to it.
+      scored: scored result for each cut in `decoded`.
+      out_dir: directory of the page; links to audio files are relative to it.
     """
     with_ctc = [one for one in decoded if one.result and one.result.ctc_text is not None]
     ctc_texts = [one.result.ctc_text for one in with_ctc]
@@ -79,7 +79,7 @@ def report_html(
 def _entry(
     one: DecodedCut, scored: ScoredUtterance, ctc: ScoredUtterance | None, out_dir: Path
 ) -> dict:
-    """Return what the page shows of an utterance; texts as scored, `replaced_text` as generated."""
+    """Return an utterance's data for the page, with texts as scored, except `replaced_text`."""
     result: Recognition | None = one.result
     flags, errors = result.flags if result else [], scored.counts.errors
     ctc_marks = None if ctc is None or ctc.hyp == scored.hyp else marks(ctc.pairs)
@@ -90,7 +90,7 @@ def _entry(
         counts=scored.counts,
         errors=errors,
         wer=scored.counts.wer,
-        classes=" ".join(kind for kind, applies in kinds.items() if applies),  # base.js filters
+        classes=" ".join(kind for kind, applies in kinds.items() if applies),  # for base.js
         seconds=one.cut.duration,
         speaker=", ".join(sorted({str(s.speaker) for s in one.cut.supervisions if s.speaker})),
         marks=marks(scored.pairs, result.words if result else None),
@@ -114,7 +114,7 @@ def _badges(one: DecodedCut) -> list[str]:
 def audio_link(cut: Cut, out_dir: Path) -> str | None:
     """Return the URL of a cut's audio file relative to `out_dir`, with a W3C media fragment.
 
-    None if the cut is not part of a single file, or the file is missing.
+    Return None if the cut is not part of a single file, or if the file is missing.
     """
     if not isinstance(cut, MonoCut) or not cut.has_recording:
         return None
@@ -127,7 +127,7 @@ def audio_link(cut: Cut, out_dir: Path) -> str | None:
 
 
 def tables(utterances: Sequence[dict], units: str) -> list[Table]:
-    """Return errors by speaker (the most first), by duration and by sentence length."""
+    """Return tables of errors by speaker (most errors first), duration and sentence length."""
     speakers = defaultdict(list)
     for one in utterances:
         if one["speaker"]:

@@ -1,4 +1,4 @@
-"""Result files of a decoded test set: scores, report, flagged utterances, n-best lists, CTM."""
+"""Result files for a decoded test set: scores, report, flagged utterances, n-best lists, CTM."""
 
 import json
 import logging
@@ -18,8 +18,8 @@ from speechllm.scoring.normalize import NORMALIZERS
 from speechllm.scoring.wer import ErrorCounts, biased_error_counts, total_counts
 
 CTC_WEIGHTS = [k / 20 for k in range(21)]
-# Decimals of log-probabilities that do not depend on the batch: in float32 the sum over an
-# utterance's tokens differs by 0.00002 between batches (measured on AN4).
+# Decimals of log-probabilities that do not depend on the batch: in float32, the sum over an
+# utterance's tokens differs by up to 0.00002 between batches (measured on AN4).
 DECIMALS = 2
 
 
@@ -31,16 +31,16 @@ def write_results(
     config: EvalConfig,
     measurements: Mapping[str, str | float],
 ) -> ErrorCounts:
-    """Write the results of a test set and return its errors.
+    """Write the results for a test set and return its errors.
 
-    Besides the files of `scoring.files` these are:
-      report-<set>-<suffix>.html: all results on a page.
+    In addition to the files described in `scoring.files`:
+      report-<set>-<suffix>.html: all results on one page.
       guard-<set>-<suffix>.jsonl: utterances flagged by hallucination detection, if any.
-      nbest-<set>-<suffix>.jsonl: n-best lists, log-probabilities in nats, if any.
+      nbest-<set>-<suffix>.jsonl: n-best lists with log-probabilities in nats, if any.
       ctm-<set>-<suffix>.ctm: word times in NIST CTM, if any.
 
     Args:
-      measurements: further lines of wer-summary-*.txt.
+      measurements: further lines for wer-summary-*.txt.
     """
     extra = {"decoded with": suffix, **measurements}
     if invalid := [one.error for one in decoded if one.error]:
@@ -72,13 +72,13 @@ def write_results(
 
 
 def biased_words(path: Path, normalize: str) -> set[str]:
-    """Return the words of a file of phrases as they are scored; raises as `read_hotwords`."""
+    """Return the normalized words in a file of phrases; raise like `read_hotwords`."""
     function = NORMALIZERS[normalize]
     return {word for phrase in read_hotwords(path) for word in function(phrase).split()}
 
 
 def _best_ctc_weight(decoded: list[DecodedCut], config: EvalConfig) -> str | None:
-    """Return the --ctc-weight that chooses the fewest errors from n-best lists, with its WER."""
+    """Return the --ctc-weight with the fewest errors on the n-best lists, and its WER."""
     if all(h.ctc_log_prob is None for one in decoded for h in one.result.nbest):
         return None
     unit, lists = config.error_unit, [one.result.nbest for one in decoded]
@@ -92,7 +92,7 @@ def _best_ctc_weight(decoded: list[DecodedCut], config: EvalConfig) -> str | Non
         best = (one[values.index(max(values))] for one, values in zip(scored, scores))
         return total_counts(one.counts for one in best).wer
 
-    best = min(CTC_WEIGHTS, key=wer)  # the smallest one among equals
+    best = min(CTC_WEIGHTS, key=wer)  # the smallest if several are equal
     oracle = total_counts(min((h.counts for h in one), key=lambda n: n.errors) for one in scored)
     return f"{best:g} (WER {wer(best):.2f}%, with 0 {wer(0):.2f}%, oracle {oracle.wer:.2f}%)"
 
@@ -142,14 +142,14 @@ def _json(**fields) -> str:
 
 
 def _ctm(recognized: list[DecodedCut]) -> Iterable[str]:
-    """CTM lines by recording and time, the order that NIST's tools expect."""
+    """Yield CTM lines sorted by recording and time, as NIST's tools expect."""
     timed = [(_position(one.cut), one.result.words) for one in recognized if one.result.words]
     for position, words in sorted(timed):
         yield from ctm_lines(*position, words)
 
 
 def _position(cut: Cut) -> tuple[str, str, float]:
-    """Recording, channel and start; for a cut of several recordings, the cut itself."""
+    """Return recording, channel and start; a cut of several recordings is its own recording."""
     if not isinstance(cut, MonoCut):
         return "_".join(cut.id.split()), "1", 0.0
     return "_".join(cut.recording_id.split()), str(cut.channel + 1), cut.start

@@ -1,4 +1,4 @@
-"""Decode test sets with many searches and one loaded model: a table of WER and RTFx."""
+"""Decoding of test sets with many searches and one loaded model, with a table of WER and RTFx."""
 
 import itertools
 import logging
@@ -14,12 +14,12 @@ from speechllm.evaluation.decode_set import decode_set, prepare, result_suffix
 from speechllm.evaluation.eval_sets import EvalSet, decode_shard
 from speechllm.io import atomic_write
 
-Variant = tuple[dict[str, str], DecodeConfig]  # swept flags with their values; all options
+Variant = tuple[dict[str, str], DecodeConfig]  # swept flags and values; all options
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """A set decoded with one variant."""
+    """Result of decoding a set with one variant."""
 
     values: tuple[str, ...]  # values of the flags
     wer: float  # %
@@ -48,7 +48,7 @@ def sweep_sets(dist_env: DistEnv, variants: list[Variant]) -> None:
 
 
 def warm_up(cuts: EvalSet, recognizer: Recognizer, data: DataConfig) -> None:
-    """Decode one batch: the first one is slow."""
+    """Decode one batch, as the first batch is slow."""
 
     def decode_one(batches):
         return recognizer(itertools.islice(batches, 1))
@@ -58,7 +58,7 @@ def warm_up(cuts: EvalSet, recognizer: Recognizer, data: DataConfig) -> None:
 
 
 def best_rows(rows: list[SweepRow]) -> list[SweepRow]:
-    """Return the Pareto front: no other row is as good in WER and RTFx, and better in one."""
+    """Return the Pareto front: rows not beaten in WER or RTFx by a row at least as good in both."""
 
     def beats(a: SweepRow, b: SweepRow) -> bool:
         return a.wer <= b.wer and a.rtfx >= b.rtfx and (a.wer, a.rtfx) != (b.wer, b.rtfx)
@@ -67,7 +67,7 @@ def best_rows(rows: list[SweepRow]) -> list[SweepRow]:
 
 
 def table(flags: list[str], rows: list[SweepRow]) -> list[list[str]]:
-    """Return the column names, and the cells of each row."""
+    """Return the table as a list of rows of cells, with the column names first."""
     best = best_rows(rows)
     return [
         [*flags, f"{rows[0].rate} %", "RTFx", "best"],

@@ -1,4 +1,4 @@
-"""Word errors of validation utterances while an LLM is trained: --valid-decode."""
+"""--valid-decode: word errors on validation utterances during the training of an LLM."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from speechllm.training.fit import Training
 def valid_decoder(
     model: SpeechLLM, training: Training, dist_env: DistEnv
 ) -> Callable[[], dict[str, Tensor]]:
-    """Return a function that decodes as decode.py does by default, with the model as it is then.
+    """Return a function that decodes like decode.py by default, with the model's current weights.
 
-    It needs the model in evaluation mode, runs on all ranks, and returns `errors` and `words` over
-    all of them.
+    The function needs the model in evaluation mode, runs on all ranks, and returns `errors` and
+    `words` over all ranks.
 
     Raises:
-      InputError: a BPE model cannot be read, or does not fit its encoder.
+      InputError: a BPE model cannot be read, or does not match its encoder.
     """
     config, data = training.model, training.data
     cuts = evenly_spaced(data, training.config.valid_decode)
@@ -54,7 +54,7 @@ def valid_decoder(
 
 
 def evenly_spaced(data: TrainingData, number: int) -> EvalSet:
-    """Return this number of validation cuts, from all parts of the files, or all if fewer."""
+    """Return up to `number` validation cuts, evenly spaced over the files."""
     total = data.valid.kept
     chosen = {k * total // number for k in range(number)} if number < total else range(total)
     cuts = [cut for k, cut in enumerate(data.valid_cuts()) if k in chosen]
