@@ -1,1 +1,1 @@
-"""Transcription of recordings of any length, with times."""
+"""Transcription of recordings of any length, with word times."""

@@ -1,4 +1,4 @@
-"""Split recordings into chunks that are recognized on their own, with their features."""
+"""Splitting of recordings into chunks that are recognized independently."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -29,18 +29,18 @@ from speechllm.longform.segmenter import (
 )
 from speechllm.models.zipformer.ctc_head import BLANK
 
-WINDOW = 16 * SAMPLING_RATE  # samples per encoder pass that looks for cuts
-WINDOW_CONTEXT = 2 * SAMPLING_RATE  # on both sides
+WINDOW = 16 * SAMPLING_RATE  # samples per window in the encoder passes that look for cuts
+WINDOW_CONTEXT = 2 * SAMPLING_RATE  # samples on each side
 
 
 class AudioChunk(NamedTuple):
-    """A part of a recording that is recognized on its own.
+    """Part of a recording that is recognized independently.
 
-    start: first sample in the recording.
+    start: position of its first sample in the recording.
     samples: (N,).
     features: (T, 80); None without speech, or if too short to recognize.
-    context: text for the LLM besides the audio, such as names that may occur.
-    hotwords: phrases to favour, instead of those of the search.
+    context: text for the LLM in addition to the audio, such as names that may occur.
+    hotwords: phrases to favor, instead of the search's hotwords.
     """
 
     start: int
@@ -51,10 +51,11 @@ class AudioChunk(NamedTuple):
 
 
 class Chunker:
-    """Cuts recordings in pauses; cuts off non-speech.
+    """Splits recordings in pauses, and separates non-speech.
 
     Attributes:
-      batch_seconds: audio per encoder pass, at least one window; it may change between passes.
+      batch_seconds: seconds of audio per encoder pass, but at least one window; may be changed
+        between passes.
     """
 
     def __init__(self, recognizer: Recognizer, config: LongformConfig):
@@ -66,10 +67,10 @@ class Chunker:
     def __call__(self, blocks: Iterable[Tensor]) -> Iterator[AudioChunk]:
         """Split a recording into chunks of at most `max_segment_duration`, without gaps.
 
-        A short recording is split only around non-speech.
+        A short recording is split only if it contains non-speech.
 
         Args:
-          blocks: samples (N,) each, at 16 kHz.
+          blocks: 16 kHz samples (N,).
         """
         limit = round(self.config.max_segment_duration * SAMPLING_RATE)
         blocks, first, held = iter(blocks), [], 0
@@ -112,7 +113,7 @@ class Chunker:
         return AudioChunk(start, samples, features)
 
     def _analysed(self, blocks: Iterable[Tensor]) -> Iterator[tuple[Tensor, SegmenterState]]:
-        """Yield windows' samples and frames; as many are encoded at a time as fit in a batch."""
+        """Yield each window's samples and frames; windows are encoded in batches."""
         seconds = (WINDOW + 2 * WINDOW_CONTEXT) / SAMPLING_RATE
         all_windows = windows(blocks, WINDOW, WINDOW_CONTEXT)
         while batch := list(islice(all_windows, max(1, int(self.batch_seconds / seconds)))):
@@ -145,7 +146,7 @@ class Chunker:
 
 
 def _find_spikes(output: CtcOutput, lag: float) -> list[CtcSpike]:
-    """Tokens on the best CTC path, in frames of the audio; CTC emits them `lag` seconds late."""
+    """Return the tokens on the best CTC path, in audio frames, corrected by CTC's `lag` (s)."""
     shift = round((FRAME_CENTRE - lag) / CTC_FRAME_SHIFT - 0.5)
     best = output.log_probs.argmax(dim=1).numpy()
     starts = np.flatnonzero(np.diff(best, prepend=-1))

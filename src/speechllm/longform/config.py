@@ -1,4 +1,4 @@
-"""LongformConfig: how recordings of any length are segmented and batched."""
+"""LongformConfig: options for segmenting and batching recordings of any length."""
 
 from dataclasses import dataclass
 
@@ -21,14 +21,14 @@ class LongformConfig:
         group="recordings",
     )  # fmt: skip
     min_silence: float = option(
-        0.8, "silence in seconds that ends a segment of a long recording", group="recordings"
+        0.8, "seconds of silence that end a segment in a long recording", group="recordings"
     )
     endpoint_silence: float = option(
-        0.8, "silence in seconds that ends a phrase of a stream", group="recordings"
+        0.8, "seconds of silence that end a phrase in a stream", group="recordings"
     )
     max_duration: float = option(200.0, "seconds of audio per batch", group="recordings")
     dtype: str | None = option(
-        None, "precision of the model; auto: bfloat16 where the GPU or CPU computes in it",
+        None, "precision of the model; auto: bfloat16 if the GPU or CPU supports it natively",
         group="recordings", choices=("auto", "float32", "float16", "bfloat16"),
         unset="by --use-fp16 and --use-bf16",
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""Choose where to cut a long recording: in pauses, between words.
+"""Choice of cut points in long recordings: in pauses, between words.
 
-A pause is quieter than the average around it and, with a CTC head, lies between the last token of
-a word and the first token of the next. Either alone is not enough: there is silence within words,
-and CTC spikes do not show how long a word lasts. A frame here is an encoder output frame, 40 ms.
+A pause is quieter than the average around it and, with a CTC head, lies between the last token of a
+word and the first token of the next word. Neither criterion suffices: there is silence within
+words, and CTC spikes do not show a word's duration. Here a frame is an encoder output frame, 40 ms.
 
-Non-speech: no speech for over 2 s, according to voice activity detection. It is cut off, because an
-LLM would hallucinate words for it.
+Non-speech is audio of over 2 s without speech, according to voice activity detection. It becomes a
+segment of its own, because an LLM would hallucinate words for it.
 """
 
 from dataclasses import dataclass, field
@@ -23,14 +23,14 @@ FRAMES_PER_SECOND = 25
 FRAME = SAMPLING_RATE // FRAMES_PER_SECOND  # samples
 MIN_SEGMENT = FRAMES_PER_SECOND  # frames
 SMOOTHING = 5  # frames: longer than the closure of a plosive within a word
-SPEECH = 0.3  # probability: see benchmarks/non_speech.py
-MARGIN = 8  # frames of non-speech that stay next to speech
+SPEECH = 0.3  # probability threshold: see tests/benchmarks/non_speech.py
+MARGIN = 8  # frames next to speech that do not count as non-speech
 SHORTEST_NON_SPEECH = 2 * FRAMES_PER_SECOND
-MAX_WORD_GAP = 20  # frames without a token within a word; more: CTC misrecognized the next token
+MAX_WORD_GAP = 20  # frames without a token within a word; longer gaps are between words
 
 
 class CtcSpike(NamedTuple):
-    """A token on the best CTC path, in frames; `begins_word` if it starts a word."""
+    """A token on the best CTC path, in frames; `begins_word` is true for a word's first token."""
 
     start: int
     end: int
@@ -42,7 +42,7 @@ class CtcSpike(NamedTuple):
 
 @dataclass
 class SegmenterState:
-    """Frames of a recording: smoothed energies in nats (T,), spikes and non-speech (T,), bool.
+    """Data for a recording's frames: smoothed energies (T,) in nats, spikes, non-speech mask (T,).
 
     Without a CTC head, `spikes` is None.
     """
@@ -55,14 +55,14 @@ class SegmenterState:
         return len(self.energies)
 
     def append(self, frames: "SegmenterState") -> None:
-        """Append the frames that follow."""
+        """Append the next frames."""
         if self.spikes is not None:
             self.spikes += [spike.shifted(len(self)) for spike in frames.spikes]
         self.energies = np.concatenate([self.energies, frames.energies])
         self.non_speech = np.concatenate([self.non_speech, frames.non_speech])
 
     def pauses(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Start and end of each pause after the first word; the last may continue after `end`."""
+        """Return start and end of each pause after the first word; the last may be incomplete."""
         energies = self.energies[start:end]
         quiet = energies < energies.mean()
         if self.spikes is None:
@@ -73,7 +73,7 @@ class SegmenterState:
         return [(first, last) for first, last in edges.reshape(-1, 2).tolist()]
 
     def _between_words(self, start: int, end: int) -> np.ndarray:
-        """(end - start,), True from the end of a word to the start of the next."""
+        """Return a mask (end - start,) that is True from a word's end to the next word's start."""
         between = np.zeros(end - start, dtype=bool)
         inside = [spike for spike in self.spikes if start <= spike.start < end]
         inside += [CtcSpike(end, end, True)] if inside else []
@@ -86,13 +86,13 @@ class SegmenterState:
 def next_cut(
     state: SegmenterState, start: int, max_length: int, min_silence: int, ended: bool
 ) -> int | None:
-    """Return the frame that ends the segment from `start`.
+    """Return the frame that ends the segment starting at `start`.
 
-    None if the segment ends with the recording, or if more frames are needed to decide.
+    Return None if the segment ends with the recording, or if more frames are needed to decide.
 
-    Priority: the first pause of at least `min_silence` frames (its middle), or the start or end of
-    non-speech, if that comes first; else the longest pause in the second half of `max_length`
-    frames; else the longest pause before; else the frame with the least energy.
+    The order of preference is: the middle of the first pause of at least `min_silence` frames, or
+    the start or end of non-speech if it comes first; the longest pause in the second half of
+    `max_length` frames; the longest pause in the first half; the frame with the least energy.
     """
     if len(state) <= start + max_length + MIN_SEGMENT and not ended:
         return None
@@ -121,7 +121,7 @@ def next_cut(
 
 
 def smoothed_energies(features: Tensor) -> np.ndarray:
-    """Return smoothed mean log-mel energies of 40 ms frames: (T, 80) -> (T // 4,)."""
+    """Return smoothed mean log-mel energies per 40 ms frame: (T, 80) -> (T // 4,)."""
     frames = len(features) // 4
     energies = features[: 4 * frames].mean(dim=1).view(frames, 4).mean(dim=1).numpy()
     padded = np.pad(energies, SMOOTHING // 2, mode="edge")
@@ -129,10 +129,10 @@ def smoothed_energies(features: Tensor) -> np.ndarray:
 
 
 def non_speech_mask(speech: Tensor, frames: int) -> np.ndarray:
-    """Mask stretches of over 2 s without speech, (frames,) bool.
+    """Return a mask (frames,) of stretches longer than 2 s without speech.
 
     Args:
-      speech: probabilities of audio.vad.SpeechDetector, (N,).
+      speech: speech probabilities (N,) from audio.vad.SpeechDetector.
     """
     centres = (np.arange(frames) + 0.5) * FRAME / WINDOW
     has_speech = speech.numpy()[centres.astype(int)] >= SPEECH

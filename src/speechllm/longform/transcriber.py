@@ -1,4 +1,4 @@
-"""Transcribe recordings: chunks of all of them are recognized in batches, then put together."""
+"""Transcription of recordings: their chunks are recognized in joint batches, then reassembled."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ from speechllm.models.prompt import encode_contexts
 from speechllm.precision import auto_dtype
 
 Item = TypeVar("Item")
-Recordings = Iterable[tuple[str, Iterable[Tensor]]]  # names, and blocks of samples (N,) at 16 kHz
+Recordings = Iterable[tuple[str, Iterable[Tensor]]]  # names, and blocks of 16 kHz samples (N,)
 
 
 def load_transcriber(
@@ -38,11 +38,11 @@ def load_transcriber(
 ) -> "Transcriber":
     """Load a trained or exported model, on a GPU if there is one.
 
-    With a CTC head, suspicious utterances fall back to CTC unless `search` sets another guard.
+    With a CTC head, the guard is "fallback" unless `search` sets another one.
 
     Raises:
       FileNotFoundError: a directory or file is missing.
-      InputError: a file is damaged or does not match, or options contradict the model.
+      InputError: a file is damaged or does not match the model, or options contradict the model.
     """
     if not checkpoint.exp_dir.is_dir():
         raise FileNotFoundError(
@@ -69,16 +69,16 @@ class _Recording:
     segments: list[Segment] = field(default_factory=list)
 
     def until_error(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield blocks or chunks; an exception ends them and becomes the error."""
+        """Yield the items; an exception ends them and becomes `error`."""
         try:
             yield from items
         except (InputError, FileNotFoundError) as error:
             self.error = self.error or str(error)
-        except Exception as error:  # one recording never ends the others
+        except Exception as error:  # a failed recording must not end the others
             self.fail(error, "")
 
     def fail(self, error: Exception, where: str) -> None:
-        """Log the traceback of an unexpected exception; the first is kept as the error."""
+        """Log an unexpected exception with its traceback; the first one becomes `error`."""
         logging.error(f"{self.name} failed{where}", exc_info=error)
         reason = f"unexpected {type(error).__name__}{where}: {first_line(error)}"
         self.error = self.error or f"{self.name}: {reason}"
@@ -95,10 +95,10 @@ class Transcriber:
     ):
         """
         Args:
-          language: language of the transcripts, such as "en"; only stored in them.
+          language: language of the transcripts, such as "en"; copied to them.
 
         Raises:
-          InputError: a segment of the maximum length does not fit the LLM's positions.
+          InputError: a segment of the maximum length exceeds the LLM's positions.
         """
         self.recognizer, self.config, self.language = recognizer, config, language
         self.split = Chunker(recognizer, config)
@@ -112,24 +112,25 @@ class Transcriber:
     def __call__(
         self, recordings: Recordings, context: str = "", hotwords: Hotwords | None = None
     ) -> list[Transcript]:
-        """Transcribe recordings, in order; see `stream`."""
+        """Return the transcripts in the order of the recordings; see `stream`."""
         results = self.stream(recordings, context, hotwords)
         return [result for _, result in results if isinstance(result, Transcript)]
 
     def stream(
         self, recordings: Recordings, context: str = "", hotwords: Hotwords | None = None
     ) -> Iterator[tuple[str, Segment | Transcript]]:
-        """Yield the name with each segment with speech once it is recognized, then the transcript.
+        """Yield (name, segment) for each recognized speech segment, then (name, transcript).
 
-        Transcripts are in the order of the recordings. An exception raised by the blocks of
-        a recording ends this recording alone and becomes its `error`; what was read is recognized.
-        A segment whose recognition fails is omitted, and the exception becomes the `error`.
+        Transcripts are in the order of the recordings. An exception raised by a recording's blocks
+        ends only this recording and becomes its `error`; the audio read before is recognized. A
+        segment whose recognition fails is omitted, and the exception becomes the `error`.
 
         Args:
-          recordings: names with blocks of samples (N,), float32 at 16 kHz, such as
-            `audio_blocks(path)` or `[samples]`.
-          context: for all of them; see `check_context`.
-          hotwords: for all of them, from `recognizer.tokenize_hotwords`, instead of the search's.
+          recordings: names with blocks of 16 kHz float32 samples (N,), such as `audio_blocks(path)`
+            or `[samples]`.
+          context: text for all recordings; see `check_context`.
+          hotwords: result of `recognizer.tokenize_hotwords` for all recordings, instead of the
+            search's hotwords.
         """
         open_recordings: deque[_Recording] = deque()
         chunks = (
@@ -147,11 +148,11 @@ class Transcriber:
             while open_recordings and open_recordings[0].ended and not open_recordings[0].pending:
                 recording = open_recordings.popleft()
                 yield recording.name, self._transcript(recording)
-        for recording in open_recordings:  # at the end, without a chunk to recognize
+        for recording in open_recordings:  # the last ones may have no chunk to recognize
             yield recording.name, self._transcript(recording)
 
     def recognize(self, chunks: list[AudioChunk]) -> list[Segment]:
-        """Recognize chunks as one batch; returns their segments."""
+        """Recognize chunks as one batch and return their segments."""
         with_speech = [chunk for chunk in chunks if chunk.features is not None]
         batches = self.recognizer([_collate(with_speech)] if with_speech else [])
         found = iter([one for _, batch in batches for one in batch])
@@ -173,7 +174,7 @@ class Transcriber:
     def _recognitions(
         self, batches: Iterable[dict]
     ) -> Iterator[tuple[list[tuple[_Recording, AudioChunk]], list[Recognition | None]]]:
-        """Yield the chunks of each batch with their recognitions, None for those that fail."""
+        """Yield each batch's chunks with their recognitions, which are None for failed chunks."""
         started: deque[dict] = deque()  # on a GPU the recognizer is one batch ahead
         errors: list[Exception] = []
         source = _until_error(batches, started, errors)
@@ -203,7 +204,7 @@ class Transcriber:
     # ---- from recordings to batches
 
     def _batches(self, arriving: Iterable[tuple[_Recording, AudioChunk]]) -> Iterator[dict]:
-        """Batch chunks in order of arrival, so that recordings finish in order."""
+        """Yield batches of chunks in the order of arrival, so that recordings finish in order."""
         chunks, longest = [], 0
         for recording, chunk in arriving:
             samples = len(chunk.samples)
@@ -218,7 +219,7 @@ class Transcriber:
     def _chunks(
         self, recordings: Recordings, open_recordings: deque[_Recording]
     ) -> Iterator[tuple[_Recording, AudioChunk]]:
-        """Yield the chunks to recognize; those without speech become segments at once."""
+        """Yield the chunks to recognize; chunks without speech become segments immediately."""
         for name, blocks in recordings:
             recording = _Recording(name)
             open_recordings.append(recording)
@@ -236,7 +237,7 @@ class Transcriber:
 
     @property
     def has_word_times(self) -> bool:
-        """True if segments have words with times."""
+        """True if segments contain words with times."""
         return self.recognizer.ctc_decoder is not None and self.recognizer.search.word_timestamps
 
     @property
@@ -245,10 +246,10 @@ class Transcriber:
         return self.recognizer.model.chat.use_context
 
     def check_context(self, context: str) -> None:
-        """Check that the model takes this context.
+        """Check that the model supports this context.
 
         Raises:
-          InputError: it was trained without contexts, or the context is too long.
+          InputError: the model was trained without contexts, or the context is too long.
         """
         if not context:
             return
@@ -264,7 +265,7 @@ class Transcriber:
             )
 
     def _positions(self) -> tuple[int, int]:
-        """The LLM's number of positions, and how many the longest segment may need."""
+        """Return the LLM's number of positions, and the maximum that a segment may need."""
         model, max_new_tokens = self.recognizer.model, self.recognizer.search.max_new_tokens
         n, limit = len(model.encoder), model.llm.config.max_position_embeddings
         frames = round(self.config.max_segment_duration / FRAME_SHIFT)
@@ -275,7 +276,7 @@ class Transcriber:
 def _until_error(
     batches: Iterable[dict], started: deque[dict], errors: list[Exception]
 ) -> Iterator[dict]:
-    """Yield batches, adding each to `started`; an exception ends them and is added to `errors`."""
+    """Yield batches and append them to `started`; an exception ends them, appended to `errors`."""
     try:
         for batch in batches:
             started.append(batch)
@@ -285,7 +286,7 @@ def _until_error(
 
 
 def _collate(chunks: Iterable[AudioChunk]) -> dict:
-    """Batch chunks with features, in the format of speechllm.data.dataset."""
+    """Return a batch of chunks that have features, in the format of speechllm.data.dataset."""
     chunks = list(chunks)
     features = [chunk.features for chunk in chunks]
     return {
@@ -298,19 +299,20 @@ def _collate(chunks: Iterable[AudioChunk]) -> dict:
 
 
 def _times(chunk: AudioChunk) -> tuple[float, float]:
-    """Return the start and end in seconds."""
+    """Return the chunk's start and end in seconds."""
     return chunk.start / SAMPLING_RATE, (chunk.start + len(chunk.samples)) / SAMPLING_RATE
 
 
 def _segment(chunk: AudioChunk, recognition: Recognition | None = None) -> Segment:
-    """Return the chunk's segment; a chunk without CTC tokens is non-speech, as an LLM generates
-    text even for a click or cough.
-    """
+    """Return the segment for a chunk; None for non-speech."""
     return make_segment(*_times(chunk), recognition)
 
 
 def make_segment(start: float, end: float, recognition: Recognition | None) -> Segment:
-    """Return the segment of a part of a recording, in seconds; None for non-speech."""
+    """Return the segment from `start` to `end` seconds; recognition None means non-speech.
+
+    So does an empty CTC text: an LLM generates text even for a click or cough.
+    """
     flags = tuple(recognition.flags) if recognition else ()
     if recognition is None or recognition.ctc_text == "":
         return Segment(start, end, "", source=NO_SPEECH, flags=flags)

@@ -1,4 +1,4 @@
-"""Results of a transcription: Transcript, its Segments and their Words."""
+"""Transcription results: Transcript, its Segments and their Words."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ NO_SPEECH = "no_speech"  # source of a segment without speech, or too short to r
 
 @dataclass(frozen=True)
 class Word:
-    """A word; times are in seconds of the recording.
+    """A word, with times in seconds from the start of the recording.
 
-    confidence: 0 to 1, the mean of the word's probability by CTC and by the LLM; the latter is the
-      product over its tokens, as all of them must be right.
+    confidence: 0 to 1, the mean of the CTC and LLM probabilities; the latter is the product over
+      the word's tokens, as all of them must be right.
     """
 
     start: float
@@ -23,12 +23,12 @@ class Word:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a recording, recognized on its own; segments cover the whole recording.
+    """Independently recognized part of a recording; segments cover the whole recording.
 
     words: in order; empty without a CTC head and BPE model.
-    confidence: 0 to 1, the LLM's geometric mean token probability; 0 for a text from CTC.
-    source: "LLM", "CTC" or "no_speech" (then the text is empty).
-    flags: signs of a hallucination, see speechllm.decoding.hallucination; normally empty.
+    confidence: 0 to 1, geometric mean of the LLM's token probabilities; 0 for a CTC text.
+    source: "LLM", "CTC" or "no_speech", for which the text is empty.
+    flags: signs of hallucination, see speechllm.decoding.hallucination; normally empty.
     """
 
     start: float
@@ -44,9 +44,9 @@ class Segment:
 class Transcript:
     """Transcript of a recording.
 
-    name: path of the recording, - for standard input.
+    name: path of the recording; - for standard input.
     segments: in order; empty for an empty recording.
-    error: why the recording, or the rest of it, could not be read.
+    error: why the recording, or part of it, could not be transcribed.
     """
 
     name: str
@@ -68,5 +68,5 @@ class Transcript:
 
 
 def word_separator(language: str | None) -> str:
-    """Return the string between the words of a language."""
+    """Return the string that separates words in a language."""
     return "" if by_characters(language) else " "

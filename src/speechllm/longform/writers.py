@@ -1,7 +1,7 @@
-"""Write transcripts as text, JSON, subtitles (SRT, WebVTT) and NIST CTM.
+"""Formatting of transcripts as text, JSON, subtitles (SRT, WebVTT) and NIST CTM.
 
-JSON is one object per recording with the fields of Transcript (without `error`), Segment and Word,
-which speechllm/longform/transcript.py describes; the text of a word is `word`.
+JSON has one object per recording, with the fields of Transcript (without `error`), Segment and Word
+in speechllm/longform/transcript.py; a word's text is `word`.
 """
 
 import json
@@ -15,7 +15,7 @@ from speechllm.longform.transcript import Segment, Transcript, Word, word_separa
 from speechllm.scoring.wer import by_characters, units
 
 LINE_LENGTH, MAX_LINES = 42, 2  # characters and lines of a subtitle, as broadcasters use
-WIDE_LINE_LENGTH = LINE_LENGTH // 2  # in languages without spaces, whose characters are wide
+WIDE_LINE_LENGTH = LINE_LENGTH // 2  # for languages without spaces, whose characters are wide
 MAX_SUBTITLE_SECONDS = 7.0
 MIN_SUBTITLE_SECONDS = 0.8
 CHARACTERS_PER_SECOND = 17
@@ -48,7 +48,7 @@ def as_srt(transcript: Transcript) -> str:
 
 
 def as_vtt(transcript: Transcript) -> str:
-    """Format as WebVTT; texts are escaped, as cues may hold markup."""
+    """Format as WebVTT; texts are escaped: cues can contain markup."""
     cues = (
         f"{_clock(start, '.')} --> {_clock(end, '.')}\n{escape(text, quote=False)}\n\n"
         for start, end, text in subtitles(transcript)
@@ -57,13 +57,13 @@ def as_vtt(transcript: Transcript) -> str:
 
 
 def as_ctm(transcript: Transcript) -> str:
-    """Format as NIST CTM; white space in the name, which separates fields, becomes `_`."""
+    """Format as NIST CTM; white space in the name becomes `_`, as it would separate fields."""
     words = [
         TimedWord(word.text, word.start, word.end, word.confidence, aligned=True)
         for word in transcript.words
     ]
     recording = "_".join(_printable_name(transcript).split())
-    if recording.startswith(";;"):  # a comment line
+    if recording.startswith(";;"):  # would be a comment
         recording = "_" + recording
     return "".join(f"{line}\n" for line in ctm_lines(recording, "1", 0.0, words))
 
@@ -72,11 +72,11 @@ FORMATS = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm"
 
 
 def subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
-    """Yield start, end and text, of up to MAX_LINES lines each.
+    """Yield start, end and text (up to MAX_LINES lines) of each subtitle.
 
-    A word that is longer than a line has a line of its own. A subtitle that is too short to read is
-    shown longer, up to the next one; one that has no time for that is joined with the next, takes
-    words of the one before, or begins in the pause before it.
+    A word longer than a line has its own line. A subtitle that is too short to read is shown
+    longer, until the next one. If there is no time for that, it is joined with the next subtitle,
+    extended by words from the previous one, or started in the pause before it.
     """
     space = word_separator(transcript.language)
     groups: list[list[Word]] = []
@@ -99,7 +99,7 @@ def subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
 
 
 def _lengthen(words: list[Word], before: list[Word], limit: float, space: str) -> None:
-    """Move words from the subtitle before to one that ends at `limit` while it is too short."""
+    """Move words from the previous subtitle to this one, while its time up to `limit` is short."""
     while (
         before
         and before[-1].end > limit - MIN_SUBTITLE_SECONDS
@@ -115,7 +115,7 @@ def _seconds_to_read(words: list[Word]) -> float:
 
 
 def _joins(words: list[Word], later: list[Word], space: str) -> bool:
-    """True if the next words start before these can be read, and both fit into one subtitle."""
+    """Return true if `later` starts before `words` can be read, and both fit one subtitle."""
     time = max(later[-1].end - words[0].start, _seconds_to_read(words + later))
     return (
         later[0].start - words[0].start < _seconds_to_read(words)
@@ -125,7 +125,7 @@ def _joins(words: list[Word], later: list[Word], space: str) -> bool:
 
 
 def _with_times(segment: Segment, characters: bool) -> Iterator[Word]:
-    """Split into words or characters; those without times of their own share them by letters."""
+    """Split into words or characters; times that several of them share are divided by letters."""
     for word in segment.words or [Word(segment.start, segment.end, segment.text, 0.0)]:
         texts, start = units(word.text, characters), word.start
         letter = (word.end - start) / max(1, len("".join(texts)))
@@ -134,7 +134,7 @@ def _with_times(segment: Segment, characters: bool) -> Iterator[Word]:
 
 
 def _groups(words: list[Word], space: str) -> Iterator[list[Word]]:
-    """Group words to subtitles; a pause, the maximum time or too many lines end one."""
+    """Group words into subtitles, ended by a pause, the maximum time or the maximum lines."""
     shown = words[:1]
     for before, word in pairwise(words):
         fits = len(_lines([*shown, word], space)) <= MAX_LINES
@@ -155,12 +155,12 @@ def _lines(words: list[Word], space: str) -> list[str]:
 
 
 def _printable_name(transcript: Transcript) -> str:
-    """The name, with `?` for bytes of a file name that are not UTF-8."""
+    """Return the name, with `?` for bytes of a file name that are not UTF-8."""
     return transcript.name.encode(errors="replace").decode()
 
 
 def segment_json(segment: Segment) -> dict:
-    """Return the fields of a segment and its words."""
+    """Return the JSON fields of a segment and its words."""
     return {
         "start": round(segment.start, 3),
         "end": round(segment.end, 3),
@@ -173,7 +173,7 @@ def segment_json(segment: Segment) -> dict:
 
 
 def word_json(word: Word, digits: int) -> dict:
-    """Return a word's times and text, and its confidence with this many digits."""
+    """Return a word's times and text, and its confidence rounded to `digits`."""
     return {
         "start": round(word.start, 3),
         "end": round(word.end, 3),
@@ -183,7 +183,7 @@ def word_json(word: Word, digits: int) -> dict:
 
 
 def _clock(seconds: float, point: str) -> str:
-    """3661.5 -> 01:01:01,500"""
+    """Format a time: 3661.5 -> 01:01:01,500."""
     minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:02}:{minutes:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"
