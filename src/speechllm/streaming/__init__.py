@@ -1,1 +1,1 @@
-"""Recognition while somebody speaks: audio block by block to partial and final texts."""
+"""Streaming recognition: blocks of audio to partial and final texts."""

@@ -1,4 +1,4 @@
-"""Encode streams: each frame once with causal encoders, else the open phrase again and again."""
+"""Encoding of streams: each frame once with causal encoders, else the open phrase repeatedly."""
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ class EncodedStream:
     """The open phrase of a stream and the state of its encoders.
 
     Attributes:
-      encoded: features of the open phrase that are encoded.
-      states: of each causal encoder.
-      ended: no more features will follow.
+      encoded: number of encoded features in the open phrase.
+      states: state of each causal encoder.
+      ended: true if no more features will follow.
     """
 
     def __init__(self, states: list[StreamState]):
@@ -30,23 +30,23 @@ class EncodedStream:
         self.ended = False
 
     def cut(self, first: int, end: int) -> Phrase:
-        """See OpenPhrase."""
+        """Remove frames and return a phrase; see `OpenPhrase.cut`."""
         self.encoded -= FEATURES_PER_FRAME * end
         return self.phrase.cut(first, end)
 
     @property
     def pending(self) -> int:
-        """Number of features that are not encoded."""
+        """Number of features not yet encoded."""
         return len(self.phrase.features) - self.encoded
 
 
 class CausalEncoding:
-    """Encodes the next chunk of streams; the LLM gets this encoder output."""
+    """Encodes streams chunk by chunk; the LLM uses this encoder output."""
 
     def __init__(self, recognizer: Recognizer, chunking: Chunking):
         """
         Raises:
-          InputError: the encoders cannot have such chunks.
+          InputError: the encoders do not support the chunking.
         """
         self.recognizer = recognizer
         self.encoders = [ChunkEncoder(encoder, chunking) for encoder in recognizer.model.encoder]
@@ -59,11 +59,11 @@ class CausalEncoding:
         return EncodedStream(self.initial)
 
     def is_ready(self, stream: EncodedStream) -> bool:
-        """Return whether a chunk can be encoded."""
+        """Return true if a chunk can be encoded."""
         return stream.pending >= (MIN_FEATURE_FRAMES if stream.ended else self.window)
 
     def __call__(self, streams: list[EncodedStream]) -> None:
-        """Encode a chunk of each stream."""
+        """Encode one chunk of each stream."""
         parts = [one.phrase.features[one.encoded :][: self.window] for one in streams]
         lens = torch.tensor([len(part) for part in parts])
         features = torch.zeros(len(parts), self.window, parts[0].size(1))
@@ -82,7 +82,7 @@ class CausalEncoding:
             stream.encoded += FEATURES_PER_FRAME * n
 
     def embed(self, phrases: list[Phrase], contexts: list[str]) -> EncodedBatch:
-        """Return the LLM's prompts for phrases, without encoding them again."""
+        """Return the LLM prompts for phrases, reusing their encoder outputs."""
         lens = torch.tensor([phrase.end - phrase.start for phrase in phrases])
         outputs = [
             EncoderOutput(list(range(len(phrases))), pad_sequence(parts, batch_first=True), lens)
@@ -92,7 +92,7 @@ class CausalEncoding:
 
 
 class Reencoding:
-    """Encodes the whole open phrase after each second: its length bounds the cost."""
+    """Encodes the whole open phrase after each second; its maximum length limits the cost."""
 
     window = 100  # feature frames: 1 s
 
@@ -104,7 +104,7 @@ class Reencoding:
         return EncodedStream([])
 
     def is_ready(self, stream: EncodedStream) -> bool:
-        """Return whether there is enough new audio."""
+        """Return true if there is enough new audio."""
         if stream.ended and len(stream.phrase.features) >= MIN_FEATURE_FRAMES:
             return stream.pending > 0
         return stream.pending >= self.window
@@ -127,7 +127,7 @@ class Reencoding:
             stream.phrase.outputs, stream.phrase.best = [out[b, :n] for out in outputs], best[b, :n]
 
     def embed(self, phrases: list[Phrase], contexts: list[str]) -> EncodedBatch:
-        """Return the LLM's prompts for phrases, encoded as offline."""
+        """Return the LLM prompts for phrases, encoded like offline recordings."""
         features, lens = _collate(phrases)
         batch = {"features": features, "feature_lens": lens, "contexts": contexts}
         return self.recognizer.encode(batch)
@@ -135,7 +135,7 @@ class Reencoding:
 
 @torch.no_grad()
 def _best_tokens(recognizer: Recognizer, outputs: list[Tensor]) -> np.ndarray:
-    """Return the most probable CTC token of each frame, (B, T)."""
+    """Return the most probable CTC token per frame, (B, T)."""
     decoder = recognizer.ctc_decoder
     with autocast(recognizer.device, recognizer.dtype):
         return decoder.ctc_output(outputs[decoder.encoder]).argmax(dim=-1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Audio from a pipe while it is being recorded: raw PCM or WAV."""
+"""Reading of live audio from a pipe: raw PCM or WAV."""
 
 import wave
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from torch import Tensor
 from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.errors import InputError
 
-BLOCK_BYTES = 1 << 16  # at most; a pipe gives what it has
-OTHER_FORMATS = {  # by the first bytes, which PCM would hardly have
+BLOCK_BYTES = 1 << 16  # maximum; reading a pipe returns what is available
+OTHER_FORMATS = {  # by first bytes, which are unlikely in PCM
     b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3", b"\x1aE\xdf\xa3": "Matroska or WebM",
     b"FORM": "AIFF", b"caff": "CAF", b"RF64": "RF64", b"RIFX": "RIFX",
 }  # fmt: skip
 
 
 def open_pcm(stream: BufferedReader, name: str) -> tuple[int, Iterator[Tensor]]:
-    """Return the sampling rate and blocks of samples (N,) as they arrive, channels averaged.
+    """Return the sampling rate and blocks of samples (N,) as they arrive; channels are averaged.
 
     Args:
-      stream: 16-bit WAV, or mono 16-bit little-endian PCM at 16 kHz without a header.
+      stream: 16-bit WAV, or headerless 16 kHz mono 16-bit little-endian PCM.
 
     Raises:
       InputError: there is no audio, a WAV header is damaged, or the format is not supported.

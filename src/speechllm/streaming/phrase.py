@@ -1,4 +1,4 @@
-"""The open phrase of a stream: audio without a final text yet, and where the phrase ends."""
+"""The open phrase of a stream (audio without a final text so far), and detection of its end."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,18 +13,18 @@ from speechllm.longform.segmenter import FRAME
 from speechllm.models.zipformer.ctc_head import BLANK
 
 FEATURES_PER_FRAME = 4
-BEFORE = 25  # frames of a phrase before its first token, which CTC emits late
-AFTER = 10  # frames of a phrase after its last token
-MIN_BLANKS = 5  # frames whose quietest is the level of silence
-QUIET_MARGIN = 0.7  # nats above it
+BEFORE = 25  # frames in a phrase before its first token, which CTC emits late
+AFTER = 10  # frames in a phrase after its last token
+MIN_BLANKS = 5  # frames whose minimum energy is the silence level
+QUIET_MARGIN = 0.7  # nats above the silence level
 
 
 class Phrase(NamedTuple):
-    """A part of a stream for the LLM; times in encoder frames of the stream.
+    """Part of a stream for the LLM, with start and end in encoder frames of the stream.
 
-    samples: at 16 kHz, (640 T,).
+    samples: 16 kHz samples (640 T,).
     features: (4 T, 80).
-    outputs: (T, C) of each encoder.
+    outputs: (T, C) per encoder.
     """
 
     start: int
@@ -35,14 +35,14 @@ class Phrase(NamedTuple):
 
 
 class OpenPhrase:
-    """Features and encoder output since the last final text.
+    """Features and encoder outputs since the last final text.
 
     Attributes:
-      start: the first frame, counted from the beginning of the stream.
-      samples: (N,) from that frame on, at 16 kHz.
-      features: (N, 80) from that frame on, also those not encoded yet.
-      outputs: (T, C) of each encoder.
-      best: most probable CTC token of each frame, (T,).
+      start: first frame, counted from the beginning of the stream.
+      samples: 16 kHz samples (N,), starting at that frame.
+      features: (N, 80), starting at that frame, including features not yet encoded.
+      outputs: (T, C) per encoder.
+      best: most probable CTC token per frame, (T,).
     """
 
     def __init__(self):
@@ -56,19 +56,19 @@ class OpenPhrase:
         return len(self.best)
 
     def append(self, outputs: list[Tensor], best: np.ndarray) -> None:
-        """Append the frames that follow."""
+        """Append the next frames."""
         if self.outputs:
             outputs = [torch.cat(parts) for parts in zip(self.outputs, outputs)]
         self.outputs, self.best = outputs, np.concatenate([self.best, best])
 
     def cut(self, first: int, end: int) -> Phrase:
-        """Remove all frames before `end`; return those from `first` on."""
+        """Remove all frames before `end`, and return those from `first` to `end` as a phrase."""
         samples = self.samples[FRAME * first : FRAME * end]
         features = self.features[FEATURES_PER_FRAME * first : FEATURES_PER_FRAME * end]
         outputs = [one[first:end] for one in self.outputs]
         phrase = Phrase(self.start + first, self.start + end, samples, features, outputs)
         self.start += end
-        self.samples = self.samples[FRAME * end :].clone()  # frees the rest
+        self.samples = self.samples[FRAME * end :].clone()  # frees the other samples
         self.features = self.features[FEATURES_PER_FRAME * end :].clone()
         self.outputs = [one[end:].clone() for one in self.outputs]
         self.best = self.best[end:]
@@ -82,10 +82,10 @@ def trailing_blanks(best: np.ndarray) -> int:
 
 
 def quiet_frames(before: Tensor, after: Tensor) -> int:
-    """Return how many frames of `after`, from its start, are as quiet as those before it.
+    """Return the number of frames at the start of `after` that are as quiet as `before`.
 
     Args:
-      before: features of frames without a token (N, 80); after: of those that follow (M, 80).
+      before: features (N, 80) of frames without a token; after: features (M, 80) that follow.
     """
     if len(before) < FEATURES_PER_FRAME * MIN_BLANKS:
         return 0
@@ -106,14 +106,14 @@ def phrase_end(
     longest: int,
     quiet: int = 0,
 ) -> tuple[int, int] | None:
-    """Return the first and the end frame of a phrase that is complete; None if it continues.
+    """Return the first and the end frame of a complete phrase; None if the phrase continues.
 
-    It ends with `silence` frames of blanks, or after `longest` frames, then in the longest gap
-    between words in its second half.
+    A phrase ends after `silence` frames of blanks, or if it reaches `longest` frames, in the
+    longest gap between words in its second half.
 
     Args:
       best: CTC tokens (T,).
-      quiet: frames of silence that follow and are not encoded yet.
+      quiet: number of following silent frames that are not yet encoded.
     """
     tokens = np.flatnonzero(best != BLANK)
     if not len(tokens):

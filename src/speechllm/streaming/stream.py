@@ -1,4 +1,4 @@
-"""Streams of audio to events: partial texts by CTC, and final segments by the LLM.
+"""Streaming recognition: partial texts from CTC, and final segments from the LLM.
 
     streamer = Streamer(recognizer, LongformConfig(), language="en")
     stream = streamer.open()
@@ -7,8 +7,8 @@
             print(event)
     print(stream.finish())
 
-A phrase ends in a pause; then the LLM verifies its CTC text. Everything before the open phrase is
-forgotten, so memory does not grow. `Streamer.advance` runs many streams in shared batches:
+A phrase ends in a pause; then the LLM verifies its CTC text. All data before the open phrase is
+discarded, so memory use does not grow. `Streamer.advance` runs many streams in shared batches:
 
     for stream, samples in zip(streams, blocks):
         stream.push(samples)
@@ -53,10 +53,10 @@ DEFAULT_CHUNKING = Chunking(chunk_size=32, left_context=128)  # 640 ms
 
 @dataclass(frozen=True)
 class Partial:
-    """Text of the open phrase so far, by CTC.
+    """CTC text of the open phrase so far.
 
-    start: seconds.
-    stable: the beginning of `text` that later partial texts of this phrase keep.
+    start: in seconds.
+    stable: beginning of `text` that is the same in all later partial texts of the phrase.
     """
 
     start: float
@@ -68,8 +68,8 @@ Event = Partial | Segment  # a segment is final
 
 
 def event_json(event: Event) -> dict:
-    """Return an event as written by transcribe.py --stream: `type`, `partial` or `final`, and all
-    fields.
+    """Return an event as written by transcribe.py --stream: its fields, and the `type` `partial`
+    or `final`.
     """
     if isinstance(event, Segment):
         return {"type": "final", **segment_json(event)}
@@ -77,7 +77,7 @@ def event_json(event: Event) -> dict:
 
 
 class Streamer:
-    """Opens streams of a recognizer and runs them in shared batches."""
+    """Opens streams for a recognizer, and runs them in shared batches."""
 
     def __init__(
         self,
@@ -88,10 +88,10 @@ class Streamer:
     ):
         """
         Args:
-          chunking: of causal encoders; by default that of the model, or DEFAULT_CHUNKING.
+          chunking: for causal encoders; by default the model's chunking, or DEFAULT_CHUNKING.
 
         Raises:
-          InputError: no encoder has a CTC head, or the encoders cannot have such chunks.
+          InputError: no encoder has a CTC head, or the encoders do not support the chunking.
         """
         if recognizer.ctc_decoder is None:
             raise InputError(NEEDS_CTC.format("streaming"))
@@ -118,12 +118,12 @@ class Streamer:
         """Return a new stream.
 
         Args:
-          context: text for the LLM besides the audio; see Transcriber.check_context.
-          endpoint_silence: seconds of silence that end a phrase; by default those of the config.
+          context: text for the LLM in addition to the audio; see Transcriber.check_context.
+          endpoint_silence: seconds of silence that end a phrase, by default from the config.
           start: time of the first sample in seconds.
 
         Raises:
-          InputError: the sampling rate is not supported.
+          InputError: the sampling rate is unsupported.
         """
         seconds = self.config.endpoint_silence if endpoint_silence is None else endpoint_silence
         stream = Stream(self, sampling_rate, context, max(1, round(seconds * FRAMES_PER_SECOND)))
@@ -131,11 +131,11 @@ class Streamer:
         return stream
 
     def advance(self, streams: list["Stream"]) -> list[list[Event]]:
-        """Encode a chunk of each stream that has one, and return the events of each stream.
+        """Encode a chunk of each stream that is ready, and return the events of each stream.
 
         After an exception, it can be called again with fewer streams: no phrase is lost.
         """
-        for stream in streams:  # first, so that the blocks do not change the result
+        for stream in streams:  # first, so that the result does not depend on block sizes
             stream.find_phrases()
         ready = [one for one in streams if one.is_ready]
         if ready:
@@ -151,7 +151,7 @@ class Streamer:
         return events
 
     def _recognize(self, phrases: list[tuple["Stream", Phrase]]) -> list[Segment]:
-        """Return the final segments of phrases; those with speech are recognized as one batch."""
+        """Return the final segments of phrases; phrases with speech are recognized as one batch."""
         has_speech = self._has_speech([one for _, one in phrases])
         spoken = [pair for pair, speech in zip(phrases, has_speech) if speech]
         found = iter(())
@@ -169,7 +169,7 @@ class Streamer:
         ]
 
     def _has_speech(self, phrases: list[Phrase]) -> list[bool]:
-        """Return false for phrases that are noise or too short: CTC can write words for these."""
+        """Return false for noise and too short phrases, for which CTC may also emit words."""
         shortest = self.recognizer.model.ds_rate
         if not phrases:
             return []
@@ -181,16 +181,16 @@ class Streamer:
 
 
 class Stream:
-    """Audio of one speaker or microphone, fed block by block; see Streamer.
+    """Stream of audio from one speaker or microphone, fed block by block; see Streamer.
 
     Attributes:
-      phrases: complete phrases without a final text yet.
+      phrases: complete phrases that have no final text yet.
     """
 
     def __init__(self, streamer: Streamer, sampling_rate: int, context: str, silence: int):
         """
         Args:
-          silence: frames that end a phrase.
+          silence: number of silent frames that end a phrase.
         """
         self.streamer, self.context, self.silence = streamer, context, silence
         self.encoded = streamer.encoding.open()
@@ -201,7 +201,7 @@ class Stream:
         self._forget()
 
     def feed(self, samples: Tensor) -> list[Event]:
-        """Add samples (N,), floats from -1 to 1, and return the events they lead to."""
+        """Add samples (N,), floats from -1 to 1, and return the resulting events."""
         events = []
         for block in torch.as_tensor(samples).split(self._rate):
             self.push(block)
@@ -226,7 +226,7 @@ class Stream:
 
     @property
     def missing_samples(self) -> int:
-        """Number of samples to be pushed until a chunk or a phrase is complete, about."""
+        """Approximate number of samples missing to complete a chunk or a phrase."""
         pending, blanks = self.encoded.pending, trailing_blanks(self.encoded.phrase.best)
         frames = self.streamer.encoding.window - pending
         to_endpoint = FEATURES_PER_FRAME * (self.silence - blanks) - pending
@@ -235,7 +235,7 @@ class Stream:
         return max(0, round(frames * FRAME_SHIFT * self._rate))
 
     def push(self, samples: Tensor = NO_SAMPLES, end: bool = False) -> None:
-        """Add samples for the next `Streamer.advance`; with `end`, no more will follow."""
+        """Add samples for the next `Streamer.advance`; `end` marks the end of the stream."""
         samples = torch.as_tensor(samples, dtype=torch.float32)
         samples, phrase = self._resample(samples, end), self.encoded.phrase
         phrase.samples = torch.cat([phrase.samples, samples])
@@ -245,7 +245,7 @@ class Stream:
     # ---- for Streamer
 
     def find_phrases(self) -> None:
-        """Move complete phrases from the open one to `phrases`."""
+        """Move complete phrases from the open phrase to `phrases`."""
         streamer = self.streamer
         silence = 0 if self.encoded.ended and not self.is_ready else self.silence
         encoded, features = self.encoded.encoded, self.encoded.phrase.features
@@ -259,7 +259,7 @@ class Stream:
             self._forget()
 
     def new_partial(self) -> list[Partial]:
-        """Return the partial text of a new encoding if it has changed, or drop old silence."""
+        """Return the partial text if it has changed; without tokens, drop old silence."""
         phrase, streamer = self.encoded.phrase, self.streamer
         tokens = [token for token, _ in groupby(phrase.best.tolist()) if token != BLANK]
         if not tokens:
@@ -279,7 +279,7 @@ class Stream:
         return [partial]
 
     def _commit(self, found: list[str]) -> None:
-        """Extend the stable words: all but the last, or those that two encodings agree on."""
+        """Extend the stable words: all but the last, or those on which two encodings agree."""
         agreed = found[:-1]
         if isinstance(self.streamer.encoding, Reencoding):  # LocalAgreement-2
             pairs = takewhile(lambda pair: pair[0] == pair[1], zip(found, self._units))
