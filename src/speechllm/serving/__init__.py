@@ -1,1 +1,1 @@
-"""HTTP server with OpenAI's transcription API."""
+"""HTTP server for OpenAI's transcription API."""

@@ -1,4 +1,4 @@
-"""API errors, and admission control: limits on the requests in progress and on their audio."""
+"""API errors, and admission control: limits on requests in progress and on their audio."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ from fastapi.responses import JSONResponse
 
 from speechllm.audio.fbank import SAMPLING_RATE
 
-RETRY_SECONDS = 1  # in Retry-After of 429 and 503
+RETRY_SECONDS = 1  # Retry-After for 429 and 503
 FAILED = "recognition failed, see the server's log"
-CLIENT_CLOSED_REQUEST = 499  # nginx's status; never sent, only counted
+CLIENT_CLOSED_REQUEST = 499  # as in nginx; only counted, never sent
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(HTTPException):
-    """An error response with a message for a person; `param` is the form field at fault."""
+    """Error response with a human-readable message; `param` is the form field at fault."""
 
     def __init__(self, status: int, message: str, param: str | None = None):
         super().__init__(status, message)
@@ -30,7 +30,7 @@ def error_body(status: int, message: str, param: str | None = None) -> dict:
 
 
 def error_response(error: HTTPException) -> JSONResponse:
-    """Return the response to an error, with the headers that its status needs."""
+    """Return the response for an error, with the headers that its status requires."""
     headers = dict(error.headers or {})
     if error.status_code in (429, 503):
         headers["Retry-After"] = str(RETRY_SECONDS)
@@ -41,10 +41,10 @@ def error_response(error: HTTPException) -> JSONResponse:
 
 
 class AdmissionController:
-    """Limits the streams, the requests in progress, and the seconds of audio they hold in memory.
+    """Limits the streams, the requests in progress, and the seconds of their audio in memory.
 
     Attributes:
-      streams: how many are open.
+      streams: number of open streams.
     """
 
     def __init__(self, max_concurrent_requests: int, max_queued_seconds: float, max_streams: int):
@@ -53,7 +53,7 @@ class AdmissionController:
         self.max_streams, self.streams = max_streams, 0
         self.slots: set[Slot] = set()
         self.closed = False
-        self.lock = Lock()  # the decoder threads count samples
+        self.lock = Lock()  # decoder threads count samples
 
     @property
     def seconds(self) -> float:
@@ -85,7 +85,7 @@ class AdmissionController:
         """Count a stream.
 
         Raises:
-          ApiError: 429, too many are open; 503, the server is shutting down.
+          ApiError: 429, too many streams are open; 503, the server is shutting down.
         """
         self._check_open()
         if self.streams >= self.max_streams:
@@ -102,9 +102,9 @@ class AdmissionController:
 
 
 class Slot:
-    """A request in progress: its audio in memory, and its batcher.Job once it is submitted.
+    """A request in progress: its audio in memory, and its batcher.Job once submitted.
 
-    warnings: parts of the audio that could not be read.
+    warnings: messages about unreadable parts of the audio.
     """
 
     def __init__(self, controller: AdmissionController):
@@ -116,7 +116,7 @@ class Slot:
         return self.samples / SAMPLING_RATE
 
     def add(self, samples: int) -> None:
-        """Count samples that are now in memory.
+        """Count samples that have been loaded into memory.
 
         Raises:
           ApiError: 503, too much audio is queued; 499, the request has ended.

@@ -1,4 +1,4 @@
-"""Routes of the server: OpenAI's API, health, metrics and a web page."""
+"""Server routes: OpenAI's API, health, metrics and a web page."""
 
 import asyncio
 import logging
@@ -40,7 +40,7 @@ PAGE_HEADERS = {
 }
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies
-EXPOSED_HEADERS = ("Retry-After", "X-Ignored", "X-Warnings")  # to scripts of other origins
+EXPOSED_HEADERS = ("Retry-After", "X-Ignored", "X-Warnings")  # to scripts from other origins
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -106,10 +106,10 @@ def create_app(service: Service) -> ASGIApp:
 
     for route in app.routes:
         if "GET" in getattr(route, "methods", ()):
-            route.methods.add("HEAD")  # FastAPI does not, as Starlette does
+            route.methods.add("HEAD")  # added by Starlette, but not by FastAPI
     if not service.config.allow_origin:
         return app
-    return CORSMiddleware(  # around everything: errors and requests without a token too
+    return CORSMiddleware(  # outermost, to include errors and requests without a token
         app,
         allow_origins=service.config.origins,
         allow_methods=("GET", "HEAD", "POST"),
@@ -137,7 +137,7 @@ async def _response(service: Service, slot: Slot, form: TranscriptionForm) -> Re
 
 
 async def _events(service: Service, slot: Slot, verbose: bool) -> AsyncIterator[str]:
-    """Yield a delta per segment, then the whole text; verbose: with words, and SRT at the end."""
+    """Yield a delta per segment, then the whole text; `verbose` adds words and, last, SRT."""
     segments, text, space = [], "", word_separator(service.transcriber.language)
     try:
         async for segment in slot.job.results():
@@ -160,7 +160,7 @@ async def _events(service: Service, slot: Slot, verbose: bool) -> AsyncIterator[
 
 
 async def _unless_disconnected(request: Request, work: Coroutine):
-    """Return the result of `work`, which is cancelled when the client disconnects.
+    """Return the result of `work`, which is canceled if the client disconnects.
 
     Raises:
       ApiError: 499, the client disconnected.
@@ -182,7 +182,7 @@ async def _unless_disconnected(request: Request, work: Coroutine):
 
 
 def _ascii(text: str) -> str:
-    """Return text for a header, with `?` for other characters."""
+    """Return text for a header, with `?` for characters that are not printable ASCII."""
     return "".join(letter if " " <= letter <= "~" else "?" for letter in text)
 
 

@@ -1,4 +1,4 @@
-"""One thread owns the model: it recognizes streams and chunks of recordings in batches."""
+"""The model thread, which recognizes streams and chunks of recordings in batches."""
 
 import asyncio
 import logging
@@ -23,15 +23,15 @@ Result = TypeVar("Result")
 
 
 class Results(Generic[Result]):
-    """Results of the model thread, read in the event loop that created this."""
+    """Results from the model thread, read in the event loop in which the object was created."""
 
     def __init__(self):
-        self.cancelled = False  # it failed, or the client disconnected
+        self.cancelled = False  # true if the job failed or the client disconnected
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Result | Exception | None] = asyncio.Queue()
 
     def put(self, result: Result | Exception | None) -> None:
-        """Pass a result to the event loop; an error or None is the last one."""
+        """Pass a result to the event loop; an error or None ends the results."""
         try:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, result)
         except RuntimeError:  # the loop is closed
@@ -41,7 +41,7 @@ class Results(Generic[Result]):
         """Yield results as they arrive.
 
         Raises:
-          ApiError: 500, from the exception of the recognizer, which is logged.
+          ApiError: 500, recognition failed with an exception, which was logged.
         """
         while (result := await self.queue.get()) is not None:
             if isinstance(result, Exception):
@@ -61,7 +61,7 @@ class Job(Results[Segment]):
     ):
         """
         Args:
-          blocks: samples (N,) each; emptied as they are used.
+          blocks: samples (N,); removed as they are used.
           context, hotwords: see AudioChunk.
         """
         super().__init__()
@@ -75,11 +75,11 @@ class Job(Results[Segment]):
 
 
 class LiveJob(Results[Event]):
-    """A stream; it is submitted again after each change.
+    """A stream; to be submitted again after each change.
 
     Attributes:
       blocks: samples (N,) to be pushed to the stream.
-      ended: no more blocks will follow.
+      ended: true if no more blocks will follow.
     """
 
     name = "a stream"
@@ -95,7 +95,7 @@ class LiveJob(Results[Event]):
 
     @property
     def is_ready(self) -> bool:
-        """True if there is work: small blocks wait until they make a chunk."""
+        """True if there is work: small blocks wait until they form a chunk."""
         return self.ended or self.stream.is_ready or self.waiting > self.stream.missing_samples
 
     @property
@@ -104,7 +104,7 @@ class LiveJob(Results[Event]):
         return self.stream.encoded.ended and not self.stream.is_ready
 
     def push(self) -> None:
-        """Push the blocks of the next chunk to the stream."""
+        """Push the blocks for the next chunk to the stream."""
         if self.stream.is_ready:
             return
         taken, missing = [NO_SAMPLES], self.stream.missing_samples
@@ -117,13 +117,13 @@ class LiveJob(Results[Event]):
 class Worker:
     """Alternates between jobs, so that a long recording does not block short ones.
 
-    Streams go first: while one is open, recordings are cut and recognized in small batches.
+    Streams have priority: while any is open, recordings are split and recognized in small batches.
     """
 
     def __init__(self, transcriber: Transcriber, on_batch: Callable[[int], None] = lambda n: None):
         """
         Args:
-          on_batch: called with the number of chunks of each batch.
+          on_batch: called with the number of chunks in each batch.
         """
         self.transcriber, self.on_batch = transcriber, on_batch
         self.max_samples = transcriber.config.max_duration * SAMPLING_RATE
@@ -159,7 +159,7 @@ class Worker:
                         job.put(None)
 
     def _accept_jobs(self) -> None:
-        """Take submitted jobs; wait for one if there is nothing else to do."""
+        """Accept submitted jobs; wait for a job if there is nothing else to do."""
         while not self.submitted.empty() or not (self.turns or self.ready or self.closed):
             job = self.submitted.get()
             if job is None:
@@ -175,7 +175,7 @@ class Worker:
                     return  # splitting many recordings would take long
 
     def _advance(self, job: Job) -> None:
-        """Queue the job's next chunk, if there is one."""
+        """Queue the job's next chunk, if any."""
         try:
             job.next_chunk = next(job.chunks, None)
         except Exception as error:
@@ -185,7 +185,7 @@ class Worker:
             self.turns.append(job)
 
     def _next_batch(self) -> list[tuple[Job, AudioChunk]]:
-        """Take one chunk of each job in turn until the batch, with padding, is full."""
+        """Return a batch with one chunk from each job in turn, until it is full with padding."""
         batch, longest, max_samples = [], 0, 0 if self.live else self.max_samples
         while self.turns:
             job = self.turns[0]
@@ -200,7 +200,7 @@ class Worker:
         return batch
 
     def _recognize(self, batch: list[tuple[Job, AudioChunk]]) -> None:
-        """Recognize a batch; if that fails, each chunk alone, so that only its job fails."""
+        """Recognize a batch; if it fails, retry each chunk alone, so that only one job fails."""
         try:
             segments = self.transcriber.recognize([chunk for _, chunk in batch])
         except Exception as error:
@@ -237,7 +237,7 @@ class Worker:
             self._queue_stream(job)
 
     def _advance_streams(self, jobs: list[LiveJob]) -> None:
-        """Advance streams as one batch; if that fails, each alone, so that only it fails."""
+        """Advance streams as one batch; if it fails, retry each alone, so that only one fails."""
         try:
             found = jobs[0].stream.streamer.advance([job.stream for job in jobs])
         except Exception as error:

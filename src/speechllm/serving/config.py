@@ -20,7 +20,7 @@ class ServerConfig:
     """
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all", group="server")
-    port: int = option(8000, "port to listen on; 0: any free one", group="server")
+    port: int = option(8000, "port to listen on; 0: any free port", group="server")
     model_name: str | None = option(
         None, "model name in requests", group="server", unset="the name of --exp-dir"
     )
@@ -37,18 +37,18 @@ class ServerConfig:
     )
     max_concurrent_requests: int = option(256, "maximum requests in progress", group="server")
     max_queued_seconds: float = option(
-        14400.0, "maximum seconds of audio in memory over all requests (64 kB per second)",
+        14400.0, "maximum seconds of audio in memory for all requests (64 kB per second)",
         group="server",
     )  # fmt: skip
-    max_streams: int = option(64, "maximum streams at once", group="server")
+    max_streams: int = option(64, "maximum concurrent streams", group="server")
     max_stream_speed: float = option(
         4.0, "maximum speed of a stream's audio, relative to real time", group="server"
     )
     max_stream_idle: float = option(
-        300.0, "seconds without an event that end a stream", group="server"
+        300.0, "seconds without an event after which a stream is closed", group="server"
     )
     max_stream_duration: float = option(
-        14400.0, "maximum seconds that a stream is open", group="server"
+        14400.0, "seconds after which a stream is closed", group="server"
     )
 
     def __post_init__(self):
@@ -66,5 +66,5 @@ class ServerConfig:
 
     @property
     def origins(self) -> list[str]:
-        """Origins as browsers send them: lower case, without a slash at the end."""
+        """Origins as browsers send them: in lower case, without a trailing slash."""
         return [origin.lower().rstrip("/") for origin in comma_list(self.allow_origin)]

@@ -1,7 +1,7 @@
-"""Form of a transcription request: each of OpenAI's fields is honoured, refused or ignored by name.
+"""Transcription request form: every OpenAI field is explicitly honored, rejected or ignored.
 
-Lists may be `name[]`, `name[0]`, `name` several times, or separated by commas. Values that cannot
-change the answer, such as `seed`, are ignored and named in the response's X-Ignored.
+Lists may be given as `name[]`, `name[0]`, repeated `name`, or comma-separated values. Fields that
+cannot change the response, such as `seed`, are ignored and listed in the X-Ignored header.
 """
 
 import re
@@ -21,7 +21,7 @@ from speechllm.errors import InputError
 from speechllm.longform.transcriber import Transcriber
 from speechllm.serving.admission import CLIENT_CLOSED_REQUEST, ApiError
 
-# Many clients have no other model names; answered by the served model.
+# Many clients support no other model names; these refer to the served model.
 ALIASES = (
     "whisper-1", "gpt-transcribe", "gpt-4o-transcribe", "gpt-4o-mini-transcribe",
     "gpt-live-transcribe", "gpt-realtime-whisper",
@@ -31,8 +31,8 @@ UNSUPPORTED = {
     "known_speaker_names": "speakers are not recognized",
     "known_speaker_references": "speakers are not recognized",
 }
-ONLY = {"chunking_strategy": "auto", "task": "transcribe"}  # the only value that is supported
-THREE_LETTERS = {  # codes of ISO 639-2 and -3 by those of 639-1
+ONLY = {"chunking_strategy": "auto", "task": "transcribe"}  # the only supported value
+THREE_LETTERS = {  # ISO 639-1 codes -> ISO 639-2 and 639-3 codes
     "ar": "ara", "bg": "bul", "ca": "cat", "cs": "ces cze", "da": "dan", "de": "deu ger",
     "el": "ell gre", "en": "eng", "es": "spa", "et": "est", "fa": "fas per", "fi": "fin",
     "fr": "fra fre", "he": "heb", "hi": "hin", "hr": "hrv", "hu": "hun", "id": "ind", "it": "ita",
@@ -56,7 +56,7 @@ Granularities = Annotated[list[Literal["segment", "word"]], BeforeValidator(_spl
 class TranscriptionForm(BaseModel):
     """Fields of a transcription request.
 
-    `prompt` and `keywords` are the LLM's context, if it takes one, and hotwords.
+    `prompt` and `keywords` are used as the LLM's context, if supported, and as hotwords.
     """
 
     file: Any
@@ -80,7 +80,7 @@ LISTS = ("timestamp_granularities", "languages", "keywords", "hotwords")
 
 
 class _Parser(MultiPartParser):
-    """Reads the part `file` as a file also if it has no file name."""
+    """Form parser that treats the part `file` as a file even without a file name."""
 
     def on_headers_finished(self) -> None:
         part = self._current_part
@@ -91,10 +91,10 @@ class _Parser(MultiPartParser):
 
 
 async def read_form(request: Request) -> FormData:
-    """Read the body of a request.
+    """Read the form in a request's body.
 
     Raises:
-      ApiError: 400, not a form; 499, the client disconnected.
+      ApiError: 400, the body is not a form; 499, the client disconnected.
     """
     kind = request.headers.get("content-type", "")
     if not kind.lower().startswith("multipart/form-data"):
@@ -110,14 +110,14 @@ async def read_form(request: Request) -> FormData:
 def check_form(
     raw: FormData, model_name: str, transcriber: Transcriber
 ) -> tuple[TranscriptionForm, Hotwords | None, list[str]]:
-    """Return the fields, the hotwords in them, and the names of those that are ignored.
+    """Return the fields, their hotwords, and the names of ignored fields.
 
     Raises:
-      ApiError: 400, a field is missing, invalid or unsupported; 404, another model.
+      ApiError: 400, a field is missing, invalid or unsupported; 404, the model is not served.
     """
     fields: dict[str, list] = {}
     for name, value in raw.multi_items():
-        if value != "":  # as if it were not sent
+        if value != "":  # empty fields count as missing
             fields.setdefault(name.partition("[")[0], []).append(value)
     for name in UNSUPPORTED.keys() & fields.keys():
         raise ApiError(400, f"{name}: {UNSUPPORTED[name]}", name)
@@ -142,7 +142,7 @@ def check_form(
 
 
 def _hotwords(form: TranscriptionForm, recognizer: Recognizer) -> tuple[Hotwords | None, list[str]]:
-    """Return the hotwords of all fields, and OpenAI's fields that cannot be tokenized."""
+    """Return the hotwords in all fields, and the names of OpenAI fields with unusable text."""
     phrases, unused = list(form.hotwords), []
     in_prompt = _split(re.split(r"[.;:?!\n]", form.prompt))
     for name, found in (("prompt", in_prompt), ("keywords", form.keywords)):
@@ -158,10 +158,10 @@ def _hotwords(form: TranscriptionForm, recognizer: Recognizer) -> tuple[Hotwords
 
 
 def check_model(name: str, served: str) -> None:
-    """Check the name of a model; ALIASES are accepted too.
+    """Check a model name; ALIASES are also accepted.
 
     Raises:
-      ApiError: 404.
+      ApiError: 404, the model is not served.
     """
     if name not in (served, *ALIASES):
         raise ApiError(404, f"model {name!r} does not exist, this server has {served!r}", "model")
@@ -181,7 +181,7 @@ def _validated(fields: dict[str, list]) -> TranscriptionForm:
 
 
 def validation_error(error: ValidationError, *parents: str) -> ApiError:
-    """Return the first of pydantic's errors as a sentence."""
+    """Return the first pydantic error as an ApiError with one sentence."""
     first = error.errors()[0]
     param = ".".join([*parents, *(one for one in first["loc"] if isinstance(one, str))])
     shown = f", not {first['input'][:100]!r}" if isinstance(first["input"], str) else ""
@@ -189,7 +189,7 @@ def validation_error(error: ValidationError, *parents: str) -> ApiError:
 
 
 def check_language(language: str, languages: list[str], of_model: str | None) -> list[str]:
-    """Return the names of the fields that are ignored.
+    """Check the requested languages; return the names of ignored fields.
 
     Raises:
       ApiError: 400, the model is for another language.
@@ -206,7 +206,7 @@ def check_language(language: str, languages: list[str], of_model: str | None) ->
 
 
 def language_code(name: str) -> str:
-    """`en-US`, `EN`, `eng` or `English` -> `en`."""
+    """Return the two-letter code: `en-US`, `EN`, `eng` or `English` -> `en`."""
     name = re.split(r"[-_]", name.strip().lower())[0]
     return LANGUAGE_CODES.get(name, name)
 

@@ -1,4 +1,4 @@
-"""Authentication, admission, metrics and limits of the upload, around the routes."""
+"""Middleware around the routes: authentication, admission, metrics and upload limits."""
 
 import asyncio
 import time
@@ -13,13 +13,13 @@ from speechllm.serving.service import Service
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 PUBLIC_ROUTES = ("/", "/health")  # need no token
-TOKEN_PROTOCOL = "openai-insecure-api-key."  # OpenAI's way for browsers, which send no headers
-IDLE_TIMEOUT = 30.0  # s without a byte, or behind the slowest allowed upload
+TOKEN_PROTOCOL = "openai-insecure-api-key."  # for WebSockets in browsers, which cannot set headers
+IDLE_TIMEOUT = 30.0  # s without data, or behind the slowest allowed upload
 MIN_BYTES_PER_SECOND = 8000.0
 
 
 class AdmissionMiddleware:
-    """Checks the token; a transcription holds a slot from the first byte of its request."""
+    """Checks tokens, and holds a slot for a transcription from the first byte of its request."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app, self.service = app, service
@@ -45,7 +45,7 @@ class AdmissionMiddleware:
         async def watched_send(message) -> None:
             nonlocal status
             status = message.get("status", status)
-            if "status" in message and not body.ended:  # or uvicorn would read the rest of the body
+            if "status" in message and not body.ended:  # else uvicorn reads the rest of the body
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
@@ -72,10 +72,10 @@ class AdmissionMiddleware:
         self.service.check_token(authorization)
 
     def _check_origin(self, headers: Headers) -> None:
-        """Check the page that opens a WebSocket: browsers leave that to the server.
+        """Check the origin of a WebSocket connection, which browsers do not restrict.
 
         Raises:
-          ApiError: 403.
+          ApiError: 403, the origin is not allowed.
         """
         origin, allowed = headers.get("origin"), self.service.config.origins
         if origin and urlsplit(origin).netloc != headers.get("host"):
@@ -84,14 +84,15 @@ class AdmissionMiddleware:
 
 
 class LimitedBody:
-    """ASGI `receive` that limits the size and the time of a request's body."""
+    """ASGI `receive` that limits the size and upload time of a request's body."""
 
     def __init__(self, receive: Receive, max_bytes: float):
         self.receive, self.max_bytes = receive, max_bytes
         self.bytes, self.ended, self.start = 0, False, time.monotonic()
 
     async def __call__(self) -> Message:
-        """
+        """Return the next message.
+
         Raises:
           ApiError: 413, the body is too large; 408, the client is too slow.
         """
@@ -102,9 +103,9 @@ class LimitedBody:
         return message
 
     async def drain(self) -> None:
-        """Discard the rest, within a limit: many clients read no response before they sent all."""
+        """Discard the rest, up to a limit: many clients send everything before reading."""
         limit = 2 * max(self.bytes, self.max_bytes)
-        with suppress(ApiError):  # too slow; the response to be sent is another error
+        with suppress(ApiError):  # too slow; another error will be sent
             while not self.ended and self.bytes < limit:
                 await self._next()
 

@@ -1,7 +1,7 @@
 """Transcripts in the response formats of OpenAI's API.
 
-Additional fields: `confidence` of words and segments, `flags` of segments (signs of a
-hallucination), and `warnings` if a part of the file could not be read. `no_speech_prob` is 1 or 0;
+Additional fields are `confidence` for words and segments, `flags` for segments (signs of
+hallucination), and `warnings` if part of the file could not be read. `no_speech_prob` is 1 or 0;
 `tokens` is always [] and `seek` 0.
 """
 
@@ -17,7 +17,7 @@ MIN_CONFIDENCE = 1e-9  # the logarithm of 0 is not JSON
 
 
 def plain_json(transcript: Transcript) -> dict:
-    """Return the body of response_format json."""
+    """Return the body for the response_format json."""
     return {
         "text": transcript.text,
         "usage": {"type": "duration", "seconds": math.ceil(transcript.duration)},
@@ -27,7 +27,7 @@ def plain_json(transcript: Transcript) -> dict:
 def verbose_json(
     transcript: Transcript, granularities: list[str], warnings: Sequence[str] = ()
 ) -> dict:
-    """Return the body of verbose_json with the times of segments, words or both."""
+    """Return the body for verbose_json, with the times of segments, words or both."""
     verbose = {
         "task": "transcribe",
         "language": transcript.language or "unknown",

@@ -1,7 +1,7 @@
 """Sessions of /v1/realtime: a WebSocket with audio in, partial and final texts out.
 
-The first event decides between OpenAI's transcription sessions and vLLM's dialect. Wrong events are
-answered by an error event; only the limits of the server end a session.
+The first event selects OpenAI's transcription sessions or vLLM's dialect. Invalid events are
+answered with an error event; apart from the client, only the server's limits end a session.
 """
 
 import asyncio
@@ -35,19 +35,19 @@ from speechllm.streaming.stream import Event, Stream
 
 SUBPROTOCOL = "realtime"
 MAX_MESSAGE_BYTES = 1 << 20  # 16 s of audio at 24 kHz
-BURST_SECONDS = 5.0  # how long a client may send without a limit of the speed
-MIN_EVENT_SECONDS = 0.005  # of audio that any event counts as
-MAX_WAITING_SECONDS = 30.0  # of audio before the model; more is not read from the connection
-SEND_TIMEOUT = 30.0  # s, for a client that does not read
+BURST_SECONDS = 5.0  # time in which a client may exceed the maximum speed
+MIN_EVENT_SECONDS = 0.005  # seconds of audio that any event counts as, at least
+MAX_WAITING_SECONDS = 30.0  # of queued audio; more is not read from the connection
+SEND_TIMEOUT = 30.0  # s, for clients that do not read
 TRY_AGAIN_LATER, POLICY_VIOLATION = 1013, 1008  # close codes
 
 
 async def serve_stream(websocket: WebSocket, service: Service) -> None:
-    """Accept a WebSocket and serve its session to the end."""
+    """Accept a WebSocket connection and serve its session until the end."""
     offered = websocket.scope["subprotocols"]
     await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
     session, served = Session(websocket, service), service.config.model_name
-    with suppress(WebSocketDisconnect, TimeoutError):  # the client left, or does not read
+    with suppress(WebSocketDisconnect, TimeoutError):  # the client disconnected, or does not read
         try:
             with service.admission.open_stream():
                 check_model(websocket.query_params.get("model", served), served)
@@ -58,10 +58,10 @@ async def serve_stream(websocket: WebSocket, service: Service) -> None:
 
 @dataclass
 class OpenStream:
-    """A stream of a session and its open item.
+    """A session's stream and its open item.
 
-    detects_turns: an item completes in each pause; otherwise when the client commits.
-    committed: the client has committed, and no item has completed since then.
+    detects_turns: an item is completed in each pause if true, by the client's commit if false.
+    committed: true if the client has committed and no item has completed since.
     """
 
     job: LiveJob
@@ -71,27 +71,27 @@ class OpenStream:
 
 
 class Session:
-    """The state of one WebSocket."""
+    """State of a WebSocket connection."""
 
     def __init__(self, websocket: WebSocket, service: Service):
         self.websocket, self.service, self.config = websocket, service, service.config
         self.dialect: OpenAIDialect | None = None  # decided by the first event
         self.settings = default_settings(service.transcriber.config.endpoint_silence)
         self.separator = word_separator(service.transcriber.language)
-        self.stream: OpenStream | None = None  # takes audio
-        self.streams: asyncio.Queue[OpenStream] = asyncio.Queue()  # to be delivered, in order
+        self.stream: OpenStream | None = None  # receives audio
+        self.streams: asyncio.Queue[OpenStream] = asyncio.Queue()  # results to deliver, in order
         self.unfinished: set[LiveJob] = set()
         self.seconds = 0.0  # of audio so far
         self.sending = asyncio.Lock()
         self.end = time.monotonic() + self.config.max_stream_duration
-        self.paced = 0.0  # when the audio so far ends, at the highest speed
+        self.paced = 0.0  # time when the audio so far ends at the maximum speed
 
     async def run(self) -> None:
-        """Serve until the client leaves.
+        """Serve until the client disconnects.
 
         Raises:
           ApiError: a limit ends the session.
-          WebSocketDisconnect, TimeoutError: the client left, or does not read.
+          WebSocketDisconnect, TimeoutError: the client disconnected, or does not read.
         """
         self._open(self.settings)  # raises an error if the model cannot stream
         await self._send(self._created())
@@ -114,7 +114,7 @@ class Session:
         await self.websocket.close(TRY_AGAIN_LATER if is_busy else POLICY_VIOLATION)
 
     def _created(self) -> dict:
-        """Return session.created in both dialects."""
+        """Return session.created, for both dialects."""
         session = {"id": new_id("sess"), "object": "realtime.transcription_session"}
         created = {"type": "session.created", "id": session["id"], "created": int(time.time())}
         return created | {"session": session | self.settings.model_dump()}
@@ -149,8 +149,8 @@ class Session:
         """Return the next message.
 
         Raises:
-          ApiError: 408, too long without one, or the session has reached its longest duration.
-          WebSocketDisconnect: the client has left.
+          ApiError: 408, the client was idle too long, or the maximum session duration is reached.
+          WebSocketDisconnect: the client disconnected.
         """
         idle, left = self.config.max_stream_idle, self.end - time.monotonic()
         try:
@@ -193,7 +193,7 @@ class Session:
         check_language(transcription.language, transcription.languages, language)
         self._open(settings)  # raises an error if something is not supported
         if self.stream and settings != self.settings:
-            await self._finish_stream()  # the new settings are for the audio that follows
+            await self._finish_stream()  # the new settings apply to subsequent audio
         self.settings = settings
         await self._send({"type": "session.updated", "session": settings.model_dump()})
 
@@ -216,7 +216,7 @@ class Session:
             await asyncio.sleep(0.1)
 
     async def _keep_pace(self, seconds: float) -> None:
-        """Wait after an event of so much audio if the client is too fast; TCP slows it down."""
+        """Wait after an event with `seconds` of audio if the client is too fast; TCP slows it."""
         now = time.monotonic()
         self.paced = max(self.paced, now - BURST_SECONDS) + seconds / self.config.max_stream_speed
         await asyncio.sleep(self.paced - now)
@@ -224,7 +224,7 @@ class Session:
     async def _commit(self, event: dict) -> None:
         if isinstance(self.dialect, VllmDialect):
             if not event.get("final"):
-                return  # the start
+                return  # start of the audio
             if self.stream is None:
                 await self._send(*self.dialect.completed(Item(self.separator)))
         elif self.stream is None:
@@ -232,7 +232,7 @@ class Session:
         await self._finish_stream()
 
     async def _finish_stream(self) -> None:
-        """Commit the audio, if there is a stream."""
+        """Commit the audio of the stream, if any."""
         stream, self.stream = self.stream, None
         if stream is None:
             return
@@ -252,7 +252,7 @@ class Session:
         """Open a stream with these settings.
 
         Raises:
-          ApiError: 400, the sampling rate or the context is not supported.
+          ApiError: 400, the sampling rate or the context is unsupported.
         """
         wanted, transcriber = settings.audio.input, self.service.transcriber
         silence = wanted.turn_detection and wanted.turn_detection.silence_duration_ms / 1000
@@ -272,7 +272,7 @@ class Session:
     # ---- results
 
     async def _deliver(self) -> None:
-        """Send the results of all streams, one after the other."""
+        """Send the results of all streams, one stream after another."""
         while True:
             stream = await self.streams.get()
             try:
@@ -285,12 +285,12 @@ class Session:
                 item = stream.item or Item(self.separator)
                 await self._send(*self.dialect.failed(item, error))
                 if self.stream is stream:
-                    self.stream = None  # the next audio opens another
+                    self.stream = None  # the next audio opens a new stream
             self.unfinished.discard(stream.job)
             self.streams.task_done()
 
     def _events(self, stream: OpenStream, event: Event) -> list[dict]:
-        """Return the events of a partial text or a final segment."""
+        """Return the events for a partial text or a final segment."""
         is_final, found = isinstance(event, Segment), []
         if stream.item is None:
             if is_final and not event.text:
@@ -313,17 +313,17 @@ class Session:
         return found + self.dialect.buffer("committed", item) + self.dialect.completed(item)
 
     def _last_events(self, stream: OpenStream) -> list[dict]:
-        """Return the events that answer a commit; without speech its item is empty."""
+        """Return the events that answer a commit; without speech, the item is empty."""
         item = stream.item or Item(self.separator)
         found = self.dialect.buffer("committed", item) if stream.detects_turns else []
         return found + self.dialect.completed(item)
 
 
 def parse_event(message: dict) -> dict:
-    """Return the event in a WebSocket message; it has a `type`.
+    """Return the event in a WebSocket message, a dict with a `type`.
 
     Raises:
-      ApiError: 400.
+      ApiError: 400, the message is not such an event.
     """
     try:
         event = json.loads(message.get("text") or "")
@@ -335,10 +335,10 @@ def parse_event(message: dict) -> dict:
 
 
 def read_audio(text: object) -> torch.Tensor:
-    """Return the samples (N,) of base64 with 16-bit little-endian PCM.
+    """Return the samples (N,) in base64-encoded 16-bit little-endian PCM.
 
     Raises:
-      ApiError: 400.
+      ApiError: 400, the text is not such audio.
     """
     try:
         data = base64.b64decode(text, validate=True)

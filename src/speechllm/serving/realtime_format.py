@@ -1,8 +1,8 @@
-"""Events of /v1/realtime: the settings of a session, and what the two dialects send.
+"""Events of /v1/realtime: session settings, and the events sent in the two dialects.
 
-OpenAI's events have additional fields: `unstable` in a delta, text after the deltas so far that may
-still change, and `segments` in a completed item, as in verbose_json and with their `words`. The
-deltas of an item join to the words that CTC has found; the transcript is the LLM's.
+OpenAI's events have additional fields: `unstable` in a delta is text after the deltas so far that
+may still change; `segments` in a completed item are as in verbose_json, including their `words`. An
+item's deltas together are the CTC text; its transcript is from the LLM.
 """
 
 from typing import Literal
@@ -33,7 +33,7 @@ class PcmFormat(BaseModel):
 
 
 class TranscriptionSettings(BaseModel):
-    """`prompt` and `keywords` are the LLM's context, if it takes one."""
+    """Transcription settings; `prompt` and `keywords` are the LLM's context, if supported."""
 
     model: str = "whisper-1"
     language: str = ""
@@ -52,7 +52,7 @@ class TurnDetection(BaseModel):
 
 
 class InputSettings(BaseModel):
-    """turn_detection: None if the client commits."""
+    """Settings for audio input; `turn_detection` is None if the client commits."""
 
     format: PcmFormat = PcmFormat()
     transcription: TranscriptionSettings = TranscriptionSettings()
@@ -64,16 +64,16 @@ class AudioSettings(BaseModel):
 
 
 class SessionSettings(BaseModel):
-    """`session` of session.update; fields that session.updated does not contain are ignored."""
+    """`session` in session.update; fields that session.updated does not contain are ignored."""
 
     type: Literal["transcription"] = "transcription"
     audio: AudioSettings
 
     def updated(self, changes: object) -> "SessionSettings":
-        """Return the settings after a session.update.
+        """Return the settings after the changes in a session.update.
 
         Raises:
-          ApiError: 400, a value is not supported.
+          ApiError: 400, a value is unsupported.
         """
         try:
             return SessionSettings.model_validate(_merged(self.model_dump(), changes))
@@ -96,12 +96,12 @@ def _merged(old: object, new: object) -> object:
 
 
 class Item:
-    """The text between two commits: segments, and the deltas of the phrase after them."""
+    """Text between two commits: segments, and the deltas of the open phrase after them."""
 
     def __init__(self, separator: str):
         self.id, self.separator = new_id("item"), separator
         self.segments: list[Segment] = []
-        self.written = ""  # in deltas of the open phrase
+        self.written = ""  # text in the open phrase's deltas
 
     @property
     def text(self) -> str:
@@ -112,7 +112,7 @@ class Item:
         return sum(one.end - one.start for one in self.segments)
 
     def write(self, text: str) -> str:
-        """Return the delta that makes `text` of the open phrase; "" if its beginning changed."""
+        """Return the delta that extends the open phrase to `text`; "" if its beginning changed."""
         if not text.startswith(self.written):
             return ""
         space = self.separator if text and self.text and not self.written else ""
@@ -120,7 +120,7 @@ class Item:
         return delta
 
     def add(self, segment: Segment) -> str:
-        """End the open phrase with its final segment; returns the last delta."""
+        """End the open phrase with its final segment; return the last delta."""
         delta = self.write(segment.text)
         self.segments.append(segment)
         self.written = ""
@@ -154,7 +154,7 @@ class OpenAIDialect:
         return {"type": "error", **body}
 
     def buffer(self, kind: str, item: Item | None = None, **fields) -> list[dict]:
-        """Return the event of a change of the audio buffer."""
+        """Return the event for a change in the audio buffer."""
         item_id = {"item_id": item.id} if item else {}
         return [{"type": f"input_audio_buffer.{kind}", **item_id, **fields}]
 
@@ -163,7 +163,7 @@ class OpenAIDialect:
 
 
 class VllmDialect(OpenAIDialect):
-    """Events of vLLM: deltas, and one text at the end of the audio."""
+    """Events of vLLM: deltas, and a single text at the end of the audio."""
 
     def delta(self, item: Item, delta: str, unstable: str = "") -> list[dict]:
         return [{"type": "transcription.delta", "delta": delta}] if delta else []

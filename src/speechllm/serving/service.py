@@ -1,4 +1,4 @@
-"""The state that requests share: model thread, decoder threads, admission and metrics."""
+"""State shared by all requests: model thread, decoder threads, admission and metrics."""
 
 import asyncio
 import functools
@@ -24,16 +24,16 @@ from speechllm.serving.batcher import Job, Worker
 from speechllm.serving.config import ServerConfig
 from speechllm.streaming.stream import Streamer
 
-SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)  # buckets of request times
-CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)  # buckets of batch sizes
+SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)  # buckets for request times
+CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)  # buckets for batch sizes
 
 
 class Service:
     """A served model.
 
     Args:
-      config: `model_name` is set.
-      token: bearer token that clients must send; None: they need none.
+      config: must have a `model_name`.
+      token: bearer token that clients must send; None if no token is required.
     """
 
     def __init__(self, transcriber: Transcriber, config: ServerConfig, token: str | None = None):
@@ -52,7 +52,7 @@ class Service:
         """Decode an upload and submit it to the model thread as `slot.job`.
 
         Raises:
-          ApiError: it is not an audio file, or exceeds a limit.
+          ApiError: the file is not an audio file, or exceeds a limit.
         """
         name = upload.filename or "the file"
         loop = asyncio.get_running_loop()
@@ -64,7 +64,7 @@ class Service:
 
     @functools.cached_property
     def streamer(self) -> Streamer:
-        """Opens streams; raises ApiError 400 if the model cannot stream."""
+        """Streamer for the model; raises ApiError 400 if the model does not support streaming."""
         transcriber = self.transcriber
         try:
             return Streamer(transcriber.recognizer, transcriber.config, transcriber.language)
@@ -78,7 +78,7 @@ class Service:
         return Transcript(slot.job.name, slot.seconds, tuple(segments), language)
 
     def stop(self) -> None:
-        """Reject new requests and finish those accepted."""
+        """Reject new requests and finish accepted requests."""
         self.admission.closed = True
         self.worker.close()
         self.decoders.shutdown()
@@ -87,22 +87,23 @@ class Service:
         """Check the Authorization header.
 
         Raises:
-          ApiError: 401.
+          ApiError: 401, the token is missing or wrong.
         """
         scheme, _, token = authorization.partition(" ")
-        sent = token.strip(" \t").encode("latin-1")  # the header's bytes: starlette decodes so
+        sent = token.strip(" \t").encode("latin-1")  # the header's bytes, as starlette decodes it
         right = hmac.compare_digest(sent, (self.token or "").encode())
         if self.token is not None and not (scheme.lower() == "bearer" and right):
             raise ApiError(401, "missing or wrong token: send Authorization: Bearer TOKEN")
 
 
 def decode_upload(file: BinaryIO, name: str, max_audio_seconds: float, slot: Slot) -> deque[Tensor]:
-    """Decode an audio file to blocks of samples (N,) at 16 kHz, counted by `slot`; blocking.
+    """Decode an audio file to blocks of 16 kHz samples (N,), counted by `slot`; blocking.
 
-    Audio before damage is kept, and the damage becomes one of the slot's warnings.
+    In a damaged file, the audio before the damage is kept, and the slot has a warning.
 
     Raises:
-      ApiError: 400, nothing can be read; 413, too long; 503, too much audio is queued; 499.
+      ApiError: 400, the file is unreadable; 413, it is too long; 503, too much audio is queued;
+        499, the client disconnected.
     """
     blocks, samples = deque(), 0
     try:
@@ -122,7 +123,7 @@ def decode_upload(file: BinaryIO, name: str, max_audio_seconds: float, slot: Slo
 
 
 class Metrics:
-    """Metrics of one server for Prometheus."""
+    """Prometheus metrics of a server."""
 
     def __init__(self, admission: AdmissionController):
         self.registry = registry = CollectorRegistry()
