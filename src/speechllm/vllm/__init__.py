@@ -1,12 +1,12 @@
-"""vLLM plugin: exported models as `SpeechLLMForConditionalGeneration` (see src/README.md).
+"""vLLM plugin that serves exported models as `SpeechLLMForConditionalGeneration`.
 
-vLLM finds `register` by the entry point in src/pyproject.toml, and `CtcDraftProposer` by
-`--speculative-config`. Nothing else in speechllm imports vLLM.
+See src/README.md. vLLM finds `register` by the entry point in src/pyproject.toml, and
+`CtcDraftProposer` by `--speculative-config`. No other part of speechllm imports vLLM.
 """
 
 
 def register() -> None:
-    """Register the model and its check with vLLM, which calls this in each of its processes."""
+    """Register the model and its check; vLLM calls this function in each of its processes."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -14,12 +14,12 @@ def register() -> None:
     from speechllm.vllm.check import ExportCheck
 
     ModelRegistry.register_model(VLLM_MODEL, f"speechllm.vllm.model:{VLLM_MODEL}")
-    for name in (VLLM_MODEL, "Qwen2ForCausalLM"):  # the name in exports of before
+    for name in (VLLM_MODEL, "Qwen2ForCausalLM"):  # the name in older exports
         MODELS_CONFIG_MAP[name] = ExportCheck
 
 
 def __getattr__(name: str):
-    """Import `CtcDraftProposer` when it is used: `register` runs without the decoding modules."""
+    """Import `CtcDraftProposer` on first use: `register` does not need the decoding modules."""
     if name != "CtcDraftProposer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from speechllm.vllm.drafts import CtcDraftProposer

@@ -1,4 +1,4 @@
-"""Check of an exported directory when vLLM reads its configuration, before anything is loaded."""
+"""Check of exported directories when vLLM reads the configuration, before loading anything."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from speechllm.models.config import MODEL_FILE
 
 
 class ExportCheck(VerifyAndUpdateConfig):
-    """Refuses damaged, int8 and older exports; other directories are not checked."""
+    """Rejects damaged, int8 and older exports; other directories are not checked."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
@@ -19,6 +19,6 @@ class ExportCheck(VerifyAndUpdateConfig):
           FileNotFoundError, InputError: vLLM cannot serve it, see `exported.check_encoders`.
         """
         if (Path(model_config.model) / MODEL_FILE).is_file():
-            from speechllm.vllm.exported import check_encoders  # slow, and not for other models
+            from speechllm.vllm.exported import check_encoders  # slow; only for our models
 
             check_encoders(model_config.model)

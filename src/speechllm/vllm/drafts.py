@@ -1,9 +1,9 @@
-"""CTC drafts for vLLM's speculative decoding: the same tokens in fewer forward passes.
+"""CTC drafts for vLLM's speculative decoding: the same tokens with fewer forward passes.
 
     --speculative-config '{"method": "custom_class", "num_speculative_tokens": 16,
                            "model": "speechllm.vllm.CtcDraftProposer"}'
 
-vLLM verifies each proposal, so a missing or stale draft costs speed only.
+vLLM verifies each proposal, so a missing or outdated draft only costs speed.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ MAX_DRAFTS = 4096  # the oldest are dropped
 
 
 class CtcDraftProposer:
-    """Proposes the rest of the CTC text of the request's audio, as `speculative_decode` does.
+    """Proposes the rest of the CTC text for a request's audio, like `speculative_decode`.
 
-    vLLM passes token ids alone; the draft is found by the hash that the processor writes in the
-    place of the first speech embeddings.
+    vLLM passes only token ids; the draft is found by the hash that the processor writes in place of
+    the first speech embeddings.
     """
 
     def __init__(self, vllm_config: "VllmConfig"):
@@ -44,7 +44,7 @@ class CtcDraftProposer:
         self.drafts: dict[tuple[int, ...], tuple[list[int], Draft, int]] = {}
 
     def load_model(self, model: nn.Module) -> None:
-        """Collect the drafts of the batches that `model` encodes.
+        """Start collecting drafts for the batches encoded by `model`.
 
         Raises:
           InputError: the model has no CTC head with a BPE model.
@@ -55,7 +55,7 @@ class CtcDraftProposer:
         model.on_encoded = self.add
 
     def add(self, keys: Sequence[Tensor], outputs: list[EncoderOutput]) -> None:
-        """Keep the drafts of an encoded batch, by the keys of its utterances."""
+        """Store the drafts for an encoded batch by the keys of its utterances."""
         _, encoder_out, lens = outputs[self.ctc_decoder.encoder]
         texts = [output.text for output in self.ctc_decoder(encoder_out, lens)]
         sizes = (lens // self.config.encoder_projector_ds_rate).tolist()
@@ -72,11 +72,11 @@ class CtcDraftProposer:
         token_ids_cpu: np.ndarray,
         slot_mappings=None,
     ) -> list[list[int]]:
-        """Return draft tokens for each request of the batch.
+        """Return draft tokens for each request in the batch.
 
         Args:
-          sampled_token_ids: new tokens of each request; none for a prompt that is not complete.
-          num_tokens_no_spec: (R,), tokens of prompt and answer.
+          sampled_token_ids: new tokens per request; empty for an incomplete prompt.
+          num_tokens_no_spec: (R,), number of tokens in prompt and answer.
           token_ids_cpu: (R, L), these tokens.
         """
         return [
@@ -89,7 +89,7 @@ class CtcDraftProposer:
         if key not in self.drafts:
             return []
         tokens, draft, length = self.drafts[key]
-        if length > len(answer):  # of an earlier request with this audio
+        if length > len(answer):  # from an earlier request with the same audio
             draft, length = Draft(tokens), 0
         for token in answer[length:]:
             draft.advance(token)

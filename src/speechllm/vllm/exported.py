@@ -1,9 +1,9 @@
 """Exported models and their prompts, without vLLM.
 
-The prompt has one speech group for an audio; it becomes n groups with one token per speech
-embedding, as `ChatTemplate.prompt` and `expand_speech` make them for our own decoding. Embeddings
-replace these tokens, so their ids are free: the first ones of each group hold a hash of the
-features, by which `CtcDraftProposer` finds the draft of a request.
+A prompt contains one speech group per audio. It is replaced with n groups with one token per speech
+embedding, as by `ChatTemplate.prompt` and `expand_speech` in our own decoding. Embeddings replace
+these tokens, so their ids are arbitrary: the first ids in each group are a hash of the features, by
+which `CtcDraftProposer` finds a request's draft.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from speechllm.models.prompt import IM_START, ChatTemplate, build_chat_template
 from speechllm.models.zipformer.config import encoder_out_lens
 
 MAX_CLIP = 20  # s; for models whose longest training utterance is unknown
-KEY_SIZE = 8  # bytes; each is the id of a token in any vocabulary
+KEY_SIZE = 8  # bytes; each is a valid token id in any vocabulary
 
 
 @cache
@@ -34,7 +34,7 @@ def exported_config(folder: str) -> ModelConfig:
     """Return the configuration of an exported model.
 
     Raises:
-      InputError: the directory is not an exported model, or one that vLLM cannot serve.
+      InputError: the directory is not an exported model, or vLLM cannot serve the model.
     """
     path = Path(folder)
     config = load_model_config(path)
@@ -49,10 +49,10 @@ def exported_config(folder: str) -> ModelConfig:
 
 
 def check_encoders(folder: str) -> None:
-    """Check that the encoders are those of the export.
+    """Check that the encoders have not changed since the export.
 
     Raises:
-      FileNotFoundError, InputError: a file is missing or was changed.
+      FileNotFoundError, InputError: a file is missing or has changed.
     """
     config = exported_config(folder)
     check_model_files(config)
@@ -68,12 +68,12 @@ def chat_template(folder: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
 
 
 def max_clip(folder: str) -> int:
-    """Return the seconds above which vLLM splits a recording at quiet points."""
+    """Return the duration in seconds above which vLLM splits a recording at quiet points."""
     return max(1, int(exported_config(folder).longest_utterance or MAX_CLIP))
 
 
 def num_embeddings(config: ModelConfig, num_frames: int) -> int:
-    """Return the speech embeddings of each encoder for `num_frames` feature frames."""
+    """Return the number of speech embeddings per encoder for `num_frames` feature frames."""
     return encoder_out_lens(num_frames) // config.encoder_projector_ds_rate
 
 
@@ -85,10 +85,10 @@ def feature_key(features: Tensor) -> list[int]:
 def speech_groups(
     chat: ChatTemplate, num_encoders: int, size: int, key: list[int]
 ) -> tuple[list[int], list[bool]]:
-    """Return the ids of the speech groups, and which of them become speech embeddings.
+    """Return the ids of the speech groups, and a mask of those that become speech embeddings.
 
     Args:
-      size: speech embeddings of each encoder.
+      size: number of speech embeddings per encoder.
     """
     start, speech, end = chat.group
     ids = [start, *(key + [speech] * size)[:size], end]
@@ -98,7 +98,7 @@ def speech_groups(
 def split_request(
     chat: ChatTemplate, tokenizer: PreTrainedTokenizerBase, ids: list[int]
 ) -> tuple[tuple[int, ...], list[int]]:
-    """Return the key of the audio, shorter for a short one, and the answer's ids of a request."""
+    """Return a request's audio key, which is shorter for short audio, and the ids of its answer."""
     first, end_speech = len(chat.before) + 1, chat.group[2]
     key = tuple(ids[first : min(first + KEY_SIZE, ids.index(end_speech))])
     im_start = tokenizer.convert_tokens_to_ids(IM_START)

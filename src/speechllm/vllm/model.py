@@ -1,4 +1,4 @@
-"""SpeechLLMForConditionalGeneration: our encoders and projectors before an LLM of vLLM's."""
+"""SpeechLLMForConditionalGeneration: our encoders and projectors with vLLM's LLM."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,7 +44,7 @@ from speechllm.vllm.processor import (
 def load_speech_encoders(
     folder: str, llm_dim: int, chat: ChatTemplate, dtype: torch.dtype
 ) -> SpeechEncoders:
-    """Load the encoders and projectors of an exported model, for autocast to `dtype`.
+    """Load an exported model's encoders and projectors, for autocast to `dtype`.
 
     Raises:
       InputError: a file is damaged.
@@ -62,10 +62,10 @@ def load_speech_encoders(
     SpeechProcessor, info=SpeechProcessingInfo, dummy_inputs=SpeechDummyInputs
 )
 class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsTranscription):
-    """An exported model in vLLM: `speech` is ours, `language_model` is vLLM's.
+    """Exported model in vLLM: `speech` is our code, `language_model` is vLLM's.
 
     Attributes:
-      on_encoded: called with the keys (8,) of each encoded batch and its encoder outputs.
+      on_encoded: called for each encoded batch with its keys (8,) and encoder outputs.
     """
 
     supported_languages = ISO639_1_SUPPORTED_LANGS
@@ -92,7 +92,7 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
 
     @torch.no_grad()
     def embed_multimodal(self, **kwargs) -> list[Tensor]:
-        """Return the speech embeddings of each audio, those of all its encoders in order."""
+        """Return each audio's speech embeddings, concatenated over the encoders."""
         features: list[Tensor] = [*kwargs["features"]]  # (T, 80) each
         device = next(self.speech.parameters()).device
         lens = torch.tensor([len(one) for one in features])
@@ -116,7 +116,7 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the LLM's weights; those of `speech` are loaded when it is built."""
+        """Load the LLM's weights; the weights of `speech` are loaded when it is built."""
         loaded = {f"language_model.{name}" for name in self.language_model.load_weights(weights)}
         return loaded | {f"speech.{name}" for name, _ in self.speech.named_parameters()}
 
@@ -140,10 +140,10 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
 
     @classmethod
     def get_generation_prompt(cls, stt_params: SpeechToTextParams) -> PromptType:
-        """Return the prompt of a request; `prompt` and `hotwords` are the model's context.
+        """Return the prompt for a request, with its `prompt` and `hotwords` as context.
 
         Raises:
-          ValueError: the model is for another language, or the request is for a translation.
+          ValueError: the model is for another language, or a translation is requested.
         """
         config = stt_params.model_config
         trained = exported_config(config.model).language
@@ -153,7 +153,7 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
             raise ValueError(f"language {stt_params.language!r}: this model is for {trained!r}")
         context = " ".join(filter(None, (stt_params.request_prompt, stt_params.hotwords)))
         samples, tokenizer = stt_params.audio, cached_tokenizer_from_config(config)
-        # The last piece of a long recording, a view of it, may be too short.
+        # The last part of a long recording, a view of the array, may be too short.
         missing = shortest_audio(exported_config(config.model)) - samples.size
         if missing > 0 and samples.base is not None and samples.base.size > samples.size:
             samples = np.pad(samples, (0, missing))

