@@ -6,7 +6,7 @@
     transcript = asr.transcribe("talk.mp3")
     print(transcript.text, [(word.text, word.start, word.end) for word in transcript.words])
 
-See speechllm.api. torch and the other heavy libraries are imported by `load`, not before.
+See speechllm.api. torch and other heavy libraries are imported only when these names are used.
 """
 
 from typing import TYPE_CHECKING

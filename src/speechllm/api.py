@@ -1,4 +1,4 @@
-"""The Python API: load a trained model, transcribe files and arrays.
+"""Python API: load a trained model, transcribe files and arrays.
 
     asr = speechllm.load("exp/mine", epoch=10, avg=5, method="beam", language="en")
     for transcript in asr.transcribe(["talk.mp3", "film.mp4"]):
@@ -7,7 +7,7 @@
 
     stream = asr.stream(sampling_rate=48000)
     for samples in microphone:
-        for event in stream.feed(samples):  # Partial: text by CTC so far; Segment: final text
+        for event in stream.feed(samples):  # Partial: CTC text so far; Segment: final text
             print(event.text)
     print(stream.finish())
 """
@@ -34,7 +34,7 @@ from speechllm.models.zipformer.config import Chunking
 from speechllm.streaming.stream import DEFAULT_CHUNKING, Partial, Stream, Streamer
 
 __all__ = ["InputError", "Partial", "Segment", "SpeechRecognizer", "Transcript", "Word", "load"]
-Audio = str | PathLike | np.ndarray | Tensor  # a file, or samples (N,): float in -1 to 1, or int16
+Audio = str | PathLike | np.ndarray | Tensor  # file, or samples (N,): float from -1 to 1, or int16
 
 
 def load(
@@ -44,10 +44,10 @@ def load(
 
     Args:
       model_dir: directory written by export.py, or an experiment directory (--exp-dir).
-      language: language of the transcripts, instead of that in model.json.
+      language: language of the transcripts, by default from model.json.
       options: fields of CheckpointConfig, SearchConfig and LongformConfig, with the names, meanings
-        and defaults of transcribe.py's flags; for an experiment directory without `epoch`, `iter`
-        and `checkpoint`, the newest epochs are averaged.
+        and defaults of transcribe.py's flags. For an experiment directory, the newest epochs are
+        averaged unless `epoch`, `iter` or `checkpoint` is given.
 
     Raises:
       FileNotFoundError: a directory or file is missing.
@@ -76,7 +76,7 @@ class SpeechRecognizer:
 
     @property
     def language(self) -> str | None:
-        """Language of the transcripts, if it is known."""
+        """Language of the transcripts, if known."""
         return self.transcriber.language
 
     @overload
@@ -107,23 +107,23 @@ class SpeechRecognizer:
         context: str = "",
         hotwords: Sequence[str] = (),
     ):
-        """Transcribe recordings of any length; several share batches.
+        """Transcribe one or several recordings of any length; several are batched together.
 
         Args:
-          audio: a file of any format that soundfile or PyAV reads, an array or tensor of samples
+          audio: a file in any format supported by soundfile or PyAV, an array or tensor of samples
             (N,), or a list of these.
           sampling_rate: sampling rate of arrays, in Hz.
-          context: text for the LLM besides the audio, such as names; only for models trained with
-            --use-context.
-          hotwords: phrases to favour, such as names, instead of those given to `load`.
+          context: text for the LLM in addition to the audio, such as names; only for models trained
+            with --use-context.
+          hotwords: phrases to favor, such as names, instead of those given to `load`.
 
         Returns:
-          A Transcript, or a list of them, in which a recording that cannot be read has an `error`
-          and the segments before it.
+          A Transcript, or for a list of recordings a list of Transcripts. In a list, the transcript
+          of an unreadable recording has an `error`, and the segments before the error.
 
         Raises:
           FileNotFoundError, InputError: a single recording cannot be read.
-          InputError: the model does not take this context or a hotword, or an array has the wrong
+          InputError: the model does not support the context or a hotword, or an array has the wrong
             shape or type.
         """
         self.transcriber.check_context(context)
@@ -146,18 +146,18 @@ class SpeechRecognizer:
         chunk_size: int | None = None,
         left_context_frames: int = DEFAULT_CHUNKING.left_context,
     ) -> Stream:
-        """Return a stream: `feed` blocks of samples, `finish` at the end; both return events.
+        """Return a stream: `feed` it samples, then `finish` it; both methods return events.
 
         Args:
-          sampling_rate: of the samples, in Hz.
-          context: as for `transcribe`.
-          chunk_size: of causal encoders, in frames of 20 ms: the delay of the partial texts; by
-            default that of model.json if it is one, else 32.
-          left_context_frames: with `chunk_size`, the frames before a chunk that attention sees.
+          sampling_rate: sampling rate of the samples, in Hz.
+          context: see `transcribe`.
+          chunk_size: for causal encoders, the delay of partial texts in frames of 20 ms; by default
+            from model.json if the model uses chunks, else 32.
+          left_context_frames: with `chunk_size`, number of frames of left context per chunk.
 
         Raises:
-          InputError: the model has no CTC head or takes no such chunks or context, or the sampling
-            rate is not supported.
+          InputError: the model has no CTC head or does not support the chunks or context, or the
+            sampling rate is unsupported.
         """
         self.transcriber.check_context(context)
         chunking = Chunking(chunk_size, left_context_frames) if chunk_size else None
@@ -170,7 +170,7 @@ class SpeechRecognizer:
 
 
 def _source(audio: Audio, sampling_rate: int) -> tuple[str, Iterable[Tensor]]:
-    """Name and blocks of samples of a recording, as Transcriber takes them."""
+    """Return a recording's name and blocks of samples, for Transcriber."""
     if isinstance(audio, str | PathLike):
         return fspath(audio), audio_blocks(fspath(audio))
     if isinstance(audio, np.ndarray):

@@ -1,4 +1,4 @@
-"""Checkpoint files `{"model": state_dict, …}`: written atomically, loaded without running code."""
+"""Checkpoint files `{"model": state_dict, …}`, written atomically, loaded without running code."""
 
 import logging
 import mmap
@@ -16,7 +16,7 @@ from torch import Tensor
 from speechllm.errors import InputError, first_line
 from speechllm.io import atomic_write
 
-DEFAULT_AVG = 5  # epochs or checkpoints averaged by default
+DEFAULT_AVG = 5  # number of epochs or checkpoints averaged by default
 HARMLESS = ("pathlib", "argparse", "datetime", "numpy", "icefall", "lhotse", "k2")  # packages
 CONVERT = (
     "; if you trust the file, convert it: python -c \"import torch; "
@@ -27,14 +27,14 @@ OLD_FORMAT = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 
 
 def copy_to_cpu(value: Tensor) -> Tensor:
-    """Copy a parameter for a checkpoint; later updates do not change the copy."""
+    """Return a copy of a parameter for a checkpoint, unaffected by later updates."""
     return value.detach().to("cpu", copy=True)
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Load a checkpoint to the CPU without running code from it.
+    """Load a checkpoint to the CPU, without running code from it.
 
-    The state dict of a `*.safetensors` file, or a bare one, becomes the 'model' entry.
+    A `*.safetensors` file or a bare state dict becomes the 'model' entry.
 
     Raises:
       FileNotFoundError: the file is missing.
@@ -65,17 +65,17 @@ def load_checkpoint(path: str | Path) -> dict:
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """Write a checkpoint file atomically."""
     with atomic_write(path) as partial, open(partial, "wb") as file:
-        torch.save(checkpoint, file)  # given a path, torch hides the cause of a failure
+        torch.save(checkpoint, file)  # with a path, torch would hide the cause of a failure
 
 
 def _load_checked(path: str | Path) -> object:
-    """Load a file of torch.save; torch.load itself ignores the checksums that it contains.
+    """Load a file written by torch.save, and verify its checksums, which torch.load ignores.
 
-    The file is mapped into memory: checking and loading it reads it once from the disk.
+    The file is memory-mapped, so checking and loading read it from the disk only once.
 
     Raises:
       RuntimeError: the checksum of a record is wrong.
-      Exception: zipfile's or torch's, for a file that torch.save did not write.
+      Exception: from zipfile or torch, if the file was not written by torch.save.
     """
     with open(path, "rb") as file, _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         is_old = content[: len(OLD_FORMAT)] == OLD_FORMAT  # without checksums
@@ -97,7 +97,7 @@ def _load_checked(path: str | Path) -> object:
 
 
 def _old_globals(file: BinaryIO) -> list[str]:
-    """Return the names in the four pickles of the old format, without those of tensors."""
+    """Return the globals in the old format's four pickles, except those needed for tensors."""
     parts = [list(pickletools.genops(file)) for _ in range(4)]
     names = {arg for part in parts for code, arg, _ in part if code.name == "GLOBAL"}
     found = (name.replace(" ", ".") for name in names)
@@ -105,14 +105,14 @@ def _old_globals(file: BinaryIO) -> list[str]:
 
 
 def _advice(path: str | Path, names: list[str]) -> str:
-    """Return how to convert a file with objects of these classes; no advice for Python's own."""
+    """Return advice on converting a file with these classes; "" for classes in Python itself."""
     if any(name.split(".")[0] in sys.stdlib_module_names for name in names):
         return ""
     return CONVERT.format(path=path, out=Path(path).with_name(f"{Path(path).stem}-model.pt"))
 
 
 class _Unused:
-    """Placeholder of an object in icefall's `epoch-N.pt`, such as a path; no code of it runs."""
+    """Placeholder for an object in icefall's `epoch-N.pt`, such as a path; none of its code runs."""
 
     def __init__(self, *args):
         pass
@@ -122,7 +122,7 @@ class _Unused:
 
 
 class _Mapped(mmap.mmap):
-    def seekable(self) -> bool:  # for zipfile; built in from Python 3.13 on
+    def seekable(self) -> bool:  # for zipfile; built in since Python 3.13
         return True
 
 
@@ -132,7 +132,7 @@ def _is_state_dict(value: object) -> bool:
     )
 
 
-# ---- files of an experiment directory, and their averages
+# ---- files in an experiment directory, and their averages
 
 
 def epoch_path(exp_dir: Path, epoch: int) -> Path:
@@ -144,7 +144,7 @@ def checkpoint_path(exp_dir: Path, batch_idx_train: int) -> Path:
 
 
 def numbered_files(exp_dir: Path, kind: str) -> dict[int, Path]:
-    """Find `epoch-N.pt` or `checkpoint-B.pt`, by number, largest first."""
+    """Return the `epoch-N.pt` or `checkpoint-B.pt` files by number, largest first."""
     found = {}
     for path in exp_dir.glob(f"{kind}-*.pt"):
         number = path.stem.removeprefix(f"{kind}-")
@@ -154,10 +154,10 @@ def numbered_files(exp_dir: Path, kind: str) -> dict[int, Path]:
 
 
 def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
-    """Return the last `avg` (0: up to 5) epoch-N.pt up to N = `epoch` (0: the last there is).
+    """Return the last `avg` (0: up to 5) epoch-N.pt files up to N = `epoch` (0: the newest).
 
     Raises:
-      FileNotFoundError: an epoch is missing; the message lists those that exist.
+      FileNotFoundError: an epoch is missing; the message lists the existing ones.
       InputError: avg is negative, or the range begins before epoch 1.
     """
     found = numbered_files(exp_dir, "epoch")
@@ -181,10 +181,10 @@ def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
 
 
 def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path]:
-    """Return the last `avg` (0: up to 5) checkpoint-B.pt up to B = `iteration`.
+    """Return the last `avg` (0: up to 5) checkpoint-B.pt files up to B = `iteration`.
 
     Raises:
-      FileNotFoundError: a checkpoint is missing; the message lists those that exist.
+      FileNotFoundError: a checkpoint is missing; the message lists the existing ones.
       InputError: avg is negative.
     """
     if avg < 0:
@@ -208,10 +208,11 @@ def _numbers(found: dict[int, Path]) -> str:
 
 
 def average(paths: list[Path], out: Path) -> tuple[dict[str, Tensor], Path]:
-    """Average the models of several checkpoints element-wise and write the result to `out`.
+    """Average the models in several checkpoints element-wise, and write the result to `out`.
 
     Returns:
-      The state dict and its file, which is the checkpoint itself if there is only one.
+      The state dict and its file. A single checkpoint is returned unchanged, without writing.
+
     Raises:
       FileNotFoundError, InputError: a file cannot be read, or keys or shapes differ.
     """
@@ -238,12 +239,12 @@ def average(paths: list[Path], out: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 def average_epochs(exp_dir: Path, epoch: int, avg: int) -> tuple[dict[str, Tensor], Path]:
-    """Average the files of `epochs_to_average`, also written as `epoch-N-avg-K.pt`."""
+    """Average `epochs_to_average`, and write `epoch-N-avg-K.pt` unless K is 1."""
     paths = epochs_to_average(exp_dir, epoch, avg)
     return average(paths, exp_dir / f"{paths[-1].stem}-avg-{len(paths)}.pt")
 
 
 def average_checkpoints(exp_dir: Path, iteration: int, avg: int) -> tuple[dict[str, Tensor], Path]:
-    """Average the files of `checkpoints_to_average`, also written as `iter-N-avg-K.pt`."""
+    """Average `checkpoints_to_average`, and write `iter-N-avg-K.pt` unless K is 1."""
     paths = checkpoints_to_average(exp_dir, iteration, avg)
     return average(paths, exp_dir / f"iter-{iteration}-avg-{len(paths)}.pt")

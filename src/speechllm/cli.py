@@ -1,4 +1,4 @@
-"""Command-line flags: parsers with icefall's conventions, and dataclasses whose fields are flags.
+"""Command-line flags: a parser with icefall's conventions, and dataclasses whose fields are flags.
 
     @dataclass(frozen=True)
     class TrainConfig:
@@ -7,7 +7,7 @@
     add_options(parser, TrainConfig)                         # --num-epochs N
     config = from_args(TrainConfig, parser.parse_args(argv))
 
-Importing this module loads none of the heavy libraries: `--help` answers at once.
+This module imports no heavy libraries, so `--help` is fast.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def str2bool(value: str) -> bool:
 
 
 def comma_list(value: str) -> list[str]:
-    """Split `"a, b"` into `["a", "b"]`."""
+    """Split a comma-separated list: `"a, b"` -> `["a", "b"]`."""
     return [item.strip() for item in value.split(",") if item.strip()]
 
 
@@ -53,14 +53,14 @@ def option(
 ) -> Any:
     """Declare a dataclass field that is also a flag; the type comes from the annotation.
 
-    `group` is its heading in --help, and `unset` is shown there for a default of None.
+    In --help, `group` is the heading, and `unset` is shown in place of a default of None.
     """
     metadata = {"help": help, "group": group, "choices": choices, "unset": unset}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_name(field_name: str) -> str:
-    """`max_duration` -> `--max-duration`."""
+    """Return the flag of a field: `max_duration` -> `--max-duration`."""
     return "--" + field_name.replace("_", "-")
 
 
@@ -89,16 +89,16 @@ def add_options(
             type=_parser_of(kinds[field.name]),
             choices=field.metadata["choices"],
             required=field.name in required,
-            default=None,  # from_args fills in what was not given
+            default=None,  # from_args fills in the defaults
             help=text.replace("%", "%%"),
         )
 
 
 def from_args(config: type[Config] | Config, args: argparse.Namespace, **values: Any) -> Config:
-    """Build a config from parsed flags, and `values` of fields without a flag.
+    """Build a config from parsed flags, and from `values` for fields without a flag.
 
     Args:
-      config: the class, or an instance whose values stand in for flags that were not given.
+      config: the class, or an instance whose values are the defaults for missing flags.
     """
     given = {
         field.name: tuple(value) if isinstance(value, list) else value
@@ -113,7 +113,7 @@ def from_args(config: type[Config] | Config, args: argparse.Namespace, **values:
 def check_range(
     name: str, value: float | None, low: float, high: float | None = None, *, above: bool = False
 ) -> None:
-    """Check that the value of an option lies in a range, with `above` without `low`; None passes.
+    """Check that an option's value is in a range, which excludes `low` if `above`; None passes.
 
     Raises:
       InputError: the value is out of range.
@@ -129,12 +129,12 @@ def check_range(
 
 
 def spelled(value: Any) -> str:
-    """Spell a value as on the command line."""
+    """Format a value as on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _parser_of(kind: Any) -> Callable[[str], Any]:
-    """Return the function that parses a flag of this type; `X | None` and `tuple[X, ...]` as X."""
+    """Return the parser for a flag's type; `X | None` and `tuple[X, ...]` are parsed as X."""
     if isinstance(kind, types.UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is tuple:
@@ -143,7 +143,7 @@ def _parser_of(kind: Any) -> Callable[[str], Any]:
 
 
 def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ActionsContainer:
-    """Return the group with this title, new if needed, or the parser itself without a title."""
+    """Return the group with this title, created if needed; without a title, the parser."""
     if not title:
         return parser
     existing = [group for group in parser._action_groups if group.title == title]
@@ -154,7 +154,7 @@ def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ActionsCont
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Help formatter: the docstring unchanged, then a line or two per flag with its default."""
+    """Help formatter that keeps the docstring's format and shows each flag's default."""
 
     def __init__(self, prog: str):
         columns = shutil.get_terminal_size().columns - 2
@@ -172,7 +172,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser with a short usage line and a suggestion for a misspelt flag."""
+    """Argument parser with a short usage line and suggestions for misspelled flags."""
 
     def __init__(self, description: str | None, **options):
         options = {"formatter_class": Help, "epilog": EXIT_CODES, **options}
@@ -187,7 +187,7 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """Parse flags; exits with status 2 and a suggestion at the first unrecognized one."""
+        """Parse flags; exit with status 2 and a suggestion at the first unrecognized flag."""
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._unrecognized(unknown))

@@ -1,4 +1,4 @@
-"""Data-parallel processes: `--world-size N` on one machine, torchrun on several."""
+"""Data-parallel processes: `--world-size N` on one machine, torchrun on several machines."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from speechllm.signals import EXIT_CODE, Preempted, forward_signals
 
 GRACE = 3.0  # s for the other processes to exit after one has failed
 SAVING = 30.0  # s for processes that save a checkpoint before they exit
-LONGEST = 10_000  # characters of a traceback: a pipe has to hold those of all processes
+LONGEST = 10_000  # characters per traceback: the tracebacks of all processes must fit in a pipe
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DistEnv:
     def sum(self, value: Tensor) -> Tensor:
         """Sum `value` over all ranks, in place.
 
-        A tensor on the CPU is sent through gloo, which does not wait for work on the GPU.
+        A CPU tensor is sent through gloo, which does not wait for work on the GPU.
         """
         if self.world_size > 1:
             dist.all_reduce(value)
@@ -55,7 +55,7 @@ class DistEnv:
         return value[None]
 
     def gather_objects(self, value: Any) -> list:
-        """Gather a picklable value from all ranks, in order of rank."""
+        """Gather a picklable value from all ranks, in rank order."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
@@ -67,7 +67,7 @@ class DistEnv:
 
 
 def is_first_process() -> bool:
-    """Return whether this process, before `launch`, is rank 0 or the parent of all ranks."""
+    """Return true if this process, before `launch`, is rank 0 or the parent of all ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -78,7 +78,7 @@ def num_processes(world_size: int | None) -> int:
       world_size: None means one per GPU, at most 4.
 
     Raises:
-      InputError: it is below 1, or there are GPUs, but fewer.
+      InputError: `world_size` is below 1, or exceeds the number of GPUs, if there are any.
     """
     if _under_torchrun():
         return int(os.environ["WORLD_SIZE"])
@@ -97,7 +97,7 @@ def launch(
 ) -> None:
     """Call `run(dist_env, config)` in every process.
 
-    Under torchrun this process is one of them; otherwise they are started here.
+    Under torchrun, this process is one of them; otherwise, several processes are started here.
 
     Args:
       config: must be picklable if there are several processes.
@@ -105,7 +105,8 @@ def launch(
     Raises:
       InputError: there are too few GPUs, the port is in use, a process was killed, or `run` raised
         InputError or FileNotFoundError in one of several processes.
-      ProcessRaisedException: another exception in one of several processes, with its traceback.
+      ProcessRaisedException: `run` raised another exception in one of several processes; the
+        message includes the traceback.
       Preempted: raised by `run` in all processes.
     """
     world_size = num_processes(world_size)
@@ -142,7 +143,7 @@ def _spawn(run: Callable, config: Any, world_size: int, master_port: int) -> Non
 
 
 def _end_all(processes: list) -> None:
-    """Terminate the processes: none outlives this one, not even after Ctrl-C."""
+    """Terminate the processes, so that none outlives this process, even after Ctrl-C."""
     for process in processes:
         process.terminate()
     _join(processes, GRACE)
@@ -152,9 +153,9 @@ def _end_all(processes: list) -> None:
 
 
 def _exit_codes(processes: list, errors) -> list[int | None]:
-    """Wait until all have exited, or one failed or reported an error, and return the exit codes.
+    """Return the exit codes once all processes have exited, or one has failed.
 
-    A process that reported an error may hang in a library or wait for a dataloader worker.
+    A process that has reported an error is not waited for: it may hang in a library.
     """
     alive = {process.sentinel: process for process in processes}
     while alive:
@@ -174,7 +175,7 @@ def _join(processes: list, seconds: float) -> None:
 
 
 def _first_error(codes: list[int | None], processes: list, errors) -> BaseException:
-    """Return the error of the process that failed first; the others only lost their connection."""
+    """Return the error of the first process that failed; others only lost their connection."""
     for rank, (code, process) in enumerate(zip(codes, processes)):
         if code and code < 0:
             name = signal.Signals(-code).name

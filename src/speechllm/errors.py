@@ -1,10 +1,10 @@
-"""Errors that programs report as one sentence; any other error keeps its traceback."""
+"""Errors that programs report as one sentence; all other errors keep their traceback."""
 
 import re
 from collections.abc import Callable
 from functools import wraps
 
-INTERRUPTED = 130  # exit status of a program that Ctrl-C ended, as in a shell
+INTERRUPTED = 130  # exit status of a program ended by Ctrl-C, as in a shell
 SECRETS = (
     (r"(:/+)[^/\s'\",@]+@", r"\1***@"),  # https://token@host
     (r"(:/+)[^/\s'\",@:]*:[^\s'\",]*@", r"\1***@"),  # s3://key:secret/with/slashes@bucket
@@ -14,11 +14,11 @@ SECRETS = (
 
 
 class InputError(ValueError):
-    """Invalid input from the user; the message is one sentence with the value and its source."""
+    """Invalid user input; the message is one sentence that gives the value and its source."""
 
 
 def redact_secrets(text: object) -> str:
-    """Return the text with passwords and tokens in its URLs replaced by `***`."""
+    """Return the text with passwords and tokens replaced with `***`."""
     text = str(text)
     for secret, replacement in SECRETS:
         text = re.sub(secret, replacement, text)
@@ -26,7 +26,7 @@ def redact_secrets(text: object) -> str:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Wrap a program: it ends with one sentence on invalid input (status 1), or by Ctrl-C (130)."""
+    """Decorate a program to exit with one sentence on invalid input (1), and on Ctrl-C (130)."""
 
     @wraps(main)
     def program(*args, **options):
@@ -41,5 +41,5 @@ def exit_on_user_error(main: Callable) -> Callable:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of its class without one."""
+    """Return the first line of an error's message, or its class name if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,6 +1,6 @@
-"""Atomic writes: after any failure, a file or directory is complete or as it was before.
+"""Atomic writes: after any failure, a file or directory is either complete or unchanged.
 
-Also lists of files, and checks of disk space.
+Also listing of files, and checks of disk space.
 """
 
 import errno
@@ -17,9 +17,9 @@ CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # fsync of a directory on some netw
 
 
 def files_below(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders by name, without hidden ones.
+    """Yield the files in a folder and its subfolders sorted by name, except hidden files.
 
-    Links to folders are followed, except to `above`, the folders that this one is in.
+    Links to folders are followed, except to the parent folders `above`.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -33,7 +33,7 @@ def files_below(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[Pat
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; synced and renamed to `path` unless an error is raised.
+    """Yield a temporary path; without an error, the file is then synced and renamed to `path`.
 
     Raises:
       InputError: the disk is full.
@@ -50,13 +50,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory, and rename it to `path`, which must not exist.
+    """Yield a temporary directory, which is then renamed to `path`; `path` must not exist.
 
     Raises:
       InputError: the disk is full.
     """
     partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)  # process ids repeat in containers
+    shutil.rmtree(partial, ignore_errors=True)  # process ids recur in containers
     try:
         with _disk_full_as_input_error(path):
             partial.mkdir(parents=True)
@@ -69,10 +69,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def check_space(path: Path, num_bytes: float, content: str) -> None:
-    """Check that the disk of `path`, which need not exist, has room for `num_bytes` of `content`.
+    """Check that the disk of `path`, which need not exist, has `num_bytes` free for `content`.
 
     Raises:
-      InputError: the disk has too little space.
+      InputError: disk space is insufficient.
     """
     if (free := free_bytes(path)) < num_bytes:
         raise InputError(
@@ -82,18 +82,18 @@ def check_space(path: Path, num_bytes: float, content: str) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free space on the disk of `path`, which need not exist."""
+    """Return the free bytes on the disk of `path`, which need not exist."""
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free
 
 
 def _partial(path: Path) -> Path:
-    """Keep the suffix: some writers choose the format by it."""
+    """Return a temporary path with the same suffix, by which some writers choose the format."""
     return path.with_name(f".part-{os.getpid()}-{path.name}")
 
 
 def _rename(partial: Path, path: Path) -> None:
-    """Sync the content before the rename and the directory after it, for power failures."""
+    """Rename, syncing the content before and the directory after, in case of power failure."""
     _sync(partial)
     os.replace(partial, path)
     _sync(path.parent)
@@ -123,7 +123,7 @@ def _disk_full_as_input_error(path: Path) -> Iterator[None]:
 
 
 def _caused_by_full_disk(error: BaseException | None) -> bool:
-    """Follow the chain of causes: torch raises its own errors on top of the system's."""
+    """Return true if a cause is a full disk; torch raises its own errors on top of the system's."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True

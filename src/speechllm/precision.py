@@ -1,4 +1,4 @@
-"""Precision of training and decoding: float32, or autocast to float16 or bfloat16."""
+"""Precision in training and decoding: float32, or autocast to float16 or bfloat16."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 def autocast_dtype(use_fp16: bool | None, use_bf16: bool) -> torch.dtype:
-    """Return the dtype that --use-fp16 and --use-bf16 select; bfloat16 has precedence.
+    """Return the dtype set by --use-fp16 and --use-bf16; bfloat16 takes precedence.
 
     Args:
-      use_fp16: None means float16 on a GPU and float32 on a CPU.
+      use_fp16: None means float16 if there is a GPU, else float32.
     """
     if use_bf16:
         return torch.bfloat16
@@ -19,7 +19,7 @@ def autocast_dtype(use_fp16: bool | None, use_bf16: bool) -> torch.dtype:
 
 
 def auto_dtype() -> torch.dtype:
-    """Return bfloat16 where the GPU or CPU computes in it, else float16 on a GPU and float32."""
+    """Return bfloat16 if the GPU or CPU supports it, else float16 on a GPU, float32 on a CPU."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -27,7 +27,7 @@ def auto_dtype() -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Return an autocast context for `dtype`; for float32 one that does nothing."""
+    """Return an autocast context for `dtype`; for float32, a null context."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
@@ -40,7 +40,7 @@ def autocast_dtype_of(x: Tensor) -> torch.dtype:
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Store the linear layers of a frozen module in `dtype`: autocast casts them every step."""
+    """Convert a frozen module's linear layers to `dtype` once; autocast would do it every step."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             layer.to(dtype)

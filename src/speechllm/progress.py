@@ -1,4 +1,4 @@
-"""Output of long-running programs: log file, terminal and progress bar."""
+"""Output of long-running programs: log files, terminal and progress bar."""
 
 import datetime
 import logging
@@ -26,14 +26,14 @@ def setup_logging(prefix: Path, dist_env) -> None:
 
 
 class _RedactingFormatter(logging.Formatter):
-    """Redact secrets: flags are logged and may contain URLs with passwords."""
+    """Formatter that redacts secrets: logged flags may contain URLs with passwords."""
 
     def format(self, record):
         return redact_secrets(super().format(record))
 
 
 class _TerminalHandler(logging.StreamHandler):
-    """Write lines above a progress bar instead of through it."""
+    """Handler that writes lines above a progress bar."""
 
     def emit(self, record):
         from tqdm import tqdm
@@ -42,7 +42,7 @@ class _TerminalHandler(logging.StreamHandler):
 
 
 def progress_bar(name: str, seconds: float, enabled: bool = True):
-    """Return tqdm's bar over seconds of audio, with speed and time left; needs a terminal."""
+    """Return a tqdm bar over seconds of audio, with speed and time left; only in a terminal."""
     from tqdm import tqdm
 
     return tqdm(
@@ -56,7 +56,7 @@ def progress_bar(name: str, seconds: float, enabled: bool = True):
 
 
 def with_progress(batches: Iterable[dict], name: str, seconds: float, dist_env) -> Iterator[dict]:
-    """Yield this rank's batches, with a bar over the audio of all ranks."""
+    """Yield this rank's batches, with a progress bar for the audio of all ranks."""
     with progress_bar(name, seconds, dist_env.is_main) as bar:
         for batch in batches:
             yield batch

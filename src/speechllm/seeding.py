@@ -1,4 +1,4 @@
-"""Seeds derived from the position in training: resuming needs no saved generator state."""
+"""Seeds derived from the position in training, so that resuming needs no saved random states."""
 
 import random
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ import torch
 
 
 def seed_of(*parts: object) -> int:
-    """Hash the parts to a seed below 2^32; any difference gives an unrelated seed."""
+    """Hash the parts to a seed below 2^32; different parts give unrelated seeds."""
     return random.Random(" ".join(map(str, parts))).getrandbits(32)
 
 
 def seed_everything(*parts: object) -> None:
-    """Seed the generators of Python, numpy and torch, including those of the GPUs."""
+    """Seed the generators of Python, numpy and torch, including torch's GPU generators."""
     seed = seed_of(*parts)
     random.seed(seed)
     np.random.seed(seed)
@@ -23,7 +23,7 @@ def seed_everything(*parts: object) -> None:
 
 @contextmanager
 def fork_rng(*parts: object) -> Iterator[None]:
-    """Seed the CPU's generators inside the context, and restore their states afterwards."""
+    """Seed the CPU generators within the context, and restore their states afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = seed_of(*parts)
     random.seed(seed)

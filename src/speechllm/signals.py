@@ -1,6 +1,6 @@
-"""Graceful stop on SIGTERM, or on SIGUSR1, which Slurm sends before a job's time limit.
+"""Graceful stop on SIGTERM, or on SIGUSR1, which Slurm can send before a job's time limit.
 
-Training then saves a checkpoint within one batch and exits with its own status.
+Training then saves a checkpoint within one batch and exits with EXIT_CODE.
 """
 
 import os
@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to resume
+EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: run the same command again to resume
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -25,7 +25,7 @@ class StopRequested(Exception):
 
 @contextmanager
 def on_signals(call: Callable[[int], None]) -> Iterator[None]:
-    """Call a function with the signal's number, instead of ending this process."""
+    """Call a function with the signal number, instead of ending this process."""
     previous = {number: signal.signal(number, lambda n, _: call(n)) for number in SIGNALS}
     try:
         yield
@@ -44,7 +44,7 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def forward_signals(processes: Iterable) -> Iterator[None]:
-    """Forward stop signals to `processes`, children of this one, which itself continues."""
+    """Forward stop signals to child `processes`; this process continues."""
 
     def forward(number: int) -> None:
         for process in processes:

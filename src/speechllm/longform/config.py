@@ -28,7 +28,7 @@ class LongformConfig:
     )
     max_duration: float = option(200.0, "seconds of audio per batch", group="recordings")
     dtype: str | None = option(
-        None, "precision of the model; auto: bfloat16 if the GPU or CPU supports it natively",
+        None, "precision of the model; auto: bfloat16 if the GPU or CPU supports it",
         group="recordings", choices=("auto", "float32", "float16", "bfloat16"),
         unset="by --use-fp16 and --use-bf16",
     )  # fmt: skip

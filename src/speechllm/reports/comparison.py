@@ -1,4 +1,4 @@
-"""Comparison of two decodings of the same set: what compare.py prints, and its page."""
+"""Comparison of two decodings of the same set, for compare.py: printed summary and HTML page."""
 
 import re
 from collections import Counter
@@ -32,18 +32,18 @@ class UtterancePair:
 
     @property
     def change(self) -> str:
-        """`better` or `worse` in B, or `other`: different words with as many errors."""
+        """`better` or `worse` in B, or `other`: different words with the same number of errors."""
         return "worse" if self.more_errors > 0 else "better" if self.more_errors else "other"
 
 
 def compare_models(a: Path, b: Path, html: Path | None = None) -> None:
-    """Print the comparison of each test set that both models' directories have decoded.
+    """Print a comparison for each test set decoded in both models' directories.
 
-    The last lines name the sets in which B is better or worse. The page of a set is written next
-    to `html`, with the set in its name.
+    The last lines list the verdict for each set. A set's page is written next to `html`, with the
+    set in its name.
 
     Raises:
-      InputError: the directories have no set in common, or as `compare`.
+      InputError: the directories have no set in common; or see `compare`.
     """
     of_a, of_b = newest_recogs(a), newest_recogs(b)
     sets = [name for name in of_a if name in of_b]
@@ -61,17 +61,18 @@ def compare_models(a: Path, b: Path, html: Path | None = None) -> None:
 
 
 def newest_recogs(folder: Path) -> dict[str, Path]:
-    """Return the newest <folder>/decode/recogs-<set>-<suffix>.txt of each set, by name."""
+    """Return the newest <folder>/decode/recogs-<set>-<suffix>.txt per set, by set name."""
     paths = sorted(folder.glob("decode/recogs-*-*.txt"), key=lambda path: path.stat().st_mtime)
     newest = {path.name.split("-")[1]: path for path in paths}
     return dict(sorted(newest.items()))
 
 
 def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
-    """Print the comparison of two recogs-*.txt files, and write its page to `html`.
+    """Print a comparison of two recogs-*.txt files, and write its page to `html`.
 
     Returns:
-      Both error rates, and whether B is better.
+      Both error rates, and whether B is better (see `verdict`).
+
     Raises:
       FileNotFoundError, InputError: a file is missing or damaged, or the utterances differ.
     """
@@ -117,7 +118,7 @@ def verdict(a: Row, b: Row, difference: Difference) -> str:
 
 
 def rate_of(recogs: Path) -> str:
-    """Return WER, CER or MER from the errs-*.txt of a recogs-*.txt; WER without one."""
+    """Return the rate's name (WER, CER or MER) from its errs-*.txt; WER without one."""
     errs = recogs.with_name(recogs.name.replace("recogs-", "errs-", 1))
     if errs == recogs or not errs.is_file():
         return "WER"
@@ -131,7 +132,7 @@ def rate_of(recogs: Path) -> str:
 def differing_utterances(
     a: Sequence[ScoredUtterance], b: Sequence[ScoredUtterance]
 ) -> list[UtterancePair]:
-    """Return the utterances with different hypotheses, the largest increase in errors first."""
+    """Return utterances whose hypotheses differ, the largest increase in errors first."""
     found = [UtterancePair(x, y) for x, y in zip(a, b, strict=True) if x.hyp != y.hyp]
     return sorted(found, key=lambda one: (-one.more_errors, one.a.id))
 
@@ -139,7 +140,7 @@ def differing_utterances(
 def summary(
     a: Row, b: Row, rate: str, difference: Difference, changes: Counter[str], same: int
 ) -> str:
-    """Return the lines that compare.py prints."""
+    """Return the summary printed by compare.py."""
     units = "characters" if rate == "CER" else "words"
     return "\n".join([
         f"{a.utterances} utterances, {a.counts.ref_words} {units}",
@@ -157,7 +158,7 @@ def summary(
 
 
 def changed_errors(a: Counter[Pair], b: Counter[Pair]) -> list[tuple[str, int, int]]:
-    """Return (error, count in A, count in B) where the counts differ, largest change first."""
+    """Return (error, count in A, count in B) for differing counts, largest change first."""
     changed = [
         (error_name(pair), a[pair], b[pair])
         for pair in a | b

@@ -1,4 +1,4 @@
-"""Alignments for reading: runs of correct words, errors, and words of low confidence."""
+"""Readable alignments: runs of correct words, errors, and words with low confidence."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -10,7 +10,7 @@ LOW_CONFIDENCE = 0.8  # words below this are shaded
 
 
 class Mark(NamedTuple):
-    """A piece of an alignment: reference and hypothesis text, either may be empty."""
+    """Part of an alignment: reference and hypothesis text, of which one may be empty."""
 
     ref: str
     hyp: str
@@ -18,7 +18,7 @@ class Mark(NamedTuple):
 
 
 def marks(pairs: Sequence[Pair], words: Sequence[Any] | None = None) -> list[Mark]:
-    """Join neighbouring words without errors and of high confidence into one piece.
+    """Return marks; adjacent correct words with high confidence are joined into one mark.
 
     Args:
       words: a TimedWord per hypothesis word; ignored if normalization changed their number.

@@ -1,4 +1,4 @@
-"""Tables of the reports: groups of utterances with their WER, and the most frequent errors."""
+"""Report tables: groups of utterances with their WER, and the most frequent errors."""
 
 import math
 from bisect import bisect_right
@@ -10,13 +10,13 @@ from typing import NamedTuple, TypeVar
 from speechllm.scoring.bootstrap import bootstrap_interval
 from speechllm.scoring.wer import ErrorCounts, Pair, ScoredUtterance, word_error_counts
 
-WORDS = (0, 1, 2, 4, 8, 16, 32, 64)  # lower ends of the groups of sentence lengths
+WORDS = (0, 1, 2, 4, 8, 16, 32, 64)  # lower ends of the sentence length groups
 MAX_ROWS = 100  # per table: each needs a bootstrap interval
 Item = TypeVar("Item")
 
 
 class Row(NamedTuple):
-    """A group of utterances with its WER and the 95 % interval."""
+    """A group of utterances with its WER and 95% interval."""
 
     name: str
     utterances: int
@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Groups of utterances, or kinds of errors; `left_out` rows are not shown."""
+    """Table of utterance groups or errors; `left_out` is the number of rows not shown."""
 
     title: str
     rows: list
@@ -35,13 +35,13 @@ class Table:
     find: bool = False  # clicking a row's name searches for it
 
     def position(self, wer: float) -> str:
-        """Position on the common scale of all rows' intervals, as a CSS percentage."""
+        """Return the position on the common scale of all rows' intervals, as a CSS percentage."""
         top = max((row.high for row in self.rows if math.isfinite(row.high)), default=0.0)
         return f"{min(100.0, 100 * wer / (top or 1.0)):.1f}%"
 
 
 def row(name: str, utterances: Sequence[ScoredUtterance]) -> Row:
-    """Return the group's row."""
+    """Return the row for a group of utterances."""
     counts = word_error_counts(utterances)
     return Row(name, len(utterances), counts, *bootstrap_interval(utterances))
 
@@ -53,7 +53,7 @@ def buckets(
 
     Args:
       edges: lower ends of the buckets.
-      step: 1 for integers, where `4–7` is the bucket before 8, else 0.
+      step: 1 for integers, so that the bucket before 8 is `4–7`, else 0.
     """
     found = defaultdict(list)
     for item in items:
@@ -69,7 +69,7 @@ def _bucket_name(edges: Sequence[int], i: int, step: int) -> str:
 
 
 def frequent_errors(pairs: Counter[Pair]) -> list[Table]:
-    """Return substitutions, deletions and insertions: (text, search term, count) rows."""
+    """Return tables of substitutions, deletions and insertions, with rows (text, search, count)."""
     kinds = {"Substitutions": [], "Deletions": [], "Insertions": []}
     for (ref, hyp), n in pairs.items():
         if ref != hyp:
@@ -81,6 +81,6 @@ def frequent_errors(pairs: Counter[Pair]) -> list[Table]:
 
 
 def error_name(pair: Pair) -> str:
-    """`[n → m]`, `[n → *]` or `[* → m]`: the search term in base.js."""
+    """Return `[n → m]`, `[n → *]` or `[* → m]`, the search term in base.js."""
     ref, hyp = (" ".join(side) or "*" for side in pair)
     return f"[{ref} → {hyp}]"

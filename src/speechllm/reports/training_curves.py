@@ -1,4 +1,4 @@
-"""Training curves from tensorboard's files as an HTML page or a PNG: what plot_training.py runs."""
+"""Training curves from tensorboard files as an HTML page or a PNG, for plot_training.py."""
 
 import io
 import math
@@ -12,7 +12,7 @@ from speechllm.errors import InputError
 from speechllm.io import atomic_write
 from speechllm.reports import page
 
-PANELS = {  # title of a panel: its curves
+PANELS = {  # panel title: curves
     "loss": ("tot_loss", "valid_loss", "current_loss"),
     "accuracy": ("tot_acc", "valid_acc", "current_acc"),
     "WER %": ("valid_wer",),
@@ -22,7 +22,7 @@ PANELS = {  # title of a panel: its curves
     "gradient scale": ("grad_scale",),
 }
 LOGARITHMIC = ("loss", "gradient norm", "gradient scale")
-COLUMNS = {  # table columns: the curve, min or max for its best value, the format
+COLUMNS = {  # table column: curve; min or max for the best value, None for the last; format
     "epoch": ("epoch", None, ".0f"),
     "loss": ("tot_loss", None, ".4f"),
     "best validation loss": ("valid_loss", min, ".4f"),
@@ -30,7 +30,7 @@ COLUMNS = {  # table columns: the curve, min or max for its best value, the form
     "best validation WER %": ("valid_wer", min, ".2f"),
     "audio s/s": ("audio_seconds_per_second", None, ".1f"),
 }
-STYLES = {  # by the part of a name before the _
+STYLES = {  # by the part of a curve's name before the _
     "valid": {"linestyle": "none", "marker": "o", "markersize": 4, "zorder": 3},
     "current": {"linewidth": 0.5, "alpha": 0.35},
 }
@@ -39,7 +39,7 @@ Curve = list[tuple[int, float]]  # steps and values
 
 
 def read_curves(exp_dir: Path) -> dict[str, Curve]:
-    """Read the curves of a training by name, such as `tot_loss` and `epoch`."""
+    """Read a training's curves by name, such as `tot_loss` and `epoch`."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = exp_dir / "tensorboard"
@@ -56,7 +56,7 @@ def read_curves(exp_dir: Path) -> dict[str, Curve]:
 
 
 def one_curve(points: Iterable[tuple[int, float]]) -> Curve:
-    """Join points in the order of writing: a step back replaces everything after it."""
+    """Join points in the order written; a point at an earlier step replaces all later ones."""
     curve: Curve = []
     for step, value in points:
         while curve and curve[-1][0] >= step:
@@ -66,7 +66,7 @@ def one_curve(points: Iterable[tuple[int, float]]) -> Curve:
 
 
 def plot(trainings: dict[str, dict[str, Curve]]) -> Figure:
-    """Plot each of PANELS that has a curve, with a color for each training, given by name."""
+    """Plot each panel that has a curve, with one color per training; `trainings` are by name."""
     found = {name for curves in trainings.values() for name in curves}
     drawn = [title for title, names in PANELS.items() if found & set(names)]
     height = max(1, math.ceil(len(drawn) / 2))
@@ -91,7 +91,7 @@ def plot(trainings: dict[str, dict[str, Curve]]) -> Figure:
 
 
 def rows(trainings: dict[str, dict[str, Curve]]) -> list[list[str]]:
-    """Return the table: column names, then a row for each training."""
+    """Return the table: column names, then one row per training."""
     table = [["training", *COLUMNS]]
     for training, curves in trainings.items():
         cells = [_cell(curves.get(name, []), *kind) for name, *kind in COLUMNS.values()]
@@ -100,7 +100,7 @@ def rows(trainings: dict[str, dict[str, Curve]]) -> list[list[str]]:
 
 
 def _cell(curve: Curve, choose: Callable | None, form: str) -> str:
-    """Format the last value, or the lowest or highest finite one and its step."""
+    """Format the last value, or the lowest or highest finite value with its step."""
     if choose:
         curve = [point for point in curve if math.isfinite(point[1])]
     if not curve:
@@ -120,7 +120,7 @@ def svg(figure: Figure) -> str:
 
 
 def plot_trainings(exp_dirs: list[Path], out: Path) -> None:
-    """Write the curves of several trainings to `out`.
+    """Write a page or image with the curves of several trainings to `out`.
 
     Raises:
       InputError: `out` is neither *.html nor *.png.
