@@ -1,4 +1,4 @@
-"""Make `speechllm` importable for the programs of this folder, which import this module first."""
+"""Make `speechllm` importable for the programs in this folder, which import this module first."""
 
 import sys
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Compute fbank of LibriSpeech and MUSAN from the manifests of `lhotse prepare`.
+"""Compute fbank features for LibriSpeech and MUSAN from the manifests of `lhotse prepare`.
 
   python local/compute_fbank.py librispeech --parts dev-clean,test-clean
   python local/compute_fbank.py librispeech --perturb-speed true --num-jobs 15
   python local/compute_fbank.py musan
 
-Called by prepare.sh. Reads data/manifests/, writes data/fbank/librispeech_cuts_<part>.jsonl.gz or
-data/fbank/musan_cuts.jsonl.gz (windows of 10 s), with the features next to it. Existing cut
-files are kept.
+Called by prepare.sh. Reads data/manifests/; writes data/fbank/librispeech_cuts_<part>.jsonl.gz or
+data/fbank/musan_cuts.jsonl.gz (windows of 10 s), and the features next to the cut file. Existing
+cut files are kept.
 """
 
 import logging
@@ -26,7 +26,7 @@ MUSAN_MIN_DURATION = 5.0  # seconds; shorter noises would repeat within an utter
 
 
 def librispeech_cuts(manifest_dir: Path, part: str, perturb_speed: bool) -> "CutSet":
-    """Make one cut per utterance, with the utterance's id."""
+    """Return one cut per utterance, with the utterance's id."""
     from lhotse import CutSet, load_manifest
 
     from speechllm.data.features import with_perturbed_speed
@@ -41,7 +41,7 @@ def librispeech_cuts(manifest_dir: Path, part: str, perturb_speed: bool) -> "Cut
 
 
 def musan_cuts(manifest_dir: Path) -> "CutSet":
-    """Cut MUSAN into windows of 10 s, without those of up to 5 s."""
+    """Return MUSAN in windows of 10 s, except for final windows of up to 5 s."""
     from lhotse import CutSet, combine, load_manifest
 
     parts = ("music", "speech", "noise")
@@ -52,7 +52,7 @@ def musan_cuts(manifest_dir: Path) -> "CutSet":
 
 
 def available_parts(manifest_dir: Path, requested: list[str]) -> list[str]:
-    """Return the requested parts, or by default those that have manifests.
+    """Return the requested parts, or if none are requested all parts that have manifests.
 
     Raises:
       FileNotFoundError: a requested part, or every part, lacks manifests.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decode test sets with an exported model in vLLM, from the audio; the files are decode.py's.
+"""Decode test sets from audio with an exported model in vLLM; write the same files as decode.py.
 
 .venv-vllm/bin/python local/decode_with_vllm.py --exp-dir models/mine --test-cuts mine_cuts_test
 """
@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--manifest-dir", type=Path, default=Path("data/fbank"))
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--world-size", type=int, default=1, help="number of GPUs, for tensor parallelism")
-    add("--gpu-memory-utilization", type=float, default=0.9, help="also of the CPU's memory")
+    add("--gpu-memory-utilization", type=float, default=0.9,
+        help="fraction of the GPU's memory to use; of the CPU's memory on a CPU")  # fmt: skip
     args = parser.parse_args(argv)
     try:
         from vllm import LLM
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
                 inputs = cut.resample(SAMPLING_RATE).load_audio()[0], manifests.context_of(cut)
                 prompts[cut.id] = processor.generation_prompt(args.exp_dir, tokenizer, *inputs)
         for name, answer in zip(prompts, llm.generate([*prompts.values()], sampling)):
-            # vLLM's own text leaves out an incomplete last character.
+            # vLLM's own text omits an incomplete last character.
             text = tokenizer.decode(answer.outputs[0].token_ids, skip_special_tokens=True)
             found[name] = Recognition(text.strip(), Hypothesis())
         seconds = sum(cut.duration for cut in one.cuts if cut.id in prompts)

@@ -172,7 +172,7 @@ if due 5 "train.py on the first encoder, then train_mose.py on both from its mod
     "${cached[@]}")
   in_halves train $llm_epochs "${joined[@]}" -- \
     $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr"
-  # A high learning rate would destroy what the first training learnt.
+  # A high learning rate would destroy what the first training learned.
   in_halves train_mose $llm_epochs "${joined[@]}" -- \
     $python src/train_mose.py "${training[@]}" "${two[@]}" --exp-dir "$exp/mose" \
     --pretrained-model-path "$exp/llm_asr/epoch-$llm_epochs.pt" --base-lr 0.012

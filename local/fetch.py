@@ -1,9 +1,9 @@
-"""Download the recipe's models from Hugging Face or a mirror; download_models.sh calls it.
+"""Download the recipe's models from Hugging Face or a mirror; called by download_models.sh.
 
   python local/fetch.py --mirror https://hf-mirror.com llm encoder
 
-Interrupted downloads resume (FILE.part). A file gets its name only after its size and hash matched
-those that the mirror publishes; existing files that match are kept.
+Interrupted downloads (FILE.part) resume. A file is given its final name only if its size and hash
+match those published by the mirror; existing files that match are kept.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ BASELINE, MOSE_EXP = (
     {f"exp/{name}/epoch-10-avg-5.pt": (f"zhu-han/{name}", "epoch-10-avg-5.pt")}
     for name in (f"asr_librispeech_zipformer_{kind}qwen2_1.5B" for kind in ("", "mose_"))
 )
-GROUPS = {  # file below the root: repository, file in the repository
+GROUPS = {  # file under the root: repository, file in the repository
     "llm": LLM,
     "encoder": {ENCODER: ENCODERS[ENCODER], **BPE},
     "encoders": ENCODERS | BPE,
@@ -51,7 +51,7 @@ GROUPS = {  # file below the root: repository, file in the repository
 
 
 def matches(path: Path, size: int, etag: str) -> bool:
-    """Compare size and hash: SHA-256 of large files, git's SHA-1 of others."""
+    """Return true if size and hash match: SHA-256 for large files, git's SHA-1 for others."""
     if path.stat().st_size != size:
         return False
     with open(path, "rb") as content:
@@ -64,9 +64,9 @@ def fetch(url: str, size: int, etag: str, dest: Path) -> None:
     """Download to `dest`, resuming from `dest`.part.
 
     Raises:
-      InputError: size or hash differ; the download is removed.
+      InputError: the size or hash differs; the download is removed.
     """
-    from huggingface_hub.file_download import http_get  # hf_hub_download resumes no killed one
+    from huggingface_hub.file_download import http_get  # hf_hub_download cannot resume after a kill
 
     part = dest.with_name(f"{dest.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def fetch_all(mirror: str, files: dict[str, tuple[str, str]], root: Path) -> Non
             )
     for one in missing:
         fetch(*one)
-    for name in {**BASELINE, **MOSE_EXP}.keys() & files.keys():  # --exp-dir alone is enough then
+    for name in {**BASELINE, **MOSE_EXP}.keys() & files.keys():  # then --exp-dir suffices
         folder = (root / name).parent
         if not (folder / MODEL_FILE).exists():
             save_model_config(MOSE if name in MOSE_EXP else ONE_ENCODER, folder)
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     add("groups", nargs="+", choices=GROUPS, metavar="GROUP", help=" ".join(GROUPS))
     add("--mirror", default=os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
         help="address to download from; by default HF_ENDPOINT or huggingface.co")  # fmt: skip
-    add("--root", type=Path, default=ROOT, help="directory of models/ and exp/")
+    add("--root", type=Path, default=ROOT, help="directory that contains models/ and exp/")
     args = parser.parse_args(argv)
     mirror, files = args.mirror.rstrip("/"), {}
     for group in args.groups:

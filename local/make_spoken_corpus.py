@@ -6,9 +6,9 @@ Needs no audio and no network: the package espeakng-loader contains espeak-ng. W
 
   <out>/wav/<speaker>/<utt_id>.flac   16 kHz, 16 bit
   <out>/transcripts.tsv    utt_id, speaker, split, text, path, duration_s: for prepare_corpus.py
-  <out>/words.jsonl        {"utt_id": …, "words": [[word, start_s, end_s], …]}, espeak's timing
+  <out>/words.jsonl        {"utt_id": …, "words": [[word, start_s, end_s], …]}, timed by espeak
 
-Voices and sentences of the splits are disjoint. The output is reproducible.
+The splits share no voices and no sentences. The output is reproducible.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ GRAMMAR = {  # sixty words, few enough for a tiny encoder
         "{command}", "{command}", "please {command}", "{command} at {hour}", "call {digits}",
         "the number is {digits}", "{digits}", "{digits} {number}",
     ),
-    "phrase": (  # for training only: short texts simplify alignment
+    "phrase": (  # only for training: short texts simplify alignment
         "{digit}", "{digit} {digit}", "{number}", "{room} {appliance}", "turn {switch}", "stop",
         "please", "{move} the {opening}", "{appliance} {switch}", "at {hour}", "call {digit}",
         "{tens} minutes", "{tens} degrees", "the {room}", "set a timer", "the number is {digit}",
@@ -65,7 +65,7 @@ GRAMMAR = {  # sixty words, few enough for a tiny encoder
 
 
 def expand(symbol: str, rng: random.Random) -> str:
-    """Draw a text from a symbol of the grammar."""
+    """Sample a text from a grammar symbol."""
     template = rng.choice(GRAMMAR[symbol])
     return re.sub(r"\{(\w+)\}", lambda inner: expand(inner[1], rng), template)
 
@@ -74,7 +74,7 @@ def expand(symbol: str, rng: random.Random) -> str:
 
 ACCENTS = ("en", "en-us", "en-gb-x-rp")
 ACCENTS_PER_VARIANT = {"train": 2, "dev": 1, "test": 1}
-# espeak's voice variants without whispers, clicks, echoes and robots; similar ones share a split.
+# espeak's voice variants, except whispers, clicks, echoes and robots; similar ones share a split.
 VARIANTS = {
     "train": (
         "f1 f4 m1 m3 m4 m7 m8 Alicia Andrea Andy Denis Diogo Gene Gene2 Henrique Hugo Marco "
@@ -88,7 +88,7 @@ VARIANTS = {
 
 
 class Speaker(NamedTuple):
-    """An accent, a variant of the voice, words per minute, pitch and its range (0–99)."""
+    """Accent, voice variant, rate in words per minute, pitch and pitch range (0–99)."""
 
     accent: str
     variant: str
@@ -105,7 +105,7 @@ Utterance = tuple[str, str, Speaker, str]  # id, split, speaker, text
 
 
 def draw_speakers(split: str, rng: random.Random) -> list[Speaker]:
-    """Draw accents and speaking styles for each variant of the split, in random order."""
+    """Sample accents and speaking styles for each variant in the split, in random order."""
     speakers = [
         Speaker(accent, variant, rng.randint(170, 220), rng.randint(35, 65), rng.randint(30, 70))
         for variant in VARIANTS[split]
@@ -115,9 +115,9 @@ def draw_speakers(split: str, rng: random.Random) -> list[Speaker]:
 
 
 def plan_corpus(sizes: dict[str, int]) -> list[Utterance]:
-    """Draw `sizes` utterances of each split, evenly distributed over its speakers.
+    """Sample `sizes` utterances per split, evenly distributed over its speakers.
 
-    Sentences are distinct. Every other training utterance is a short phrase, which may repeat.
+    Sentences are unique. Every second training utterance is a short phrase, which may be repeated.
     """
     rng = random.Random(SEED)
     sentences: dict[str, None] = {}  # an ordered set
@@ -141,7 +141,7 @@ TimedWord = tuple[str, float, float]  # word, start and end in seconds
 
 
 class EspeakEvent(ctypes.Structure):
-    """espeak_EVENT of speak_lib.h; its last field, a union, is read as a phoneme's name."""
+    """espeak_EVENT in speak_lib.h; its last field, a union, is read as a phoneme name."""
 
     _fields_ = (
         ("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint),
@@ -151,14 +151,14 @@ class EspeakEvent(ctypes.Structure):
     )  # fmt: skip
 
 
-# Constants of speak_lib.h
+# Constants in speak_lib.h
 SYNCHRONOUS, PHONEME_EVENTS, DONT_EXIT, UTF8 = 2, 1, 0x8000, 1
-LIST_TERMINATED, WORD = 0, 1  # types of events
+LIST_TERMINATED, WORD = 0, 1  # event types
 RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
 
 
 class Espeak:
-    """espeak-ng, at most one instance per process; not thread-safe."""
+    """espeak-ng synthesizer; at most one instance per process, not thread-safe."""
 
     def __init__(self):
         import espeakng_loader
@@ -167,7 +167,7 @@ class Espeak:
         data_path = espeakng_loader.get_data_path().encode()
         flags = PHONEME_EVENTS | DONT_EXIT
         self.sampling_rate = self.library.espeak_Initialize(SYNCHRONOUS, 0, data_path, flags)
-        self.library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # by default breath varies with time
+        self.library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # else breath noise varies
         event = ctypes.POINTER(EspeakEvent)
         kinds = (ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, event)
         self._callback = ctypes.CFUNCTYPE(*kinds)(self._collect)  # espeak keeps no reference
@@ -186,10 +186,11 @@ class Espeak:
         """Synthesize a text.
 
         Returns:
-          (num_samples,) float64 in [-1, 1) at `sampling_rate`; the words with their times, each
-          ending where the next one or a pause begins.
+          Samples (N,), float64 in [-1, 1), at `sampling_rate`; and the timed words, each ending
+          where the next word or a pause begins.
+
         Raises:
-          InputError: espeak lacks the voice.
+          InputError: espeak does not have the voice.
         """
         voice = f"{speaker.accent}+{speaker.variant}"
         if self.library.espeak_SetVoiceByName(voice.encode()):
@@ -200,7 +201,7 @@ class Espeak:
         ):  # fmt: skip
             self.library.espeak_SetParameter(kind, value, 0)
         self._samples, self._events = [], []
-        # A word joiner keeps the dictionary from merging pairs such as "in the" into one word.
+        # Word joiners keep the dictionary from merging pairs such as "in the" into one word.
         spoken = "\u2060 ".join(text.split()).encode()
         size = ctypes.c_size_t(len(spoken) + 1)
         self.library.espeak_Synth(spoken, size, 0, 1, 0, UTF8, None, None)
@@ -220,7 +221,7 @@ class Espeak:
 
 
 def noise(num_samples: int, pink: bool, rng: np.random.Generator) -> np.ndarray:
-    """Draw (num_samples,) white or pink (equal power per octave) noise of unit power."""
+    """Sample white or pink (equal power per octave) noise (num_samples,) with unit power."""
     white = rng.standard_normal(num_samples)
     if not pink:
         return white
@@ -232,10 +233,10 @@ def noise(num_samples: int, pink: bool, rng: np.random.Generator) -> np.ndarray:
 
 
 def place_in_room(speech: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Add silence (up to 0.2 s, every third time up to 0.9 s), gain, and noise 20–40 dB below.
+    """Add silence (up to 0.2 s, in a third of cases up to 0.9 s), gain, and noise (20–40 dB SNR).
 
     Returns:
-      (num_samples,) at 16 kHz, at least 0.5 s; the seconds before the speech.
+      16 kHz samples (N,), at least 0.5 s; the number of seconds before the speech.
     """
     longest = rng.choice([0.2, 0.2, 0.9])
     before, after = (int(SAMPLING_RATE * seconds) for seconds in rng.uniform(0.05, longest, size=2))
@@ -277,10 +278,10 @@ def write_corpus(out: Path, utterances: list[Utterance]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="directory to write")
-    add("--num-train", type=int, default=2000, help="training utterances")
-    add("--num-dev", type=int, default=60, help="validation utterances")
-    add("--num-test", type=int, default=120, help="test utterances")
+    add("--out", type=Path, required=True, help="output directory")
+    add("--num-train", type=int, default=2000, help="number of training utterances")
+    add("--num-dev", type=int, default=60, help="number of validation utterances")
+    add("--num-test", type=int, default=120, help="number of test utterances")
     args = parser.parse_args(argv)
     sizes = {split: getattr(args, f"num_{split}") for split in VARIANTS}
     for split, size in sizes.items():

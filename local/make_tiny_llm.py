@@ -1,14 +1,14 @@
-"""Train a Qwen2 of a few million parameters on a corpus' transcripts: an LLM for a CPU.
+"""Train a Qwen2 with a few million parameters on a corpus's transcripts: an LLM for CPUs.
 
   python local/make_tiny_llm.py --text data/fbank/an4_cuts_train.jsonl.gz --out exp/an4/llm
 
-The result loads as a downloaded Qwen2 (`AutoTokenizer`, `AutoModelForCausalLM`): it has Qwen2's
+The result loads like a downloaded Qwen2 (`AutoTokenizer`, `AutoModelForCausalLM`): it has Qwen2's
 pre-tokenizer, ChatML tokens, and spare embedding rows for the speech tokens.
 
-The model learns to answer in the recipe's chat form with a lower-case transcript. In 90 % of the
-chats the user's turn contains the words of the answer, with pauses: speech recognition with a
-frozen LLM builds on the ability to repeat the prompt, which an instruct model of the usual size
-has. Most of these turns have random words, so that copying is more useful than guessing.
+The model is trained to answer with a lower-case transcript, in the recipe's chat format. In 90% of
+the chats, the user's turn contains the words of the answer, with pauses: speech recognition with a
+frozen LLM relies on its ability to repeat the prompt, which instruct models of the usual size have.
+Most of these turns consist of random words, so that copying is more useful than guessing.
 """
 
 import json
@@ -35,17 +35,17 @@ VOCAB_SIZE = 1000
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 50
-REPEAT_PROB = 0.9  # share of user turns with the words of the answer
-RANDOM_PROB = 0.9  # share of random words in these
+REPEAT_PROB = 0.9  # fraction of user turns that contain the words of the answer
+RANDOM_PROB = 0.9  # fraction of these turns that consist of random words
 
 Example = tuple[list[int], list[int]]  # ids and labels of one chat, of equal length
 
 
 def read_transcripts(path: Path) -> list[str]:
-    """Read the distinct training transcripts of a table or cut file, in lower case.
+    """Read the distinct training transcripts in a table or cut file, in lower case.
 
     Raises:
-      InputError: the file cannot be read, or has fewer than two.
+      InputError: the file cannot be read, or has fewer than two distinct transcripts.
     """
     from speechllm.data.corpora.table import read_table
     from speechllm.data.manifests import read_cuts
@@ -65,7 +65,7 @@ def read_transcripts(path: Path) -> list[str]:
 
 
 def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
-    """Train a byte-level BPE tokenizer of at most `vocab_size` entries, the ChatML tokens last."""
+    """Train a byte-level BPE tokenizer with up to `vocab_size` entries, the ChatML tokens last."""
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
@@ -76,7 +76,7 @@ def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
     backend = Qwen2Tokenizer().backend_tokenizer  # with Qwen2's pre-tokenizer and NFC
     trainer = BpeTrainer(
         vocab_size=vocab_size - len(chat_tokens),
-        min_frequency=2,  # otherwise a word seen once becomes a token seen once
+        min_frequency=2,  # otherwise a word that occurs once becomes a token that occurs once
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -96,7 +96,7 @@ def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
 
 
 def encode_example(tokenizer, answer: str, user: str = "") -> Example:
-    """Encode a chat of `user` and `answer`; labels cover the answer and its closing id."""
+    """Encode a chat with `user` and `answer`; labels cover the answer and its closing id."""
     from speechllm.models.prompt import IGNORED, IM_END, chat_prompt
 
     prompt = tokenizer(chat_prompt(user)).input_ids
@@ -105,12 +105,12 @@ def encode_example(tokenizer, answer: str, user: str = "") -> Example:
 
 
 def with_pauses(words: list[str], rng: random.Random) -> str:
-    """Put one to four spaces before each word: speech embeddings outnumber a text's tokens."""
+    """Put one to four spaces before each word, as speech embeddings outnumber text tokens."""
     return "".join(" " * rng.randint(1, 4) + word for word in words)
 
 
 def training_examples(tokenizer, transcripts: list[str]) -> Iterator[Example]:
-    """Yield examples endlessly, the transcripts in a new order each epoch."""
+    """Yield an infinite stream of examples, with the transcripts reshuffled in each epoch."""
     rng = random.Random(0)
     all_words = [word for transcript in transcripts for word in transcript.split()]
     while True:
@@ -128,7 +128,7 @@ def training_examples(tokenizer, transcripts: list[str]) -> Iterator[Example]:
 
 
 def build_model(tokenizer, sizes: dict[str, int]):
-    """Build an untrained Qwen2 with tied embeddings and at least five spare rows."""
+    """Build an untrained Qwen2 with tied embeddings and at least five spare embedding rows."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from speechllm.models.prompt import SPEECH_TOKENS
@@ -158,7 +158,7 @@ def mean_loss(model, examples: list[Example]):
 
 
 def train(model, examples: Iterator[Example], max_steps: int) -> None:
-    """Train with AdamW, a warmup, and a linear decay to 0."""
+    """Train with AdamW, with a warm-up and a linear decay to 0."""
     import torch
 
     optimizer = torch.optim.AdamW(
@@ -179,7 +179,10 @@ def train(model, examples: Iterator[Example], max_steps: int) -> None:
 
 
 def make_llm(transcripts: list[str], max_steps: int, sizes: dict[str, int]) -> tuple:
-    """Train tokenizer and model on nine tenths of the transcripts, and print the perplexity."""
+    """Train tokenizer and model, and print the perplexity on held-out transcripts.
+
+    A tenth of the transcripts is held out, but at most 200.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -203,11 +206,11 @@ def make_llm(transcripts: list[str], max_steps: int, sizes: dict[str, int]) -> t
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--text", type=Path, required=True, help="a cut file, or a table (its split train)")
-    add("--out", type=Path, required=True, help="directory to write")
+    add("--text", type=Path, required=True, help="cut file, or table (its split train is used)")
+    add("--out", type=Path, required=True, help="output directory")
     for field, (flag, default) in SIZES.items():
         add(flag, type=int, dest=field, default=default, help=f"{field} of Qwen2Config")
-    add("--max-steps", type=int, default=600, help="number of steps")
+    add("--max-steps", type=int, default=600, help="number of training steps")
     args = parser.parse_args(argv)
     if args.out.exists():
         raise InputError(f"{args.out} exists: remove it or choose another --out")

@@ -3,24 +3,24 @@
   python local/prepare_corpus.py --table corpora/an4/transcripts.tsv --corpus an4 \\
     --manifest-dir data/fbank --num-jobs 4
 
-  --table PATH        TSV or CSV with a header, or JSON lines, or a folder of one for each split;
-                      paths are relative to it
+  --table PATH        TSV or CSV with a header, or JSON lines, or a folder with one table per split;
+                      audio paths are relative to the table
   --folder DIR        a corpus whose --layout is recognized: LibriSpeech, Common Voice, AISHELL,
-                      MLS, LJSpeech, VCTK, TED-LIUM, VoxPopuli, or one of the others here; else
-                      audio and a text file for each: [train/][anna/]1.wav, [train/][anna/]1.txt
+                      MLS, LJSpeech, VCTK, TED-LIUM, VoxPopuli, or another layout listed here; else
+                      a text file per audio file: [train/][anna/]1.wav, [train/][anna/]1.txt
   --kaldi DIR         wav.scp, text, [segments, utt2spk, utt2lang, reco2file_and_channel]
   --huggingface DIR   a dataset written by save_to_disk, or its parquet files (needs pyarrow)
   --lhotse PATH       a cut file, or a folder of cut files or of recordings and supervisions
 
 Kaldi and lhotse folders may have a subfolder or file per split. Columns are found by name: text and
-path; optional utt_id, speaker, split, language, context, start, end, duration and channel;
-local/README.md has their other names and meanings.
+path, and optionally utt_id, speaker, split, language, context, start, end, duration and channel;
+local/README.md lists their other names and meanings.
 
-Writes <manifest-dir>/<corpus>_cuts_<split>.jsonl.gz with the features next to it, and statistics
-and skipped utterances to <corpus>_report.json and .txt. Formats that lhotse cannot read are copied
-to FLAC in <corpus>_audio-…. The training split also gets copies at speed 0.9 and 1.1. All
-utterances are checked before features are computed; invalid ones are an error unless
---skip-invalid true. Texts without a word (<NOISE>, [music], "...") are always left out. A split
+Writes <manifest-dir>/<corpus>_cuts_<split>.jsonl.gz, with features next to it, and statistics and
+skipped utterances to <corpus>_report.json and .txt. Audio in formats that lhotse cannot read is
+copied to FLAC in <corpus>_audio-…. Copies at speed 0.9 and 1.1 are added to the training split. All
+utterances are checked before features are computed; invalid utterances are an error unless
+--skip-invalid is true. Texts without words (<NOISE>, [music], "...") are always skipped. A split
 made from the same files with the same flags is kept; other sources add splits to the corpus.
 """
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def usage_hint(config: PrepareConfig, train: list[str], others: list[str]) -> str:
-    """Return the flags that select the written cut files in training and decoding."""
+    """Return the flags for using the written cut files in training and decoding."""
     valid = [split for split in others if split.startswith(("dev", "val"))] or others[:1]
     test = [split for split in others if split not in valid] or valid
     flags = [("train-cuts", train), ("valid-cuts", valid[:1]), ("test-cuts", test)]

@@ -1,10 +1,10 @@
-"""Measure the errors of the word times of a CTM file, in milliseconds.
+"""Measure the errors of word times in a CTM file, in milliseconds.
 
-  python local/score_word_times.py exp/demo/decode/demo_test.ctm data/demo/corpus/words.jsonl
+  python local/score_word_times.py exp/x/decode/ctm-SET-SUFFIX.ctm data/demo/corpus/words.jsonl
 
-WORDS has a line `{"utt_id": ..., "words": [[word, start_s, end_s], ...]}` per utterance; the CTM
-names recordings by these ids. Words are aligned as for the WER, in lower case, and equal pairs are
-compared. Errors are positive if a time is later than the reference.
+WORDS has a line `{"utt_id": ..., "words": [[word, start_s, end_s], ...]}` per utterance, and the
+CTM must use these ids as recording names. Words are aligned as for WER, in lower case, and equal
+words are compared. Errors are positive if a time is later than the reference.
 """
 
 import json
@@ -22,7 +22,7 @@ WITHIN = (20, 50, 100, 200)  # ms
 
 
 def read_ctm(path: Path) -> dict[str, list[Timed]]:
-    """Read the words of each recording; `;;` starts a comment."""
+    """Read the timed words per recording; `;;` starts a comment line."""
     recordings = defaultdict(list)
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
         if line.strip() and not line.startswith(";;"):
@@ -36,7 +36,7 @@ def read_ctm(path: Path) -> dict[str, list[Timed]]:
 
 
 def read_words(path: Path) -> dict[str, list[Timed]]:
-    """Read the reference words of each utterance."""
+    """Read the timed reference words per utterance."""
     rows = map(json.loads, path.read_text("utf-8").splitlines())
     return {
         row["utt_id"]: [(word.lower(), *times) for word, *times in row["words"]] for row in rows
@@ -44,7 +44,7 @@ def read_words(path: Path) -> dict[str, list[Timed]]:
 
 
 def time_errors(found: list[Timed], true: list[Timed]) -> list[tuple[float, float]]:
-    """Return the errors of start and end in ms for each pair of equal words."""
+    """Return the errors of start and end, in ms, for each pair of equal words."""
     from speechllm.scoring.wer import align
 
     pairs = align([word for word, _, _ in true], [word for word, _, _ in found])
@@ -57,7 +57,7 @@ def time_errors(found: list[Timed], true: list[Timed]) -> list[tuple[float, floa
 
 
 def report(ctm: dict[str, list[Timed]], truth: dict[str, list[Timed]]) -> str:
-    """Format statistics over the recordings of the CTM."""
+    """Return a table with statistics over the recordings in the CTM file."""
     if unknown := [recording for recording in ctm if recording not in truth]:
         raise InputError(f"recordings of the CTM have no reference: {', '.join(unknown[:5])}")
     errors = [pair for recording in ctm for pair in time_errors(ctm[recording], truth[recording])]

@@ -1,11 +1,11 @@
-"""Check cut files before training: print all errors in one pass.
+"""Check cut files before training, and print all errors in one pass.
 
   python local/validate_manifest.py data/fbank/librispeech_cuts_dev-clean.jsonl.gz ...
   python local/validate_manifest.py --read all --json true FILE...
 
-Checks that every cut has a unique id, a text, a supervision within the cut, and 80-dim features
-every 10 ms of the cut's length (or audio, see --on-the-fly-feats); src/speechllm/data/validation.py
-lists the errors. Prints one error per line. The exit status is 1 if there are any.
+Checks that every cut has a unique id, a text, a supervision within the cut, and features of the
+cut's length, 80-dim every 10 ms (or audio, see --on-the-fly-feats). Prints one error per line;
+src/speechllm/data/validation.py lists the kinds of errors. The exit status is 1 if there are any.
 """
 
 import json
@@ -19,7 +19,9 @@ from speechllm.errors import exit_on_user_error
 
 
 def find_errors(path: Path, need_features: bool, read_all: bool) -> Iterator[tuple]:
-    """Yield line number (from 1) and CutError; by default the first and last cut are read."""
+    """Yield (line number from 1, CutError); without `read_all`, only the data of the first and
+    last valid cuts are read.
+    """
     from speechllm.data.manifests import read_lines
     from speechllm.data.validation import CutError, duplicate_id, read_errors, validate_cut
 

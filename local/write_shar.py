@@ -1,12 +1,12 @@
-"""Write cut files with their features or audio as lhotse Shar shards, which training streams.
+"""Write cut files and their features or audio as lhotse Shar shards, which training streams.
 
   python local/write_shar.py --cuts librispeech_cuts_train-all-shuf --out data/shar/librispeech
   python local/write_shar.py --cuts big_cuts_a,big_cuts_b --audio flac --out data/shar/big
   python src/train.py --shar-dir data/shar/librispeech,data/shar/big ...
 
-A shard is a file of texts and a tar of data, both read sequentially. Each dataloader worker reads
-its own shards, so use many more shards than GPUs × workers. The directory is written atomically;
-parts of a corpus can be written in parallel to several directories.
+A shard consists of a file with texts and a tar file with data, both read sequentially. Each
+dataloader worker reads its own shards, so there should be many more shards than GPUs × workers. The
+directory is written atomically; parts of a corpus can be written in parallel to several directories.
 """
 
 from pathlib import Path
@@ -24,12 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--cuts", type=comma_list, required=True,
         help="cut files in --manifest-dir, comma-separated")  # fmt: skip
     add("--manifest-dir", type=Path, default=Path("data/fbank"), help="directory of the cut files")
-    add("--out", type=Path, required=True, help="new directory to write")
+    add("--out", type=Path, required=True, help="output directory, which must not exist")
     add("--shard-size", type=int, default=1000, help="cuts per shard")
     add("--audio", choices=["flac", "wav"],
         help="store audio instead of features, for --on-the-fly-feats")  # fmt: skip
     add("--shuffle", type=str2bool, default=True,
-        help="shuffle all cuts; training itself only shuffles the shards")  # fmt: skip
+        help="shuffle the cuts; training itself only shuffles the shards")  # fmt: skip
     args = parser.parse_args(argv)
     check_range("shard_size", args.shard_size, 1)
     # heavy imports come after the flags are read

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Compare two decodings of the same sets: is B better than A, or is it chance?
+"""Compare two decodings of the same sets: is B better than A, or is the difference chance?
 
     python src/compare.py exp/x/decode/recogs-my_test-A.txt exp/y/decode/recogs-my_test-B.txt
     python src/compare.py A B --html a-b.html
-    python src/compare.py models/published exp/mine      # all test sets that both have decoded
+    python src/compare.py models/published exp/mine      # all test sets decoded in both
 
-Prints both WERs (or CERs, as in the errs-*.txt next to them) and the difference with its 95 %
+Prints both WERs (or CERs, as in the errs-*.txt next to them), and their difference with its 95%
 interval and p-value, by a paired bootstrap over utterances (Bisani & Ney, "Bootstrap estimates for
 confidence intervals in ASR performance evaluation", ICASSP 2004). The page lists all utterances
-that differ, side by side. Of directories, the newest decoding of each set is compared, and the last
-lines name the sets in which B is better or worse.
+that differ, side by side. For directories, the newest decodings of each set are compared, and the
+last lines list the sets, with the verdict for each.
 """
 
 from pathlib import Path
@@ -22,10 +22,10 @@ def get_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("a", type=Path, metavar="A", help="recogs-*.txt of a decoding, or a model's directory")
-    add("b", type=Path, metavar="B", help="likewise for model B, with the same normalization")
+    add("b", type=Path, metavar="B", help="the same for B, with the same normalization")
     add(
         "--html", type=Path, metavar="FILE",
-        help="write a page with the differences; of directories, one per set: FILE-<set>",
+        help="write a page with the differences; for directories, one per set: FILE-<set>",
     )  # fmt: skip
     return parser
 

@@ -4,9 +4,9 @@
     python src/decode.py --epoch 10 --avg 5 --max-duration 2000 \\
       --manifest-dir data/fbank --exp-dir exp/asr_librispeech_zipformer_qwen2_1.5B
 
-Writes to `<exp-dir>/decode/`, for each set and way of decoding: recogs-, errs- and wer-summary-;
-report-, an HTML page; guard-, the utterances flagged by hallucination detection; ctm-, word times,
-if an encoder has a CTC head and a BPE model; with --nbest, nbest-. `--checkpoint
+Writes these files to `<exp-dir>/decode/`, per set and decoding options: recogs-, errs- and
+wer-summary-; report-, an HTML page; guard-, utterances flagged by hallucination detection; ctm-,
+word times, if an encoder has a CTC head and a BPE model; nbest-, with --nbest. `--checkpoint
 epoch-10-avg-5.pt` decodes with a checkpoint by name, such as a published one. The model is
 described by `<exp-dir>/model.json`, which training writes; flags take precedence.
 """

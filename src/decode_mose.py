@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decode with a mixture of speech encoders: decode.py with four encoders by default.
+"""Decode with a mixture of speech encoders: decode.py with a default of four encoders.
 
     python src/decode_mose.py --epoch 10 --avg 5 --max-duration 2000 \\
       --manifest-dir data/fbank --exp-dir exp/asr_librispeech_zipformer_mose_qwen2_1.5B

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Export a trained model as one directory, which is all that decode.py and others need.
+"""Export a trained model to one directory, which is all that decoding and serving need.
 
     python src/export.py --exp-dir exp/mine --epoch 10 --avg 5 --out models/mine
     python src/export.py ... --int8 true --out models/mine-for-cpu
     python src/export.py ... --dtype float16 --lora-dir exp/mine-lora --push-to-hub me/mine
     python src/transcribe.py --exp-dir models/mine talk.wav
 
-The files are described in speechllm/models/export.py; README.md is a model card with data, commands
-and the WERs in --exp-dir. --lora-dir also writes the LoRA matrices alone, for
+The files are described in speechllm/models/export.py; README.md is a model card with commands and
+the error rates found in --exp-dir. --lora-dir also writes the LoRA matrices separately, for
 `PeftModel.from_pretrained(llm, DIR)`.
 """
 
@@ -30,21 +30,21 @@ DECODING_ONLY = ("use_encoders", "use_fp16", "use_bf16", "use_flash_attn")
 class ExportConfig:
     """Options of export.py."""
 
-    out: Path = option(None, "directory to write, which must not exist", group="export")
+    out: Path = option(None, "output directory, which must not exist", group="export")
     dtype: str = option(
         "float32", "dtype of the LLM's weights and of the encoders' linear layers", group="export",
         choices=("float32", "bfloat16", "float16"),
     )  # fmt: skip
     int8: bool = option(
-        False, "LLM weights in 8 bits, faster on a CPU; transformers alone cannot load them",
+        False, "store LLM weights in 8 bits: faster on a CPU; transformers alone cannot load them",
         group="export",
     )  # fmt: skip
     lora_dir: Path | None = option(
         None, "also write the LoRA matrices to this directory, in peft's format", group="export"
     )
     push_to_hub: str | None = option(
-        None, "upload --out to this Hugging Face repository, private if it is new; the token is "
-        "from HF_TOKEN or `hf auth login`", group="export",
+        None, "upload --out to this Hugging Face repository, private if new, with the token from "
+        "HF_TOKEN or `hf auth login`", group="export",
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check_options(export: ExportConfig, model: ModelConfig) -> None:
-    """Check what can be checked before the model is loaded."""
+    """Check the options before loading the model."""
     check_model_files(model)
     for flag, path in (("--out", export.out), ("--lora-dir", export.lora_dir)):
         if path and path.exists():
@@ -69,7 +69,7 @@ def check_options(export: ExportConfig, model: ModelConfig) -> None:
 
 
 def check_hub(name: str) -> None:
-    """Check the repository's name, and that there is a token."""
+    """Check the repository name, and that there is a token."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -83,7 +83,7 @@ def check_hub(name: str) -> None:
 
 
 def push(folder: Path, name: str) -> None:
-    """Upload a directory to the hub."""
+    """Upload a directory to the Hugging Face hub."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -97,7 +97,7 @@ def push(folder: Path, name: str) -> None:
 
 
 def export_model(export: ExportConfig, checkpoint: CheckpointConfig, config: ModelConfig) -> str:
-    """Write --lora-dir and --out; returns the name of the parameters."""
+    """Write --lora-dir and --out; return the name of the parameters."""
     import torch
 
     from speechllm.decoding.load import read_parameters

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Plot trainings: losses, accuracy, learning rate and speed from tensorboard's files.
+"""Plot training curves: losses, accuracy, learning rate and speed from tensorboard files.
 
     python src/plot_training.py exp/x --out training.html
     python src/plot_training.py exp/x exp/y --out training.png
 
-The HTML page also has a table of the best and last values. A resumed training is one curve: values
-written after resuming replace earlier ones of the same steps.
+The HTML page also contains a table of the best and last values. A resumed training is one curve:
+values written after resuming replace earlier values for the same steps.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ def get_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("exp_dirs", nargs="+", type=Path, metavar="EXP_DIR", help="--exp-dir of a training")
-    add("--out", type=Path, required=True, help="file to write, *.html or *.png")
+    add("--out", type=Path, required=True, help="output file, *.html or *.png")
     return parser
 
 

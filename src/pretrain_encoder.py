@@ -5,8 +5,8 @@
       --train-cuts an4_cuts_train --valid-cuts an4_cuts_dev \\
       --encoder-size tiny --num-epochs 40 --avg 10 --exp-dir exp/an4/encoder
 
-Writes `bpe.model` before the first step and `pretrained.pt` at the end: the average of the last
-`--avg` epochs under icefall's names, for `train.py --speech-encoder-path`.
+Writes `bpe.model` before the first step, and at the end `pretrained.pt`: the average of the last
+`--avg` epochs with icefall's parameter names, for `train.py --speech-encoder-path`.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     encoder, data = from_args(EncoderConfig, args), from_args(TrainDataConfig, args)
     config = from_args(DEFAULTS, args)
-    # heavy imports follow the flags
+    # heavy imports come after the flags are read
     from speechllm.distributed import is_first_process
     from speechllm.evaluation.ctc import decode_with_ctc
     from speechllm.evaluation.eval_sets import read_eval_sets

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Serve transcriptions over HTTP with OpenAI's API.
+"""Serve transcription over HTTP with OpenAI's API.
 
     python src/serve.py --exp-dir exp/asr_librispeech_zipformer_qwen2_1.5B --epoch 10 --avg 5
 
     curl http://127.0.0.1:8000/v1/audio/transcriptions -F file=@talk.wav -F model=MODEL
 
-MODEL is the name of --exp-dir, or --model-name. The base URL for OpenAI's clients is
-`http://127.0.0.1:8000/v1`. `/v1/realtime` is for streams over WebSocket, `/` a web page, `/health`
-a health check, `/metrics` is for Prometheus. Other machines can connect with --host 0.0.0.0; use
-a --token-file then. SIGTERM stops the server after all accepted requests are answered.
+MODEL is --model-name, by default the name of --exp-dir. The base URL for OpenAI clients is
+`http://127.0.0.1:8000/v1`. `/v1/realtime` serves streams over WebSocket, `/` is a web page,
+`/health` a health check, and `/metrics` is for Prometheus. With --host 0.0.0.0, other machines can
+connect; use --token-file then. On SIGTERM, the server answers all accepted requests, then stops.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from speechllm.longform.config import LongformConfig
 from speechllm.models.config import ModelConfig, model_config
 from speechllm.serving.config import LOOPBACK, ServerConfig
 
-KEEP_ALIVE = 75  # s; with uvicorn's 5 s, clients may reuse a connection just as it is closed
+KEEP_ALIVE = 75  # s; with uvicorn's 5 s, clients may reuse a connection that is being closed
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decode sets in many ways with one loaded model: a table of WER and speed.
+"""Decode sets with many combinations of options and one loaded model; print WER and speed.
 
     python src/sweep.py --epoch 10 --avg 5 --manifest-dir data/fbank --exp-dir exp/x \\
       --test-cuts my_cuts_dev --sweep draft-accept-prob 1 0.5 0.1 \\
@@ -7,10 +7,10 @@
     python src/sweep.py ... --sweep beam-size 1 2 4
     python src/sweep.py ... --sweep use-encoders 1 1,2 1,2,3 1,2,3,4
 
-Takes decode.py's flags and tries all combinations of the values after --sweep. The model, with any
+Accepts decode.py's flags, and tries all combinations of the --sweep values. The model, with any
 number of encoders, is described by `<exp-dir>/model.json`. Writes decode.py's files for each
-combination to `<exp-dir>/decode/`, and the table to sweep-<set>-<parameters>-<flags>.tsv. In it `*`
-marks a row that no other beats: as good in WER and speed, and better in one.
+combination to `<exp-dir>/decode/`, and a table to sweep-<set>-<parameters>-<flags>.tsv. There, `*`
+marks rows that no other row beats, by being at least as good in WER and speed and better in one.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def get_parser() -> Parser:
 
 
 def combinations(swept: list[list[str]]) -> list[dict[str, str]]:
-    """Return all combinations, from flag to value; `swept` are flags, each followed by its values.
+    """Return all combinations of flags and values, given lists of a flag and its values.
 
     Raises:
       InputError: a flag cannot be swept, has no values or is given twice.
@@ -51,7 +51,7 @@ def combinations(swept: list[list[str]]) -> list[dict[str, str]]:
 
 
 def with_values(args: argparse.Namespace, values: dict[str, str]) -> DecodeConfig:
-    """Return the config of parsed flags and the values of the swept flags.
+    """Return the config for the parsed flags and the values of the swept flags.
 
     Raises:
       InputError: a value is out of range, or options contradict each other.

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Train an LLM-based recognizer: frozen Zipformer, projector, Qwen2 with LoRA.
+"""Train an LLM-based speech recognizer: frozen Zipformer, projector, Qwen2 with LoRA.
 
     python src/train.py --world-size 4 --max-duration 200 --num-epochs 10 \\
       --manifest-dir data/fbank --exp-dir exp/asr_librispeech_zipformer_qwen2_1.5B
 
-On several machines, one command on each:
+On several machines, run this command on each:
 
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \\
       src/train.py ...
 
-Several encoders are comma-separated values (see train_mose.py). The model is described in
-`<exp-dir>/model.json`, which decoding reads.
+Several encoders are given as comma-separated values (see train_mose.py). A description of the model
+is written to `<exp-dir>/model.json`, which decoding reads.
 """
 
 import shlex
@@ -46,7 +46,7 @@ def main(
         from_args(TrainDataConfig, args),
         from_args(default, args),
     )
-    # heavy imports follow the flags
+    # heavy imports come after the flags are read
     from speechllm.evaluation.valid_decode import valid_decoder
     from speechllm.training.llm_training import train_llm
 

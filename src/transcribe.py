@@ -6,16 +6,17 @@
     cat talk.ogg | python src/transcribe.py --exp-dir exp/x --format vtt - > talk.vtt
     arecord -f S16_LE -r 16000 | python src/transcribe.py --exp-dir exp/x --stream -
 
-Takes audio files, folders (searched at any depth) and - for standard input, in any format that
-soundfile or PyAV reads; channels are averaged and resampled to 16 kHz. Long recordings are cut in
-pauses; segments of all recordings are recognized together. Writes to standard output, or with --out
-one file per recording and format. A recording that cannot be read is reported at the end, after
-all others are transcribed; the exit code is then 1.
+Reads audio files, folders (including subfolders) and standard input (-), in any format supported by
+soundfile or PyAV; channels are averaged, and audio is resampled to 16 kHz. Long recordings are
+split in pauses; segments of all recordings are recognized in joint batches. Writes to standard
+output, or with --out to one file per recording and format. Unreadable recordings are reported at
+the end, after all others have been transcribed; the exit code is then 1.
 
 With --stream, standard input is recognized while it arrives: 16-bit WAV, or 16-bit PCM at 16 kHz.
-Events are written as JSON lines: `partial` texts by CTC, and `final` segments in each pause.
+Events are written as JSON lines: `partial` texts from CTC, and a `final` segment in each pause.
 
-speechllm/longform/transcript.py describes the JSON fields, speechllm/api.py the Python API.
+The JSON fields are described in speechllm/longform/transcript.py, the Python API in
+speechllm/api.py.
 """
 
 import argparse
@@ -37,17 +38,17 @@ from speechllm.longform.config import FORMAT_SUFFIXES, LongformConfig
 from speechllm.models.config import ModelConfig, model_config
 
 STDIN = "-"
-LONGEST_STEM = 200  # bytes; suffixes and those of temporary files follow
+LONGEST_STEM = 200  # bytes; leaves room for suffixes and temporary names
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = parser.add_argument_group("input and output").add_argument
-    add("recordings", nargs="+", metavar="FILE", help="an audio file, a folder of them, or -")
-    add("--format", default="text", help=f"{', '.join(FORMAT_SUFFIXES)}; several comma-separated")
-    add("--out", type=Path, help="folder to write to (default: standard output)")
+    add("recordings", nargs="+", metavar="FILE", help="audio file, folder of audio files, or -")
+    add("--format", default="text", help=f"{', '.join(FORMAT_SUFFIXES)}; or comma-separated")
+    add("--out", type=Path, help="output folder (default: standard output)")
     add("--context", default="",
-        help="text for the LLM besides the audio, such as names; for models trained with "
+        help="text for the LLM in addition to the audio, such as names; for models trained with "
              "--use-context")  # fmt: skip
     add("--stream", action="store_true", help="recognize standard input while it arrives")
     for config in (LongformConfig, CheckpointConfig, SearchConfig, ModelConfig):
@@ -63,7 +64,7 @@ def read_formats(text: str) -> list[str]:
 
 
 def find_recordings(names: list[str]) -> list[str]:
-    """Return each recording once; a folder is replaced by the audio files in it, sorted."""
+    """Return each recording once; folders are replaced with the audio files in them, sorted."""
     from speechllm.audio.reader import SUFFIXES
 
     found: dict[str, None] = {}
@@ -82,11 +83,12 @@ def find_recordings(names: list[str]) -> list[str]:
 
 
 def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[str, str], Path]:
-    """Return the file of each recording in each format; `talk.wav` and `talk.mp3` keep suffixes.
+    """Return the output file per recording and format; equal stems, as in `talk.wav` and
+    `talk.mp3`, keep their suffixes.
 
     Raises:
-      InputError: two recordings would share a file, or a text next to a recording, which may be its
-        reference transcript, would be overwritten.
+      InputError: two recordings would share a file, or a text file next to a recording, possibly
+        its reference transcript, would be overwritten.
     """
     stems = {name: "stdin" if name == STDIN else Path(name).stem for name in names}
     shared = {stem for stem, count in Counter(stems.values()).items() if count > 1}
@@ -109,7 +111,7 @@ def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[
 
 
 def open_recordings(names: list[str]) -> Iterator[tuple[str, Iterable]]:
-    """Yield the name and the blocks of samples of each recording."""
+    """Yield each recording's name and blocks of samples."""
     from speechllm.audio.resample import audio_blocks, stream_blocks
 
     for name in names:
@@ -120,7 +122,7 @@ def open_recordings(names: list[str]) -> Iterator[tuple[str, Iterable]]:
 
 
 def write(transcript, formats: list[str], files: dict, prefix_names: bool) -> None:
-    """Write to the files, or to standard output, with the name in each line if `prefix_names`."""
+    """Write to `files`, or to standard output; `prefix_names` adds the name to each text line."""
     from speechllm.longform.writers import FORMATS
 
     for kind in formats:
@@ -136,7 +138,7 @@ def write(transcript, formats: list[str], files: dict, prefix_names: bool) -> No
 
 
 def write_stdout(content: str) -> None:
-    """Print without a newline; raises InputError if the reader of a pipe has closed it."""
+    """Print without a newline; raise InputError if the pipe's reader has closed it."""
     try:
         print(content, end="", flush=True)
     except BrokenPipeError:
@@ -145,7 +147,7 @@ def write_stdout(content: str) -> None:
 
 
 def transcribe(transcriber, names: list[str], context: str, formats: list[str], files: dict):
-    """Transcribe and write; returns the transcripts with an error."""
+    """Transcribe recordings and write the transcripts; return those with an error."""
     from tqdm import tqdm
 
     failed, recognizer = [], transcriber.recognizer

@@ -112,7 +112,7 @@ def _advice(path: str | Path, names: list[str]) -> str:
 
 
 class _Unused:
-    """Placeholder for an object in icefall's `epoch-N.pt`, such as a path; none of its code runs."""
+    """Placeholder for an object in icefall's `epoch-N.pt`, such as a path; its code never runs."""
 
     def __init__(self, *args):
         pass
