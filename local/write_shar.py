@@ -6,7 +6,7 @@
 
 A shard consists of a file with texts and a tar file with data, both read sequentially. Each
 dataloader worker reads its own shards, so there should be many more shards than GPUs × workers. The
-directory is written atomically; parts of a corpus can be written in parallel to several directories.
+directory is written atomically; several directories can be written in parallel for one corpus.
 """
 
 from pathlib import Path
