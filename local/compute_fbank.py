@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lhotse import CutSet
 
 MUSAN_WINDOW = 10.0  # seconds
-MUSAN_MIN_DURATION = 5.0  # seconds; shorter noises would repeat within an utterance
+MUSAN_MIN_DURATION = 5.0  # seconds; shorter noise would be repeated within an utterance
 
 
 def librispeech_cuts(manifest_dir: Path, part: str, perturb_speed: bool) -> "CutSet":

@@ -142,7 +142,7 @@ def write_stdout(content: str) -> None:
     try:
         print(content, end="", flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails at exit
         raise InputError("standard output was closed before the end") from None
 
 

@@ -68,7 +68,7 @@ def load(
 
 
 class SpeechRecognizer:
-    """A loaded model; `transcriber.stream` yields segments as they are recognized."""
+    """Speech recognizer with a loaded model; `transcriber.stream` yields segments one by one."""
 
     def __init__(self, transcriber: Transcriber):
         self.transcriber = transcriber

@@ -207,7 +207,7 @@ def _run_spawned(
     except (FileNotFoundError, InputError) as error:
         report(str(error))
         sys.exit(1)
-    except SystemExit as error:  # before the others notice the lost connection
+    except SystemExit as error:  # reported before other ranks lose the connection
         report(f"rank {rank} (process {os.getpid()}) exited with code {error.code}")
         raise
     except Exception:
@@ -216,7 +216,7 @@ def _run_spawned(
 
 
 def _exit_with_parent() -> None:
-    """Exit with the parent: background jobs ignore torch's SIGINT."""
+    """Exit when the parent exits: background jobs ignore the SIGINT by which torch ends them."""
     wait([parent_process().sentinel])
     os._exit(1)
 
@@ -237,7 +237,7 @@ def _run_rank(
             torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
         _join_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank, world_size)
     run(DistEnv(rank, world_size, device), config)
-    if dist.is_initialized():  # not after an error: other ranks may wait forever
+    if dist.is_initialized():  # not after an error: it might wait for other ranks forever
         dist.destroy_process_group()
 
 

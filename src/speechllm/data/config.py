@@ -124,12 +124,12 @@ class TrainDataConfig(DataConfig):
 
     @property
     def weights(self) -> list[float]:
-        """Values of --corpus-weights; empty without them."""
+        """Values of --corpus-weights; empty if not given."""
         return [float(weight) for weight in comma_list(self.corpus_weights or "")]
 
     @property
     def replay_shares(self) -> dict[str, float]:
-        """Cut files and shares of --replay; empty without it."""
+        """Cut files in --replay with their fractions of an epoch; empty if not given."""
         parts = [item.rpartition(":") for item in comma_list(self.replay or "")]
         return {name: float(share) for name, _, share in parts}
 

@@ -43,7 +43,7 @@ def fingerprint(cut: Cut, on_the_fly_feats: bool = False) -> int:
     unused = "features" if on_the_fly_feats else "recording"
     files: list[str] = []
     for part in (source, *(track["cut"] for track in source.get("tracks", ()))):
-        for name in ("custom", unused):  # custom fields do not change the audio
+        for name in ("custom", unused):  # custom fields do not affect the audio
             part.pop(name, None)
         files += [part["features"]["storage_path"]] if "features" in part else []
         files += [item["source"] for item in part.get("recording", {}).get("sources", ())]
@@ -100,7 +100,7 @@ class EncoderCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the index of all complete parts."""
+        """Read the indices of all complete parts."""
         self.parts = sorted(self.folder.glob("[!.]*"))  # parts being written begin with a dot
         indices = [self._index_of(part) for part in self.parts]
         index = np.concatenate([np.empty(0, ENTRY), *indices])
@@ -112,7 +112,7 @@ class EncoderCache:
     def _index_of(self, part: Path) -> np.ndarray:
         try:
             index = np.load(part / INDEX)
-        except Exception as error:  # numpy raises several types
+        except Exception as error:  # numpy raises different exceptions
             raise InputError(f"{part / INDEX} cannot be read: {error}: remove {part}") from None
         size = int(encoder_out_lens(index["frames"].astype(int)).sum()) * self.frame_bytes
         if (there := (part / OUTPUTS).stat().st_size) != size:

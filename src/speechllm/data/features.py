@@ -63,7 +63,7 @@ def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
     for cut in cuts:
         check_safe(cut)
     feats = feats_dir(cuts_file)
-    cuts_file.unlink(missing_ok=True)  # its features are removed next
+    cuts_file.unlink(missing_ok=True)  # as its features are removed next
     shutil.rmtree(feats, ignore_errors=True)
     feats.mkdir(parents=True)
     try:

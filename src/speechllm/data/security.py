@@ -43,7 +43,7 @@ def check_safe(cut: Cut) -> Cut:
 
 
 def _fields_within(value: object) -> Iterator[dict]:
-    """Yield the fields of all objects nested in `value`."""
+    """Yield the fields of `value` and of all objects nested in it."""
     stack = [value]
     while stack:
         item = stack.pop()

@@ -145,7 +145,7 @@ class Shards:
             split_for_dataloading=True,
             shuffle_shards=seed is not None,
             seed=seed or 0,
-            stateful_shuffle=False,  # ranks would count epochs differently
+            stateful_shuffle=False,  # else ranks count epochs differently
         )
         return safe_cuts(cuts)
 
@@ -189,7 +189,7 @@ def _read_index(directory: str) -> dict:
     for name, size in shards:
         if not SHARD.fullmatch(str(name)):  # never open other paths or types
             raise InputError(f"{path} lists {name!r}, which is not a shard's name")
-        if not is_valid_url(path):  # object stores have no partial files
+        if not is_valid_url(path):  # object stores have no partially written files
             _check_size(Path(directory, name), size)
     return index
 

@@ -32,7 +32,7 @@ from lhotse.cut import Cut
 from speechllm.audio.fbank import FRAME_SHIFT, NUM_MEL_BINS, SAMPLING_RATE
 from speechllm.errors import InputError, first_line
 
-REASONS = (  # in the order of reports; see above
+REASONS = (  # in the order used in reports; see above
     "malformed", "invalid-id", "duplicate-id", "no-text", "no-words", "not-unicode", "long-text",
     "supervision-outside", "no-features", "feature-dim", "frame-shift", "no-audio",
     "sampling-rate", "channels", "wrong-length", "unreadable-features", "unreadable-audio",
@@ -142,7 +142,7 @@ def _feature_errors(cut: Cut) -> Iterator[tuple[str, str]]:
     if abs(cut.frame_shift - FRAME_SHIFT) > 1e-6:
         shift, expected = cut.frame_shift * 1000, FRAME_SHIFT * 1000
         yield "frame-shift", f"has features every {shift:g} ms, not {expected:g} ms"
-    feats = cut.features if isinstance(cut, MonoCut) else None  # mixed cuts consist of these
+    feats = cut.features if isinstance(cut, MonoCut) else None  # a mixed cut consists of MonoCuts
     if feats and (feats.start > cut.start + FRAME_SHIFT or feats.end < cut.end - FRAME_SHIFT):
         yield (
             "wrong-length",
@@ -211,7 +211,7 @@ def _files(cut: Cut) -> Iterator[tuple[AudioSource, int, float]]:
         recording = getattr(part, "recording", None)
         transforms = recording.transforms or [] if recording else []
         if not recording or not all(isinstance(one, Speed) for one in transforms):
-            continue  # other transforms may change the rate
+            continue  # other transforms may change the sampling rate
         samples = recording.num_samples * math.prod(one.factor for one in transforms)
         for source in recording.sources:
             if source.type == "file":

@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 
 class TimedWord(NamedTuple):
-    """A word from `start` to `end` in seconds; `aligned` if CTC could align it."""
+    """A word with start and end in seconds; `aligned` is true if CTC could align it."""
 
     word: str
     start: float

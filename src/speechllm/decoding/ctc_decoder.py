@@ -1,4 +1,4 @@
-"""Greedy CTC decoding with entropy, and CTC scores of given texts."""
+"""Greedy CTC decoding, with its entropy, and CTC scores for given texts."""
 
 import logging
 from functools import cached_property
@@ -41,7 +41,7 @@ class BpeTokenizer:
         return self.bpe.id_to_piece(piece).startswith("▁")
 
     def decode(self, pieces: list[int]) -> str:
-        """Return the text, by default in lower case."""
+        """Return the text of pieces, by default in lower case."""
         text = self.bpe.decode(pieces)
         return text.lower() if self.lowercase else text
 

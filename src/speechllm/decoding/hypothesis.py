@@ -11,11 +11,11 @@ class Hypothesis:
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)  # nats, per id and for the closing token
     passes: int = 0  # LLM forward passes
-    drafted: int = 0  # draft tokens that were verified
-    accepted: int = 0  # draft tokens that were accepted
+    drafted: int = 0  # number of verified draft tokens
+    accepted: int = 0  # number of accepted draft tokens
     text: str = ""
     ctc_log_prob: float | None = None  # None without a CTC head or for too short audio
-    bonus: float = 0.0  # of hotwords, in nats
+    bonus: float = 0.0  # hotword bonus in nats
 
     def score(self, ctc_weight: float) -> float:
         """Return `(1 - w) llm + w ctc` per token, where llm includes the hotword bonus."""

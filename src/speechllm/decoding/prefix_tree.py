@@ -59,7 +59,7 @@ class PrefixTree:
         return match
 
     def score(self, ids: list[int]) -> float:
-        """Return the bonus of a complete hypothesis in nats."""
+        """Return the bonus for a complete hypothesis, in nats."""
         return self.bonus * self._match(ids).complete
 
     def next_scores(self, ids: list[int]) -> tuple[dict[int, float], float]:

@@ -14,14 +14,14 @@ from speechllm.decoding.prefix_tree import PrefixTree
 
 @dataclass
 class EncodedBatch:
-    """A batch after the encoders and projectors."""
+    """A batch of utterances processed by the encoders and projectors."""
 
     embeds: Tensor  # prompts, left-padded, (B, L, D)
     mask: Tensor  # (B, L), on the CPU
     seconds: list[float]
     spectral_variations: list[float]
     ctc: list[CtcOutput | None]
-    ctc_ids: list[list[int] | None]  # CTC texts as token ids of the LLM
+    ctc_ids: list[list[int] | None]  # CTC texts as LLM token ids
     spotted: list[list[Spotted]]  # hotwords that the CTC head may have emitted
     trees: list[PrefixTree | None]  # of these hotwords; without a CTC head, of all hotwords
 

@@ -134,7 +134,7 @@ class Recognizer:
 
     @torch.no_grad()
     def encode(self, batch: dict) -> EncodedBatch:
-        """Run the encoders, the projectors and the CTC head."""
+        """Run the encoders, the projectors and the CTC head on a batch."""
         features, lens = batch["features"], batch["feature_lens"]
         with autocast(self.device, self.dtype):
             all_encoders = self.model.all_encoders(len(lens))
@@ -209,7 +209,7 @@ class Recognizer:
             self._add_word_times(encoded, [found[b] for b in rows])
         return [found[b] for b in rows]
 
-    # ---- sources of a text
+    # ---- sources of texts
 
     def _search(
         self, encoded: EncodedBatch, rows: list[int], search: SearchConfig

@@ -130,7 +130,7 @@ class _Search:
         return self.model.run_llm(embeds, self.mask, self.cache)[:, -1 - width :]
 
     def _extend(self, b: int, num_proposed: int, new: list[tuple[int, float]]) -> bool:
-        """Append new tokens to a hypothesis; return false at its end."""
+        """Append new tokens to a hypothesis; return false if it is complete."""
         hypothesis, draft = self.hypotheses[b], self.drafts[b]
         hypothesis.passes += 1
         hypothesis.drafted += num_proposed
@@ -220,7 +220,7 @@ def token_scores(
 
 
 def _crop_cache(cache: DynamicCache, rows: list[int], length: int) -> None:
-    """Keep these rows and the first `length` positions of the cache."""
+    """Keep only these rows of the cache, and their first `length` positions."""
     keys = cache.layers[0].keys
     index = to_device(keys.device, torch.tensor(rows)) if len(rows) < len(keys) else None
     for layer in cache.layers:

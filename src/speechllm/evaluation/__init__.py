@@ -1,1 +1,1 @@
-"""Decoding of test sets: cut files to hypotheses, scores, result files and reports."""
+"""Decoding of test sets, from cut files to scores, result files and reports."""

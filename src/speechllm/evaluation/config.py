@@ -20,7 +20,7 @@ _eval = functools.partial(option, group="evaluation")
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Test sets, scoring, and the number of processes."""
+    """Options for test sets, scoring and the number of processes."""
 
     test_cuts: str = _eval(TEST_CUTS, "cut files in --manifest-dir, comma-separated")
     normalize: str = _eval(

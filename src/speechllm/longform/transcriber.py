@@ -62,8 +62,8 @@ class _Recording:
     """A recording in progress."""
 
     name: str
-    samples: int = 0  # in chunks so far
-    pending: int = 0  # chunks in recognition
+    samples: int = 0  # number of samples in chunks so far
+    pending: int = 0  # number of chunks being recognized
     ended: bool = False
     error: str | None = None
     segments: list[Segment] = field(default_factory=list)
@@ -175,7 +175,7 @@ class Transcriber:
         self, batches: Iterable[dict]
     ) -> Iterator[tuple[list[tuple[_Recording, AudioChunk]], list[Recognition | None]]]:
         """Yield each batch's chunks with their recognitions, which are None for failed chunks."""
-        started: deque[dict] = deque()  # on a GPU the recognizer is one batch ahead
+        started: deque[dict] = deque()  # on a GPU, the recognizer runs one batch ahead
         errors: list[Exception] = []
         source = _until_error(batches, started, errors)
         while True:

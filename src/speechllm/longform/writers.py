@@ -23,12 +23,12 @@ SUBTITLE_GAP = 0.8  # s; a longer pause starts a new subtitle
 
 
 def as_text(transcript: Transcript) -> str:
-    """Format one line per segment with text."""
+    """Format as plain text, one line per segment with text."""
     return "".join(f"{segment.text}\n" for segment in transcript.segments if segment.text)
 
 
 def as_json(transcript: Transcript) -> str:
-    """Format as described at the top of this file."""
+    """Format as JSON; see the top of this file."""
     content = {
         "name": _printable_name(transcript),
         "duration": round(transcript.duration, 3),

@@ -21,7 +21,7 @@ from speechllm.models.identity import content_hashes
 from speechllm.models.zipformer.config import AUTO, SIZES, Chunking, parse_chunkings
 
 MODEL_FILE = "model.json"
-INDEX_FILE = "model.safetensors.index.json"  # of the LLM's weights in an exported model
+INDEX_FILE = "model.safetensors.index.json"  # for the LLM's weights in an exported model
 VLLM_MODEL = "SpeechLLMForConditionalGeneration"  # the class in speechllm/vllm that vLLM loads
 MAX_NEW_TOKENS = 200  # per transcript
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -42,7 +42,7 @@ def _pretrained(encoder: str) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Encoders, projectors and LLM; the defaults are the published one-encoder model."""
+    """Options for encoders, projectors and LLM, by default those of the published small model."""
 
     llm_path: str = _option(
         "models/qwen2-1.5b-instruct", "directory or Hugging Face hub name of the LLM"

@@ -50,7 +50,7 @@ def load_llm(
                 device_map=None if device == "cpu" else device,
             )
             missing = loaded["missing_keys"]  # transformers initializes them randomly
-    except Exception as error:  # transformers, the hub, safetensors or json
+    except Exception as error:  # from transformers, the hub, safetensors or json
         raise InputError(f"the LLM cannot be loaded from {path}: {first_line(error)}") from None
     if missing:
         raise InputError(f"the LLM in {path} lacks {len(missing)} weights, e.g. {min(missing)}")

@@ -162,7 +162,7 @@ class _DownLinear(torch.autograd.Function):
 
 
 def _low(kept: Tensor, a: Tensor, scale: float, p: float) -> Tensor:
-    """Project the input after dropout to LoRA's rank: (rows, R)."""
+    """Return the input after dropout, projected to LoRA's rank: (rows, R)."""
     return _scaled_mm(kept.flatten(0, -2), a.t(), _scale(kept, scale, p))
 
 

@@ -20,7 +20,7 @@ SIGNIFICANT = 0.05  # p-value
 
 @dataclass(frozen=True)
 class UtterancePair:
-    """An utterance in both decodings."""
+    """An utterance in both decodings, A and B."""
 
     a: ScoredUtterance
     b: ScoredUtterance

@@ -100,7 +100,7 @@ class LiveJob(Results[Event]):
 
     @property
     def is_done(self) -> bool:
-        """True after the last chunk."""
+        """True after the last chunk has been encoded."""
         return self.stream.encoded.ended and not self.stream.is_ready
 
     def push(self) -> None:
@@ -172,7 +172,7 @@ class Worker:
                 if not job.next_chunk:
                     job.put(None)
                 if self.live:
-                    return  # splitting many recordings would take long
+                    return  # splitting many recordings would delay the streams
 
     def _advance(self, job: Job) -> None:
         """Queue the job's next chunk, if any."""

@@ -93,7 +93,7 @@ class Session:
           ApiError: a limit ends the session.
           WebSocketDisconnect, TimeoutError: the client disconnected, or does not read.
         """
-        self._open(self.settings)  # raises an error if the model cannot stream
+        self._open(self.settings)  # raises an error if the model does not support streaming
         await self._send(self._created())
         tasks = [asyncio.create_task(one) for one in (self._take_events(), self._deliver())]
         try:
@@ -125,7 +125,7 @@ class Session:
                 text = json.dumps({"event_id": new_id("event"), **event}, ensure_ascii=False)
                 await self.websocket.send_text(text)
 
-    # ---- events of the client
+    # ---- events from the client
 
     async def _take_events(self) -> None:
         while True:
@@ -191,7 +191,7 @@ class Session:
         check_model(transcription.model, self.config.model_name)
         language = self.service.transcriber.language
         check_language(transcription.language, transcription.languages, language)
-        self._open(settings)  # raises an error if something is not supported
+        self._open(settings)  # raises an error if a setting is unsupported
         if self.stream and settings != self.settings:
             await self._finish_stream()  # the new settings apply to subsequent audio
         self.settings = settings

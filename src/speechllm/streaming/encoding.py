@@ -111,7 +111,7 @@ class Reencoding:
 
     @torch.no_grad()
     def __call__(self, streams: list[EncodedStream]) -> None:
-        """Encode the open phrase of each stream."""
+        """Encode the whole open phrase of each stream."""
         recognizer, model = self.recognizer, self.recognizer.model
         for one in streams:
             one.encoded = min(one.encoded + self.window, len(one.phrase.features))

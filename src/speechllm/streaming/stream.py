@@ -242,7 +242,7 @@ class Stream:
         phrase.features = torch.cat([phrase.features, self._fbank(samples, end)])
         self.encoded.ended |= end
 
-    # ---- for Streamer
+    # ---- used by Streamer
 
     def find_phrases(self) -> None:
         """Move complete phrases from the open phrase to `phrases`."""

@@ -160,7 +160,7 @@ class TrainConfig:
                 raise InputError(
                     f"--max-grad-norm {self.max_grad_norm:g} needs --optimizer adamw: scaled_adam "
                     "clips relative to the median of recent norms")
-        self.adam_betas  # raises InputError
+        self.adam_betas  # raises InputError if invalid
 
     def _check_deepspeed(self) -> None:
         if self.optimizer != "adamw":

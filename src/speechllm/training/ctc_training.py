@@ -61,11 +61,11 @@ class CtcModel(nn.Module):
         self.feature_mask = feature_mask
 
     def checkpoint_activations(self) -> None:
-        """Recompute each layer in the backward pass."""
+        """Store only the input of each layer; the backward pass recomputes the rest."""
         self.encoder.checkpoint_activations()
 
     def compile_layers(self) -> None:
-        """Compile the layers with torch.compile."""
+        """Compile each layer with torch.compile, with dynamic lengths."""
         self.encoder.compile_layers()
 
     def forward(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ class TrainingData:
         return _train_paths(self.config)
 
     def train_cuts(self) -> CutSet:
-        """Return the valid training cuts within the limits, lazily."""
+        """Return the training cuts that are within the limits and have no errors, lazily."""
         limits = _limits(self.config, self.min_frames)
         return cuts_within(self.train_paths, limits, self.train.errors)
 
@@ -126,12 +126,12 @@ class TrainingData:
         return [f"Training cuts per epoch: {', '.join(shares)}"] if len(shares) > 1 else []
 
     def valid_cuts(self) -> CutSet:
-        """Return the valid validation cuts, lazily."""
+        """Return the validation cuts without errors, lazily."""
         paths = _paths(self.config.manifest_dir, "--valid-cuts", self.config.valid_cuts)
         return cuts_within(paths, Limits(min_frames=self.min_frames), self.valid.errors)
 
     def noise_cuts(self) -> CutSet | None:
-        """Return the valid noise cuts; None without --enable-musan."""
+        """Return the noise cuts without errors; None without --enable-musan."""
         if self.noise is None:
             return None
         [(path, invalid)] = self.noise.errors.items()

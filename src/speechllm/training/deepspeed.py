@@ -106,7 +106,7 @@ class ZeroEngine(Engine):
         self.stage = config["zero_optimization"]["stage"]
         self.shapes = {p: p.shape for p in model.parameters() if p.requires_grad}
         for parameter in model.parameters():
-            if parameter.dim() == 0:  # DeepSpeed cannot send these
+            if parameter.dim() == 0:  # DeepSpeed cannot send scalars
                 parameter.data = parameter.data.view(1)
         deepspeed = _ready_deepspeed(dist_env)
         self.model, *_ = deepspeed.initialize(

@@ -14,7 +14,7 @@ from speechllm.precision import autocast
 
 
 class Engine:
-    """Data parallelism with DDP, autocast and a gradient scaler."""
+    """Model and optimizer of one rank, with DDP, autocast and a gradient scaler."""
 
     # True if validation and reading parameters or optimizer state involve all ranks.
     is_sharded = False

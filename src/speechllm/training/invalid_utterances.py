@@ -99,5 +99,5 @@ class InvalidUtteranceTracker:
         return dict(self.reasons)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue counting within an epoch."""
+        """Continue counting from a `state_dict()` within an epoch."""
         self.reasons, self.new = Counter(state), []

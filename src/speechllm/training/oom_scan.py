@@ -70,7 +70,7 @@ def scan_memory(engine: Engine, loss: BatchLoss, data: TrainingData) -> None:
         while number and not _fits(engine, loss, silent_batch(cuts[:number], data)):
             number //= 2
         if number < len(cuts):
-            state.clear()  # the exception keeps this frame alive
+            state.clear()  # the exception will keep this frame alive
             raise InputError(_message(name, cuts, number, engine.dist_env.rank))
     sizes = (f"{len(cuts)} utterances with {name}" for name, cuts in largest.items())
     logging.info(f"The largest batches fit into memory: {', '.join(sizes)}")

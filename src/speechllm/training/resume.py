@@ -25,13 +25,13 @@ from speechllm.models.config import MODEL_FILE
 from speechllm.training.config import LR_FACTORS, TrainConfig
 from speechllm.training.optim import make_optimizer
 
-REQUIRED = ("optimizer", "scheduler", "grad_scaler")  # entries without which resuming fails
-ORDER_OPTIONS = (  # options that determine the batches of an epoch
+REQUIRED = ("optimizer", "scheduler", "grad_scaler")  # entries required for resuming
+ORDER_OPTIONS = (  # options that determine the batches in an epoch
     "train_cuts", "corpus_weights", "replay", "enable_speed_perturb", "shar_dir", "max_duration",
     "max_batch_tokens", "bucketing_sampler", "num_buckets", "shuffle", "drop_last", "min_duration",
     "max_utterance_duration", "concatenate_cuts",
 )  # fmt: skip
-FORMER_NAMES = {  # former names of options, as in older checkpoints
+FORMER_NAMES = {  # former names of options in older checkpoints
     "max_tokens": "max_batch_tokens",
     "min_utterance": "min_duration",
     "max_utterance": "max_utterance_duration",

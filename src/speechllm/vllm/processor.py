@@ -89,7 +89,7 @@ class SpeechDummyInputs(BaseDummyInputsBuilder[SpeechProcessingInfo]):
 
 
 class SpeechProcessor(BaseMultiModalProcessor[SpeechProcessingInfo]):
-    """Computes fbank and expands the prompt."""
+    """Computes fbank features and expands the prompt."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -265,7 +265,7 @@ def _read_voxpopuli(files: list[Path]) -> Iterator[Utterance]:
             yield _placed(one, file)
 
 
-# ---- recipes of lhotse
+# ---- lhotse's recipes
 
 
 def _read_recipe(name: str, folder: Path) -> Iterator[Utterance]:

@@ -26,7 +26,7 @@ from speechllm.io import files_below
 Row = tuple[int, dict]  # line number, cells by column
 JSON = (".jsonl", ".json", ".ndjson")
 TABLES = (".tsv", ".csv", *JSON)
-METADATA = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's audio folders
+METADATA = ("metadata.csv", "metadata.jsonl")  # in Hugging Face's audio folders
 FEWER = ""  # key that marks rows with too few cells
 ENDINGS = ("", ".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a")  # some corpora omit them
 

@@ -87,7 +87,7 @@ def relative_shift(x: Tensor) -> Tensor:
 
 
 class AttentionWeights(nn.Module):
-    """Self-attention weights (B, H, T, L + T) from content and relative position."""
+    """Computes self-attention weights (B, H, T, L + T) from content and relative position."""
 
     def __init__(self, dim: int, heads: int, query_dim: int, pos_head_dim: int, pos_dim: int):
         super().__init__()

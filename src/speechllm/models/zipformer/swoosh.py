@@ -11,7 +11,7 @@ except ImportError:  # optional: only speed differs
 
 
 class _Swoosh(torch.autograd.Function):
-    """log(1 + exp(x - shift)) - 0.08 x - offset; saves only x for the backward pass."""
+    """Computes log(1 + exp(x - shift)) - 0.08 x - offset; saves only x for the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, shift: float, offset: float) -> Tensor:
