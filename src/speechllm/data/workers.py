@@ -39,7 +39,7 @@ class IndexedSampler:
 
 
 class SeededDataset(Dataset):
-    """Wrapper that seeds each batch by its number, so that workers do not matter."""
+    """Wrapper that seeds each batch by its number, independently of the worker."""
 
     def __init__(self, dataset: Dataset, seed: str):
         self.dataset, self.seed = dataset, seed

@@ -42,7 +42,7 @@ def _pretrained(encoder: str) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Options for encoders, projectors and LLM, by default those of the published small model."""
+    """Encoders, projectors and LLM; the defaults describe the published one-encoder model."""
 
     llm_path: str = _option(
         "models/qwen2-1.5b-instruct", "directory or Hugging Face hub name of the LLM"
@@ -66,8 +66,8 @@ class ModelConfig:
         "bpe.model of each encoder, or one for all encoders; needed for CTC drafts",
     )
     chunk_size: str = _option(
-        "-1", "causal encoders: 20 ms frames per chunk, -1 for whole utterances; from several "
-        "comma-separated values training samples one per batch, and decoding uses the last",
+        "-1", "causal encoders: 20 ms frames per chunk, -1 for whole utterances; if "
+        "comma-separated, training samples a value per batch, and decoding uses the last",
     )  # fmt: skip
     left_context_frames: str = _option(
         "128", "causal encoders: 20 ms frames of left context per chunk, -1 for all; "

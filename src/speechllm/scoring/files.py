@@ -123,7 +123,7 @@ def write_scores(
     extra: Mapping[str, str | float] | None = None,
     rate: str = "WER",
 ) -> ErrorCounts:
-    """Write recogs-, errs- and wer-summary-<name>-<suffix>.txt; first raise like `sort_by_id`."""
+    """Write recogs-, errs- and wer-summary-<name>-<suffix>.txt, or raise like `sort_by_id`."""
     errs, counts = errs_text(utterances, rate)
     contents = {
         "recogs": recogs_text(utterances).encode(),

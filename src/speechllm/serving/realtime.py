@@ -216,7 +216,7 @@ class Session:
             await asyncio.sleep(0.1)
 
     async def _keep_pace(self, seconds: float) -> None:
-        """Wait after an event with `seconds` of audio if the client is too fast; TCP slows it."""
+        """Delay a client that sends too fast, after an event with `seconds` of audio."""
         now = time.monotonic()
         self.paced = max(self.paced, now - BURST_SECONDS) + seconds / self.config.max_stream_speed
         await asyncio.sleep(self.paced - now)

@@ -114,7 +114,7 @@ class ZeroEngine(Engine):
         )
 
     def grad_sync(self, last: bool) -> AbstractContextManager:
-        """Return a null context: every backward pass averages and shards the gradients."""
+        """Return a null context: gradients are averaged in every backward pass."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:

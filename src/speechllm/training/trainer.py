@@ -185,7 +185,7 @@ class Trainer:
         )
 
     def _train_batches(self, batch_idx: int, batches: list[dict]) -> Metrics | None:
-        """Take a step; before it validate, and after it log, stop or save, whenever due."""
+        """Validate if due, take a step, then log, stop or save if due."""
         starts = batch_idx == 0 and self.state.epoch > self.first_epoch  # just validated
         if batch_idx % self.config.valid_interval == 0 and not starts:
             with self.meter.paused():
@@ -207,7 +207,7 @@ class Trainer:
         return metrics
 
     def _agree(self, batches: list[dict]) -> tuple[int, bool, bool]:
-        """Return, agreed by all ranks: tokens in this step, whether to stop, whether to save."""
+        """Return the same on all ranks: tokens in this step, whether to stop, whether to save."""
         tokens = sum(map(self.step.num_tokens, batches))
         minutes = (time.monotonic() - self.saved) / 60
         is_main = self.engine.dist_env.is_main

@@ -1,8 +1,7 @@
 """Flat start for CTC, as in Kaldi: the first batches are trained on uniformly spaced tokens.
 
-CTC training from scratch first learns to predict only blanks; with just an hour of speech it may
-never get further. A few hundred batches of frame-wise cross entropy with a crude alignment avoid
-this.
+CTC training from scratch first learns to predict only blanks, and with little data may never learn
+more. A few hundred batches of frame-wise cross entropy with a crude alignment avoid this.
 """
 
 import torch
