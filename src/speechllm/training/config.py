@@ -72,7 +72,7 @@ class TrainConfig:
     label_smoothing: float = _optimizer(
         0.0, "fraction of each label's probability to spread over all tokens, in training only")
     lr_schedule: str = _optimizer(
-        "fixed", "learning rate schedule; linear and cosine decay to 0 in the last epoch",
+        "fixed", "learning rate schedule; linear and cosine reach 0 at the end of training",
         choices=("fixed", "eden", "linear", "cosine"))
     lr_batches: float = _optimizer(7500.0, "Eden: batches before the decay")
     lr_epochs: float = _optimizer(3.5, "Eden: epochs before the decay")
