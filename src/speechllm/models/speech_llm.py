@@ -26,7 +26,7 @@ class PromptEmbeddings(NamedTuple):
 
 
 class SpeechLLM(SpeechEncoders):
-    """Encoders, projectors and an LLM; one or several encoders are handled alike."""
+    """One or several encoders with their projectors, and an LLM."""
 
     def __init__(
         self,

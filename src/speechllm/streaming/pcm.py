@@ -11,7 +11,7 @@ from torch import Tensor
 from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.errors import InputError
 
-BLOCK_BYTES = 1 << 16  # maximum; reading a pipe returns what is available
+BLOCK_BYTES = 1 << 16  # maximum per read; a pipe may return less
 OTHER_FORMATS = {  # by first bytes, which are unlikely in PCM
     b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3", b"\x1aE\xdf\xa3": "Matroska or WebM",
     b"FORM": "AIFF", b"caff": "CAF", b"RF64": "RF64", b"RIFX": "RIFX",

@@ -139,7 +139,7 @@ class TrainingData:
         return CutSet.from_cuts(cuts)
 
     def source(self, epoch: int) -> CutSource:
-        """Return the cuts to sample from in an epoch; each epoch shuffles the shards anew."""
+        """Return the cuts to sample from in an epoch; shards are reshuffled in each epoch."""
         sample = None
         if not self.config.shar_dir:
             cuts = self._mixed_cuts(epoch) if len(self.epoch_counts) > 1 else self.train_cuts()
