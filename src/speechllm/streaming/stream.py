@@ -19,11 +19,12 @@ forgotten, so memory does not grow. `Streamer.advance` runs many streams in shar
 from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE, StreamingFbank
-from speechllm.audio.resample import StreamResampler
+from speechllm.audio.resample import StreamResampler, mono_samples
 from speechllm.audio.vad import SpeechDetector
 from speechllm.decoding.alignment import CTC_FRAME_SHIFT
 from speechllm.decoding.recognizer import NEEDS_CTC, Recognizer
@@ -200,10 +201,14 @@ class Stream:
         self._fbank = StreamingFbank()
         self._forget()
 
-    def feed(self, samples: Tensor) -> list[Event]:
-        """Add samples (N,), floats from -1 to 1, and return the events they lead to."""
+    def feed(self, samples: np.ndarray | Tensor) -> list[Event]:
+        """Add samples (N,), int16 or floats from -1 to 1, and return the events they lead to.
+
+        Raises:
+          InputError: see audio.resample.mono_samples; nothing is added.
+        """
         events = []
-        for block in torch.as_tensor(samples).split(self._rate):
+        for block in mono_samples(samples).split(self._rate):
             self.push(block)
             events += self._advance()
         return events
