@@ -37,8 +37,7 @@ from torch.utils.data import Dataset
 
 from speechllm.audio.fbank import FRAME_SHIFT, NUM_MEL_BINS, fbank_extractor
 from speechllm.data.encoder_cache import EncoderCache
-from speechllm.data.manifests import context_of
-from speechllm.data.validation import CutError, header_errors, read_errors
+from speechllm.data.validation import CutError, context_of, header_errors, read_errors
 from speechllm.errors import InputError, first_line
 from speechllm.models.zipformer.encoder import encoder_out_lens
 

@@ -26,11 +26,11 @@ from torch import Tensor
 from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE, StreamingFbank
 from speechllm.audio.resample import StreamResampler, mono_samples
 from speechllm.audio.vad import SpeechDetector
-from speechllm.decoding.alignment import CTC_FRAME_SHIFT
 from speechllm.decoding.recognizer import NEEDS_CTC, Recognizer
+from speechllm.decoding.word_times import CTC_FRAME_SHIFT
 from speechllm.errors import InputError
 from speechllm.longform.config import LongformConfig
-from speechllm.longform.segmenter import FRAMES_PER_SECOND, SPEECH
+from speechllm.longform.cut_points import FRAMES_PER_SECOND, SPEECH
 from speechllm.longform.transcriber import make_segment
 from speechllm.longform.transcript import Segment, word_separator
 from speechllm.longform.writers import segment_json
