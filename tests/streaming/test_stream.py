@@ -276,10 +276,10 @@ def test_phrases_have_their_samples(streamer):
 
 
 def test_samples_may_be_integers_or_arrays(streamer):
-    integers = (noise(4.0) * 32767).to(torch.int16)
-    expected = run(streamer.open(), integers / 32768, [16000])
-    assert expected and run(streamer.open(), integers, [16000]) == expected
-    assert run(streamer.open(), integers.numpy(), [16000]) == expected
+    integers, texts = (noise(4.0) * 32767).to(torch.int16), []
+    for samples in (integers / 32768, integers, integers.numpy()):
+        texts.append([event.text for event in run(streamer.open(), samples, [16000])])
+    assert any(texts[0]) and texts[1:] == texts[:1] * 2
 
 
 @pytest.mark.parametrize("samples", [torch.zeros(2, 16000), torch.full((160,), torch.nan)])

@@ -1,4 +1,4 @@
-"""Cut files: finding, reading and checking them, leaving out what is not within limits."""
+"""Cut files: finding, reading, checking and sharing them, and selecting cuts within limits."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
