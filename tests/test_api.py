@@ -91,6 +91,22 @@ def test_a_list_gives_a_list(asr, clips, tmp_path):
     assert asr.transcribe([]) == []
 
 
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.zeros((2, 16000), np.float32), r"shape \(2, 16000\): expected \(N,\)"),
+        (np.zeros(16000, np.int64), "samples are torch.int64: expected floats"),
+        (np.full(16000, 5000.0), "samples of up to 5000: float samples must be from -1 to 1"),
+        (np.full(16000, np.nan), "samples contain NaN or infinity"),
+    ],
+)
+def test_wrong_samples_are_named(asr, clips, samples, message):
+    with pytest.raises(InputError, match=message):
+        asr.transcribe(samples)
+    wrong, good = asr.transcribe([samples, clips[0]])
+    assert re.search(message, wrong.error) and good.text
+
+
 def test_hotwords_change_the_transcript(tiny_exp, clips):
     asr = speechllm.load(tiny_exp, epoch=1, avg=1, method="beam", hotword_score=500.0)
     plain, changed = (asr.transcribe(clips[0], hotwords=some) for some in ((), ["c a b"]))

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import overload
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from speechllm.audio.fbank import SAMPLING_RATE
-from speechllm.audio.resample import audio_blocks, resampled
+from speechllm.audio.resample import audio_blocks, mono_samples, resampled
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.errors import InputError
 from speechllm.longform.config import LongformConfig
@@ -173,17 +172,10 @@ def _source(audio: Audio, sampling_rate: int) -> tuple[str, Iterable[Tensor]]:
     """Return a recording's name and blocks of samples, for Transcriber."""
     if isinstance(audio, str | PathLike):
         return fspath(audio), audio_blocks(fspath(audio))
-    if isinstance(audio, np.ndarray):
-        audio = torch.from_numpy(np.ascontiguousarray(audio))
-    if not isinstance(audio, Tensor):
+    if not isinstance(audio, np.ndarray | Tensor):
         raise TypeError(f"expected a path, an array or a tensor, got {type(audio).__name__}")
-    if audio.dim() != 1:
-        raise InputError(f"samples have shape {tuple(audio.shape)}: expected (N,), one channel")
-    if audio.dtype == torch.int16:
-        audio = audio / 32768
-    if not audio.is_floating_point():
-        raise InputError(f"samples are {audio.dtype}: expected floats from -1 to 1, or int16")
     if sampling_rate < 1 or sampling_rate != int(sampling_rate):
         raise InputError(f"sampling_rate is {sampling_rate}: expected a whole number of Hz")
-    blocks = audio.float().cpu().split(10 * int(sampling_rate))
+    length = 10 * int(sampling_rate)
+    blocks = (mono_samples(audio[i : i + length]) for i in range(0, len(audio), length))
     return "array", resampled(blocks, int(sampling_rate), "array")

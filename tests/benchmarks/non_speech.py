@@ -5,7 +5,7 @@
 
 Takes folders of recordings that are speech from beginning to end, --clips of each, clean and with
 noise at several SNRs; and sounds of 10 s that it generates. `ratio` is the fraction skipped, see
-speechllm/longform/segmenter.py.
+speechllm/longform/cut_points.py.
 """
 
 import random
@@ -67,7 +67,7 @@ def measure_clips(as_json: bool, name: str, clips: list[np.ndarray]) -> None:
     import torch
 
     from speechllm.audio.vad import SpeechDetector
-    from speechllm.longform.segmenter import FRAME, FRAMES_PER_SECOND, non_speech_mask
+    from speechllm.longform.cut_points import FRAME, FRAMES_PER_SECOND, non_speech_mask
 
     detect, frames, skipped = SpeechDetector(), 0, 0
     for samples in clips:

@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch  # heavy imports come after the flags are read
     from random_models import DEVICE, make_llm, random_chat
 
+    from speechllm.decoding.draft_proposals import DraftPolicy, forward_cost
     from speechllm.decoding.hypothesis import Hypothesis
-    from speechllm.decoding.proposals import DraftPolicy, forward_cost
     from speechllm.decoding.speculative import speculative_decode
     from speechllm.models.speech_llm import SpeechLLM
 

@@ -7,7 +7,7 @@ import pytest
 from lhotse import CutSet, load_manifest
 
 from speechllm.data import manifests
-from speechllm.data.manifests import Limits
+from speechllm.data.length_limits import Limits
 from speechllm.errors import InputError
 
 

@@ -7,14 +7,9 @@ import pytest
 import torch
 from lhotse import CutSet, MonoCut, SupervisionSegment, load_manifest
 
-from speechllm.data import manifests
-from speechllm.data.sampler import (
-    BatchLimit,
-    LLMPositions,
-    TooManyPositions,
-    make_sampler,
-    with_positions,
-)
+from speechllm.data.length_limits import LLMPositions, TooManyPositions
+from speechllm.data.sampler import BatchLimit, make_sampler, with_positions
+from speechllm.data.validation import context_of
 from speechllm.models.llm import load_llm
 from speechllm.models.prompt import (
     build_chat_template,
@@ -108,7 +103,7 @@ def test_counted_positions_are_those_of_the_llm_input(
         with torch.no_grad():
             _, lens = encoder(features, torch.tensor([features.size(1)]))
         transcript = encode_transcripts(tokenizer, ["the quick brown <speech> fox"])
-        contexts = encode_contexts(tokenizer, chat, [manifests.context_of(cut)])
+        contexts = encode_contexts(tokenizer, chat, [context_of(cut)])
         ids, labels = training_ids(chat, transcript, [n], contexts)
         counts = [[int(lens[0]) // ds_rate] * n]
         expanded, _, _ = expand_speech(ids, labels, counts, chat.speech, chat.pad)

@@ -19,7 +19,8 @@ from lhotse import CutSet, load_manifest
 from runs_code import was_executed
 
 from speechllm.data import features
-from speechllm.data.manifests import Limits, cuts_within, read_cuts, scan_manifests
+from speechllm.data.length_limits import Limits
+from speechllm.data.manifests import cuts_within, read_cuts, scan_manifests
 from speechllm.data.security import check_safe
 from speechllm.data.shar import check_shards, read_shards
 from speechllm.errors import InputError

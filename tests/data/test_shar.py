@@ -9,7 +9,7 @@ from lhotse import load_manifest
 from tiny_batches import all_ids, cut_file, train_batches
 
 from speechllm.data import manifests, shar
-from speechllm.data.manifests import Limits
+from speechllm.data.length_limits import Limits
 from speechllm.errors import InputError
 
 

@@ -7,7 +7,6 @@ import sentencepiece
 import torch
 from naive import LENGTH, LENS
 
-from speechllm.decoding.alignment import ctc_best_paths
 from speechllm.decoding.beam import beam_search
 from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.correction import Correction, correct
@@ -22,6 +21,7 @@ from speechllm.decoding.hotwords import (
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.prefix_tree import PrefixTree
 from speechllm.decoding.recognizer import Recognizer
+from speechllm.decoding.word_times import ctc_best_paths
 from speechllm.errors import InputError
 from speechllm.models.llm import load_llm
 from speechllm.training.ctc_training import train_bpe

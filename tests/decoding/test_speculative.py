@@ -6,7 +6,7 @@ import pytest
 import torch
 from naive import LENGTH, LENS
 
-from speechllm.decoding.proposals import Draft, DraftPolicy
+from speechllm.decoding.draft_proposals import Draft, DraftPolicy
 from speechllm.decoding.speculative import speculative_decode
 
 COST = 64

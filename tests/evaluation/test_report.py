@@ -11,9 +11,9 @@ from lhotse.cut import MonoCut
 from parsed_html import outside, parsed
 
 from speechllm import reports
-from speechllm.decoding.alignment import TimedWord
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.recognition import Recognition
+from speechllm.decoding.word_times import TimedWord
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut, score_cuts
 from speechllm.evaluation.report import audio_link, report_html

@@ -7,9 +7,9 @@ import pytest
 from lhotse import load_manifest
 from parsed_html import parsed
 
-from speechllm.decoding.alignment import TimedWord
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.recognition import Recognition
+from speechllm.decoding.word_times import TimedWord
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut
 from speechllm.evaluation.results import write_results

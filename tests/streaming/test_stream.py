@@ -273,3 +273,18 @@ def test_phrases_have_their_samples(streamer):
         start = round(segment.start * 16000)
         assert own.equal(samples[start : start + len(own)])
         assert len(own) == pytest.approx((segment.end - segment.start) * 16000, abs=640)
+
+
+def test_samples_may_be_integers_or_arrays(streamer):
+    integers, texts = (noise(4.0) * 32767).to(torch.int16), []
+    for samples in (integers / 32768, integers, integers.numpy()):
+        texts.append([event.text for event in run(streamer.open(), samples, [16000])])
+    assert any(texts[0]) and texts[1:] == texts[:1] * 2
+
+
+@pytest.mark.parametrize("samples", [torch.zeros(2, 16000), torch.full((160,), torch.nan)])
+def test_wrong_samples_add_nothing(streamer, samples):
+    stream = streamer.open()
+    with pytest.raises(InputError, match="samples (have shape|contain NaN)"):
+        stream.feed(samples)
+    assert stream.finish() == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from speechllm.decoding.proposals import Draft
+from speechllm.decoding.draft_proposals import Draft
 from speechllm.models.llm import load_llm
 from speechllm.models.prompt import prompt_ids
 from speechllm.models.speech_llm import expand_speech

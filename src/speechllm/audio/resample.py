@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from lhotse.augmentation import get_or_create_resampler
 from torch import Tensor
 
 from speechllm.audio.fbank import SAMPLING_RATE
-from speechllm.audio.reader import BLOCK_SECONDS, open_sound
+from speechllm.audio.reader import BLOCK_SECONDS, LOUDEST, open_sound
 from speechllm.errors import InputError
 
 RESAMPLER_CONTEXT = 1  # s, much longer than the resampling filter
@@ -82,6 +83,28 @@ def _check_rate(rate: int, name: str | Path) -> None:
     step = math.gcd(rate, SAMPLING_RATE) or 1
     if rate <= 0 or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
         raise InputError(f"{name}: unsupported sample rate {rate} Hz")
+
+
+def mono_samples(samples: np.ndarray | Tensor) -> Tensor:
+    """Return a caller's samples (N,), int16 or floats from -1 to 1, as float32 on the CPU.
+
+    Raises:
+      InputError: the shape, type or range is another, or samples are not finite.
+    """
+    if isinstance(samples, np.ndarray):
+        samples = torch.from_numpy(np.ascontiguousarray(samples))
+    if samples.dim() != 1:
+        raise InputError(f"samples have shape {tuple(samples.shape)}: expected (N,), one channel")
+    if samples.dtype == torch.int16:
+        samples = samples / 32768
+    if not samples.is_floating_point():
+        raise InputError(f"samples are {samples.dtype}: expected floats from -1 to 1, or int16")
+    samples = samples.float().cpu()
+    if not samples.isfinite().all():
+        raise InputError("samples contain NaN or infinity")
+    if len(samples) and (loudest := float(samples.abs().max())) > LOUDEST:
+        raise InputError(f"samples of up to {loudest:g}: float samples must be from -1 to 1")
+    return samples
 
 
 def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator[Tensor]:

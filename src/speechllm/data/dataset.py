@@ -37,8 +37,7 @@ from torch.utils.data import Dataset
 
 from speechllm.audio.fbank import FRAME_SHIFT, NUM_MEL_BINS, fbank_extractor
 from speechllm.data.encoder_cache import EncoderCache
-from speechllm.data.manifests import context_of
-from speechllm.data.validation import CutError, header_errors, read_errors
+from speechllm.data.validation import CutError, context_of, header_errors, read_errors
 from speechllm.errors import InputError, first_line
 from speechllm.models.zipformer.encoder import encoder_out_lens
 
@@ -160,16 +159,18 @@ class CachedEncoderDataset(Dataset):
         self.cache, self.text = cache, text
 
     def __getitem__(self, cuts: CutSet) -> dict:
-        valid, invalid = _partition(cuts.sort_by_duration(ascending=False), self._errors)
-        if not valid:
+        found, invalid = [], []
+        for cut in cuts.sort_by_duration(ascending=False):
+            try:
+                found.append((*self.cache.read(cut), cut))
+            except KeyError:
+                message = f"the encoder cache has no outputs of cut {cut.id}"
+                invalid.append(CutError(cut.id, "not-cached", message))
+        if not found:
             silence = torch.zeros(1, int(encoder_out_lens(SILENCE)), sum(self.cache.dims))
             return make_batch(silence, [SILENCE], [], self.text, invalid)
-        outputs, lens = zip(*map(self.cache.read, valid))
+        outputs, lens, valid = zip(*found)
         return make_batch(pad_sequence(outputs, batch_first=True), lens, valid, self.text, invalid)
-
-    def _errors(self, cut: Cut) -> list[CutError]:
-        message = f"the encoder cache has no outputs of cut {cut.id}"
-        return [CutError(cut.id, "not-cached", message)] if self.cache.is_missing(cut) else []
 
 
 def make_batch(

@@ -1,4 +1,4 @@
-"""Cut files: locating, reading, checking, and filtering by duration."""
+"""Cut files: finding, reading, checking and sharing them, and selecting cuts within limits."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +11,7 @@ from lhotse.cut import Cut
 from lhotse.lazy import LazySlicer
 from lhotse.serialization import decode_json_line, deserialize_item, open_best
 
+from speechllm.data.length_limits import Limits
 from speechllm.data.security import check_safe
 from speechllm.data.validation import (
     CutError,
@@ -21,7 +22,6 @@ from speechllm.data.validation import (
     validate_cut,
 )
 from speechllm.errors import InputError, first_line
-from speechllm.models.zipformer.config import encoder_out_lens
 
 CutErrors = dict[Path, dict[int, list[CutError]]]  # by file, then by position of the cut from 0
 ExtraCheck = Callable[[Cut], list[CutError]]
@@ -57,34 +57,6 @@ class CutStatistics:
             return text
         counts = format_counts(count_reasons(invalid))
         return f"{text}, {len(invalid)} invalid ({counts}), e.g. {invalid[0][0].message}"
-
-
-def frames_needed(ds_rate: int = 4) -> int:
-    """Return the minimum feature frames for one speech embedding, 21 at the published rate."""
-    return 4 * ds_rate + 5
-
-
-def speech_embeddings(frames: int, ds_rate: int = 4) -> int:
-    """Return the number of speech embeddings for `frames` feature frames (6.25 per second)."""
-    return encoder_out_lens(frames) // ds_rate
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits for utterances: duration in seconds, and minimum feature frames in supervised speech.
-
-    Instances are callable and return true if a cut is within the limits.
-    """
-
-    min_seconds: float = 0.0
-    max_seconds: float = float("inf")
-    min_frames: int = frames_needed()
-
-    def too_short(self, cut: Cut) -> bool:
-        return cut.duration < self.min_seconds or not long_enough(cut, self.min_frames)
-
-    def __call__(self, cut: Cut) -> bool:
-        return not self.too_short(cut) and cut.duration <= self.max_seconds
 
 
 # ---- reading
@@ -139,19 +111,6 @@ def _parse_line(line: str) -> Cut | str:
         return str(error)
     except Exception as error:  # lhotse does not check the fields
         return f"not a cut: {type(error).__name__}: {first_line(error)}"
-
-
-def context_of(cut: Cut) -> str:
-    """Join the distinct `context` custom fields of the cut's supervisions.
-
-    Raises:
-      InputError: a context is not a string; the message names the cut.
-    """
-    found = [(supervision.custom or {}).get("context") for supervision in cut.supervisions]
-    for context in found:
-        if not isinstance(context, str | None):
-            raise InputError(f"cut {cut.id} has a context that is not a string: {context!r}")
-    return " ".join(dict.fromkeys(filter(None, found)))
 
 
 # ---- checking
@@ -225,12 +184,6 @@ def checked_cuts(
             errors = read_errors(cut, need_features)
             can_be_read = not errors
         yield number, cut, errors
-
-
-def long_enough(cut: Cut, min_frames: int) -> bool:
-    """Return true if the cut's supervised part has at least `min_frames` frames."""
-    end = max((supervision.end for supervision in cut.supervisions), default=cut.duration)
-    return round(min(end, cut.duration) * 100) >= min_frames
 
 
 # ---- filtering and sharing

@@ -1,7 +1,6 @@
 """Batch sampling: at most N seconds and M LLM positions per batch, including padding."""
 
 import heapq
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,79 +14,11 @@ from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler, SimpleCutSampler
 from lhotse.dataset.sampling.base import CutSampler, TimeConstraint
 from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
-from lhotse.utils import compute_num_frames
-from transformers import PreTrainedTokenizerBase
-
-from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
-from speechllm.data.manifests import context_of, speech_embeddings
-from speechllm.data.validation import CutError, max_characters
-from speechllm.errors import InputError
-from speechllm.models.prompt import ChatTemplate, encode_contexts, encode_transcripts
 
 MIN_CUTS_IN_BUCKET = 20  # small sets get fewer buckets
 CUTS_IN_BUFFER = 7000  # per bucket
 CUTS_FOR_BINS = 10_000  # cuts used to estimate the buckets
 QUANTILE = 0.999  # longer cuts have a bucket of their own
-
-
-@dataclass(frozen=True)
-class LLMPositions:
-    """Counts a cut's LLM positions: prompt, all encoders' speech, transcript and closing token."""
-
-    tokenizer: PreTrainedTokenizerBase
-    chat: ChatTemplate
-    num_encoders: int = 1
-    ds_rate: int = 4
-
-    def __call__(self, cut: Cut, new_tokens: int | None = None) -> int:
-        """Count the positions; decoding passes `new_tokens` to count instead of the text.
-
-        Raises:
-          InputError: the context is not a string.
-        """
-        if new_tokens is None:
-            text = " ".join(supervision.text or "" for supervision in cut.supervisions)
-            [ids] = encode_transcripts(self.tokenizer, [self.chat.spelled(text)])
-            new_tokens = len(ids) + 1
-        contexts = [context_of(cut)] if self.chat.use_context else None
-        [context] = encode_contexts(self.tokenizer, self.chat, contexts) or [[]]
-        return self.before_text(cut.duration) + len(context) + new_tokens
-
-    def before_text(self, seconds: float) -> int:
-        """Return the number of positions for prompt and speech, without a context."""
-        frames = compute_num_frames(seconds, FRAME_SHIFT, SAMPLING_RATE)
-        prompt = len(self.chat.prompt(self.num_encoders)) - self.num_encoders  # no `<speech>`
-        return prompt + self.num_encoders * speech_embeddings(frames, self.ds_rate)
-
-    def most(self, seconds: float) -> float:
-        """Return an upper bound for a valid cut, assuming one token per byte of text."""
-        if self.chat.use_context:  # unlimited length
-            return math.inf
-        return self.before_text(seconds) + 4 * int(max_characters(seconds)) + 1
-
-
-@dataclass(frozen=True)
-class TooManyPositions:
-    """Check for cuts that exceed the LLM's positions or whose context is not a string.
-
-    Attributes:
-      max_new_tokens: for decoding, number of positions reserved in place of the text.
-    """
-
-    count_positions: LLMPositions
-    limit: int
-    max_new_tokens: int | None = None
-
-    def __call__(self, cut: Cut) -> list[CutError]:
-        try:
-            needed = self.count_positions(cut, self.max_new_tokens)
-        except InputError as error:
-            return [CutError(cut.id, "malformed", str(error))]
-        message = (
-            f"cut {cut.id} of {cut.duration:.1f} s needs {needed} positions, "
-            f"the LLM has {self.limit}"
-        )
-        return [CutError(cut.id, "positions", message)] if needed > self.limit else []
 
 
 @dataclass(frozen=True)

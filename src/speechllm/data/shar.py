@@ -26,7 +26,8 @@ from lhotse.shar import SharWriter
 from lhotse.utils import fastcopy, is_valid_url
 from torch.utils.data import DataLoader
 
-from speechllm.data.manifests import CutStatistics, Limits
+from speechllm.data.length_limits import Limits
+from speechllm.data.manifests import CutStatistics
 from speechllm.data.security import safe_cuts
 from speechllm.data.validation import CutError, read_errors, validate_cut
 from speechllm.distributed import DistEnv

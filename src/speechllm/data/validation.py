@@ -84,6 +84,19 @@ def shown_id(cut: Cut) -> str:
     return cut.id if is_plain else ascii(cut.id)
 
 
+def context_of(cut: Cut) -> str:
+    """Join the distinct `context` custom fields of the cut's supervisions.
+
+    Raises:
+      InputError: a context is not a string; names the cut.
+    """
+    found = [(supervision.custom or {}).get("context") for supervision in cut.supervisions]
+    for context in found:
+        if not isinstance(context, str | None):
+            raise InputError(f"cut {cut.id} has a context that is not a string: {context!r}")
+    return " ".join(dict.fromkeys(filter(None, found)))
+
+
 def duplicate_id(cut: Cut) -> CutError:
     return CutError(shown_id(cut), "duplicate-id", f"cut {shown_id(cut)} occurs twice")
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from speechllm.decoding.alignment import align_words
 from speechllm.decoding.ctc_decoder import CtcOutput
 from speechllm.decoding.hotwords import Spotted
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.prefix_tree import PrefixTree
+from speechllm.decoding.word_times import align_words
 
 
 @dataclass

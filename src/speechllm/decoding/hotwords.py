@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from speechllm.decoding.alignment import CTC_FRAME_SHIFT, FRAME_CENTRE
 from speechllm.decoding.ctc_decoder import BpeTokenizer, CtcOutput
+from speechllm.decoding.word_times import CTC_FRAME_SHIFT, FRAME_CENTRE
 from speechllm.errors import InputError
 from speechllm.models.prompt import encode_continuations, encode_transcripts
 from speechllm.models.zipformer.ctc_head import BLANK

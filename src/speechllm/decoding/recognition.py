@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from speechllm.decoding.alignment import TimedWord
 from speechllm.decoding.ctc_decoder import CtcOutput
 from speechllm.decoding.hotwords import Spotted
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.prefix_tree import PrefixTree
+from speechllm.decoding.word_times import TimedWord
 
 
 @dataclass

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.audio.fbank import FRAME_SHIFT
-from speechllm.decoding.alignment import align_words, time_words
 from speechllm.decoding.beam import beam_search, score_hypotheses
 from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.correction import Correction, correct
 from speechllm.decoding.ctc_decoder import CtcDecoder, CtcOutput
+from speechllm.decoding.draft_proposals import DraftPolicy, forward_cost
 from speechllm.decoding.hallucination import (
     find_repetition,
     hallucination_flags,
@@ -25,9 +25,9 @@ from speechllm.decoding.hallucination import (
 from speechllm.decoding.hotwords import Hotwords, Spotted, read_hotwords, spot_hotwords
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.prefix_tree import PrefixTree
-from speechllm.decoding.proposals import DraftPolicy, forward_cost
 from speechllm.decoding.recognition import EncodedBatch, Recognition
 from speechllm.decoding.speculative import speculative_decode
+from speechllm.decoding.word_times import align_words, time_words
 from speechllm.errors import InputError
 from speechllm.models.prompt import (
     decode_transcripts,

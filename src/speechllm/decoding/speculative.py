@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from speechllm.decoding.draft_proposals import Draft, DraftPolicy, best_draft_length, forward_cost
 from speechllm.decoding.hypothesis import Hypothesis
-from speechllm.decoding.proposals import Draft, DraftPolicy, best_draft_length, forward_cost
 from speechllm.models.speech_encoders import to_device
 from speechllm.models.speech_llm import SpeechLLM
 

@@ -7,8 +7,7 @@ from dataclasses import asdict, replace
 import torch
 
 from speechllm.cli import comma_list
-from speechllm.data.manifests import frames_needed
-from speechllm.data.sampler import LLMPositions, TooManyPositions
+from speechllm.data.length_limits import LLMPositions, TooManyPositions, frames_needed
 from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.hotwords import read_hotwords
 from speechllm.decoding.load import TrainedModel, read_parameters

@@ -15,12 +15,8 @@ from speechllm.data.config import DataConfig
 from speechllm.data.dataloader import evaluation_loader
 from speechllm.data.dataset import TextOptions, usable_batches
 from speechllm.data.encoder_cache import EncoderCache
-from speechllm.data.manifests import (
-    checked_cuts,
-    cuts_file,
-    frames_needed,
-    long_enough,
-)
+from speechllm.data.length_limits import frames_needed, long_enough
+from speechllm.data.manifests import checked_cuts, cuts_file
 from speechllm.data.validation import CutError, count_reasons, format_counts
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lhotse.cut import Cut, MonoCut
 
-from speechllm.decoding.alignment import ctm_lines
 from speechllm.decoding.hotwords import read_hotwords
+from speechllm.decoding.word_times import ctm_lines
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut, error_rate, reasons, score_cuts
 from speechllm.evaluation.report import report_html

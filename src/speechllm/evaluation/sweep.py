@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from speechllm.data.config import DataConfig
-from speechllm.data.manifests import frames_needed
+from speechllm.data.length_limits import frames_needed
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.distributed import DistEnv
 from speechllm.evaluation.config import DecodeConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speechllm.data.sampler import TooManyPositions
+from speechllm.data.length_limits import TooManyPositions
 from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.ctc_decoder import find_ctc_decoder
 from speechllm.decoding.recognizer import Recognizer

@@ -12,13 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 from speechllm.audio.fbank import SAMPLING_RATE, fbank_extractor
 from speechllm.audio.resample import windows
 from speechllm.audio.vad import SpeechDetector
-from speechllm.data.manifests import frames_needed
-from speechllm.decoding.alignment import CTC_FRAME_SHIFT, FRAME_CENTRE
+from speechllm.data.length_limits import frames_needed
 from speechllm.decoding.ctc_decoder import CtcOutput
 from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.recognizer import Recognizer
+from speechllm.decoding.word_times import CTC_FRAME_SHIFT, FRAME_CENTRE
 from speechllm.longform.config import LongformConfig
-from speechllm.longform.segmenter import (
+from speechllm.longform.cut_points import (
     FRAME,
     FRAMES_PER_SECOND,
     CtcSpike,

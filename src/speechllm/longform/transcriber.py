@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
-from speechllm.data.manifests import speech_embeddings
+from speechllm.data.length_limits import speech_embeddings
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.load import TrainedModel

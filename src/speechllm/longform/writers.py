@@ -10,7 +10,7 @@ from html import escape
 from itertools import pairwise
 from textwrap import wrap
 
-from speechllm.decoding.alignment import TimedWord, ctm_lines
+from speechllm.decoding.word_times import TimedWord, ctm_lines
 from speechllm.longform.transcript import Segment, Transcript, Word, word_separator
 from speechllm.scoring.wer import by_characters, units
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speechllm.audio.fbank import NUM_MEL_BINS
-from speechllm.longform.segmenter import FRAME
+from speechllm.longform.cut_points import FRAME
 from speechllm.models.zipformer.ctc_head import BLANK
 
 FEATURES_PER_FRAME = 4

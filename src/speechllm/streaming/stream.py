@@ -19,17 +19,18 @@ discarded, so memory use does not grow. `Streamer.advance` runs many streams in 
 from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE, StreamingFbank
-from speechllm.audio.resample import StreamResampler
+from speechllm.audio.resample import StreamResampler, mono_samples
 from speechllm.audio.vad import SpeechDetector
-from speechllm.decoding.alignment import CTC_FRAME_SHIFT
 from speechllm.decoding.recognizer import NEEDS_CTC, Recognizer
+from speechllm.decoding.word_times import CTC_FRAME_SHIFT
 from speechllm.errors import InputError
 from speechllm.longform.config import LongformConfig
-from speechllm.longform.segmenter import FRAMES_PER_SECOND, SPEECH
+from speechllm.longform.cut_points import FRAMES_PER_SECOND, SPEECH
 from speechllm.longform.transcriber import make_segment
 from speechllm.longform.transcript import Segment, word_separator
 from speechllm.longform.writers import segment_json
@@ -200,10 +201,14 @@ class Stream:
         self._fbank = StreamingFbank()
         self._forget()
 
-    def feed(self, samples: Tensor) -> list[Event]:
-        """Add samples (N,), floats from -1 to 1, and return the resulting events."""
+    def feed(self, samples: np.ndarray | Tensor) -> list[Event]:
+        """Add samples (N,), int16 or floats from -1 to 1, and return the events they lead to.
+
+        Raises:
+          InputError: see audio.resample.mono_samples; nothing is added.
+        """
         events = []
-        for block in torch.as_tensor(samples).split(self._rate):
+        for block in mono_samples(samples).split(self._rate):
             self.push(block)
             events += self._advance()
         return events

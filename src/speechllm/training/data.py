@@ -26,18 +26,17 @@ from speechllm.data.dataloader import (
 from speechllm.data.dataset import TextOptions, usable_batches
 from speechllm.data.encoder_cache import EncoderCache
 from speechllm.data.features import SPEED_FACTORS
+from speechllm.data.length_limits import Limits, LLMPositions, TooManyPositions, frames_needed
 from speechllm.data.manifests import (
     CutStatistics,
-    Limits,
     cuts_file,
     cuts_within,
-    frames_needed,
     read_cuts,
     scan_manifests,
     share_of_cuts,
     size_of_share,
 )
-from speechllm.data.sampler import EvenMix, LLMPositions, TooManyPositions
+from speechllm.data.sampler import EvenMix
 from speechllm.data.shar import EvenBatches, Shards, check_shards, read_shards
 from speechllm.data.validation import (
     CutError,

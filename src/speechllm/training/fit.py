@@ -41,7 +41,7 @@ from speechllm.training.resume import (
     sums_for_ranks,
     warn_if_order_changed,
 )
-from speechllm.training.skipped_steps import check_outputs_finite
+from speechllm.training.step_status import check_outputs_finite
 from speechllm.training.trainer import Loaders, ModelState, Trainer
 from speechllm.training.validate import BatchLoss
 

@@ -14,8 +14,8 @@ from speechllm.data.config import TrainDataConfig
 from speechllm.data.dataloader import evaluation_loader
 from speechllm.data.dataset import TextOptions, usable_batches
 from speechllm.data.encoder_cache import EncoderCache
+from speechllm.data.length_limits import LLMPositions
 from speechllm.data.manifests import share_of_cuts, size_of_share
-from speechllm.data.sampler import LLMPositions
 from speechllm.data.validation import read_errors
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError, first_line

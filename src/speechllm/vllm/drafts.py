@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from speechllm.decoding.ctc_decoder import find_ctc_decoder
-from speechllm.decoding.proposals import Draft
+from speechllm.decoding.draft_proposals import Draft
 from speechllm.errors import InputError
 from speechllm.models.prompt import encode_transcripts
 from speechllm.models.speech_encoders import EncoderOutput

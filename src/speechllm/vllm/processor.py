@@ -18,7 +18,7 @@ from vllm.multimodal.processing import (
 )
 
 from speechllm.audio.fbank import SAMPLING_RATE, fbank_extractor
-from speechllm.data.manifests import frames_needed
+from speechllm.data.length_limits import frames_needed
 from speechllm.models.config import ModelConfig
 from speechllm.models.prompt import (
     END_SPEECH,

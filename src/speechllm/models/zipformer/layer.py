@@ -1,9 +1,11 @@
 """Zipformer layer and its modules (arXiv 2310.11230, figure 2), batch first: (B, T, C)."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from speechllm.models.zipformer.chunks import CausalConv, Frames
 from speechllm.models.zipformer.config import ZipformerConfig
@@ -65,8 +67,15 @@ def positional_embedding(num_frames: int, dim: int, device=None, left: int = 0) 
     `left` is L, the number of frames before a chunk. Offset T is unused; it avoids a special case
     for T = 1 in `relative_shift`.
     """
-    first = 1 - num_frames - left
-    offsets = torch.arange(first, num_frames + 1, device=device, dtype=torch.float32)
+    size = 1 << (num_frames + left - 1).bit_length()
+    return _embeddings(size, dim, device)[size - num_frames - left : size + num_frames]
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # they may be used in training, too
+def _embeddings(size: int, dim: int, device: torch.device | None) -> Tensor:
+    """Return embeddings of the offsets -(N-1) … N for N = `size`, a power of 2 for few variants."""
+    offsets = torch.arange(1 - size, size + 1, device=device, dtype=torch.float32)
     length = math.sqrt(dim)
     compressed = length * offsets.sign() * ((offsets.abs() + length) / length).log()
     angle = (compressed / (dim / (2.0 * math.pi))).atan()
@@ -106,7 +115,7 @@ class AttentionWeights(nn.Module):
         )
         r = self.linear_pos(pos_emb).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)
         scores = q @ k.transpose(-1, -2) + relative_shift(p @ r)  # r (H, head dim, L + 2T)
-        scores = scores.masked_fill(~frames.sources[:, None], -1000.0)
+        scores = torch.where(frames.sources[:, None], scores, -1000.0)
         return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
 
 
@@ -166,8 +175,7 @@ class ConvModule(nn.Module):
         self.out_proj = scaled_linear(dim, dim, 0.05)
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
-        x, s = self.in_proj(x).chunk(2, dim=-1)
-        x = (x * s.sigmoid()) * frames.valid[:, :, None]
+        x = F.glu(self.in_proj(x)) * frames.valid[:, :, None]
         if self.causal:
             x = self.depthwise_conv(x, frames)
         else:

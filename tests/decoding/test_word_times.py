@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from speechllm.decoding.alignment import (
+from speechllm.decoding.word_times import (
     Span,
     TimedWord,
     align_words,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from speechllm.longform.segmenter import CtcSpike, SegmenterState, next_cut, non_speech_mask
+from speechllm.longform.cut_points import CtcSpike, SegmenterState, next_cut, non_speech_mask
 
 
 def drawn(sound, tokens=None):

@@ -8,7 +8,7 @@ from torch import Tensor
 from speechllm.training.engine import Engine
 from speechllm.training.metrics import Metrics
 from speechllm.training.resume import TrainState
-from speechllm.training.skipped_steps import (
+from speechllm.training.step_status import (
     GRADIENTS,
     count_skip,
     decay_skips,

@@ -1,0 +1,108 @@
+"""Utterances that are used: limits of their duration, feature frames and LLM positions."""
+
+import math
+from dataclasses import dataclass
+
+from lhotse.cut import Cut
+from lhotse.utils import compute_num_frames
+from transformers import PreTrainedTokenizerBase
+
+from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
+from speechllm.data.validation import CutError, context_of, max_characters
+from speechllm.errors import InputError
+from speechllm.models.prompt import ChatTemplate, encode_contexts, encode_transcripts
+from speechllm.models.zipformer.config import encoder_out_lens
+
+
+def frames_needed(ds_rate: int = 4) -> int:
+    """Return the fewest feature frames that give a speech embedding, 21 at the published rate."""
+    return 4 * ds_rate + 5
+
+
+def speech_embeddings(frames: int, ds_rate: int = 4) -> int:
+    """Return the number of speech embeddings of `frames` feature frames, 6.25 per second."""
+    return encoder_out_lens(frames) // ds_rate
+
+
+def long_enough(cut: Cut, min_frames: int) -> bool:
+    """Check that the supervised part of the cut has `min_frames` frames."""
+    end = max((supervision.end for supervision in cut.supervisions), default=cut.duration)
+    return round(min(end, cut.duration) * 100) >= min_frames
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Durations in seconds of the utterances to use, and the fewest feature frames of their speech.
+
+    Instances are functions that return whether a cut is within the limits.
+    """
+
+    min_seconds: float = 0.0
+    max_seconds: float = float("inf")
+    min_frames: int = frames_needed()
+
+    def too_short(self, cut: Cut) -> bool:
+        return cut.duration < self.min_seconds or not long_enough(cut, self.min_frames)
+
+    def __call__(self, cut: Cut) -> bool:
+        return not self.too_short(cut) and cut.duration <= self.max_seconds
+
+
+@dataclass(frozen=True)
+class LLMPositions:
+    """LLM positions of a cut: prompt, speech of all encoders, transcript and closing token."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatTemplate
+    num_encoders: int = 1
+    ds_rate: int = 4
+
+    def __call__(self, cut: Cut, new_tokens: int | None = None) -> int:
+        """Count the positions, in decoding with `new_tokens` instead of the text.
+
+        Raises:
+          InputError: the context is not a string.
+        """
+        if new_tokens is None:
+            text = " ".join(supervision.text or "" for supervision in cut.supervisions)
+            [ids] = encode_transcripts(self.tokenizer, [self.chat.spelled(text)])
+            new_tokens = len(ids) + 1
+        contexts = [context_of(cut)] if self.chat.use_context else None
+        [context] = encode_contexts(self.tokenizer, self.chat, contexts) or [[]]
+        return self.before_text(cut.duration) + len(context) + new_tokens
+
+    def before_text(self, seconds: float) -> int:
+        """Return the positions of prompt and speech, without a context."""
+        frames = compute_num_frames(seconds, FRAME_SHIFT, SAMPLING_RATE)
+        prompt = len(self.chat.prompt(self.num_encoders)) - self.num_encoders  # no `<speech>`
+        return prompt + self.num_encoders * speech_embeddings(frames, self.ds_rate)
+
+    def most(self, seconds: float) -> float:
+        """Return an upper bound for a valid cut: one token per byte of its text."""
+        if self.chat.use_context:  # unlimited length
+            return math.inf
+        return self.before_text(seconds) + 4 * int(max_characters(seconds)) + 1
+
+
+@dataclass(frozen=True)
+class TooManyPositions:
+    """Check for cuts that exceed the LLM's positions, or whose context is not a string.
+
+    Attributes:
+      max_new_tokens: in decoding, the positions reserved instead of those of the text.
+    """
+
+    count_positions: LLMPositions
+    limit: int
+    max_new_tokens: int | None = None
+
+    def __call__(self, cut: Cut) -> list[CutError]:
+        try:
+            needed = self.count_positions(cut, self.max_new_tokens)
+        except InputError as error:
+            return [CutError(cut.id, "malformed", str(error))]
+        message = (
+            f"cut {cut.id} of {cut.duration:.1f} s needs {needed} positions, "
+            f"the LLM has {self.limit}"
+        )
+        return [CutError(cut.id, "positions", message)] if needed > self.limit else []
