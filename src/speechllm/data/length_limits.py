@@ -15,26 +15,26 @@ from speechllm.models.zipformer.config import encoder_out_lens
 
 
 def frames_needed(ds_rate: int = 4) -> int:
-    """Return the fewest feature frames that give a speech embedding, 21 at the published rate."""
+    """Return the minimum feature frames for one speech embedding, 21 at the published rate."""
     return 4 * ds_rate + 5
 
 
 def speech_embeddings(frames: int, ds_rate: int = 4) -> int:
-    """Return the number of speech embeddings of `frames` feature frames, 6.25 per second."""
+    """Return the number of speech embeddings for `frames` feature frames (6.25 per second)."""
     return encoder_out_lens(frames) // ds_rate
 
 
 def long_enough(cut: Cut, min_frames: int) -> bool:
-    """Check that the supervised part of the cut has `min_frames` frames."""
+    """Return true if the cut's supervised part has at least `min_frames` frames."""
     end = max((supervision.end for supervision in cut.supervisions), default=cut.duration)
     return round(min(end, cut.duration) * 100) >= min_frames
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Durations in seconds of the utterances to use, and the fewest feature frames of their speech.
+    """Limits for utterances: duration in seconds, and minimum feature frames in supervised speech.
 
-    Instances are functions that return whether a cut is within the limits.
+    Instances are callable and return true if a cut is within the limits.
     """
 
     min_seconds: float = 0.0
@@ -50,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class LLMPositions:
-    """LLM positions of a cut: prompt, speech of all encoders, transcript and closing token."""
+    """Counts a cut's LLM positions: prompt, all encoders' speech, transcript and closing token."""
 
     tokenizer: PreTrainedTokenizerBase
     chat: ChatTemplate
@@ -58,7 +58,7 @@ class LLMPositions:
     ds_rate: int = 4
 
     def __call__(self, cut: Cut, new_tokens: int | None = None) -> int:
-        """Count the positions, in decoding with `new_tokens` instead of the text.
+        """Count the positions; decoding passes `new_tokens` to count instead of the text.
 
         Raises:
           InputError: the context is not a string.
@@ -72,13 +72,13 @@ class LLMPositions:
         return self.before_text(cut.duration) + len(context) + new_tokens
 
     def before_text(self, seconds: float) -> int:
-        """Return the positions of prompt and speech, without a context."""
+        """Return the number of positions for prompt and speech, without a context."""
         frames = compute_num_frames(seconds, FRAME_SHIFT, SAMPLING_RATE)
         prompt = len(self.chat.prompt(self.num_encoders)) - self.num_encoders  # no `<speech>`
         return prompt + self.num_encoders * speech_embeddings(frames, self.ds_rate)
 
     def most(self, seconds: float) -> float:
-        """Return an upper bound for a valid cut: one token per byte of its text."""
+        """Return an upper bound for a valid cut, assuming one token per byte of text."""
         if self.chat.use_context:  # unlimited length
             return math.inf
         return self.before_text(seconds) + 4 * int(max_characters(seconds)) + 1
@@ -86,10 +86,10 @@ class LLMPositions:
 
 @dataclass(frozen=True)
 class TooManyPositions:
-    """Check for cuts that exceed the LLM's positions, or whose context is not a string.
+    """Check for cuts that exceed the LLM's positions or whose context is not a string.
 
     Attributes:
-      max_new_tokens: in decoding, the positions reserved instead of those of the text.
+      max_new_tokens: for decoding, number of positions reserved in place of the text.
     """
 
     count_positions: LLMPositions

@@ -88,7 +88,7 @@ def context_of(cut: Cut) -> str:
     """Join the distinct `context` custom fields of the cut's supervisions.
 
     Raises:
-      InputError: a context is not a string; names the cut.
+      InputError: a context is not a string; the message names the cut.
     """
     found = [(supervision.custom or {}).get("context") for supervision in cut.supervisions]
     for context in found:

@@ -48,7 +48,7 @@ class TrainState:
     best_train_epoch: int = -1
     best_valid_loss: float = float("inf")
     best_valid_epoch: int = -1
-    batches_in_epoch: int = 0  # trained on by each rank; 0 at the end of an epoch
+    batches_in_epoch: int = 0  # per rank, so far; 0 at the end of an epoch
     skipped_steps: int = 0  # in total (see step_status.py)
     recently_skipped: float = 0.0  # decays with successful steps
     skipped_since: int = 0  # batch_idx_train when recently_skipped was last 0
