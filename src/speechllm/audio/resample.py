@@ -86,10 +86,10 @@ def _check_rate(rate: int, name: str | Path) -> None:
 
 
 def mono_samples(samples: np.ndarray | Tensor) -> Tensor:
-    """Return a caller's samples (N,), int16 or floats from -1 to 1, as float32 on the CPU.
+    """Return samples (N,), given as int16 or floats from -1 to 1, as float32 on the CPU.
 
     Raises:
-      InputError: the shape, type or range is another, or samples are not finite.
+      InputError: the shape, type or range is wrong, or samples are not finite.
     """
     if isinstance(samples, np.ndarray):
         samples = torch.from_numpy(np.ascontiguousarray(samples))

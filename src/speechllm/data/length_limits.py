@@ -1,4 +1,4 @@
-"""Utterances that are used: limits of their duration, feature frames and LLM positions."""
+"""Limits for the utterances to use: duration, feature frames and LLM positions."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Cut files: finding, reading, checking and sharing them, and selecting cuts within limits."""
+"""Cut files: locating, reading, checking, selecting cuts within limits, sharing among ranks."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -81,7 +81,7 @@ class TracedDataset(Dataset):
         return batch
 
     def _note(self, text: str) -> None:
-        if get_worker_info() is None:  # the process itself cannot hang unnoticed
+        if get_worker_info() is None:  # only workers can hang unnoticed
             return
         with suppress(OSError):  # such as a full disk
             (self.folder / str(os.getpid())).write_text(text, "utf-8", "replace")

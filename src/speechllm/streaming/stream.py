@@ -202,10 +202,10 @@ class Stream:
         self._forget()
 
     def feed(self, samples: np.ndarray | Tensor) -> list[Event]:
-        """Add samples (N,), int16 or floats from -1 to 1, and return the events they lead to.
+        """Add samples (N,), int16 or floats from -1 to 1, and return the resulting events.
 
         Raises:
-          InputError: see audio.resample.mono_samples; nothing is added.
+          InputError: see audio.resample.mono_samples; no samples are added.
         """
         events = []
         for block in mono_samples(samples).split(self._rate):

@@ -72,9 +72,9 @@ def positional_embedding(num_frames: int, dim: int, device=None, left: int = 0) 
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # they may be used in training, too
+@torch.inference_mode(False)  # the cached result may also be used in training
 def _embeddings(size: int, dim: int, device: torch.device | None) -> Tensor:
-    """Return embeddings of the offsets -(N-1) … N for N = `size`, a power of 2 for few variants."""
+    """Return embeddings of the offsets -(N - 1) to N; N = `size` is a power of 2 to cache few."""
     offsets = torch.arange(1 - size, size + 1, device=device, dtype=torch.float32)
     length = math.sqrt(dim)
     compressed = length * offsets.sign() * ((offsets.abs() + length) / length).log()
