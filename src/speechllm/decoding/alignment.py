@@ -11,7 +11,7 @@ Lags that fit the demo's encoders (dev set): 0.03 s after a flat start, 0.11 s w
 """
 
 import math
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, compress, pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -62,67 +62,83 @@ def align_words(
       words without pieces, and for all words if T frames cannot hold all pieces.
     """
     targets = [[piece for word in words for piece in word] for words in pieces]
-    spans: list[list[Span | None]] = [[None] * len(words) for words in pieces]
-    lens = list(map(len, log_probs))
-    rows = [b for b, ids in enumerate(targets) if ids and lens[b] >= ctc_frames_needed(ids)]
-    arrays = [log_probs[b].numpy() for b in rows]
-    for b, array, path in zip(rows, arrays, ctc_best_paths(arrays, [targets[b] for b in rows])):
-        spans[b] = _spans(array, path, targets[b], list(map(len, pieces[b])))
+    fits = [
+        ids != [] and len(own) >= ctc_frames_needed(ids) for ids, own in zip(targets, log_probs)
+    ]
+    arrays = [own.numpy() for own in compress(log_probs, fits)]
+    starts, ends, best = _align_pieces(arrays, list(compress(targets, fits)))
+    spans: list[list[Span | None]] = []
+    i = 0  # pieces so far
+    for words, fit in zip(pieces, fits):
+        spans.append([None] * len(words))
+        for w, word in enumerate(words if fit else ()):
+            if n := len(word):
+                mean = sum(best[i : i + n]) / n
+                spans[-1][w] = Span(starts[i], ends[i + n - 1], mean)
+                i += n
     return spans
 
 
-def _spans(
-    log_probs: np.ndarray, path: np.ndarray, target: list[int], lens: list[int]
-) -> list[Span | None]:
-    """Return the span of each word, which has `lens` pieces, from the best path (T,)."""
-    frames = np.flatnonzero(path >= 0)
-    first = np.flatnonzero(np.diff(path[frames], prepend=-1))  # of each piece's frames
-    last = np.append(first[1:], len(frames)) - 1
-    emitted = log_probs[frames, np.array(target)[path[frames]]]
-    best = np.maximum.reduceat(emitted, first).tolist()
-    times = FRAME_CENTRE + CTC_FRAME_SHIFT * frames
-    starts, ends = times[first].tolist(), times[last].tolist()
-    borders = [0, *accumulate(lens)]
-    return [
-        Span(starts[i], ends[j - 1], sum(best[i:j]) / (j - i)) if i < j else None
-        for i, j in pairwise(borders)
-    ]
+def _align_pieces(
+    log_probs: list[np.ndarray], targets: list[list[int]]
+) -> tuple[list[float], list[float], list[float]]:
+    """Return start, end and best log-probability of each piece, those of all utterances in a row.
 
-
-def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> list[np.ndarray]:
-    """Viterbi over blanks and tokens: (T, V) -> (T,), positions in the target or -1 for a blank.
-
-    Each step takes one frame of all utterances. T must be at least `ctc_frames_needed(target)`.
+    See `ctc_best_paths`; no target is empty.
     """
-    rows, lens = np.arange(len(targets)), np.array([*map(len, log_probs)], dtype=int)
-    ends = 2 * np.array([*map(len, targets)], dtype=int) + 2  # last state, a blank
+    if not targets:
+        return [], [], []
+    paths = ctc_best_paths(log_probs, targets)
+    rows, columns = np.nonzero(paths >= 0)
+    padding = paths.shape[1] - np.array([*map(len, log_probs)])
+    offsets = np.cumsum([0, *map(len, targets[:-1])])
+    frames, pieces = columns - padding[rows], paths[rows, columns] + offsets[rows]
+    ids = np.array([*chain(*targets)])[pieces]
+    borders = np.searchsorted(rows, range(len(targets) + 1)).tolist()
+    emitted = [own[frames[i:j], ids[i:j]] for own, (i, j) in zip(log_probs, pairwise(borders))]
+    first = np.flatnonzero(np.diff(pieces, prepend=-1))  # of each piece's frames
+    last = np.append(first[1:], len(pieces)) - 1
+    best = np.maximum.reduceat(np.concatenate(emitted), first)
+    times = FRAME_CENTRE + CTC_FRAME_SHIFT * frames
+    return times[first].tolist(), times[last].tolist(), best.tolist()
+
+
+def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> np.ndarray:
+    """Viterbi over blanks and tokens: B times (T, V) -> (B, T), padded in front.
+
+    Each step takes a frame of all utterances. A length must be at least `ctc_frames_needed(target)`.
+
+    Returns:
+      Positions in the targets; -1 for blanks and padding.
+    """
+    frames, rows = max(map(len, log_probs)) + 1, np.arange(len(targets))
+    ends = 2 * np.array([*map(len, targets)]) + 2  # last state, a blank
     # Two states that no path reaches, then blank, token, blank, ..., token, blank.
-    states = np.full((len(targets), ends.max(initial=2) + 1), BLANK)
-    scores = np.full((lens.max(initial=0), *states.shape), -np.inf)  # (T, B, S)
-    for b, (emitted, target) in enumerate(zip(log_probs, targets)):
-        states[b, 3 : ends[b] : 2] = target
-        used = slice(2, ends[b] + 1)
-        scores[: lens[b], b, used] = np.maximum(emitted[:, states[b, used]], MIN_LOG_PROB)
-    scores[:1, :, 4:] = -np.inf
+    states = np.full((ends.max() + 1, len(targets)), BLANK)
+    scores = np.full((frames, *states.shape), -np.inf)  # (1 + T, S, B)
+    scores[:, 2] = 0.0  # before an utterance, a path stays in the first blank
+    for b, (emitted, target, end) in enumerate(zip(log_probs, targets, ends.tolist())):
+        states[3:end:2, b] = target
+        own = scores[frames - len(emitted) :, 2 : end + 1, b]
+        np.maximum(emitted[:, states[2 : end + 1, b]], MIN_LOG_PROB, out=own)
     # From token to token without a blank in between, if they differ.
-    may_skip = (states[:, 2:] != BLANK) & (states[:, 2:] != states[:, :-2])
+    may_skip = (states[2:] != BLANK) & (states[2:] != states[:-2])
     skip = np.where(may_skip, 0.0, -np.inf)
-    for before, now in pairwise(scores):
-        now[:, 2:] += np.maximum(
-            np.maximum(before[:, 2:], before[:, 1:-1]), before[:, :-2] + skip
-        )
     steps = np.zeros(scores.shape, dtype=np.int8)  # states advanced since the frame before
-    stay, step, leap = scores[:-1, :, 2:], scores[:-1, :, 1:-1], scores[:-1, :, :-2] + skip
-    steps[1:, :, 2:] = step > stay
-    steps[1:, :, 2:][leap > np.maximum(stay, step)] = 2
-    steps[np.arange(len(scores))[:, None] >= lens] = 0
-    state = ends - (scores[lens - 1, rows, ends - 1] > scores[lens - 1, rows, ends])
-    visited = np.zeros(scores.shape[:2], dtype=int)
-    for t in reversed(range(len(scores))):
-        visited[t] = state
-        state = state - steps[t, rows, state]
-    paths = np.where(visited % 2 == 1, visited // 2 - 1, -1)
-    return [paths[:n, b] for b, n in enumerate(lens)]
+    best, leap = np.empty_like(skip), np.empty_like(skip)
+    for before, now, advanced in zip(scores, scores[1:], steps[1:, 2:]):
+        stay, step = before[2:], before[1:-1]
+        np.greater(step, stay, out=advanced.view(bool))
+        np.maximum(stay, step, out=best)
+        np.add(before[:-2], skip, out=leap)
+        np.copyto(advanced, 2, where=leap > best)
+        now[2:] += np.maximum(best, leap, out=best)
+    state = ends - (scores[-1, ends - 1, rows] > scores[-1, ends, rows])
+    visited = np.empty((len(rows), frames), dtype=int)
+    for t in reversed(range(frames)):
+        visited[:, t] = state
+        state = state - steps[t, state, rows]
+    return np.where(visited % 2 == 1, visited // 2 - 1, -1)[:, 1:]
 
 
 def time_words(
