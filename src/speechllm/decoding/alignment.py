@@ -106,7 +106,7 @@ def _align_pieces(
 def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> np.ndarray:
     """Viterbi over blanks and tokens: B times (T, V) -> (B, T), padded in front.
 
-    Each step takes a frame of all utterances. A length must be at least `ctc_frames_needed(target)`.
+    Each step takes one frame of all utterances. T must be at least `ctc_frames_needed(target)`.
 
     Returns:
       Positions in the targets; -1 for blanks and padding.
@@ -115,25 +115,26 @@ def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> np.
     ends = 2 * np.array([*map(len, targets)]) + 2  # last state, a blank
     # Two states that no path reaches, then blank, token, blank, ..., token, blank.
     states = np.full((ends.max() + 1, len(targets)), BLANK)
-    scores = np.full((frames, *states.shape), -np.inf)  # (1 + T, S, B)
-    scores[:, 2] = 0.0  # before an utterance, a path stays in the first blank
+    emissions = np.full((frames, *states.shape), -np.inf, dtype=np.float32)  # (1 + T, S, B)
+    emissions[:, 2] = 0.0  # before an utterance, a path stays in the first blank
     for b, (emitted, target, end) in enumerate(zip(log_probs, targets, ends.tolist())):
         states[3:end:2, b] = target
-        own = scores[frames - len(emitted) :, 2 : end + 1, b]
-        np.maximum(emitted[:, states[2 : end + 1, b]], MIN_LOG_PROB, out=own)
+        own = emissions[frames - len(emitted) :, 2 : end + 1, b]
+        np.maximum(emitted.take(states[2 : end + 1, b], axis=1), MIN_LOG_PROB, out=own)
     # From token to token without a blank in between, if they differ.
     may_skip = (states[2:] != BLANK) & (states[2:] != states[:-2])
     skip = np.where(may_skip, 0.0, -np.inf)
-    steps = np.zeros(scores.shape, dtype=np.int8)  # states advanced since the frame before
-    best, leap = np.empty_like(skip), np.empty_like(skip)
-    for before, now, advanced in zip(scores, scores[1:], steps[1:, 2:]):
-        stay, step = before[2:], before[1:-1]
+    steps = np.zeros(emissions.shape, dtype=np.int8)  # states advanced since the frame before
+    scores, leap = emissions[0].astype(float), np.empty_like(skip)
+    stay, step, leaping = scores[2:], scores[1:-1], scores[:-2]
+    for emission, advanced in zip(emissions[1:, 2:], steps[1:, 2:]):
+        np.add(leaping, skip, out=leap)
         np.greater(step, stay, out=advanced.view(bool))
-        np.maximum(stay, step, out=best)
-        np.add(before[:-2], skip, out=leap)
+        best = np.maximum(stay, step)
         np.copyto(advanced, 2, where=leap > best)
-        now[2:] += np.maximum(best, leap, out=best)
-    state = ends - (scores[-1, ends - 1, rows] > scores[-1, ends, rows])
+        np.maximum(best, leap, out=best)
+        np.add(best, emission, out=stay)
+    state = ends - (scores[ends - 1, rows] > scores[ends, rows])
     visited = np.empty((len(rows), frames), dtype=int)
     for t in reversed(range(frames)):
         visited[:, t] = state
