@@ -7,6 +7,7 @@ Times are CPU times of the process, so that other work on the machine changes th
 is seconds of audio per second.
 """
 
+import gc
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
                 path = f"speechllm.decoding.{name}"
                 patches.enter_context(patch(path, timed(part, resolve_name(path))))
         asr.transcribe(args.recordings)  # warms up
+        gc.freeze()  # otherwise collections count for one part or another by chance
         spent.clear()
         transcripts = [one for _ in range(args.rounds) for one in asr.transcribe(args.recordings)]
     seconds = sum(one.duration for one in transcripts)
