@@ -16,7 +16,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from speechllm.cli import Parser, add_options, from_args
+from speechllm.cli import Parser, add_options, from_args, heavy_imports
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.errors import InputError, exit_on_user_error
 from speechllm.longform.config import LongformConfig
@@ -59,12 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if token is None and server.host not in LOOPBACK:
         logging.warning(f"--host {server.host} without --token-file: anyone can use the server")
-    import uvicorn  # heavy imports come after the flags are read
+    with heavy_imports():  # after the flags are read
+        import uvicorn
 
-    from speechllm.longform.transcriber import load_transcriber
-    from speechllm.serving.app import create_app
-    from speechllm.serving.realtime import MAX_MESSAGE_BYTES
-    from speechllm.serving.service import Service
+        from speechllm.longform.transcriber import load_transcriber
+        from speechllm.serving.app import create_app
+        from speechllm.serving.realtime import MAX_MESSAGE_BYTES
+        from speechllm.serving.service import Service
 
     service = Service(load_transcriber(model, checkpoint, search, longform), server, token)
     address = {"host": server.host, "port": server.port}

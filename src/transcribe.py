@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from speechllm.cli import Parser, add_options, comma_list, from_args
+from speechllm.cli import Parser, add_options, comma_list, from_args, heavy_imports
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.errors import InputError, exit_on_user_error, redact_secrets
 from speechllm.io import atomic_write, files_below
@@ -196,7 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     files = output_files(names, args.out, formats) if args.out else {}
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    from speechllm.longform.transcriber import load_transcriber  # heavy: after the flags are read
+    with heavy_imports():  # after the flags are read
+        from speechllm.longform.transcriber import load_transcriber
 
     transcriber = load_transcriber(model, checkpoint, search, longform)
     if "ctm" in formats and not transcriber.has_word_times:

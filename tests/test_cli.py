@@ -1,12 +1,21 @@
 """Flags: values, messages, --help, and dataclasses whose fields are flags."""
 
 import argparse
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from speechllm.cli import Parser, add_options, check_range, from_args, option, str2bool
+from speechllm.cli import (
+    Parser,
+    add_options,
+    check_range,
+    from_args,
+    heavy_imports,
+    option,
+    str2bool,
+)
 from speechllm.errors import InputError
 
 
@@ -15,6 +24,15 @@ def test_booleans():
     assert not any(str2bool(word) for word in ("false", "FALSE", "no", "f", "N", "0"))
     with pytest.raises(argparse.ArgumentTypeError, match="expected true or false, got 'maybe'"):
         str2bool("maybe")
+
+
+def test_what_is_imported_is_exempt_from_garbage_collection():
+    before = gc.get_freeze_count()
+    with pytest.raises(InputError), heavy_imports():
+        assert not gc.isenabled()
+        raise InputError
+    assert gc.isenabled() and gc.get_freeze_count() > before
+    gc.unfreeze()
 
 
 # ---- options of a dataclass

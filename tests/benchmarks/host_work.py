@@ -3,22 +3,31 @@
 
     python tests/benchmarks/host_work.py models/mine talk.flac more.flac
 
-Times are CPU times of the thread, so that other work on the machine changes them little; `ratio` is
-seconds of audio per second.
+Times are CPU times of the process, so that other work on the machine changes them little; `ratio`
+is seconds of audio per second.
 """
 
+import gc
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+from pkgutil import resolve_name
 from unittest.mock import patch
 
 import measure
 
-PARTS = {  # functions of speechllm.decoding.recognizer
-    "drafts": ["encode_transcripts"],
-    "texts": ["decode_transcripts"],
-    "guard": ["find_repetition", "hallucination_flags", "spectral_variation"],
-    "word times": ["align_words", "time_words", "word_log_probs"],
+PARTS = {  # functions by module of speechllm.decoding
+    "CTC texts": ["ctc_decoder.ctc_greedy", "ctc_decoder.BpeTokenizer.decode"],
+    "drafts": ["recognizer.encode_transcripts"],
+    "texts": ["recognizer.decode_transcripts"],
+    "guard": [
+        "recognizer.find_repetition",
+        "recognizer.hallucination_flags",
+        "recognizer.spectral_variation",
+    ],
+    "word pieces": ["ctc_decoder.BpeTokenizer.encode_words"],
+    "word times": ["recognizer.align_words", "recognizer.time_words", "recognizer.word_log_probs"],
 }
 
 
@@ -30,25 +39,26 @@ def main(argv: list[str] | None = None) -> None:
     import torch  # heavy imports come after the flags are read
 
     import speechllm
-    from speechllm.decoding import recognizer
 
     torch.set_num_threads(1)
     asr, spent = speechllm.load(args.model, use_fp16=False), Counter()
 
     def timed(part, function):
         def run(*args, **options):
-            start = time.thread_time()
+            start = time.process_time()
             result = function(*args, **options)
-            spent[part] += time.thread_time() - start
+            spent[part] += time.process_time() - start
             return result
 
         return run
 
-    parts = [(part, name) for part, names in PARTS.items() for name in names]
-    with patch.multiple(
-        recognizer, **{name: timed(part, getattr(recognizer, name)) for part, name in parts}
-    ):
+    with ExitStack() as patches:
+        for part, names in PARTS.items():
+            for name in names:
+                path = f"speechllm.decoding.{name}"
+                patches.enter_context(patch(path, timed(part, resolve_name(path))))
         asr.transcribe(args.recordings)  # warms up
+        gc.freeze()  # otherwise collections count for one part or another by chance
         spent.clear()
         transcripts = [one for _ in range(args.rounds) for one in asr.transcribe(args.recordings)]
     seconds = sum(one.duration for one in transcripts)

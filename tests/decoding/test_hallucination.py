@@ -179,7 +179,7 @@ class FixedCtc:
         ids = [i for piece in pieces.encode(text) for i in (piece, 0)] or [0]
         log_probs = torch.full((len(ids), pieces.bpe.vocab_size()), -12.0)
         log_probs[range(len(ids)), ids] = 0.0
-        self.output = CtcOutput(log_probs.log_softmax(dim=1), pieces)
+        self.output, self.tokenizer = CtcOutput(log_probs.log_softmax(dim=1), pieces), pieces
 
     def __call__(self, encoder_out, lens):
         return [self.output]

@@ -33,7 +33,8 @@ class BpeTokenizer:
     def encode_words(self, words: list[str]) -> list[list[int]]:
         """Return `encode(word)` for each word, with one call to the BPE model."""
         unknown = self.bpe.unk_id()
-        rows = self.bpe.encode(list(map(self.case, words)))
+        cased = list(map(self.case, words))
+        rows = self.bpe.encode(cased, num_threads=1)  # starting threads takes longer
         rows = [[i for i in row if i != unknown] for row in rows]
         return [[] if all(map(self.is_space.__getitem__, row)) else row for row in rows]
 

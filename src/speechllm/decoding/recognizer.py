@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -232,7 +233,18 @@ class Recognizer:
                 drafts = [encoded.ctc_ids[b] if search.method == "draft" else None for b in rows]
                 options = drafts, limit, search.draft_accept_prob, is_repetition, self.draft_policy
                 found = [[one] for one in speculative_decode(self.model, *prompts, *options)]
-        recognitions = {b: self._choose(encoded, b, some, search) for b, some in zip(rows, found)}
+        repetitions = [
+            [search.guard != "off" and _cut_repetition(one, encoded.ctc_ids[b]) for one in some]
+            for b, some in zip(rows, found)
+        ]
+        hypotheses = list(chain(*found))
+        texts = decode_transcripts(self.tokenizer, [one.ids for one in hypotheses])
+        for one, text in zip(hypotheses, texts):
+            one.text = text
+        recognitions = {
+            b: self._choose(encoded, b, some, are_cut, search)
+            for b, some, are_cut in zip(rows, found, repetitions)
+        }
         self._correct(encoded, recognitions)
         return recognitions
 
@@ -260,18 +272,20 @@ class Recognizer:
             found[b].text = found[b].hypothesis.text
 
     def _choose(
-        self, encoded: EncodedBatch, b: int, hypotheses: list[Hypothesis], search: SearchConfig
+        self,
+        encoded: EncodedBatch,
+        b: int,
+        hypotheses: list[Hypothesis],
+        is_repetition: list[bool],
+        search: SearchConfig,
     ) -> Recognition:
-        """Return an utterance's best hypothesis, cut off at a repetition, with its flags."""
-        ctc, guarded = encoded.ctc[b], search.guard != "off"
-        is_repetition = [guarded and _cut_repetition(one, encoded.ctc_ids[b]) for one in hypotheses]
-        texts = decode_transcripts(self.tokenizer, [one.ids for one in hypotheses])
-        for one, text in zip(hypotheses, texts):
-            one.text = text
-            if ctc and (search.ctc_weight or search.nbest > 1):
-                one.ctc_log_prob = ctc.log_prob(text)
+        """Return an utterance's best hypothesis, with its flags."""
+        ctc = encoded.ctc[b]
+        if ctc and (search.ctc_weight or search.nbest > 1):
+            for one in hypotheses:
+                one.ctc_log_prob = ctc.log_prob(one.text)
         scores = [one.score(search.ctc_weight) for one in hypotheses]
-        order = sorted(range(len(texts)), key=lambda i: (is_repetition[i], -scores[i]))
+        order = sorted(range(len(scores)), key=lambda i: (is_repetition[i], -scores[i]))
         best = hypotheses[order[0]]
         flags = self._flags(encoded, b, best.text, best.log_probs)
         return Recognition(
@@ -315,7 +329,8 @@ class Recognizer:
 
     def _add_word_times(self, encoded: EncodedBatch, found: list[Recognition]) -> None:
         words = [one.text.split() for one in found]
-        pieces = [ctc.tokenizer.encode_words(some) for ctc, some in zip(encoded.ctc, words)]
+        all_pieces = iter(self.ctc_decoder.tokenizer.encode_words([*chain(*words)]))
+        pieces = [list(islice(all_pieces, len(some))) for some in words]
         spans = align_words([ctc.log_probs for ctc in encoded.ctc], pieces)
         for b, one in enumerate(found):
             log_probs, hypothesis = None, one.hypothesis

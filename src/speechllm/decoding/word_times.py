@@ -12,7 +12,7 @@ The demo's encoders have a lag (dev set) of 0.03 s after a flat start and 0.11 s
 """
 
 import math
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, compress, pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -63,67 +63,84 @@ def align_words(
       None for words without pieces, and for all words if T frames are too few for all pieces.
     """
     targets = [[piece for word in words for piece in word] for words in pieces]
-    spans: list[list[Span | None]] = [[None] * len(words) for words in pieces]
-    lens = list(map(len, log_probs))
-    rows = [b for b, ids in enumerate(targets) if ids and lens[b] >= ctc_frames_needed(ids)]
-    arrays = [log_probs[b].numpy() for b in rows]
-    for b, array, path in zip(rows, arrays, ctc_best_paths(arrays, [targets[b] for b in rows])):
-        spans[b] = _spans(array, path, targets[b], list(map(len, pieces[b])))
+    fits = [
+        ids != [] and len(own) >= ctc_frames_needed(ids) for ids, own in zip(targets, log_probs)
+    ]
+    arrays = [own.numpy() for own in compress(log_probs, fits)]
+    starts, ends, best = _align_pieces(arrays, list(compress(targets, fits)))
+    spans: list[list[Span | None]] = []
+    i = 0  # pieces so far
+    for words, fit in zip(pieces, fits):
+        spans.append([None] * len(words))
+        for w, word in enumerate(words if fit else ()):
+            if n := len(word):
+                mean = sum(best[i : i + n]) / n
+                spans[-1][w] = Span(starts[i], ends[i + n - 1], mean)
+                i += n
     return spans
 
 
-def _spans(
-    log_probs: np.ndarray, path: np.ndarray, target: list[int], lens: list[int]
-) -> list[Span | None]:
-    """Return each word's span, given the best path (T,) and the number of pieces per word."""
-    frames = np.flatnonzero(path >= 0)
-    first = np.flatnonzero(np.diff(path[frames], prepend=-1))  # first frame of each piece
-    last = np.append(first[1:], len(frames)) - 1
-    emitted = log_probs[frames, np.array(target)[path[frames]]]
-    best = np.maximum.reduceat(emitted, first).tolist()
+def _align_pieces(
+    log_probs: list[np.ndarray], targets: list[list[int]]
+) -> tuple[list[float], list[float], list[float]]:
+    """Return each piece's start, end and best log-probability, utterance after utterance.
+
+    See `ctc_best_paths`; no target is empty.
+    """
+    if not targets:
+        return [], [], []
+    paths = ctc_best_paths(log_probs, targets)
+    rows, columns = np.nonzero(paths >= 0)
+    padding = paths.shape[1] - np.array([*map(len, log_probs)])
+    offsets = np.cumsum([0, *map(len, targets[:-1])])
+    frames, pieces = columns - padding[rows], paths[rows, columns] + offsets[rows]
+    ids = np.array([*chain(*targets)])[pieces]
+    borders = np.searchsorted(rows, range(len(targets) + 1)).tolist()
+    emitted = [own[frames[i:j], ids[i:j]] for own, (i, j) in zip(log_probs, pairwise(borders))]
+    first = np.flatnonzero(np.diff(pieces, prepend=-1))  # of each piece's frames
+    last = np.append(first[1:], len(pieces)) - 1
+    best = np.maximum.reduceat(np.concatenate(emitted), first)
     times = FRAME_CENTRE + CTC_FRAME_SHIFT * frames
-    starts, ends = times[first].tolist(), times[last].tolist()
-    borders = [0, *accumulate(lens)]
-    return [
-        Span(starts[i], ends[j - 1], sum(best[i:j]) / (j - i)) if i < j else None
-        for i, j in pairwise(borders)
-    ]
+    return times[first].tolist(), times[last].tolist(), best.tolist()
 
 
-def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> list[np.ndarray]:
-    """Return Viterbi paths: (T, V) -> (T,), positions in the target or -1 for a blank.
+def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> np.ndarray:
+    """Return Viterbi paths of B utterances: (T, V) each -> (B, T), left-padded.
 
     Each step processes one frame of all utterances. T must be at least `ctc_frames_needed(target)`.
+
+    Returns:
+      Positions in the targets; -1 for blanks and padding.
     """
-    rows, lens = np.arange(len(targets)), np.array([*map(len, log_probs)], dtype=int)
-    ends = 2 * np.array([*map(len, targets)], dtype=int) + 2  # last state, a blank
+    frames, rows = max(map(len, log_probs)) + 1, np.arange(len(targets))
+    ends = 2 * np.array([*map(len, targets)]) + 2  # last state, a blank
     # Two unreachable states, then blank, token, blank, ..., token, blank.
-    states = np.full((len(targets), ends.max(initial=2) + 1), BLANK)
-    scores = np.full((lens.max(initial=0), *states.shape), -np.inf)  # (T, B, S)
-    for b, (emitted, target) in enumerate(zip(log_probs, targets)):
-        states[b, 3 : ends[b] : 2] = target
-        used = slice(2, ends[b] + 1)
-        scores[: lens[b], b, used] = np.maximum(emitted[:, states[b, used]], MIN_LOG_PROB)
-    scores[:1, :, 4:] = -np.inf
+    states = np.full((ends.max() + 1, len(targets)), BLANK)
+    emissions = np.full((frames, *states.shape), -np.inf, dtype=np.float32)  # (1 + T, S, B)
+    emissions[:, 2] = 0.0  # before an utterance, a path stays in the first blank
+    for b, (emitted, target, end) in enumerate(zip(log_probs, targets, ends.tolist())):
+        states[3:end:2, b] = target
+        own = emissions[frames - len(emitted) :, 2 : end + 1, b]
+        np.maximum(emitted.take(states[2 : end + 1, b], axis=1), MIN_LOG_PROB, out=own)
     # Different tokens may follow each other without a blank in between.
-    may_skip = (states[:, 2:] != BLANK) & (states[:, 2:] != states[:, :-2])
+    may_skip = (states[2:] != BLANK) & (states[2:] != states[:-2])
     skip = np.where(may_skip, 0.0, -np.inf)
-    for before, now in pairwise(scores):
-        now[:, 2:] += np.maximum(
-            np.maximum(before[:, 2:], before[:, 1:-1]), before[:, :-2] + skip
-        )
-    steps = np.zeros(scores.shape, dtype=np.int8)  # states advanced since the previous frame
-    stay, step, leap = scores[:-1, :, 2:], scores[:-1, :, 1:-1], scores[:-1, :, :-2] + skip
-    steps[1:, :, 2:] = step > stay
-    steps[1:, :, 2:][leap > np.maximum(stay, step)] = 2
-    steps[np.arange(len(scores))[:, None] >= lens] = 0
-    state = ends - (scores[lens - 1, rows, ends - 1] > scores[lens - 1, rows, ends])
-    visited = np.zeros(scores.shape[:2], dtype=int)
-    for t in reversed(range(len(scores))):
-        visited[t] = state
-        state = state - steps[t, rows, state]
-    paths = np.where(visited % 2 == 1, visited // 2 - 1, -1)
-    return [paths[:n, b] for b, n in enumerate(lens)]
+    steps = np.zeros(emissions.shape, dtype=np.int8)  # states advanced since the previous frame
+    scores, leap = emissions[0].astype(float), np.empty_like(skip)
+    stay, step, leaping = scores[2:], scores[1:-1], scores[:-2]
+    for emission, advanced in zip(emissions[1:, 2:], steps[1:, 2:]):
+        np.add(leaping, skip, out=leap)
+        np.greater(step, stay, out=advanced.view(bool))
+        best = np.maximum(stay, step)
+        np.copyto(advanced, 2, where=leap > best)
+        np.maximum(best, leap, out=best)
+        np.add(best, emission, out=stay)
+    state = ends - (scores[ends - 1, rows] > scores[ends, rows])
+    visited = np.empty((len(rows), frames), dtype=int)
+    for t in reversed(range(frames)):
+        visited[:, t] = state
+        state = state - steps[t, state, rows]
+    return np.where(visited % 2 == 1, visited // 2 - 1, -1)[:, 1:]
 
 
 def time_words(

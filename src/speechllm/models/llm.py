@@ -15,7 +15,6 @@ from transformers import (
 from speechllm.errors import InputError, first_line
 from speechllm.models.config import ONE_ENCODER, ModelConfig, check_llm_path
 from speechllm.models.int8 import INT8_FILE, is_int8, load_int8
-from speechllm.models.lora import with_lora
 from speechllm.models.prompt import add_speech_tokens
 
 
@@ -92,6 +91,8 @@ def prepare_llm(
         )
     llm.requires_grad_(unfreeze and not use_lora)
     if unfreeze and use_lora:
+        from speechllm.models.lora import with_lora  # imports peft, which merged models do not need
+
         llm = with_lora(llm, config)
     total = sum(p.numel() for p in llm.parameters())
     trainable = sum(p.numel() for p in llm.parameters() if p.requires_grad)

@@ -104,7 +104,7 @@ def build_chat_template(
         after=tuple(tokenizer.encode(after, add_special_tokens=False)),
         end=end,
         pad=end if pad is None else pad,
-        instruction=tuple(_encode(tokenizer, instruction.strip())),
+        instruction=tuple(encode_transcripts(tokenizer, [instruction])[0]),
         use_context=use_context,
         lowercase=lowercase,
     )
@@ -112,7 +112,7 @@ def build_chat_template(
 
 def encode_transcripts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Tokenize transcripts; text that looks like a special token is tokenized as text."""
-    return [_encode(tokenizer, text.strip()) for text in texts]
+    return _encode(tokenizer, [text.strip() for text in texts])
 
 
 def encode_contexts(
@@ -126,11 +126,14 @@ def encode_contexts(
 
 def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Tokenize texts, each preceded by a space; empty texts give no tokens."""
-    return [_encode(tokenizer, f" {text.strip()}" if text.strip() else "") for text in texts]
+    return _encode(tokenizer, [f" {text.strip()}" if text.strip() else "" for text in texts])
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    options = dict(split_special_tokens=True, return_attention_mask=False)
+    return tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
 
 
 def decode_transcripts(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
