@@ -26,7 +26,10 @@ def redact_secrets(text: object) -> str:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Wrap a program: it ends with one sentence on invalid input (status 1), or by Ctrl-C (130)."""
+    """Wrap a program: it ends with one sentence on invalid input (status 1), or by Ctrl-C (130).
+
+    So it does if the system refuses a file, as without permission or on a read-only disk.
+    """
 
     @wraps(main)
     def program(*args, **options):
@@ -34,6 +37,10 @@ def exit_on_user_error(main: Callable) -> Callable:
             return main(*args, **options)
         except (FileNotFoundError, InputError) as error:
             raise SystemExit(redact_secrets(error)) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise SystemExit(redact_secrets(f"{error.filename}: {error.strerror}")) from None
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED) from None
 

@@ -48,8 +48,10 @@ def open_sound(path: str | Path) -> Sound:
       InputError: it is not a supported audio file; also after its last block, if it is damaged,
         truncated or has samples that are not finite.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is not a file")
+    if not os.path.getsize(path):
+        raise InputError(f"{path} is empty")
     sound = _open(path)
     return sound._replace(blocks=_complete(path, sound.blocks))
 

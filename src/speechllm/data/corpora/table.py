@@ -11,6 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from os.path import isfile  # false for names that are too long
 from pathlib import Path
 
 from speechllm.data.corpora.utterance import (
@@ -103,7 +104,7 @@ def _find_audio(path: Path, folder: Path) -> Path:
         places.append(folder / "clips" / path.relative_to(folder))
     for place in places:
         for ending in ENDINGS:
-            if (found := place.with_name(place.name + ending)).is_file():
+            if isfile(found := place.with_name(place.name + ending)):
                 return found
     return places[-1] if places[-1].parent.is_dir() else path
 
@@ -117,12 +118,13 @@ def _cells(table: Path) -> tuple[list[str], list[Row]]:
             delimiter = max("\t,;|", key=header.count) if header.strip() else "\t"
             file.seek(0)
             quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-            reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
+            reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
             names = next(reader, [])
             rows = [(reader.line_num, _row(names, cells)) for cells in reader if cells]
             return names, rows
     except csv.Error as error:
-        raise InputError(f"{table} is not a TSV or CSV table in UTF-8: {error}") from error
+        place = f"{table} line {reader.line_num}"
+        raise InputError(f"{place} is not a row of a TSV or CSV table: {error}") from error
 
 
 def _encoding(table: Path) -> str:
