@@ -35,12 +35,13 @@ def exit_on_user_error(main: Callable) -> Callable:
     def program(*args, **options):
         try:
             return main(*args, **options)
-        except (FileNotFoundError, InputError) as error:
-            raise SystemExit(redact_secrets(error)) from None
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None and not isinstance(error, FileNotFoundError):
                 raise
-            raise SystemExit(redact_secrets(f"{error.filename}: {error.strerror}")) from None
+            named = f"{error.filename}: {error.strerror}" if error.filename else error
+            raise SystemExit(redact_secrets(named)) from None
+        except InputError as error:
+            raise SystemExit(redact_secrets(error)) from None
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED) from None
 

@@ -144,7 +144,7 @@ def test_unreadable_audio_is_400_with_its_name(client, clip, tmp_path, damage):
     soundfile.write(path, soundfile.read(clip)[0], SAMPLING_RATE)
     content, message = {
         "text": (b"plain text", "is not a supported audio file"),
-        "empty": (b"", "is not a supported audio file"),
+        "empty": (b"", "is empty"),
         "header": (path.read_bytes()[:60], ""),
     }[damage]
     with pytest.raises(openai.BadRequestError, match=f"song.flac {message}") as raised:
