@@ -148,3 +148,14 @@ def test_ambiguous_tables_are_refused(prepare, tmp_path, content, message):
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(SystemExit, match=f"t.csv {message}"):
         prepare("--table", tmp_path / "t.csv")
+
+
+def test_files_of_one_name_have_ids_of_their_paths(prepare, tmp_path, write_audio):
+    for name in ("anna/1", "ben/1", "ben/2"):
+        write_audio(tmp_path / f"{name}.wav")
+    rows = ("anna/1.wav,0,x", f"{tmp_path}/ben/1.wav,0,y", "ben/2.wav,0.5,z", "ben/1.wav,0.5,z")
+    (tmp_path / "t.csv").write_text("\n".join(["path,start,text", *rows]))
+    cuts, _ = prepare("--table", tmp_path / "t.csv")
+    assert {i: cut.recording_id for i, cut in cuts.items()} == {
+        "anna-1-0000000": "anna-1-0000000", "ben-1-0000000": "ben-1-0000000",
+        "2-0000500": "2", "ben-1-0000500": "ben-1"}  # fmt: skip

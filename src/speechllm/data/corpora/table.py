@@ -10,7 +10,8 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from os.path import isfile  # false for names that are too long
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def _tables(folder: Path) -> list[Path]:
 
 def read_table(
     path: Path, audio_dir: Path | None = None, chosen: Mapping[str, str] | None = None
-) -> Iterator[Utterance]:
+) -> list[Utterance]:
     """Read the utterances of a table, or of the tables of a folder.
 
     Args:
@@ -70,12 +71,30 @@ def read_table(
     tables = table_files(path)
     if path.is_dir() and (others := [one.name for one in _tables(path) if one not in tables]):
         logger.info("tables without the name of a split are ignored: %s", ", ".join(others))
+    folder, utterances, has_ids = audio_dir or tables[0].parent, [], False
     for table in tables:
         header, rows = _json_lines(table) if table.suffix.lower() in JSON else _cells(table)
         columns = find_columns(header, table, chosen or {})
         prefix = f"{table.relative_to(path)} " if len(tables) > 1 else ""
-        for line, row in rows:
-            yield _utterance(row, columns, table, audio_dir, f"{prefix}line {line}")
+        has_ids = has_ids or "id" in columns
+        utterances += [
+            _utterance(row, columns, table, audio_dir, f"{prefix}line {line}") for line, row in rows
+        ]
+    return utterances if has_ids else _with_ids_of_paths(utterances, folder)
+
+
+def _with_ids_of_paths(utterances: list[Utterance], folder: Path) -> list[Utterance]:
+    """Use the paths in the ids of files that have the same name: `anna/1.wav` and `ben/1.wav`."""
+    paths = defaultdict(set)
+    for one in utterances:
+        paths[one.path.stem].add(one.path)
+    for one in utterances:
+        stem = one.path.stem
+        if len(paths[stem]) > 1 and one.id.startswith(stem):
+            path = one.path.relative_to(folder) if one.path.is_relative_to(folder) else one.path
+            name = "-".join(path.with_suffix("").parts).replace("/-", "")
+            one.id, one.recording = name + one.id[len(stem) :], one.recording and name
+    return utterances
 
 
 def _utterance(
