@@ -14,12 +14,13 @@ from speechllm.errors import InputError
 RATE, SECONDS = 48000, 8.0
 CODECS = {
     "wav": None, "flac": None, "mp3": None, "ogg": None, "aiff": None, "au": None, "w64": None,
+    "sph": None,
     "opus": "libopus", "m4a": "aac", "mkv": "aac", "webm": "libopus", "mp2": "mp2", "ac3": "ac3",
     "ts": "aac", "mpg": "mp2", "wma": "mp3", "wv": "wavpack", "tta": "tta", "voc": "pcm_s16le",
     "flv": "aac", "rm": "ac3",
 }  # fmt: skip
 CHECKSUMS = ("flac", "wv", "tta", "ogg", "opus", "ac3")
-PCM = ("wav", "aiff", "au", "w64", "voc")  # changed bytes are other samples
+PCM = ("wav", "aiff", "au", "w64", "voc", "sph")  # changed bytes are other samples
 
 
 def speech_like() -> np.ndarray:
@@ -37,7 +38,8 @@ def files(tmp_path_factory):
         if codec:
             write_by_av(folder / f"a.{suffix}", speech_like(), RATE, codec)
         else:
-            soundfile.write(folder / f"a.{suffix}", speech_like(), RATE)
+            form = {"sph": "NIST"}.get(suffix, suffix)
+            soundfile.write(folder / f"a.{suffix}", speech_like(), RATE, format=form)
     return {suffix: (folder / f"a.{suffix}").read_bytes() for suffix in CODECS}
 
 

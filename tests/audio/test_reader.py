@@ -159,6 +159,13 @@ def test_the_data_size_of_a_wav_is_checked(tmp_path, size, kept, message):
     assert samples == round(16000 * kept) and message in error and bool(message) == bool(error)
 
 
+def test_the_seconds_of_a_truncated_adpcm_wav(tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(10.0), 16000, subtype="IMA_ADPCM")
+    content = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(content[: len(content) // 2])
+    assert written(tmp_path / "a.wav")[1].endswith("bytes of data, 5.0 s of 10.0 s")
+
+
 @pytest.mark.parametrize("suffix", ["mp3", "ogg", "flac"])
 def test_joined_files_are_read_whole(tmp_path, suffix):
     soundfile.write(tmp_path / f"a.{suffix}", noise(2.0), 16000)

@@ -75,7 +75,7 @@ def _open(path: str | Path) -> Sound:
         return _sound_by_av(path)
     fault = None
     if file.format in ("WAV", "WAVEX", "RIFX"):
-        fault = wav_fault(path, file.samplerate)
+        fault = wav_fault(path)
     is_unknown = fault == STREAM or (
         file.format == "FLAC" and (not 0 < file.frames < 2**62 or _has_second_flac(path))
     )
