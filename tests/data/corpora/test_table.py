@@ -159,3 +159,13 @@ def test_files_of_one_name_have_ids_of_their_paths(prepare, tmp_path, write_audi
     assert {i: cut.recording_id for i, cut in cuts.items()} == {
         "anna-1-0000000": "anna-1-0000000", "ben-1-0000000": "ben-1-0000000",
         "2-0000500": "2", "ben-1-0000500": "ben-1"}  # fmt: skip
+
+
+def test_files_of_one_name_in_an_audio_folder_have_ids_of_their_paths(
+    prepare, tmp_path, write_audio
+):
+    for split in ("dev", "train"):
+        write_audio(tmp_path / split / "1.wav")
+        (tmp_path / split / "metadata.csv").write_text("file_name,text\n1.wav,x\n")
+    cuts, _ = prepare("--table", tmp_path)
+    assert list(cuts) == ["dev-1", "train-1"]

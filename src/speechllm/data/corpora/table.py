@@ -71,7 +71,8 @@ def read_table(
     tables = table_files(path)
     if path.is_dir() and (others := [one.name for one in _tables(path) if one not in tables]):
         logger.info("tables without the name of a split are ignored: %s", ", ".join(others))
-    folder, utterances, has_ids = audio_dir or tables[0].parent, [], False
+    folder = audio_dir or (path if path.is_dir() else path.parent)
+    utterances, has_ids = [], False
     for table in tables:
         header, rows = _json_lines(table) if table.suffix.lower() in JSON else _cells(table)
         columns = find_columns(header, table, chosen or {})
