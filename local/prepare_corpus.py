@@ -31,7 +31,7 @@ import _path  # noqa: F401
 
 from speechllm.cli import Parser, add_options, from_args
 from speechllm.data.corpora.config import SOURCES, PrepareConfig
-from speechllm.errors import InputError, exit_on_user_error
+from speechllm.errors import exit_on_user_error
 
 
 def get_parser() -> Parser:
@@ -56,10 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     from speechllm.data.corpora.prepare import is_training, prepare
 
     torch.set_num_threads(1)
-    try:
-        report, splits = prepare(config)
-    except OSError as error:
-        raise InputError(str(error)) from error
+    report, splits = prepare(config)
     print(report, end="")
     train = [split for split in splits if is_training(split, config.train_split)]
     logging.info(usage_hint(config, train, [split for split in splits if split not in train]))

@@ -82,19 +82,31 @@ def find_recordings(names: list[str]) -> list[str]:
     return list(found)
 
 
+def unique_stems(names: list[str]) -> dict[str, str]:
+    """Return each recording's stem: `talk.wav` and `talk.mp3` keep their suffixes, `anna/1.wav` and
+    `ben/1.wav` their folders.
+    """
+    paths = [os.path.abspath(name) for name in names]
+    above = os.path.commonpath(map(os.path.dirname, paths))
+    relative = [os.path.relpath(path, above).replace(os.sep, "-") for path in paths]
+    forms = [[Path(name).stem for name in names], [Path(name).name for name in names], relative]
+    counts = [Counter(stems) for stems in forms]
+    unique = {}
+    for name, *stems in zip(names, *forms):
+        alone = (stem for stem, count in zip(stems, counts) if count[stem] == 1)
+        unique[name] = "stdin" if name == STDIN else next(alone, stems[-1])
+    return unique
+
+
 def output_files(names: list[str], out: Path, formats: list[str]) -> dict[tuple[str, str], Path]:
-    """Return the output file per recording and format; equal stems, as in `talk.wav` and
-    `talk.mp3`, keep their suffixes.
+    """Return the output file per recording and format; see `unique_stems`.
 
     Raises:
       InputError: two recordings would share a file, or a text file next to a recording, possibly
         its reference transcript, would be overwritten.
     """
-    stems = {name: "stdin" if name == STDIN else Path(name).stem for name in names}
-    shared = {stem for stem, count in Counter(stems.values()).items() if count > 1}
     owners, files = {}, {}
-    for name, stem in stems.items():
-        stem = Path(name).name if stem in shared else stem
+    for name, stem in unique_stems(names).items():
         if len(os.fsencode(stem)) > LONGEST_STEM:  # file systems allow 255 bytes
             digest = hashlib.sha1(os.fsencode(name)).hexdigest()[:8]
             stem = os.fsencode(stem)[: LONGEST_STEM - 9].decode(errors="ignore") + "-" + digest

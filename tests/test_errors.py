@@ -22,6 +22,7 @@ PROGRAMS = sorted(
     [
         (InputError("--avg 0 must be at least 1"), "--avg 0 must be at least 1"),
         (FileNotFoundError("s3://key:secret@there/x is missing"), "s3://***@there/x is missing"),
+        (PermissionError(13, "Permission denied", "/etc/out"), "/etc/out: Permission denied"),
         (KeyboardInterrupt(), 130),
     ],
 )

@@ -13,6 +13,7 @@ import soundfile
 import decode
 import transcribe
 from speechllm.decoding.recognizer import Recognizer
+from speechllm.errors import InputError
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -153,6 +154,24 @@ def test_wrong_input_is_one_sentence(run, recordings, flags, message):
     (recordings / "none").mkdir()
     code = run(*(flag.format(folder=recordings) for flag in flags)).code
     assert message in code and "\n" not in code
+
+
+@pytest.mark.parametrize(
+    ("names", "stems"),
+    [
+        (["-", "d/a.wav"], ["stdin", "a"]),
+        (["d/a.wav", "d/a.mp3", "b.c.wav"], ["a.wav", "a.mp3", "b.c"]),
+        (["d/1.wav", "d/x/1.wav", "d/x/y/1.wav"], ["1.wav", "x-1.wav", "x-y-1.wav"]),
+    ],
+)
+def test_outputs_of_recordings_of_one_name_differ(names, stems):
+    files = transcribe.output_files(names, Path("o"), ["text"])
+    assert [path.name for path in files.values()] == [f"{stem}.txt" for stem in stems]
+
+
+def test_a_recording_is_not_written_twice():
+    with pytest.raises(InputError, match="--out o: d/a.wav and d/../d/a.wav would both be written"):
+        transcribe.output_files(["d/a.wav", "d/../d/a.wav"], Path("o"), ["text"])
 
 
 @pytest.mark.shared

@@ -26,13 +26,21 @@ def redact_secrets(text: object) -> str:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Decorate a program to exit with one sentence on invalid input (1), and on Ctrl-C (130)."""
+    """Decorate a program to exit with one sentence on invalid input (1), and on Ctrl-C (130).
+
+    Files that the system refuses count as invalid input, such as on a read-only disk.
+    """
 
     @wraps(main)
     def program(*args, **options):
         try:
             return main(*args, **options)
-        except (FileNotFoundError, InputError) as error:
+        except OSError as error:
+            if error.filename is None and not isinstance(error, FileNotFoundError):
+                raise
+            named = f"{error.filename}: {error.strerror}" if error.filename else error
+            raise SystemExit(redact_secrets(named)) from None
+        except InputError as error:
             raise SystemExit(redact_secrets(error)) from None
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED) from None

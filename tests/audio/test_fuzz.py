@@ -2,6 +2,7 @@
 
 import random
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -13,11 +14,13 @@ from speechllm.errors import InputError
 RATE, SECONDS = 48000, 8.0
 CODECS = {
     "wav": None, "flac": None, "mp3": None, "ogg": None, "aiff": None, "au": None, "w64": None,
+    "sph": None,
     "opus": "libopus", "m4a": "aac", "mkv": "aac", "webm": "libopus", "mp2": "mp2", "ac3": "ac3",
     "ts": "aac", "mpg": "mp2", "wma": "mp3", "wv": "wavpack", "tta": "tta", "voc": "pcm_s16le",
+    "flv": "aac", "rm": "ac3",
 }  # fmt: skip
 CHECKSUMS = ("flac", "wv", "tta", "ogg", "opus", "ac3")
-PCM = ("wav", "aiff", "au", "w64", "voc")  # changed bytes are other samples
+PCM = ("wav", "aiff", "au", "w64", "voc", "sph")  # changed bytes are other samples
 
 
 def speech_like() -> np.ndarray:
@@ -35,7 +38,8 @@ def files(tmp_path_factory):
         if codec:
             write_by_av(folder / f"a.{suffix}", speech_like(), RATE, codec)
         else:
-            soundfile.write(folder / f"a.{suffix}", speech_like(), RATE)
+            form = {"sph": "NIST"}.get(suffix, suffix)
+            soundfile.write(folder / f"a.{suffix}", speech_like(), RATE, format=form)
     return {suffix: (folder / f"a.{suffix}").read_bytes() for suffix in CODECS}
 
 
@@ -89,3 +93,25 @@ def test_no_audio_is_lost_silently(files, tmp_path, caplog, suffix, damage):
         seconds, error = read(path)
         assert str(path) in error + caplog.text or seconds > SECONDS - 0.25, (seed, seconds)
         assert error or damage is not flip or suffix not in CHECKSUMS
+
+
+@pytest.mark.parametrize("suffix", ["flac", "tta", "wv", "mkv", "webm", "wma", "flv", "rm"])
+def test_a_cut_between_packets_is_noticed_by_the_length_in_the_header(
+    files, tmp_path, caplog, suffix
+):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(files[suffix])
+    with av.open(str(path)) as container:
+        positions = [packet.pos for packet in container.demux(audio=0) if packet.pos]
+    path.write_bytes(files[suffix][: positions[len(positions) // 2]])
+    seconds, error = read(path)
+    assert seconds == pytest.approx(SECONDS / 2, abs=0.3) and str(path) in error + caplog.text
+
+
+def test_zeros_in_amr_are_damage(tmp_path):
+    path, frame = tmp_path / "a.amr", bytes([0x3C, *range(31)])
+    path.write_bytes(b"#!AMR\n" + 50 * frame)
+    assert read(path) == (1.0, "")
+    path.write_bytes(b"#!AMR\n" + 25 * frame + bytes(25 * 13) + 15 * frame)
+    _, error = read(path)
+    assert error.startswith(f"{path} is damaged after 0.5 s")

@@ -49,7 +49,7 @@ def test_long_files_are_read_in_blocks(tmp_path, suffix):
     assert sizes == pytest.approx([10, 10, 5], abs=0.1)
 
 
-@pytest.mark.parametrize("content", [b"plain text" * 50, b"", b"\0\0\0\x20ftypM4A "])
+@pytest.mark.parametrize("content", [b"plain text" * 50, b"\0\0\0\x20ftypM4A "])
 def test_other_files_are_named(tmp_path, content):
     (tmp_path / "a.wav").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.wav is not a supported audio file: Invalid data"):
@@ -157,6 +157,13 @@ def test_the_data_size_of_a_wav_is_checked(tmp_path, size, kept, message):
     path.write_bytes(content[: 44 + round(32000 * kept)])
     samples, error = written(path)
     assert samples == round(16000 * kept) and message in error and bool(message) == bool(error)
+
+
+def test_the_seconds_of_a_truncated_adpcm_wav(tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(10.0), 16000, subtype="IMA_ADPCM")
+    content = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(content[: len(content) // 2])
+    assert written(tmp_path / "a.wav")[1].endswith("bytes of data, 5.0 s of 10.0 s")
 
 
 @pytest.mark.parametrize("suffix", ["mp3", "ogg", "flac"])

@@ -48,6 +48,7 @@ def test_resampling_in_blocks_equals_resampling_at_once(tmp_path, rate):
     ("value", "rate", "message"),
     [
         (np.nan, 16000, "samples contain NaN or infinity"),
+        (0.0, 3, "unsupported sample rate 3 Hz"),
         (0.0, 44101, "unsupported sample rate 44101 Hz"),  # its resampler would be too large
     ],
 )

@@ -36,6 +36,12 @@ def test_texts_take_the_case_of_the_pieces(pieces):
     assert pieces.encode("7") == []
 
 
+def test_models_of_texts_with_capitals_keep_those_of_the_pieces(pieces):
+    cased = BpeTokenizer(pieces.bpe, lowercase=False)
+    expected = "One Two" if pieces.case is str else "one two"  # capitals alone are not a spelling
+    assert cased.decode(cased.encode("One Two")) == expected
+
+
 def test_text_of_the_best_path(pieces):
     ids = pieces.encode("Three Two")
     path = [0, *(token for i in ids for token in (i, i, 0))]

@@ -59,7 +59,7 @@ def set_supervision(field, value):
         (set_supervision("text", value="a " * 999),
          "cut b of 0.5 s has a text of 1998 characters [long-text]"),
         (set_supervision("text", value="\ud83d!"),
-         "cut b has a text with lone surrogates or U+FFFD (not UTF-8?) [not-unicode]"),
+         "cut b has a text with NUL, lone surrogates or U+FFFD (not UTF-8?) [not-unicode]"),
         (set_supervision("duration", value=0.6),
          "cut b of 0.5 s has a supervision from 0 to 0.6 s [supervision-outside]"),
         (set_in("id", value="x\ny"), "cut 'x\\ny' has an empty or unprintable id [invalid-id]"),

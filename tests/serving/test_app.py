@@ -15,6 +15,7 @@ from running import client_of, eventually, running, service_of, transcribed
 
 from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.audio.resample import audio_blocks
+from speechllm.models.prompt import decode_transcripts
 from speechllm.serving.middleware import TRANSCRIPTIONS
 
 VERBOSE = {"response_format": "verbose_json"}
@@ -27,6 +28,18 @@ def test_json_and_text_are_the_transcript(client, alone, clip):
     assert response.text == alone(clip).text != ""
     assert response.usage.type == "duration"
     assert transcribed(client, clip, response_format="text") == alone(clip).text + "\n"
+
+
+@pytest.mark.parametrize("form", ["json", "text", "verbose_json", "srt"])
+def test_capitals_are_kept(client, alone, clip, monkeypatch, form):
+    def decode(*args):
+        return [text.upper() for text in decode_transcripts(*args)]
+
+    text = alone(clip).text.upper()
+    assert text.lower() != text
+    monkeypatch.setattr("speechllm.decoding.recognizer.decode_transcripts", decode)
+    response = transcribed(client, clip, response_format=form)
+    assert text in str(getattr(response, "text", response))
 
 
 def test_verbose_json_has_segments_and_words(client, alone, long_clip):
@@ -144,7 +157,7 @@ def test_unreadable_audio_is_400_with_its_name(client, clip, tmp_path, damage):
     soundfile.write(path, soundfile.read(clip)[0], SAMPLING_RATE)
     content, message = {
         "text": (b"plain text", "is not a supported audio file"),
-        "empty": (b"", "is not a supported audio file"),
+        "empty": (b"", "is empty"),
         "header": (path.read_bytes()[:60], ""),
     }[damage]
     with pytest.raises(openai.BadRequestError, match=f"song.flac {message}") as raised:

@@ -13,10 +13,13 @@ from speechllm.errors import InputError, first_line
 TIME_TOLERANCE = 0.25  # s: packet times and container durations are not exact
 LONGEST = 24 * 3600  # s; longer gaps, and times after the end, mean broken timestamps
 RESTART = 10.0  # s; a larger step in MPEG-TS or Ogg means that files were joined
-EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "wv")  # others only estimate it
+EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "tta", "wv")
+FILE_LENGTH = ("asf", "flv", "rm")  # they estimate the duration of the longest stream
+ESTIMATES = ("avi", *FILE_LENGTH)
 UNTIMED = ("aac", "ac3", "eac3", "mp3")  # ffmpeg counts or guesses the times
 SHORT_LAST_PACKET = ("wav", "caf")  # ffmpeg marks a short last packet as corrupt
 LOSSLESS = ("flac", "wavpack", "tta")  # checksummed formats: errors sound like loud noise
+AMR, AMR_QUALITY = ("amrnb", "amrwb"), 4  # a bit of whole frames
 MPEG_AUDIO = ("mp1float", "mp2", "mp3float")
 FORMATS = (  # the only formats allowed: a playlist would name further files to read
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,webm,mov,mp4,m4a,3gp,mp3,"
@@ -61,7 +64,7 @@ def _blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
         for block in _timed_blocks(container, stream, clock):
             clock.samples += len(block)
             yield block
-        is_ogg, is_estimate = container.format.name == "ogg", container.format.name == "avi"
+        is_ogg, is_estimate = container.format.name == "ogg", container.format.name in ESTIMATES
     if clock.gaps and is_ogg:
         clock.report(f"audio is missing from {clock.gaps[0]}")
     elif clock.gaps:
@@ -133,9 +136,9 @@ def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | N
     if container.format.name == "ogg":
         granule, fault = ogg_length(path)
         return granule / (48000 if stream.codec.name == "opus" else stream.rate), fault
-    if container.format.name not in (*EXACT_LENGTH, "avi"):
+    if container.format.name not in (*EXACT_LENGTH, *ESTIMATES):
         return 0.0, None
-    if stream.duration:
+    if stream.duration and container.format.name not in FILE_LENGTH:
         return float(stream.duration * stream.time_base), None
     only = len(container.streams) == 1  # a film's video may be longer than its audio
     return (container.duration or 0) / av.time_base if only else 0.0, None
@@ -171,6 +174,8 @@ def _packets(container, stream, clock: _Clock) -> Iterator[av.Packet]:
             tag_end, last = packet.pos + _tag_size(data), b""
         if data and (packet.pos or 0) < tag_end:
             continue
+        if stream.codec.name in AMR and data and not data[0] & AMR_QUALITY:
+            clock.report("damaged frame")
         if packet.is_corrupt and container.format.name not in SHORT_LAST_PACKET:
             clock.report("corrupt packet")
         if is_mpeg and last and data[:1] == b"\0":  # the decoders skip zeros

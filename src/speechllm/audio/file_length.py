@@ -1,8 +1,10 @@
 """Checks of audio files against the lengths in their headers."""
 
 import logging
+import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +43,8 @@ def _end(file: BinaryIO, head: bytes, size: int) -> int:
         return _last_end(file, start, 4, _voc_length)
     if head[:4] == ASF:
         return _last_end(file, 0, 24, lambda chunk: struct.unpack("<16xq", chunk)[0] - 24)
+    if head[:7] == b"NIST_1A":
+        return _sphere_end(_read_at(file, 0, 1024))
     if head[4:8] in (b"ftyp", b"styp"):
         return _mp4_end(file)
     for packet, sync in TS_PACKETS:
@@ -69,6 +73,13 @@ def _mp4_end(file: BinaryIO) -> int:
             return 0
         end += length
     return end
+
+
+def _sphere_end(header: bytes) -> int:
+    """Return the end of a NIST SPHERE file, 0 if it is unknown or its samples are compressed."""
+    fields = dict(re.findall(rb"^(\w+) -i (\d+)$", header, re.MULTILINE))
+    sizes = [fields.get(name, 0) for name in (b"sample_count", b"channel_count", b"sample_n_bytes")]
+    return 0 if b"embedded" in header else len(header) + math.prod(map(int, sizes))
 
 
 def _voc_length(chunk: bytes) -> int:
@@ -131,27 +142,27 @@ def ogg_length(path: str | Path) -> tuple[int, str | None]:
     return granule if starts == FIRST_PAGE and is_whole else 0, fault
 
 
-def wav_fault(path: str | Path, rate: int) -> str | None:
+def wav_fault(path: str | Path) -> str | None:
     """Return STREAM if a WAV's data size is unknown, a sentence if it is wrong, else None."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         riff = file.read(12)
-        block_align = 1
+        byte_rate, block_align = 1, 1
         while riff[:4] == b"RIFF" and len(header := file.read(8)) == 8:
             name, length = struct.unpack("<4sI", header)
             start = file.tell()
             if name == b"data":
                 break
             if name == b"fmt ":
-                block_align = struct.unpack("<H", file.read(14)[12:].ljust(2, b"\1"))[0] or 1
+                byte_rate, block_align = struct.unpack("<8xIH", file.read(14).ljust(14, b"\1"))
             file.seek(start + length + length % 2)
         else:
             return None
         if (length == 0 and size > start + 8) or (length >= STREAM_SIZE and start + length > size):
             return STREAM
         if start + length > size + block_align:
-            found, expected = (n / block_align / rate for n in (size - start, length))
+            found, expected = (n / (byte_rate or 1) for n in (size - start, length))
             return (
                 f"{path} is truncated: {size - start} of {length} bytes of data, "
                 f"{found:.1f} s of {expected:.1f} s"

@@ -48,8 +48,10 @@ def open_sound(path: str | Path) -> Sound:
       InputError: the file is not supported audio; or, after the last block, the file is damaged or
         truncated, or samples are not finite.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is not a file")
+    if not os.path.getsize(path):
+        raise InputError(f"{path} is empty")
     sound = _open(path)
     return sound._replace(blocks=_complete(path, sound.blocks))
 
@@ -73,7 +75,7 @@ def _open(path: str | Path) -> Sound:
         return _sound_by_av(path)
     fault = None
     if file.format in ("WAV", "WAVEX", "RIFX"):
-        fault = wav_fault(path, file.samplerate)
+        fault = wav_fault(path)
     is_unknown = fault == STREAM or (
         file.format == "FLAC" and (not 0 < file.frames < 2**62 or _has_second_flac(path))
     )

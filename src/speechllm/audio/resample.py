@@ -17,6 +17,7 @@ from speechllm.audio.reader import BLOCK_SECONDS, LOUDEST, open_sound
 from speechllm.errors import InputError
 
 RESAMPLER_CONTEXT = 1  # s, much longer than the resampling filter
+LOWEST_RATE = 1000  # Hz; a header with a lower rate is damaged
 LARGEST_RESAMPLER = 10_000_000  # weights; 44.1 kHz needs 70560, 44.101 kHz 700 million
 
 
@@ -81,7 +82,7 @@ def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
 
 def _check_rate(rate: int, name: str | Path) -> None:
     step = math.gcd(rate, SAMPLING_RATE) or 1
-    if rate <= 0 or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
+    if rate < LOWEST_RATE or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
         raise InputError(f"{name}: unsupported sample rate {rate} Hz")
 
 

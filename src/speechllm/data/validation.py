@@ -5,7 +5,7 @@
     duplicate-id          an earlier cut in the file has the same id
     no-text               no supervision, or a missing or blank text
     no-words              text of only tags, punctuation or invisible characters
-    not-unicode           a lone surrogate or U+FFFD: characters were lost
+    not-unicode           NUL, a lone surrogate or U+FFFD: characters were lost
     long-text             more characters than can be spoken in the duration
     supervision-outside   the supervision exceeds the cut
     no-features, feature-dim, frame-shift, no-audio, sampling-rate, channels
@@ -42,7 +42,7 @@ TOLERANCE = 2e-3  # s, as in lhotse
 MAX_CHARACTERS_PER_SECOND = 100  # twice the fastest speech
 ALWAYS_SHORT = 1000  # characters that are accepted for any duration
 LENGTH_TOLERANCE = 0.025  # s; decoders of some formats differ by this much
-LOST = re.compile("[\ud800-\udfff\ufffd]")
+LOST = re.compile("[\ud800-\udfff\ufffd\0]")
 
 
 class CutError(NamedTuple):
@@ -126,7 +126,7 @@ def text_errors(cut: Cut, need_text: bool = True) -> Iterator[tuple[str, str]]:
         yield "no-text", "has no text"
     elif need_text:
         if LOST.search(" ".join(texts)):
-            yield "not-unicode", "has a text with lone surrogates or U+FFFD (not UTF-8?)"
+            yield "not-unicode", "has a text with NUL, lone surrogates or U+FFFD (not UTF-8?)"
         if (length := sum(map(len, texts))) > max_characters(cut.duration):
             yield "long-text", f"of {cut.duration:g} s has a text of {length} characters"
 

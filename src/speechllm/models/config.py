@@ -222,7 +222,7 @@ def save_model_config(config: ModelConfig, folder: Path) -> None:
     """Write `<folder>/model.json`; entries that are None are omitted."""
     stored = {name: v for name, v in dataclasses.asdict(config).items() if v is not None}
     with atomic_write(folder / MODEL_FILE) as partial:
-        partial.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def check_same_model(config: ModelConfig, exp_dir: Path) -> None:

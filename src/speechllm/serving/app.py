@@ -102,7 +102,7 @@ def create_app(service: Service) -> ASGIApp:
 
     @app.get("/")
     def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(), headers=PAGE_HEADERS)
+        return HTMLResponse(PAGE.read_text("utf-8"), headers=PAGE_HEADERS)
 
     for route in app.routes:
         if "GET" in getattr(route, "methods", ()):

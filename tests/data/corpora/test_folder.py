@@ -23,6 +23,13 @@ def test_files_without_partner_are_reported(prepare, tmp_path, write_audio):
     assert skipped == [("mute", "no-text"), ("odd", "not-unicode"), ("alone", "no-audio")]
 
 
+def test_two_audio_files_of_one_text_are_a_duplicate(prepare, tmp_path, write_audio):
+    write_audio(tmp_path / "in/a.flac").with_suffix(".txt").write_text("x")
+    write_audio(tmp_path / "in/a.wav")
+    _, report = prepare("--folder", tmp_path / "in", "--skip-invalid", "true")
+    assert [one["message"] for one in report["skipped"]["utterances"]] == ["a.wav, a: duplicate id"]
+
+
 def test_links_to_folders_are_followed_once(prepare, tmp_path, write_audio):
     write_audio(tmp_path / "elsewhere/1.wav").with_suffix(".txt").write_text("x")
     (tmp_path / "in").mkdir()

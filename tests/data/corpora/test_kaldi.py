@@ -102,3 +102,8 @@ def test_bad_lines_do_not_stop_the_others(kaldi, prepare):
     messages = [one["message"] for one in report["skipped"]["utterances"]]
     assert "'-0.010' is not a time" in messages[0] and "duplicate id" in messages[1]
     assert "x.ark:1234 is a position in a Kaldi archive" in messages[2]
+
+
+def test_a_file_is_not_a_data_directory(prepare):
+    with pytest.raises(SystemExit, match=f"--kaldi {__file__} is not a directory"):
+        prepare("--kaldi", __file__)

@@ -1,6 +1,7 @@
 """Tables of utterances."""
 
 import json
+import unicodedata
 
 import pytest
 
@@ -51,13 +52,14 @@ def test_invalid_times_and_channels_are_reported(table, prepare, cells, message)
 def test_invalid_texts_and_ids_are_reported(table, prepare):
     name = table(
         "id | text | path | channel",
-        f"long | {'x ' * 1000} | a.wav | 1", "lost | a\ufffdb | a.wav | 1",
+        f"long | {'x ' * 1000} | a.wav | 1", "lost | a\ufffdb | a.wav | 1", "nul | a\0 | a.wav | 1",
         "bad\x07id | x | a.wav | 1", "good | x | a.wav | 1",
     )  # fmt: skip
     _, report = prepare("--table", name, "--skip-invalid", "true")
     assert [(one["id"], one["reason"]) for one in report["skipped"]["utterances"]] == [
-        ("long", "long-text"), ("lost", "not-unicode"), ("'bad\\x07id'", "invalid-id")]  # fmt: skip
-    assert report["skipped"]["counts"] == {"long-text": 1, "not-unicode": 1, "invalid-id": 1}
+        ("long", "long-text"), ("lost", "not-unicode"),
+        ("nul", "not-unicode"), ("'bad\\x07id'", "invalid-id")]  # fmt: skip
+    assert report["skipped"]["counts"] == {"long-text": 1, "not-unicode": 2, "invalid-id": 1}
 
 
 def test_json_may_have_numbers_null_and_lists(table, prepare):
@@ -102,3 +104,68 @@ def test_an_invalid_row_keeps_its_reason_if_its_id_is_repeated(table, prepare):
     name = table("text | path | start | end | channel", *["x | a.wav | nan | 1 | 1"] * 2)
     with pytest.raises(SystemExit, match=r"\(2 malformed\)"):
         prepare("--table", name)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_audio_is_found_in_another_unicode_form_or_with_backslashes(
+    prepare, table, tmp_path, write_audio, form
+):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    write_audio(tmp_path / f"in/{unicodedata.normalize(form, 'é')}.wav")
+    name = table("text | path", f"x | in\\{unicodedata.normalize(other, 'é')}.wav")
+    cuts, _ = prepare("--table", name)
+    assert len(cuts) == 1 and next(iter(cuts.values())).load_audio().shape == (1, 16000)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("https://host/a.wav", "https://host/a.wav is a URL: download it and list the file"),
+        (f"{300 * 'x'}.wav", "x.wav is missing"),
+        ("folder", "folder is not a file"),
+        ("empty.wav", "empty.wav is empty"),
+    ],
+)
+def test_paths_without_audio_are_reported(prepare, table, tmp_path, path, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.wav").touch()
+    rows = [f"u1 | x | {path} | 1", "u2 | y | a.wav | 1"]
+    cuts, report = prepare(
+        "--table", table("utt_id | text | path | channel", *rows), "--skip-invalid", "true"
+    )
+    assert list(cuts) == ["u2"]
+    assert report["skipped"]["utterances"][0]["message"].endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('path,text\na.wav,"one\na.wav,two\n', "line 3 is not a row of a TSV or CSV table: unexp"),
+        ("path,text,Text\na.wav,one,two\n", "has several columns text"),
+    ],
+)
+def test_ambiguous_tables_are_refused(prepare, tmp_path, content, message):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(SystemExit, match=f"t.csv {message}"):
+        prepare("--table", tmp_path / "t.csv")
+
+
+def test_files_of_one_name_have_ids_of_their_paths(prepare, tmp_path, write_audio):
+    for name in ("anna/1", "ben/1", "ben/2"):
+        write_audio(tmp_path / f"{name}.wav")
+    rows = ("anna/1.wav,0,x", f"{tmp_path}/ben/1.wav,0,y", "ben/2.wav,0.5,z", "ben/1.wav,0.5,z")
+    (tmp_path / "t.csv").write_text("\n".join(["path,start,text", *rows]))
+    cuts, _ = prepare("--table", tmp_path / "t.csv")
+    assert {i: cut.recording_id for i, cut in cuts.items()} == {
+        "anna-1-0000000": "anna-1-0000000", "ben-1-0000000": "ben-1-0000000",
+        "2-0000500": "2", "ben-1-0000500": "ben-1"}  # fmt: skip
+
+
+def test_files_of_one_name_in_an_audio_folder_have_ids_of_their_paths(
+    prepare, tmp_path, write_audio
+):
+    for split in ("dev", "train"):
+        write_audio(tmp_path / split / "1.wav")
+        (tmp_path / split / "metadata.csv").write_text("file_name,text\n1.wav,x\n")
+    cuts, _ = prepare("--table", tmp_path)
+    assert list(cuts) == ["dev-1", "train-1"]

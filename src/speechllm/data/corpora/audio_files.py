@@ -6,6 +6,7 @@ for which lhotse starts a shell, are copied to FLAC.
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -57,9 +58,9 @@ def check_files(
 
 def check_file(path: Path, copies: Path, mix: bool = False) -> AudioFile | Problem:
     """Decode a single file; see `check_files`."""
-    if not path.is_file():
-        return "no-audio", f"{path} is missing"
-    used = path
+    path = used = _in_any_form(path)
+    if not os.path.isfile(path):  # false for names that are too long
+        return "no-audio", f"{path} is {'not a file' if os.path.exists(path) else 'missing'}"
     try:
         sound = open_sound(path)
         rate, channels = sound.sampling_rate, 1 if mix else sound.channels
@@ -76,6 +77,12 @@ def check_file(path: Path, copies: Path, mix: bool = False) -> AudioFile | Probl
     if not num_samples:
         return "malformed", f"{path} has a duration of 0 s"
     return AudioFile(used, rate, num_samples, channels)
+
+
+def _in_any_form(path: Path) -> Path:
+    """Return the path in the Unicode form of the file name: macOS decomposes names."""
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next(filter(os.path.isfile, (path, *forms)), path)
 
 
 def lhotse_samples(path: Path, rate: int, channels: int) -> int:

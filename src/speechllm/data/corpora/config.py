@@ -8,6 +8,7 @@ from speechllm.cli import check_range, option
 from speechllm.errors import InputError
 
 SOURCES = ("table", "folder", "kaldi", "huggingface", "lhotse")
+FOLDERS = ("folder", "kaldi", "huggingface")
 LAYOUTS = (
     "librispeech", "common-voice", "aishell", "mls", "ljspeech", "vctk", "tedlium", "voxpopuli",
     "kaldi", "huggingface", "lhotse", "table", "folder",
@@ -67,6 +68,8 @@ class PrepareConfig:
             raise InputError(f"--channel {self.channel!r}: expected {allowed}") from None
         if not self.path.exists():
             raise FileNotFoundError(f"--{self.source} {self.path} does not exist")
+        if self.source in FOLDERS and not self.path.is_dir():
+            raise InputError(f"--{self.source} {self.path} is not a directory")
 
     @property
     def columns(self) -> dict[str, str]:

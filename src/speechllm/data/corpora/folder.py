@@ -34,14 +34,16 @@ def read_folder(folder: Path) -> Iterator[Utterance]:
     if not sounds:
         raise InputError(f"{folder} has no audio ({', '.join(SUFFIXES)})")
     for path in sounds:
-        yield _utterance(path, folder, texts.pop(path.with_suffix(""), None))
-    for path in texts.values():
+        yield _utterance(path, folder, texts.get(path.with_suffix("")))
+    alone = texts.keys() - {path.with_suffix("") for path in sounds}
+    for path in map(texts.get, sorted(alone)):
         place = path.relative_to(folder)
         yield Utterance(_id(place), "", path, problem=("no-audio", f"no audio file for {place}"))
 
 
 def _utterance(path: Path, folder: Path, text_file: Path | None) -> Utterance:
-    *folders, _ = path.relative_to(folder).parts
+    place = path.relative_to(folder)
+    *folders, _ = place.parts
     split = folders.pop(0) if folders and folders[0].lower() in SPLITS else ""
     text, problem = "", None
     try:
@@ -51,11 +53,12 @@ def _utterance(path: Path, folder: Path, text_file: Path | None) -> Utterance:
     if not text_file:
         problem = "no-text", f"no text file for {path}"
     return Utterance(
-        id=_id(path.relative_to(folder)),
+        id=_id(place),
         text=text,
         path=path,
         speaker="/".join(folders) or None,
         split=split,
+        place=str(place),
         problem=problem,
     )
 

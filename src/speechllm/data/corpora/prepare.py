@@ -82,8 +82,8 @@ def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
     copies = folder / f"{config.corpus}_audio-{source[:8]}"
     finished = content.get("sources", former.values() if content else ())
     kept = {one: made_from for one, made_from in former.items() if made_from in finished}
-    corpus = _read_with_copies(config, copies, {} if config.overwrite else kept, source)
     folder.mkdir(parents=True, exist_ok=True)
+    corpus = _read_with_copies(config, copies, {} if config.overwrite else kept, source)
     for split, cuts in corpus.splits.items():
         if former.get(split) != source:
             compute_fbank(cuts, cuts_path(folder, config.corpus, split), config.num_jobs)

@@ -10,7 +10,9 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
+from os.path import isfile  # false for names that are too long
 from pathlib import Path
 
 from speechllm.data.corpora.utterance import (
@@ -56,7 +58,7 @@ def _tables(folder: Path) -> list[Path]:
 
 def read_table(
     path: Path, audio_dir: Path | None = None, chosen: Mapping[str, str] | None = None
-) -> Iterator[Utterance]:
+) -> list[Utterance]:
     """Read the utterances in a table, or in the tables of a folder.
 
     Args:
@@ -69,12 +71,31 @@ def read_table(
     tables = table_files(path)
     if path.is_dir() and (others := [one.name for one in _tables(path) if one not in tables]):
         logger.info("tables without the name of a split are ignored: %s", ", ".join(others))
+    folder = audio_dir or (path if path.is_dir() else path.parent)
+    utterances, has_ids = [], False
     for table in tables:
         header, rows = _json_lines(table) if table.suffix.lower() in JSON else _cells(table)
         columns = find_columns(header, table, chosen or {})
         prefix = f"{table.relative_to(path)} " if len(tables) > 1 else ""
-        for line, row in rows:
-            yield _utterance(row, columns, table, audio_dir, f"{prefix}line {line}")
+        has_ids = has_ids or "id" in columns
+        utterances += [
+            _utterance(row, columns, table, audio_dir, f"{prefix}line {line}") for line, row in rows
+        ]
+    return utterances if has_ids else _with_ids_of_paths(utterances, folder)
+
+
+def _with_ids_of_paths(utterances: list[Utterance], folder: Path) -> list[Utterance]:
+    """Use the paths in the ids of files that have the same name: `anna/1.wav` and `ben/1.wav`."""
+    paths = defaultdict(set)
+    for one in utterances:
+        paths[one.path.stem].add(one.path)
+    for one in utterances:
+        stem = one.path.stem
+        if len(paths[stem]) > 1 and one.id.startswith(stem):
+            path = one.path.relative_to(folder) if one.path.is_relative_to(folder) else one.path
+            name = "-".join(path.with_suffix("").parts).replace("/-", "")
+            one.id, one.recording = name + one.id[len(stem) :], one.recording and name
+    return utterances
 
 
 def _utterance(
@@ -103,7 +124,7 @@ def _find_audio(path: Path, folder: Path) -> Path:
         places.append(folder / "clips" / path.relative_to(folder))
     for place in places:
         for ending in ENDINGS:
-            if (found := place.with_name(place.name + ending)).is_file():
+            if isfile(found := place.with_name(place.name + ending)):
                 return found
     return places[-1] if places[-1].parent.is_dir() else path
 
@@ -117,12 +138,13 @@ def _cells(table: Path) -> tuple[list[str], list[Row]]:
             delimiter = max("\t,;|", key=header.count) if header.strip() else "\t"
             file.seek(0)
             quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-            reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
+            reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
             names = next(reader, [])
             rows = [(reader.line_num, _row(names, cells)) for cells in reader if cells]
             return names, rows
     except csv.Error as error:
-        raise InputError(f"{table} is not a TSV or CSV table in UTF-8: {error}") from error
+        place = f"{table} line {reader.line_num}"
+        raise InputError(f"{place} is not a row of a TSV or CSV table: {error}") from error
 
 
 def _encoding(table: Path) -> str:

@@ -1,6 +1,7 @@
 """Utterance: the common result of all corpus readers, including its problem if there is one."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def find_columns(
     """Map fields to column names; names in `chosen`, given by flags, take precedence.
 
     Raises:
-      InputError: a required column is missing.
+      InputError: a required column is missing, or one that is used occurs twice.
     """
     by_name = {name.strip().lower(): name for name in header}  # `Path`, ` text`
     found = {
@@ -72,6 +73,10 @@ def find_columns(
         for field, names in COLUMNS.items()
         if set(names) & set(by_name)
     }
+    counts = Counter(name.strip().lower() for name in header)
+    for field, name in found.items():
+        if counts[name.strip().lower()] > 1 and field not in (chosen or {}):
+            raise InputError(f"{source} has several columns {name.strip().lower()}")
     for field, name in (chosen or {}).items():
         if name not in header:
             raise InputError(
@@ -100,7 +105,7 @@ def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
     Args:
       fields: cells by their field names in COLUMNS.
     """
-    path, problem, times = fields["path"].strip(), None, {}
+    path, problem, times = fields["path"].strip().replace("\\", "/"), None, {}  # from Windows
     fields = {field: " ".join(text.split()) for field, text in fields.items()}
     try:
         times = {name: seconds(fields[name]) for name in ("start", "end") if fields.get(name)}
@@ -111,6 +116,8 @@ def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
         problem = "malformed", str(error)
     if not path:
         problem = "no-audio", "empty path"
+    if re.match(r"[a-z][a-z0-9]+://", path):
+        problem = "no-audio", f"{path} is a URL: download it and list the file"
     stem, start = Path(path).stem, times.get("start")
     return Utterance(
         id=fields.get("id", stem if start is None else f"{stem}-{round(1000 * start):07}"),
