@@ -9,6 +9,7 @@ output. Without a draft, each pass adds one token, as in plain greedy decoding.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -181,13 +182,10 @@ def _verify(
     """
     new: list[list[tuple[int, float]]] = [[] for _ in proposals]
     open_rows, first = set(range(len(proposals))), max(1, FIRST_LOGITS // len(proposals))
-    for columns in (range(first), range(first, given.size(1))):
-        cells = [(b, i) for b in sorted(open_rows) for i in columns if i <= len(proposals[b])]
-        if not cells:
-            break
-        flat = torch.tensor([row * given.size(1) + column for row, column in cells])
-        index = to_device(hidden.device, flat)
-        scores = token_scores(model, hidden.flatten(0, 1)[index], given.flatten()[index])
+    states, tokens = hidden[:, :first].flatten(0, 1), given[:, :first].flatten()
+    cells = [*product(range(len(proposals)), range(min(first, given.size(1))))]
+    while cells:
+        scores = token_scores(model, states, tokens)
         for (row, column), (best, best_log_prob, log_prob) in zip(cells, scores):
             if row not in open_rows:
                 continue
@@ -196,6 +194,11 @@ def _verify(
             new[row].append((token, log_prob) if is_accepted else (best, best_log_prob))
             if not is_accepted or column == len(proposals[row]):
                 open_rows.discard(row)
+        cells = [(row, i) for row in open_rows for i in range(first, len(proposals[row]) + 1)]
+        if cells:
+            flat = torch.tensor([row * given.size(1) + column for row, column in cells])
+            index = to_device(hidden.device, flat)
+            states, tokens = hidden.flatten(0, 1)[index], given.flatten()[index]
     return new
 
 
