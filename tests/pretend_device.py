@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from speechllm.models.zipformer import layer
+
 PRETEND = torch.device("meta")
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -183,6 +185,9 @@ def pretend_device():
             return _place(module, device)
 
         stack.enter_context(patch.object(nn.Module, "to", to))
+        # A tensor kept from torch's own `meta`, or from here, would be on the wrong device.
+        layer._embeddings.cache_clear()
+        stack.callback(layer._embeddings.cache_clear)
         yield device
 
 
