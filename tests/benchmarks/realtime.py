@@ -9,7 +9,9 @@
 Each client plays utterances of `make_spoken_corpus.py`, whose word times are known, with pauses.
 `partial` is the latency from the end of a word to its first appearance in a partial text, `final`
 that from the last word of a phrase to its final text, `behind` how much later than the endpoint
-silence that was at most, all in seconds; `in_partial` is the fraction of words in partial texts.
+silence that was at most, all in seconds; `in_partial` is the fraction of words in partial texts,
+`unstable` the number of words that partial texts lose again, per word of the final texts (unstable
+partial word ratio, arXiv 2006.01416).
 `ratio` is seconds of audio per second of the server's CPU time, `ratio_first` and `ratio_last` that
 in the first and last fifth of the time, `memory_mb` the memory at the start and after each fifth.
 """
@@ -22,6 +24,8 @@ import random
 import re
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
+from os.path import commonprefix
 from pathlib import Path
 
 import measure
@@ -42,6 +46,8 @@ class Results:
     final: list[float] = field(default_factory=list)
     behind: list[float] = field(default_factory=list)
     words: int = 0  # spoken
+    changed: int = 0  # words of partial texts that the next text does not keep
+    written: int = 0  # words of final texts
 
 
 def read_clips(corpus: Path) -> list[tuple[np.ndarray, list[Word]]]:
@@ -123,6 +129,10 @@ async def play(url: str, pcm: bytes, words: list[Word], speed: float, found: Res
                 if spoken:
                     add_latencies(shown, spoken, found)
                     found.behind.append(found.final[-1] - silence)
+                texts = [text for _, text in shown]
+                kept = (commonprefix(pair) for pair in pairwise(texts))
+                found.changed += sum(map(len, texts[:-1])) - sum(map(len, kept))
+                found.written += len(texts[-1])
                 shown, text = [], ""
         await sending
 
@@ -176,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
         ratio_first=(audio[1] - audio[0]) / (cpu[1] - cpu[0]),
         ratio_last=(audio[-1] - audio[-2]) / (cpu[-1] - cpu[-2]),
         **latencies, behind=max(found.behind), words=found.words,
-        in_partial=len(found.partial) / found.words, memory_mb=[round(one / 1e6) for one in memory],
+        in_partial=len(found.partial) / found.words, unstable=found.changed / found.written,
+        memory_mb=[round(one / 1e6) for one in memory],
     )  # fmt: skip
 
 
