@@ -52,10 +52,10 @@ def musan_cuts(manifest_dir: Path) -> "CutSet":
 
 
 def available_parts(manifest_dir: Path, requested: list[str]) -> list[str]:
-    """Return the requested parts, or if none are requested all parts that have manifests.
+    """Return the requested parts or, by default, all parts that have manifests.
 
     Raises:
-      FileNotFoundError: a requested part, or every part, lacks manifests.
+      FileNotFoundError: a requested part has no manifests, or none has.
     """
     paths = sorted(manifest_dir.glob("librispeech_recordings_*.jsonl.gz"))
     present = [path.name.removesuffix(".jsonl.gz").split("_")[-1] for path in paths]

@@ -26,9 +26,9 @@ def redact_secrets(text: object) -> str:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Decorate a program to exit with one sentence on invalid input (1), and on Ctrl-C (130).
+    """Make a program exit with one sentence and code 1 on invalid input, or 130 on Ctrl-C.
 
-    Files that the system refuses count as invalid input, such as on a read-only disk.
+    OS errors for files, such as on a read-only disk, count as invalid input.
     """
 
     @wraps(main)

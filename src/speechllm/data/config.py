@@ -17,7 +17,7 @@ _train = partial(option, group="training data")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Options of all programs that read cut files, with icefall's names.
+    """Options of all programs that read cut files, named as in icefall.
 
     Raises:
       InputError: a value is out of range.

@@ -73,7 +73,7 @@ class Extras:
       musan: noise to mix in.
       count_positions: returns a cut's LLM positions, for --max-batch-tokens.
       encoder_cache: replaces features and augmentation.
-      check: returns further errors of a cut from shards.
+      check: returns a sharded cut's further errors.
     """
 
     text: TextOptions = TextOptions()

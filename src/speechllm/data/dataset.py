@@ -55,10 +55,10 @@ class BatchTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Creates a batch's text entries: contexts, and with a tokenizer token ids and labels.
+    """Creates batch text entries: contexts and, with a tokenizer, token ids and labels.
 
     Attributes:
-      sample_encoders: sample each utterance's encoders, as in MoSE training.
+      sample_encoders: whether to sample encoders per utterance, as in MoSE.
     """
 
     use_context: bool = False

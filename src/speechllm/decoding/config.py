@@ -1,4 +1,4 @@
-"""CheckpointConfig and SearchConfig: options for selecting a trained model and the search."""
+"""CheckpointConfig and SearchConfig: options for the trained model and for the search."""
 
 import dataclasses
 import functools

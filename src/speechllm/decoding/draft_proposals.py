@@ -98,7 +98,7 @@ class Draft:
 
     @property
     def remaining(self) -> list[int]:
-        """Tokens after the prefix nearest to the hypothesis; the longest if several are nearest."""
+        """Tokens after the prefix nearest to the hypothesis; of several, the longest prefix."""
         nearest = min(self.distances)
         return self.tokens[len(self.tokens) - self.distances[::-1].index(nearest) :]
 

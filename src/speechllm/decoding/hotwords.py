@@ -85,7 +85,7 @@ class Hotwords:
         self.pieces, self.lens = pad_pieces(self.entries)
 
     def possible(self, ratios: Tensor) -> list[Hotword]:
-        """Return the phrases whose pieces, in any order, have high `ratios` (T, V)."""
+        """Return phrases whose pieces, in any order, average high `ratios` (T, V)."""
         best = ratios.max(dim=0).values[self.pieces.clamp(min=0)].masked_fill(self.pieces < 0, 0)
         passed = torch.nonzero(best.sum(dim=1) >= LEAST_RATIO * self.lens).flatten()
         return [self.entries[i] for i in passed.tolist()]

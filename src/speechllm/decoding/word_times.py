@@ -4,10 +4,10 @@ The best CTC path through all words gives the frames of each word's spikes. Spik
 boundaries, so two corrections follow. First, CTC emits a word some time after it is spoken, so
 `lag` is subtracted. Second, all letters are assumed to take about the same time: a word's spikes
 are placed at its middle letter, and the letters between two words' middles are spread evenly over
-the time between them. A word without spikes gets time in proportion to its letters. If there is too
-much time for the letters, the rest is a pause.
+the time between them. A word without spikes gets time in proportion to its letters. Time well
+beyond what the letters need is a pause.
 
-The demo's encoders have a lag (dev set) of 0.03 s after a flat start and 0.11 s without one.
+On the dev set, the demo's encoders lag by 0.03 s after a flat start, 0.11 s without one.
 `local/score_word_times.py` measures the remaining error: increase --ctc-lag if its mean is above 0.
 """
 

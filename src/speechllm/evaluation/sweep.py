@@ -78,7 +78,7 @@ def table(flags: list[str], rows: list[SweepRow]) -> list[list[str]]:
 def write_sweep(
     out_dir: Path, name: str, parameters_name: str, flags: list[str], rows: list[SweepRow]
 ) -> None:
-    """Print a set's table and write it to `out_dir`."""
+    """Print a test set's table; save it in `out_dir`."""
     lines = table(flags, rows)
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = ("  ".join(map(str.rjust, line, widths)) for line in lines)

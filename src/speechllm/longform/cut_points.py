@@ -30,7 +30,7 @@ MAX_WORD_GAP = 20  # frames without a token within a word; longer gaps are betwe
 
 
 class CtcSpike(NamedTuple):
-    """A token on the best CTC path, in frames; `begins_word` is true for a word's first token."""
+    """Frames of a token on the best CTC path; `begins_word` is true for a word's first token."""
 
     start: int
     end: int

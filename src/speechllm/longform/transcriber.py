@@ -69,7 +69,7 @@ class _Recording:
     segments: list[Segment] = field(default_factory=list)
 
     def until_error(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items; an exception ends them and becomes `error`."""
+        """Yield items until an exception, and record it in `error`."""
         try:
             yield from items
         except (InputError, FileNotFoundError) as error:
@@ -78,7 +78,7 @@ class _Recording:
             self.fail(error, "")
 
     def fail(self, error: Exception, where: str) -> None:
-        """Log an unexpected exception with its traceback; the first one becomes `error`."""
+        """Log an unexpected exception with its traceback; record the first in `error`."""
         logging.error(f"{self.name} failed{where}", exc_info=error)
         reason = f"unexpected {type(error).__name__}{where}: {first_line(error)}"
         self.error = self.error or f"{self.name}: {reason}"

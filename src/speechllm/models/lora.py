@@ -69,7 +69,7 @@ def _targets(llm: nn.Module, names: str) -> list[str]:
 class LoraLinear(lora.Linear):
     """Frozen Linear with LoRA matrices: x W' + b + scaling * dropout(x) A' B'.
 
-    The result equals peft's up to rounding, except for the random numbers of dropout.
+    Results equal peft's up to rounding, except for dropout's random numbers.
     """
 
     @property
@@ -205,7 +205,7 @@ def _dropout(x: Tensor, p: float, out: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def _kept(x: Tensor, mask: Tensor | None, p: float, out: Tensor | None = None) -> Tensor:
-    """Zero elements outside the mask; GPUs also scale by 1 / (1 - p), at no extra cost."""
+    """Zero elements outside the mask; on GPUs, also scale by 1 / (1 - p), at no cost."""
     if mask is None:
         return x
     if on_gpu(x):

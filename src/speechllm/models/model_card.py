@@ -55,7 +55,7 @@ trained on, apply to these weights. The code of the recipe is licensed under Apa
 def model_card(
     config: ModelConfig, exp_dir: Path, name: str, out: Path, weights: str, export_command: str
 ) -> str:
-    """Return the model card in Markdown for the parameters `name`, such as epoch-10-avg-5.
+    """Return a Markdown model card for the parameters `name`, such as epoch-10-avg-5.
 
     Args:
       weights: dtype of the weights, or "int8" followed by the encoders' dtype.

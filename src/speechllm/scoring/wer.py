@@ -110,7 +110,7 @@ def _pair_counts(pairs: Sequence[Pair], rate: str = "WER") -> ErrorCounts:
 
 
 def character_error_counts(utterances: Iterable[ScoredUtterance]) -> ErrorCounts:
-    """Return the character errors of all utterances."""
+    """Sum the character errors over all utterances."""
     return total_counts(one.character_counts for one in utterances)
 
 

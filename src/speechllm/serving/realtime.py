@@ -60,8 +60,9 @@ async def serve_stream(websocket: WebSocket, service: Service) -> None:
 class OpenStream:
     """A session's stream and its open item.
 
-    detects_turns: an item is completed in each pause if true, by the client's commit if false.
-    committed: true if the client has committed and no item has completed since.
+    Attributes:
+      detects_turns: true if pauses complete items; if false, only the client's commit does.
+      committed: true if the client has committed and no item has completed since.
     """
 
     job: LiveJob

@@ -163,7 +163,7 @@ class OpenAIDialect:
 
 
 class VllmDialect(OpenAIDialect):
-    """Events of vLLM: deltas, and a single text at the end of the audio."""
+    """vLLM's events: deltas, then one full text at the end of the audio."""
 
     def delta(self, item: Item, delta: str, unstable: str = "") -> list[dict]:
         return [{"type": "transcription.delta", "delta": delta}] if delta else []

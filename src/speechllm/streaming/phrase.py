@@ -106,10 +106,10 @@ def phrase_end(
     longest: int,
     quiet: int = 0,
 ) -> tuple[int, int] | None:
-    """Return the first and the end frame of a complete phrase; None if the phrase continues.
+    """Return the first and end frames of the phrase; None if it is not complete.
 
-    A phrase ends after `silence` frames of blanks, or if it reaches `longest` frames, in the
-    longest gap between words in its second half.
+    A phrase ends after `silence` blank frames or, once it has `longest` frames, in the longest
+    gap between words in its second half.
 
     Args:
       best: CTC tokens (T,).

@@ -264,7 +264,7 @@ class Stream:
             self._forget()
 
     def new_partial(self) -> list[Partial]:
-        """Return the partial text if it has changed; without tokens, drop old silence."""
+        """Return the partial text if it changed; before any token, drop old silence."""
         phrase, streamer = self.encoded.phrase, self.streamer
         tokens = [token for token, _ in groupby(phrase.best.tolist()) if token != BLANK]
         if not tokens:

@@ -136,7 +136,7 @@ class ZeroEngine(Engine):
         return torch.tensor(True)
 
     def step(self) -> bool:
-        """Update the parameters; return false if DeepSpeed skipped non-finite gradients."""
+        """Take a step; return false if DeepSpeed skipped it for non-finite gradients."""
         self.model.step()
         return not self.model.optimizer.overflow
 

@@ -133,7 +133,7 @@ def size(num_bytes: float) -> str:
 
 
 def device_memory(ranks: int) -> tuple[str, float]:
-    """Return a device name and its bytes per rank: a whole GPU, or a share of this machine."""
+    """Return a device's name and bytes per rank: the smallest GPU's, or a share of this machine."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if torch.cuda.is_available():
         gpus = range(min(here, torch.cuda.device_count()))

@@ -164,7 +164,7 @@ def _check_encoder_cache(model: ModelConfig, data: TrainDataConfig, config: Trai
 
 
 def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[SpeechLLM, Training]:
-    """Return the model with initial parameters, and the training with a tokenizer in its data."""
+    """Return the initialized model, and `training` with the tokenizer added to its data."""
     config, dtype = training.config, training.dtype
     model, tokenizer = build_model(
         training.model,

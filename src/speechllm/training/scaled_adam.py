@@ -1,4 +1,4 @@
-"""ScaledAdam: Adam with steps relative to the size of each parameter tensor, with clipping.
+"""ScaledAdam: Adam with clipping and steps relative to each parameter tensor's size.
 
 From Yao et al., "Zipformer", 2023, section 3.5, https://arxiv.org/abs/2310.11230: a tensor's step
 is proportional to its root mean square (its size), and the size is also learned, from the gradient

@@ -98,7 +98,7 @@ def speech_groups(
 def split_request(
     chat: ChatTemplate, tokenizer: PreTrainedTokenizerBase, ids: list[int]
 ) -> tuple[tuple[int, ...], list[int]]:
-    """Return a request's audio key, which is shorter for short audio, and the ids of its answer."""
+    """Return a request's audio key (shorter for short audio) and its answer's token ids."""
     first, end_speech = len(chat.before) + 1, chat.group[2]
     key = tuple(ids[first : min(first + KEY_SIZE, ids.index(end_speech))])
     im_start = tokenizer.convert_tokens_to_ids(IM_START)

@@ -83,7 +83,7 @@ class PrepareConfig:
 
     @property
     def channel_index(self) -> int | None:
-        """Channel index from 0; None if not given."""
+        """0-based channel index, 0 with `mix`; None if not set."""
         if self.mix:
             return 0
         return None if self.channel is None else channel_number(self.channel or "0")

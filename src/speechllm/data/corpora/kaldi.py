@@ -1,8 +1,8 @@
-"""Reader for Kaldi data directories, single or in a folder.
+"""Reader for a Kaldi data directory or a folder of them.
 
 See https://kaldi-asr.org/doc/data_prep.html. The reader uses wav.scp and text and, if they exist,
 segments, utt2spk, utt2lang and reco2file_and_channel, which selects the channel of multi-channel
-files. As in Kaldi, segments may have a fifth column, the channel counted from 0.
+files. As in Kaldi, segments may have a fifth column, the 0-based channel.
 """
 
 import re

@@ -68,7 +68,7 @@ def _read_cuts(file: Path, split: str) -> Iterator[Utterance]:
 
 
 def _read_recordings(file: Path, split: str) -> Iterator[Utterance]:
-    """Read the supervisions that belong to a recording manifest, one by one."""
+    """Yield an utterance per supervision of a recording manifest, and per invalid recording."""
     _, supervisions = _with_supervisions(file)
     recordings, unread = {}, {}
     for number, one in _items(file, Recording):

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def table_files(path: Path) -> list[Path]:
-    """List a folder's tables named after splits, or else its metadata files; or a single table.
+    """List the table itself, or a folder's tables named after splits, or else metadata files.
 
     Raises:
       InputError: the folder contains no such table.

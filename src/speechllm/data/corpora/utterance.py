@@ -100,10 +100,10 @@ def as_text(value: object) -> str:
 
 
 def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
-    """Build the utterance for a row, whose path is relative to `base`.
+    """Build the utterance for a row; its path is relative to `base`.
 
     Args:
-      fields: cells by their field names in COLUMNS.
+      fields: cells, by field name (see COLUMNS).
     """
     path, problem, times = fields["path"].strip().replace("\\", "/"), None, {}  # from Windows
     fields = {field: " ".join(text.split()) for field, text in fields.items()}
