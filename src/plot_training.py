@@ -17,7 +17,7 @@ from speechllm.errors import exit_on_user_error
 def get_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("exp_dirs", nargs="+", type=Path, metavar="EXP_DIR", help="--exp-dir of a training")
+    add("exp_dirs", nargs="+", type=Path, metavar="EXP_DIR", help="--exp-dir of a run")
     add("--out", type=Path, required=True, help="output file, *.html or *.png")
     return parser
 

@@ -129,7 +129,7 @@ class TrainDataConfig(DataConfig):
 
     @property
     def replay_shares(self) -> dict[str, float]:
-        """Cut files in --replay with their fractions of an epoch; empty if not given."""
+        """Cut files in --replay and their fractions of an epoch; empty if not given."""
         parts = [item.rpartition(":") for item in comma_list(self.replay or "")]
         return {name: float(share) for name, _, share in parts}
 

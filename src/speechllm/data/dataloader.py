@@ -133,7 +133,7 @@ def train_sampler(
 def _sampler_sizes(source: CutSource, config: TrainDataConfig, position: EpochPosition) -> dict:
     """Return the `make_sampler` options that depend on the source's size and the ranks.
 
-    With --drop-last each bucket may lose a batch, so a small source gets fewer buckets.
+    With --drop-last, each bucket may lose a batch, so a small source gets fewer buckets.
     """
     full = config.max_duration  # seconds of a full batch
     if config.max_batch_tokens:
@@ -179,7 +179,7 @@ def _train_dataset(config: TrainDataConfig, extras: Extras, check_cuts: bool) ->
 def _check_cut(
     on_the_fly_feats: bool, check: Callable[[Cut], list[CutError]] | None, cut: Cut
 ) -> list[CutError]:
-    """Check a cut like a scan of the manifest."""
+    """Check a cut as a manifest scan would."""
     errors = validate_cut(cut, need_features=not on_the_fly_feats)
     return errors or (check(cut) if check else [])
 

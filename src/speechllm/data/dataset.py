@@ -66,7 +66,7 @@ class TextOptions:
     sample_encoders: bool = False
 
     def __call__(self, texts: list[str], cuts: Iterable[Cut]) -> dict:
-        """Return the entries for these cuts, or without cuts for the batch of silence."""
+        """Return the entries for these cuts or, without cuts, for the batch of silence."""
         contexts = ([context_of(cut) for cut in cuts] or [""]) if self.use_context else None
         entries = {} if contexts is None else {"contexts": contexts}
         if self.tokenizer is not None:
@@ -130,7 +130,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         return cuts
 
     def _noise_errors(self, ids: set[str]) -> list[CutError]:
-        """Return the errors in the noise that was last mixed with the cuts of these ids."""
+        """Return the errors in the noise last mixed with the cuts that have these ids."""
         tracks = [track.cut for cut in self.augmented for track in getattr(cut, "tracks", ())]
         noise = [cut for cut in tracks if cut.id not in ids and not isinstance(cut, PaddingCut)]
         return _partition(noise, self._read_errors)[1]

@@ -63,7 +63,7 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
 
 
 def hash_of_encoders(encoders: Iterable[ZipformerEncoder], *options) -> str:
-    """Return 16 hexadecimal digits for the configs and parameters, excluding CTC heads."""
+    """Return 16 hexadecimal digits for the encoders' configs and parameters, except CTC heads."""
     digest = hashlib.sha256(repr(options).encode())
     for encoder in encoders:
         digest.update(f"{encoder.config!r}{encoder.chunkings[-1]}".encode())

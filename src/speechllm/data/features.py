@@ -54,7 +54,7 @@ def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
       The cuts with their features, in the order given.
 
     Raises:
-      InputError: cuts share an id, are unsafe, or their audio cannot be read; the message names
+      InputError: cuts share an id, are unsafe, or have unreadable audio; the message names
         them. Nothing is left on disk.
     """
     shared = [cut_id for cut_id, n in Counter(cut.id for cut in cuts).items() if n > 1]

@@ -58,7 +58,7 @@ class LLMPositions:
     ds_rate: int = 4
 
     def __call__(self, cut: Cut, new_tokens: int | None = None) -> int:
-        """Count the positions; decoding passes `new_tokens` to count instead of the text.
+        """Count the positions; decoding passes `new_tokens`, counted instead of the text.
 
         Raises:
           InputError: the context is not a string.
@@ -86,7 +86,7 @@ class LLMPositions:
 
 @dataclass(frozen=True)
 class TooManyPositions:
-    """Check for cuts that exceed the LLM's positions or whose context is not a string.
+    """Check for cuts that exceed the LLM's positions or have a non-string context.
 
     Attributes:
       max_new_tokens: for decoding, number of positions reserved in place of the text.

@@ -63,7 +63,7 @@ class CutStatistics:
 
 
 def cuts_file(manifest_dir: Path, name: str) -> Path:
-    """Return a cut file given by path or by name in `manifest_dir`; `.jsonl.gz` is optional.
+    """Return a cut file, given by path or by name in `manifest_dir`; `.jsonl.gz` is optional.
 
     Raises:
       FileNotFoundError: no such file exists.

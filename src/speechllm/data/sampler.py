@@ -25,7 +25,7 @@ QUANTILE = 0.999  # longer cuts have a bucket of their own
 class EvenMix:
     """Deterministic mix of corpora, each spread evenly over an epoch.
 
-    If an epoch uses only part of a corpus, the next epoch continues where it ended; if an epoch
+    If an epoch uses only part of a corpus, the next epoch continues after that part; if an epoch
     uses more cuts than a corpus has, the corpus is repeated.
 
     Attributes:
@@ -71,7 +71,7 @@ class BatchLimit(TimeConstraint):
     at most `max_duration`.
 
     lhotse draws from a bucket until one more cut as long as the longest drawn so far would exceed
-    the limit, but the last cut drawn may be longer. Here the longest of all cuts seen in the bucket
+    the limit, but the last cut drawn may be longer. Here, the longest cut seen in the bucket
     counts, so the limits are exceeded only by batches of a single cut that is too long.
     """
 
@@ -118,7 +118,7 @@ def make_sampler(
     cuts_in_buffer: int | None = None,
     **options,
 ) -> CutSampler:
-    """Return a sampler of batches of similar lengths, or of any lengths without buckets.
+    """Return a sampler of batches of similar lengths or, without buckets, of any lengths.
 
     Args:
       num_buckets: an upper limit; below 2, no buckets are used.

@@ -6,7 +6,7 @@
     features.000000.tar …    fbank features of these cuts; or recording.000000.tar, their audio
     index.json               names and sizes of the shards, and a histogram of cut durations
 
-With the index, no initial pass over all cuts is needed, unlike with cut files.
+Unlike cut files, shards need no initial pass over all cuts: they have an index.
 """
 
 import json
@@ -105,7 +105,7 @@ def _write_index(directory: Path, paths: dict[str, list[str]], durations: Counte
 
 @dataclass(frozen=True)
 class Shards:
-    """Shards from one or several directories."""
+    """Shards from one or more directories."""
 
     fields: dict[str, list[str]]  # cuts, and features or recording -> paths, as in from_shar
     durations: Counter  # number of cuts by duration in units of 10 ms
@@ -246,13 +246,13 @@ def _first_cut_errors(fields: dict[str, list[str]], need_features: bool) -> list
 class EvenBatches:
     """Batches of an epoch read from shards, the same number on every rank.
 
-    An exhausted rank would leave the others waiting for its gradients. With `drop_last` the epoch
-    ends on all ranks when the first is exhausted. Otherwise it ends with the last, and exhausted
-    ranks start over.
+    An exhausted rank would leave the others waiting for its gradients. With `drop_last`, the epoch
+    ends on all ranks when the first is exhausted; otherwise, when the last is, and exhausted ranks
+    start over.
 
     Attributes:
       loader: returns a loader that skips the first N batches.
-      skip: number of batches in the epoch already trained on.
+      skip: number of the epoch's batches already trained on.
     """
 
     loader: Callable[[int], DataLoader]

@@ -2,14 +2,14 @@
 
     malformed             field of the wrong type or range, or cut rejected by lhotse's validation
     invalid-id            empty or unprintable id
-    duplicate-id          an earlier cut in the file has the same id
+    duplicate-id          id of an earlier cut in the same file
     no-text               no supervision, or a missing or blank text
     no-words              text of only tags, punctuation or invisible characters
     not-unicode           NUL, a lone surrogate or U+FFFD: characters were lost
     long-text             more characters than can be spoken in the duration
-    supervision-outside   the supervision exceeds the cut
+    supervision-outside   supervision that exceeds the cut
     no-features, feature-dim, frame-shift, no-audio, sampling-rate, channels
-    wrong-length          the number of frames or samples does not match the manifest
+    wrong-length          number of frames or samples other than in the manifest
     unreadable-features, unreadable-audio, not-finite
     positions             more LLM positions than supported
     not-cached            missing from the encoder cache

@@ -92,7 +92,7 @@ def _cut_ids(cuts: CutSet | dict) -> list[str]:
 
 
 class DiagnosticDataLoader(DataLoader):
-    """Loader of whole batches whose errors name the worker that hung or died, and its cuts.
+    """Loader of whole batches; errors name the worker that hung or died, and its cuts.
 
     It does not use torch's global generator. Even in a spawned rank, workers start with the
     platform's default method: torch would spawn them, with all imports repeated in every epoch.

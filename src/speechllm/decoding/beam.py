@@ -33,7 +33,7 @@ def beam_search(
       is_repetition: called with an utterance's index and the ids of its most probable hypothesis;
         true ends its search, as the other hypotheses would soon repeat too. Hypotheses ended this
         way are dropped, except for the best one if none ended with the closing token.
-      trees: hotwords per utterance, whose bonus is added; empty for no hotwords.
+      trees: per utterance, hotwords whose bonus is added; empty for no hotwords.
     """
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -133,7 +133,7 @@ class SearchConfig:
 
         Args:
           has_ctc: true if an encoder has a CTC head and a BPE model.
-          default_guard: default of --guard with CTC; without CTC the default is "stop".
+          default_guard: default of --guard with CTC; without CTC, it is "stop".
         """
         method = self._method(has_ctc)
         beam_size = (self.beam_size or BEAM_SIZE) if method == "beam" else 1

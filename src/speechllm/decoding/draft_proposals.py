@@ -17,7 +17,7 @@ GPU_LAYER_LAUNCH = 30 * 4e-6  # s: launches of a layer's kernels
 def forward_cost(llm: nn.Module) -> int:
     """Return the fixed cost of a forward pass, as the number of tokens computable in that time.
 
-    On a GPU it is the time to read the weights and launch the kernels; a token takes 2 FLOPs per
+    On a GPU, that is the time to read the weights and launch the kernels; a token takes 2 FLOPs per
     parameter.
     """
     if llm.device.type == "cpu":
@@ -42,7 +42,7 @@ class AcceptanceRates:
         self.counts = {True: [1.0, 2.0], False: [0.25, 1.0]}
 
     def begin(self) -> "AcceptanceRates":
-        """Return initial rates for an utterance, which its own tokens soon change."""
+        """Return an utterance's initial rates, which its own tokens soon change."""
         rates = AcceptanceRates()
         for key, (right, total) in self.counts.items():
             rates.counts[key] = [PRIOR_WEIGHT[key] * right / total, PRIOR_WEIGHT[key]]
@@ -109,7 +109,7 @@ class Draft:
 
 
 def best_draft_length(chances: list[list[float]], cost: int) -> int:
-    """Return the number of draft tokens to verify with the least cost per generated token.
+    """Return the number of draft tokens to verify for the least cost per generated token.
 
     The prompt in the first pass is ignored: its cost does not depend on this number.
 

@@ -92,7 +92,7 @@ class Recognizer:
     def stop_counting(
         self, gather: Callable[[tuple], list[tuple]] = lambda mine: [mine]
     ) -> dict[str, float]:
-        """Return statistics since `start_counting`, for all processes collected by `gather`."""
+        """Return statistics since `start_counting`, collected from all processes by `gather`."""
         mine = time.monotonic() - self.start, self.counter, self.audio_seconds
         all_seconds, counters, audio_seconds = zip(*gather(mine))
         seconds, n = max(all_seconds), sum(counters, Counter())  # of the slowest process
@@ -114,7 +114,7 @@ class Recognizer:
     def __call__(self, batches: Iterable[dict]) -> Iterator[tuple[dict, list[Recognition]]]:
         """Yield each batch with its recognitions.
 
-        On a GPU the encoders run one batch ahead of the LLM. On a CPU each uses all cores anyway.
+        On a GPU, the encoders run one batch ahead of the LLM. On a CPU, each uses all cores anyway.
         """
         encoded_batches = ((batch, self.encode(batch)) for batch in batches)
         if self.device.type == "cuda":

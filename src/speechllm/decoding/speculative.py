@@ -43,7 +43,7 @@ def speculative_decode(
       drafts: draft token ids per utterance, without the closing token; None for no draft.
       draft_accept_prob: below 1, also accept draft tokens with at least this LLM probability,
         proposed or not (the number of proposals depends on the batch).
-      should_stop: called with the utterance's index and its ids after each token.
+      should_stop: called after each token, with the utterance's index and ids.
       policy: updated with the acceptance rates of these drafts; by default a new one.
     """
     min_log_prob = math.log(draft_accept_prob) if draft_accept_prob else -math.inf
@@ -205,7 +205,7 @@ def _verify(
 def token_scores(
     model: SpeechLLM, hidden: Tensor, tokens: Tensor
 ) -> list[tuple[int, float, float]]:
-    """Return best token, its log-probability, and the given token's, for each of N positions.
+    """Return, per position, the best token, its log-probability, and the given token's.
 
     Args:
       hidden: (N, D); logits (N, V) are computed for LOGITS_AT_ONCE positions at a time.

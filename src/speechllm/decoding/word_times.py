@@ -59,7 +59,7 @@ def align_words(
       pieces: token ids per word; empty for a word outside the vocabulary.
 
     Returns:
-      A span per word, whose log-probability is the mean over its pieces, each at its best frame.
+      A span per word, with the mean log-probability of its pieces, each at its best frame.
       None for words without pieces, and for all words if T frames are too few for all pieces.
     """
     targets = [[piece for word in words for piece in word] for words in pieces]

@@ -55,7 +55,7 @@ def build_model(
 
 
 def load_encoders(config: ModelConfig, dtype: torch.dtype, device: str) -> list[ZipformerEncoder]:
-    """Load the encoders; if frozen, their linear layers are converted to `dtype`."""
+    """Load the encoders; if frozen, convert their linear layers to `dtype`."""
     files = zip(config.encoder_files, config.encoder_shapes)
     encoders = [load_encoder(*file, *shapes).to(device) for file, shapes in files]
     for encoder in encoders:

@@ -135,7 +135,7 @@ class ModelConfig:
 
     @property
     def encoder_shapes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Heads and unmasked channels of each encoder's stacks, () if not given."""
+        """Heads and unmasked channels of each encoder's stacks; () if not given."""
         return [*zip(self._per_encoder("num_heads"), self._per_encoder("encoder_unmasked_dim"))]
 
     def _per_encoder(self, name: str) -> list[tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """LLMs with int8 weights for decoding on CPUs: faster, and a quarter of the size of float32.
 
-The scale of each weight row, including embedding and head, is its largest absolute value divided by
-127. A linear layer quantizes its input rows in the same way, multiplies integers and rescales, so
-an utterance's result does not depend on its batch.
+Each weight row, also in embedding and head, has a scale: its largest absolute value divided by 127.
+A linear layer quantizes its input rows in the same way, multiplies integers and rescales, so an
+utterance's result does not depend on its batch.
 """
 
 import torch

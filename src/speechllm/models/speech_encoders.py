@@ -122,5 +122,5 @@ class SpeechEncoders(nn.Module):
 
 
 def to_device(device: torch.device, small: Tensor) -> Tensor:
-    """Copy a tensor from the CPU to the device, asynchronously."""
+    """Asynchronously copy a tensor from the CPU to the device."""
     return small.to(device, non_blocking=True)

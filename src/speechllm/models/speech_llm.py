@@ -26,7 +26,7 @@ class PromptEmbeddings(NamedTuple):
 
 
 class SpeechLLM(SpeechEncoders):
-    """One or several encoders with their projectors, and an LLM."""
+    """One or more encoders with their projectors, and an LLM."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class SpeechLLM(SpeechEncoders):
         return PromptEmbeddings(embeds, mask, outputs)
 
     def select_encoders(self, kept: list[int]) -> "SpeechLLM":
-        """Return a model with a subset of the encoders; it shares parameters with this model."""
+        """Return a model with a subset of the encoders, sharing this model's parameters."""
         part = copy.copy(self)
         part._modules = dict(self._modules)
         part.encoder = nn.ModuleList(self.encoder[k] for k in kept)
@@ -166,7 +166,7 @@ class SpeechLLM(SpeechEncoders):
     def merge(
         self, input_ids: Tensor, labels: Tensor | None, speech: list[list[Tensor]]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Replace each `<speech>` with its speech embeddings; for padding see `expand_speech`.
+        """Replace each `<speech>` with its speech embeddings; for padding, see `expand_speech`.
 
         Args:
           input_ids, labels: (B, L), on the CPU.

@@ -39,7 +39,7 @@ Curve = list[tuple[int, float]]  # steps and values
 
 
 def read_curves(exp_dir: Path) -> dict[str, Curve]:
-    """Read a training's curves by name, such as `tot_loss` and `epoch`."""
+    """Read a run's curves by name, such as `tot_loss` and `epoch`."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = exp_dir / "tensorboard"
@@ -124,7 +124,7 @@ def plot_trainings(exp_dirs: list[Path], out: Path) -> None:
 
     Raises:
       InputError: `out` is neither *.html nor *.png.
-      FileNotFoundError: a training has no tensorboard files.
+      FileNotFoundError: a run has no tensorboard files.
     """
     if out.suffix not in (".html", ".png"):
         raise InputError(f"--out {out} must end in .html or .png")

@@ -185,7 +185,7 @@ class Worker:
             self.turns.append(job)
 
     def _next_batch(self) -> list[tuple[Job, AudioChunk]]:
-        """Return a batch with one chunk from each job in turn, until it is full with padding."""
+        """Return a batch with one chunk from each job in turn, until full, including padding."""
         batch, longest, max_samples = [], 0, 0 if self.live else self.max_samples
         while self.turns:
             job = self.turns[0]

@@ -1,8 +1,8 @@
 """Transcripts in the response formats of OpenAI's API.
 
-Additional fields are `confidence` for words and segments, `flags` for segments (signs of
-hallucination), and `warnings` if part of the file could not be read. `no_speech_prob` is 1 or 0;
-`tokens` is always [] and `seek` 0.
+Additional fields are `confidence` for words and segments, `flags` (signs of hallucination) for
+segments, and `warnings` if part of the file could not be read. `no_speech_prob` is 1 or 0; `tokens`
+is always [] and `seek` 0.
 """
 
 import json

@@ -217,7 +217,7 @@ class Session:
             await asyncio.sleep(0.1)
 
     async def _keep_pace(self, seconds: float) -> None:
-        """Delay a client that sends too fast, after an event with `seconds` of audio."""
+        """Delay a client that sends too fast; called after `seconds` of audio."""
         now = time.monotonic()
         self.paced = max(self.paced, now - BURST_SECONDS) + seconds / self.config.max_stream_speed
         await asyncio.sleep(self.paced - now)

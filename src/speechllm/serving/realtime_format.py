@@ -1,6 +1,6 @@
 """Events of /v1/realtime: session settings, and the events sent in the two dialects.
 
-OpenAI's events have additional fields: `unstable` in a delta is text after the deltas so far that
+OpenAI's events have additional fields: `unstable` in a delta is text that follows the deltas and
 may still change; `segments` in a completed item are as in verbose_json, including their `words`. An
 item's deltas together are the CTC text; its transcript is from the LLM.
 """

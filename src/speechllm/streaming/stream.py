@@ -69,9 +69,7 @@ Event = Partial | Segment  # a segment is final
 
 
 def event_json(event: Event) -> dict:
-    """Return an event as written by transcribe.py --stream: its fields, and the `type` `partial`
-    or `final`.
-    """
+    """Return an event's fields and `type` (partial or final), as in transcribe.py --stream."""
     if isinstance(event, Segment):
         return {"type": "final", **segment_json(event)}
     return {"type": "partial", **asdict(event), "start": round(event.start, 3)}

@@ -76,9 +76,9 @@ class CtcModel(nn.Module):
 
 
 class CtcLoss:
-    """CTC loss in nats, with encoder frames as tokens; in validation also greedy CTC word errors.
+    """CTC loss in nats, with encoder frames as tokens; in validation, also greedy CTC word errors.
 
-    The first `flat_start_batches` steps of the training use the loss of flat_start.py instead.
+    The first `flat_start_batches` training steps use the loss of flat_start.py instead.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ def _word_errors(references: list[str], hypotheses: list[str]) -> dict[str, Tens
 
 
 def train_encoder(encoder: EncoderConfig, data: TrainDataConfig, config: TrainConfig) -> bool:
-    """Train an encoder and return True, or with --dry-run describe the training, return False.
+    """Train an encoder and return True or, with --dry-run, describe the run and return False.
 
     Raises:
       FileNotFoundError, InputError: a file is missing or invalid, or options contradict each other.

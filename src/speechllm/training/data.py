@@ -82,7 +82,7 @@ class TrainingData:
         return _train_paths(self.config)
 
     def train_cuts(self) -> CutSet:
-        """Return the training cuts that are within the limits and have no errors, lazily."""
+        """Lazily return the training cuts that are within the limits and have no errors."""
         limits = _limits(self.config, self.min_frames)
         return cuts_within(self.train_paths, limits, self.train.errors)
 
@@ -90,7 +90,7 @@ class TrainingData:
     def epoch_counts(self) -> list[int]:
         """Cuts per file in an epoch.
 
-        All --train-cuts are used once, or their total number is divided by --corpus-weights;
+        All --train-cuts are used once, or their total number is apportioned by --corpus-weights;
         --replay adds cuts until its files have their fractions.
         """
         weights, replay = self.config.weights, list(self.config.replay_shares.values())
@@ -125,7 +125,7 @@ class TrainingData:
         return [f"Training cuts per epoch: {', '.join(shares)}"] if len(shares) > 1 else []
 
     def valid_cuts(self) -> CutSet:
-        """Return the validation cuts without errors, lazily."""
+        """Lazily return the validation cuts without errors."""
         paths = _paths(self.config.manifest_dir, "--valid-cuts", self.config.valid_cuts)
         return cuts_within(paths, Limits(min_frames=self.min_frames), self.valid.errors)
 
@@ -206,7 +206,7 @@ class TrainingData:
         report_invalid(unread, reasons, total, limit, listing, prefix)
 
     def sample_batches(self) -> Iterator[CutSet]:
-        """Yield batches of cuts like an epoch's, for all ranks; for shards, from a sample."""
+        """Yield all ranks' batches of cuts, as in an epoch; for shards, from a sample."""
         source = self.source(1)
         if source.is_sharded:
             source = replace(source, cuts=source.sample, sample=None)

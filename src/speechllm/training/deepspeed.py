@@ -83,7 +83,7 @@ def _unsupported(config: object) -> str:
 
 
 class ZeroEngine(Engine):
-    """Engine that shards the optimizer state, from stage 2 gradients, at stage 3 parameters."""
+    """Engine that shards optimizer state, gradients from stage 2, and parameters in stage 3."""
 
     is_sharded = True
 
@@ -141,7 +141,7 @@ class ZeroEngine(Engine):
         return not self.model.optimizer.overflow
 
     def skip_step(self) -> None:
-        """Call `step`: DeepSpeed skips the gradients of a non-finite loss, which are not finite."""
+        """Call `step`: a non-finite loss has non-finite gradients, which DeepSpeed skips."""
         self.step()
 
     def full_param(self, parameter: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def _memory_lines(
 
 
 def model_lines(model: SpeechLLM, training: Training) -> Iterator[str]:
-    """Yield a line per encoder, for the projectors and for the LLM."""
+    """Yield a line for each encoder, the projectors and the LLM."""
     config = training.model
     for number, (encoder, (path, name)) in enumerate(zip(model.encoder, config.encoder_files), 1):
         state = "frozen" if encoder.frozen else "trainable"

@@ -46,7 +46,7 @@ class Engine:
         return autocast(self.dist_env.device, self.dtype)
 
     def grad_sync(self, last: bool) -> AbstractContextManager:
-        """Return a context for forward and backward; gradients are averaged only in the last."""
+        """Return a context for forward and backward; it averages gradients only if `last`."""
         self.sent.clear()
         return nullcontext() if last or self.dist_env.world_size == 1 else self.model.no_sync()
 
@@ -74,7 +74,7 @@ class Engine:
             self.model().backward()
 
     def gradients_finite(self) -> Tensor:
-        """Return (), on the device: whether all gradients are finite; true with fp16's scaler."""
+        """Return a tensor () on the device: true if gradients are finite, or with fp16's scaler."""
         gradients = [p.grad for p in trained(self.module) if p.grad is not None]
         if self.scaler.is_enabled():
             gradients = []
@@ -108,7 +108,7 @@ class Engine:
 
     def load_state_dict(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["grad_scaler"]:  # empty after a training without fp16
+        if state["grad_scaler"]:  # empty if trained without fp16
             self.scaler.load_state_dict(state["grad_scaler"])
 
 
@@ -142,5 +142,5 @@ def wrap_ddp(model: nn.Module, dist_env: DistEnv) -> nn.Module:
         return model
     # The gradients of the frontend's convolutions are channels_last; the result is the same.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    # With `device_ids` DDP would move lengths, ids and labels, which the model needs on the CPU.
+    # With `device_ids`, DDP would move lengths, ids and labels, which the model needs on the CPU.
     return nn.parallel.DistributedDataParallel(DDPWrapper(model), broadcast_buffers=False)

@@ -1,4 +1,4 @@
-"""Lock on --exp-dir: one training at a time."""
+"""Lock on --exp-dir: one run at a time."""
 
 import errno
 import fcntl
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from speechllm.errors import InputError
 
-LOCK = ".lock"  # never removed; contains the last training's process and host
+LOCK = ".lock"  # never removed; contains the last run's process and host
 
 
 @contextmanager

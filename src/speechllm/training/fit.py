@@ -1,4 +1,4 @@
-"""Training: configuration of a training, `launch_training`, and `fit` for any model."""
+"""Training (configuration of a run), `launch_training`, and `fit` for any model."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -48,7 +48,7 @@ from speechllm.training.validate import BatchLoss
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that determines a training; picklable, to be sent to its processes.
+    """Everything that determines a run; picklable, to be sent to its processes.
 
     zero: DeepSpeed configuration; None for DDP.
     """
@@ -60,14 +60,14 @@ class Training:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The autocast dtype."""
+        """Autocast dtype."""
         return autocast_dtype(self.config.use_fp16, self.config.use_bf16)
 
     def lr_factor(self, world_size: int) -> Factor:
         """Return the learning rate schedule as a function.
 
         Raises:
-          InputError: the training ends before the warm-up does.
+          InputError: training ends before the warm-up does.
         """
         config, num_steps = self.config, None
         if needs_num_steps(config):
@@ -82,10 +82,10 @@ def launch_training(
     training: Training,
     describe: Callable[[Training], Iterable[str]],
 ) -> bool:
-    """Train in all processes and return True, or with --dry-run describe it and return False.
+    """Train in all processes and return True, or describe the run and return False (--dry-run).
 
     Raises:
-      InputError: another training uses --exp-dir, too many cuts are invalid, the schedule does not
+      InputError: another run uses --exp-dir, too many cuts are invalid, the schedule does not
         support the data, or `run` raised it.
     """
     data, config = training.data, training.config
@@ -115,7 +115,7 @@ def begin(training: Training, dist_env: DistEnv) -> Start:
     logging.info(f"Training started: {training.model}, {training.data.config}, {config}")
     seed_everything(config.seed)
     start = find_start(config, dist_env)
-    if dist_env.is_main and not start.path:  # the list may be from an earlier training
+    if dist_env.is_main and not start.path:  # the list may be from an earlier run
         (config.exp_dir / INVALID_CUTS).unlink(missing_ok=True)
     return start
 

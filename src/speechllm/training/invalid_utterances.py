@@ -47,7 +47,7 @@ class InvalidUtteranceTracker:
     """Counts the utterances that loaders skip in an epoch, in addition to those found by the scan.
 
     The limit is a fraction of all utterances in the epoch, not of those so far: one invalid
-    utterance among the first twenty does not stop a training on a million.
+    utterance among the first twenty does not stop training on a million.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class InvalidUtteranceTracker:
         self.new += batch["invalid"]
 
     def check(self) -> None:
-        """Sum the counts over ranks, log and list new errors; all ranks must call it together.
+        """Sum the counts over ranks, and log and list new errors; all ranks must call this.
 
         Raises:
           InputError: too many utterances are invalid; raised on all ranks.

@@ -45,7 +45,7 @@ from speechllm.training.warm_start import initialize
 
 
 class LlmLoss:
-    """Cross entropy over transcript tokens; see `Trainer.loss`."""
+    """Cross entropy over transcript tokens; see `BatchLoss`."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -73,7 +73,7 @@ MakeDecoder = Callable[[SpeechLLM, Training, DistEnv], Callable[[], dict[str, Te
 def train_llm(
     model: ModelConfig, data: TrainDataConfig, config: TrainConfig, make_decoder: MakeDecoder
 ) -> None:
-    """Train a SpeechLLM, or describe the training with --dry-run.
+    """Train a SpeechLLM or, with --dry-run, describe the run.
 
     Args:
       make_decoder: used with --valid-decode; picklable.
@@ -227,7 +227,7 @@ def _description(training: Training) -> Iterator[str]:
 def fill_encoder_cache(
     encoders: Iterable[nn.Module], training: Training, dist_env: DistEnv
 ) -> EncoderCache:
-    """Encode all training and validation cuts that are missing in --encoder-cache-dir.
+    """Encode all training and validation cuts missing from --encoder-cache-dir.
 
     Each rank encodes its share; unreadable cuts are skipped and reported.
 

@@ -1,7 +1,7 @@
 """--scan-oom: forward and backward pass on the largest batches in an epoch, before training.
 
 Memory depends on sizes, not on content, so the batches contain silence and no features are read.
-The scan does not affect the training.
+The scan does not affect training.
 """
 
 import copy

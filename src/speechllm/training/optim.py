@@ -131,7 +131,7 @@ def lr_factor(config: TrainConfig, num_steps: int | None = None) -> Factor:
       num_steps: total number of steps, if the schedule depends on it.
 
     Raises:
-      InputError: the training ends before the warm-up does.
+      InputError: training ends before the warm-up does.
     """
     function, names = SCHEDULES[config.lr_schedule]
     values = {**vars(config), "num_steps": num_steps}

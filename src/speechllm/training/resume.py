@@ -1,4 +1,4 @@
-"""Checkpoints of a training: saved progress, files to keep, and where to resume.
+"""Training checkpoints: saved progress, files to keep, and where to resume.
 
 `epoch-N.pt` is written at the end of epoch N, `checkpoint-B.pt` within an epoch, after B steps.
 """
@@ -40,7 +40,7 @@ FORMER_NAMES = {  # former names of options in older checkpoints
 
 @dataclass
 class TrainState:
-    """Progress of a training, with its best losses and WER."""
+    """Training progress, with the best losses and WER."""
 
     epoch: int = 0
     batch_idx_train: int = 0
@@ -69,7 +69,7 @@ class TrainState:
             setattr(self, f"best_{kind}_epoch", self.epoch)
 
     def note_validation(self, means: dict[str, float]) -> bool:
-        """Count a validation; return true if its WER (without WER: loss) is the lowest so far."""
+        """Count a validation; return true if its WER (or loss, without WER) is the lowest yet."""
         name = "wer" if "wer" in means else "loss"
         lowest = f"lowest_valid_{name}"
         is_new = self.batch_idx_train != self.validated_at  # not repeated after resuming
@@ -115,7 +115,7 @@ def remove_old_checkpoints(exp_dir: Path, keep: int) -> None:
 
 
 def remove_partial_checkpoints(exp_dir: Path) -> None:
-    """Delete incomplete files left by a training that was killed while writing them."""
+    """Delete incomplete files left by a run that was killed while writing them."""
     for path in exp_dir.glob(".part-*"):
         if re.fullmatch(r"\.part-\d+-(epoch-\d+|checkpoint-\d+|best-.*)\.pt", path.name):
             path.unlink()
@@ -150,7 +150,7 @@ def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> N
     """Check that the disk has room for checkpoints of these parameters.
 
     Args:
-      num_files: number of checkpoints in the whole training; room for fewer gives a warning.
+      num_files: number of checkpoints in the whole run; room for fewer gives a warning.
 
     Raises:
       InputError: two checkpoints do not fit on the disk.
@@ -168,7 +168,7 @@ def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> N
 
 @dataclass(frozen=True)
 class Start:
-    """Starting point of a training: a checkpoint, which is read once, or nothing."""
+    """Starting point of a run: a checkpoint, which is read once, or nothing."""
 
     path: Path | None = None
     checkpoint: dict = field(default_factory=dict)
@@ -214,8 +214,8 @@ def _choose(config: TrainConfig) -> Start:
 def _newest_loadable(exp_dir: Path) -> Start:
     """Return the loadable checkpoint with the most steps; log files that cannot be loaded.
 
-    Only one is in memory at a time. `checkpoint-B.pt` in epoch e is older than `epoch-N.pt` if
-    e <= N.
+    Only one checkpoint is in memory at a time. `checkpoint-B.pt` in epoch e is older than
+    `epoch-N.pt` if e <= N.
     """
     errors: list[InputError] = []
     checkpoints, epochs = (numbered_files(exp_dir, kind) for kind in ("checkpoint", "epoch"))
@@ -311,7 +311,7 @@ def warn_if_order_changed(order: dict[str, str], start: Start) -> None:
 
 
 def sums_for_ranks(state: TrainState, sums: Tensor, world_size: int) -> Tensor:
-    """Convert the metrics (N, …) of N ranks, and in place `state`, to `world_size` ranks."""
+    """Convert the metrics (N, …) of N ranks and, in place, `state` to `world_size` ranks."""
     before = len(sums)
     if before == world_size:
         return sums

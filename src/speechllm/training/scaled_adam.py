@@ -149,7 +149,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
 
 def _initial_state(p: Tensor) -> dict[str, int | Tensor]:
-    """Return p's state: `delta` and `v` like p, `rms` (), and for the size `s` () and `dots` (4,).
+    """Return p's state: `delta` and `v` like p, `rms` () and, for the size, `s` () and `dots` (4,).
 
     A one-element tensor's size is not learned: its `rms` is always SIZE_LR.
     """

@@ -1,6 +1,6 @@
 """Counting and diagnosis of skipped steps: non-finite loss or gradients, or out of memory.
 
-All ranks skip and count such a step together; too many skipped steps end the training.
+All ranks skip and count such a step together; too many skipped steps end training.
 """
 
 import math
@@ -86,7 +86,7 @@ def non_finite_gradients(module: nn.Module) -> str:
 
 
 def abort_message(state: TrainState, last: str, max_skipped_steps: int, dtype: torch.dtype) -> str:
-    """Return the message that ends the training, with advice.
+    """Return the message for ending training, with advice.
 
     Args:
       last: description of the last skipped step.

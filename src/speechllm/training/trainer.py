@@ -44,7 +44,7 @@ class Loaders:
     """Training and validation batches of one rank.
 
     Attributes:
-      train: (epoch, skip) -> the batches in an epoch, counted from 1; the first `skip` batches were
+      train: (epoch from 1, skip) -> the epoch's batches; the first `skip` batches were
         already trained on and contain only `cut_ids` and `seconds`.
       valid: returns the validation batches.
       epoch_seconds: seconds of audio per epoch over all ranks, for the progress bar.
@@ -59,11 +59,11 @@ class Loaders:
 class Trainer:
     """Trains to the end of epoch `config.num_epochs`, writing `epoch-N.pt` after each epoch.
 
-    Within an epoch it writes `checkpoint-B.pt` after B steps. A training resumed from any of these
-    files (`state`, `sums`, and the states of engine and schedule) has the same result as without
-    interruption: random numbers depend only on seed, epoch, batch and rank. The loss is the mean
-    over all tokens in a step, for all ranks and `grad_accum` batches. Batches without `cut_ids`
-    have no weight.
+    Within an epoch, it writes `checkpoint-B.pt` after B steps. A run resumed from any of these
+    files (`state`, `sums`, and the states of engine and schedule) has the same result as an
+    uninterrupted one: random numbers depend only on seed, epoch, batch and rank. The loss is the
+    mean over all tokens in a step, for all ranks and `grad_accum` batches. Batches without
+    `cut_ids` have no weight.
 
     Attributes:
       model_state: returns a checkpoint's `model` entry, given a function that copies a parameter.
@@ -237,7 +237,7 @@ class Trainer:
         return metrics
 
     def _abort(self) -> None:
-        """Save a checkpoint and end the training after too many skipped steps."""
+        """Save a checkpoint and end training after too many skipped steps."""
         self._save_checkpoint()
         limit, dtype = self.config.max_skipped_steps, self.engine.dtype
         raise InputError(abort_message(self.state, self.step.last_skip, limit, dtype))
@@ -259,7 +259,7 @@ class Trainer:
         return means["loss"]
 
     def _out_of_patience(self) -> bool:
-        """Return true, and log it, if --patience ends the training."""
+        """Return true, and log it, if --patience ends training."""
         number, limit = self.state.validations_without_gain, self.config.patience
         if not 0 < limit <= number:
             return False

@@ -1,4 +1,4 @@
-"""BatchLoss, the interface that any model provides, and `validate`, its sums over batches."""
+"""BatchLoss, the interface for any model's loss, and `validate`, which sums it over batches."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol

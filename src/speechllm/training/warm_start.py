@@ -31,8 +31,8 @@ def initialize(model: SpeechLLM, config: ModelConfig, path: Path) -> None:
 
     Raises:
       FileNotFoundError: the checkpoint is missing.
-      InputError: it cannot be read, no part is compatible, or a frozen projector would not be
-        loaded.
+      InputError: the checkpoint cannot be read, no part is compatible, or a frozen projector
+        would not be loaded.
     """
     path, described = _find_checkpoint(path)
     saved = _parts(load_checkpoint(path)["model"])

@@ -48,7 +48,7 @@ def check_files(
 
     Args:
       copies: folder for copies; created if needed.
-      mix: copy multi-channel files as their mean, with one channel.
+      mix: copy multi-channel files as one channel, their mean.
     """
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(num_jobs) as executor:  # soundfile decodes outside Python's lock
@@ -86,7 +86,7 @@ def _in_any_form(path: Path) -> Path:
 
 
 def lhotse_samples(path: Path, rate: int, channels: int) -> int:
-    """Return the number of samples that lhotse reads, 0 if the file must be copied."""
+    """Return the number of samples that lhotse reads; 0 if the file must be copied."""
     if path.suffix.lower() in GIVEN_TO_A_SHELL:
         return 0
     try:
@@ -98,7 +98,7 @@ def lhotse_samples(path: Path, rate: int, channels: int) -> int:
 
 
 def _write(copy: Path, rate: int, channels: int, blocks: Iterator[np.ndarray]) -> int:
-    """Write blocks (N, C) with C channels or one (the mean); return the number of samples."""
+    """Write blocks (N, C) with all channels or their mean; return the number of samples."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     with soundfile.SoundFile(copy, "w", rate, channels, "PCM_16") as file:
         for block in blocks:

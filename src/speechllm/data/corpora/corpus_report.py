@@ -112,7 +112,7 @@ def report_text(report: Mapping) -> str:
 
 
 def shorten(texts: Iterable[str], separator: str) -> str:
-    """Join the first 50 texts, and give the number of remaining texts."""
+    """Join the first 50 texts, and append how many more there are."""
     texts = list(texts)
     more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
     return separator.join(texts[:SHOWN] + more)

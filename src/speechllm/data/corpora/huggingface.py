@@ -1,6 +1,6 @@
 """Reader for Hugging Face datasets on disk: output of `save_to_disk`, or the hub's parquet files.
 
-It needs pyarrow but not datasets. Embedded audio is written to files.
+Requires pyarrow but not datasets. Embedded audio is written to files.
 """
 
 import json

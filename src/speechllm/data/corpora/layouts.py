@@ -241,13 +241,13 @@ def _audio_by_name(root: Path) -> dict[str, Path]:
 
 
 def _audio_of(name: str, audio: dict[str, Path]) -> Path | None:
-    """Find an audio file by id; of VCTK's two microphones, the second is used as in lhotse."""
+    """Find an audio file by id; of VCTK's two microphones, the second is used, as in lhotse."""
     names = (name, f"{name}_mic2", f"{name}_mic1")
     return next((audio[one] for one in names if one in audio), None)
 
 
 def _read_voxpopuli(files: list[Path]) -> Iterator[Utterance]:
-    """Read `asr_train.tsv` etc.; ids are names of audio files in folders by year.
+    """Read `asr_train.tsv` etc.; ids are names of audio files, which are in folders by year.
 
     Many utterances have only a normalized text, no raw text. The folder gives the language.
     """

@@ -35,7 +35,7 @@ def manifest_files(path: Path) -> list[Path]:
 
 
 def read_manifests(path: Path) -> Iterator[Utterance]:
-    """Read one utterance per supervision; unreadable lines become problems.
+    """Read one utterance per supervision; an unreadable line gives one with a problem.
 
     Raises:
       InputError: a file is missing or truncated.

@@ -40,7 +40,7 @@ def _speaker(cut: Cut) -> str:
 
 
 def divide_speakers(seconds: dict[str, float], train_split: str) -> dict[str, str]:
-    """Map speakers to splits at random, but reproducibly; `seconds` is speech per speaker."""
+    """Map speakers to random, reproducible splits; `seconds` is each speaker's speech."""
     speakers = sorted(seconds)
     random.Random(SPLIT_SEED).shuffle(speakers)
     split_of = dict.fromkeys(speakers, train_split)

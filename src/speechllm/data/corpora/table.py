@@ -1,8 +1,8 @@
 """Reader for tables of utterances (TSV or CSV with a header, or JSON lines), and folders of tables.
 
-Without a split column, a table's name gives its split (`dev.tsv`), or its folder's name for
-`dev/metadata.csv`, as in Hugging Face's audio folders. Paths are relative to the table, or to
-`clips/` next to it as in Common Voice, or to --audio-dir.
+Without a split column, a table's name gives its split (`dev.tsv`) or, for `dev/metadata.csv`, its
+folder's name, as in Hugging Face's audio folders. Paths are relative to the table or, as in Common
+Voice, to `clips/` next to it, or to --audio-dir.
 """
 
 import codecs
@@ -85,7 +85,7 @@ def read_table(
 
 
 def _with_ids_of_paths(utterances: list[Utterance], folder: Path) -> list[Utterance]:
-    """Use the paths in the ids of files that have the same name: `anna/1.wav` and `ben/1.wav`."""
+    """Use the paths in the ids of files that share a name: `anna/1.wav` and `ben/1.wav`."""
     paths = defaultdict(set)
     for one in utterances:
         paths[one.path.stem].add(one.path)

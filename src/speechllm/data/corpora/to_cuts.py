@@ -27,7 +27,7 @@ def to_cut(
 
     Args:
       language: default for utterances without a language.
-      channel: default for utterances in multi-channel files without a channel.
+      channel: default in multi-channel files, for utterances without one.
     """
     problem = utterance.problem or _field_problem(utterance)
     if not problem and not isinstance(file, AudioFile):
@@ -94,7 +94,7 @@ def _segment_problem(utterance: Utterance, file: AudioFile, channel: int | None)
 
 
 def is_late(utterance: Utterance, file: AudioFile) -> bool:
-    """Return true if the utterance ends after its audio, by more than a feature frame."""
+    """Return true if the utterance ends more than a feature frame after its audio."""
     return utterance.end is not None and utterance.end > file.duration + FRAME_SHIFT
 
 

@@ -34,7 +34,7 @@ class Utterance:
     """Utterance as given by its source; fields that the source lacks are None.
 
     start, end: seconds in the file; end None means the end of the file.
-    channel: index of the channel in a multi-channel file, from 0.
+    channel: 0-based index of the channel in a multi-channel file.
     recording: id of the recording; None if the utterance is the whole recording.
     place: location in the source, such as `line 5`.
     problem: (one of validation.REASONS, description), found while reading the source.
@@ -65,7 +65,7 @@ def find_columns(
     """Map fields to column names; names in `chosen`, given by flags, take precedence.
 
     Raises:
-      InputError: a required column is missing, or one that is used occurs twice.
+      InputError: a required column is missing, or a column in use occurs twice.
     """
     by_name = {name.strip().lower(): name for name in header}  # `Path`, ` text`
     found = {

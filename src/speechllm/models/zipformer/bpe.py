@@ -8,7 +8,7 @@ from sentencepiece import SentencePieceProcessor
 def case_of(bpe: SentencePieceProcessor) -> Callable[[str], str]:
     """Return a function that converts texts to the case of the pieces.
 
-    It is `str.upper` or `str.lower` if all pieces are in that case, else the identity `str`.
+    This is `str.upper` or `str.lower` if all pieces are in that case, else the identity `str`.
     """
     pieces = map(bpe.id_to_piece, range(bpe.vocab_size()))
     letters = "".join(piece for piece in pieces if not piece.startswith("<"))  # <blk>, <unk>

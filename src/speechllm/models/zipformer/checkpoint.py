@@ -35,7 +35,7 @@ def load_encoder(
 
     Raises:
       FileNotFoundError: the file is missing.
-      InputError: it is not a checkpoint, its size differs, or keys are unexpected.
+      InputError: the file is not a checkpoint, its size differs, or keys are unexpected.
     """
     state = load_checkpoint(path)["model"]
     state = {key.removeprefix("module."): value for key, value in state.items()}  # DDP's prefix

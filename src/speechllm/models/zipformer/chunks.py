@@ -57,7 +57,7 @@ class Frames(NamedTuple):
     valid: (B, T), False for padding.
     sources: mask of the frames that each frame attends to, (B, 1 or T, L + T).
     chunk: frames per chunk.
-    chunk_lens: frames per chunk of each utterance, (B,): fewer if it is shorter than a chunk.
+    chunk_lens: frames per chunk of each utterance, (B,); fewer if the utterance is shorter.
     left: L, the number of frames before the chunk; 0 offline.
     """
 

@@ -75,7 +75,7 @@ class Chunking(NamedTuple):
         """Check that an encoder with this configuration supports the chunking.
 
         Raises:
-          InputError: it is not causal, or its downsampling or convolutions do not allow the sizes.
+          InputError: the encoder is not causal, or its layers do not support the sizes.
         """
         size, left = f"--chunk-size {self.chunk_size}", self.left_context
         if self.chunk_size < 0:

@@ -1,6 +1,6 @@
 """Flat start for CTC, as in Kaldi: the first batches are trained on uniformly spaced tokens.
 
-CTC training from scratch first learns to predict only blanks, and with little data may never learn
+CTC training from scratch first learns to predict only blanks and, with little data, may never learn
 more. A few hundred batches of frame-wise cross entropy with a crude alignment avoid this.
 """
 
