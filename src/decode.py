@@ -11,7 +11,7 @@ epoch-10-avg-5.pt` decodes with a checkpoint by name, such as a published one. T
 described by `<exp-dir>/model.json`, which training writes; flags take precedence.
 """
 
-from speechllm.cli import Parser
+from speechllm.cli import Parser, heavy_imports
 from speechllm.decoding.config import CheckpointConfig
 from speechllm.errors import exit_on_user_error
 from speechllm.evaluation.config import add_decode_options, decode_config
@@ -28,9 +28,9 @@ def get_parser(model=ONE_ENCODER, checkpoint=CheckpointConfig(), description=__d
 def main(argv=None, model=ONE_ENCODER, checkpoint=CheckpointConfig(), description=__doc__) -> None:
     args = get_parser(model, checkpoint, description).parse_args(argv)
     config = decode_config(args, model, checkpoint)
-    # heavy imports come after the flags are read
-    from speechllm.distributed import launch
-    from speechllm.evaluation.decode_set import decode_sets
+    with heavy_imports():  # after the flags are read
+        from speechllm.distributed import launch
+        from speechllm.evaluation.decode_set import decode_sets
 
     launch(decode_sets, config, config.evaluation.world_size, config.evaluation.master_port)
 

@@ -11,7 +11,7 @@ Writes `bpe.model` before the first step, and at the end `pretrained.pt`: the av
 
 from pathlib import Path
 
-from speechllm.cli import TRAINING_EXIT_CODES, Parser, add_options, from_args
+from speechllm.cli import TRAINING_EXIT_CODES, Parser, add_options, from_args, heavy_imports
 from speechllm.data.config import TrainDataConfig
 from speechllm.errors import exit_on_user_error
 from speechllm.training.config import EncoderConfig, TrainConfig
@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     encoder, data = from_args(EncoderConfig, args), from_args(TrainDataConfig, args)
     config = from_args(DEFAULTS, args)
-    # heavy imports come after the flags are read
-    from speechllm.distributed import is_first_process
-    from speechllm.evaluation.ctc import decode_with_ctc
-    from speechllm.evaluation.eval_sets import read_eval_sets
-    from speechllm.training.ctc_training import train_encoder
+    with heavy_imports():  # after the flags are read
+        from speechllm.distributed import is_first_process
+        from speechllm.evaluation.ctc import decode_with_ctc
+        from speechllm.evaluation.eval_sets import read_eval_sets
+        from speechllm.training.ctc_training import train_encoder
 
     test_sets = read_eval_sets(encoder.test_cuts or "", data)
     if train_encoder(encoder, data, config) and is_first_process():

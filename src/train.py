@@ -17,7 +17,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from speechllm.cli import TRAINING_EXIT_CODES, Parser, add_options, from_args
+from speechllm.cli import TRAINING_EXIT_CODES, Parser, add_options, from_args, heavy_imports
 from speechllm.data.config import TrainDataConfig
 from speechllm.errors import exit_on_user_error, redact_secrets
 from speechllm.models.config import ONE_ENCODER, ModelConfig, with_exported_parts
@@ -46,9 +46,9 @@ def main(
         from_args(TrainDataConfig, args),
         from_args(default, args),
     )
-    # heavy imports come after the flags are read
-    from speechllm.evaluation.valid_decode import valid_decoder
-    from speechllm.training.llm_training import train_llm
+    with heavy_imports():  # after the flags are read
+        from speechllm.evaluation.valid_decode import valid_decoder
+        from speechllm.training.llm_training import train_llm
 
     train_llm(*configs, valid_decoder)
 
