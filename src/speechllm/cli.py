@@ -34,9 +34,9 @@ WIDTH = 100  # columns of --help, or fewer in a narrow terminal
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Keep garbage collection from looking at what is imported inside, now and at exit.
+    """Exempt imported objects from garbage collection, during the imports and at exit.
 
-    A start of torch and transformers spends a third of its CPU time on that.
+    Collections take a third of the CPU time of importing torch and transformers.
     """
     gc.disable()
     try:
