@@ -21,7 +21,7 @@ from speechllm.models.zipformer.checkpoint import load_encoder, save_encoder
 from speechllm.models.zipformer.config import OFFLINE, SIZES, Chunking
 from speechllm.models.zipformer.encoder import ZipformerEncoder
 from speechllm.streaming.encoding import Reencoding
-from speechllm.streaming.phrase import phrase_end, quiet_frames
+from speechllm.streaming.phrase import Phrase, phrase_end, quiet_frames
 from speechllm.streaming.stream import Partial, Streamer
 
 CONFIG = LongformConfig(max_segment_duration=3.0, endpoint_silence=0.16)
@@ -288,3 +288,8 @@ def test_wrong_samples_add_nothing(streamer, samples):
     with pytest.raises(InputError, match="samples (have shape|contain NaN)"):
         stream.feed(samples)
     assert stream.finish() == []
+
+
+def test_phrases_too_short_to_recognize_are_no_speech(streamer):
+    short = Phrase(0, 1, torch.zeros(0), torch.zeros(0, 80), [])
+    assert streamer._has_speech([short]) == [False]

@@ -170,12 +170,11 @@ class Streamer:
     def _has_speech(self, phrases: list[Phrase]) -> list[bool]:
         """Return false for noise and too short phrases, for which CTC may also emit words."""
         shortest = self.recognizer.model.ds_rate
-        if not phrases:
-            return []
-        probabilities = self.detect_speech([one.samples for one in phrases])
+        long = [one.samples for one in phrases if one.end - one.start >= shortest]
+        found = iter(self.detect_speech(long) if long else ())
         return [
-            one.end - one.start >= shortest and bool((own >= SPEECH).any())
-            for one, own in zip(phrases, probabilities)
+            one.end - one.start >= shortest and bool((next(found) >= SPEECH).any())
+            for one in phrases
         ]
 
 
