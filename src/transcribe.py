@@ -86,15 +86,16 @@ def unique_stems(names: list[str]) -> dict[str, str]:
     """Return each recording's stem: `talk.wav` and `talk.mp3` keep their suffixes, `anna/1.wav` and
     `ben/1.wav` their folders.
     """
-    paths = [os.path.abspath(name) for name in names]
-    above = os.path.commonpath(map(os.path.dirname, paths))
+    files = [name for name in names if name != STDIN]
+    paths = [os.path.abspath(name) for name in files]
+    above = os.path.commonpath(map(os.path.dirname, paths)) if paths else ""
     relative = [os.path.relpath(path, above).replace(os.sep, "-") for path in paths]
-    forms = [[Path(name).stem for name in names], [Path(name).name for name in names], relative]
+    forms = [[Path(name).stem for name in files], [Path(name).name for name in files], relative]
     counts = [Counter(stems) for stems in forms]
-    unique = {}
-    for name, *stems in zip(names, *forms):
+    unique = dict.fromkeys(names, "stdin")
+    for name, *stems in zip(files, *forms):
         alone = (stem for stem, count in zip(stems, counts) if count[stem] == 1)
-        unique[name] = "stdin" if name == STDIN else next(alone, stems[-1])
+        unique[name] = next(alone, stems[-1])
     return unique
 
 

@@ -162,6 +162,7 @@ def test_wrong_input_is_one_sentence(run, recordings, flags, message):
         (["-", "d/a.wav"], ["stdin", "a"]),
         (["d/a.wav", "d/a.mp3", "b.c.wav"], ["a.wav", "a.mp3", "b.c"]),
         (["d/1.wav", "d/x/1.wav", "d/x/y/1.wav"], ["1.wav", "x-1.wav", "x-y-1.wav"]),
+        (["/t/ann/1.wav", "/t/ben/1.wav", "-"], ["ann-1.wav", "ben-1.wav", "stdin"]),
     ],
 )
 def test_outputs_of_recordings_of_one_name_differ(names, stems):
