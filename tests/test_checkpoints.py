@@ -2,14 +2,10 @@
 
 import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from exp_dirs import equal
-from packaging.version import Version
 
 from speechllm.checkpoints import (
     UNREADABLE,
@@ -55,33 +51,16 @@ def test_bare_state_dicts_and_the_format_of_torch_before_1_6_load(tmp_path, zipp
     assert equal(load_checkpoint(path)["model"], state)
 
 
-def test_objects_in_the_format_of_torch_before_1_6_are_refused_with_a_conversion(tmp_path):
-    path = tmp_path / "x.pt"
-    saved = {"model": {"a": torch.ones(2)}, "path": Path("x"), "version": Version("1")}
-    torch.save(saved, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(InputError, match="packaging.version.Version.* it: python -c") as error:
-        load_checkpoint(path)
-    code = str(error.value).partition('python -c "')[2].removesuffix('"')
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert equal(load_checkpoint(tmp_path / "x-model.pt")["model"], saved["model"])
-
-
-def test_code_in_the_format_of_torch_before_1_6_is_refused_without_a_conversion(tmp_path):
+def test_code_in_the_format_of_torch_before_1_6_is_refused(tmp_path):
     class Command:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/ran",)
 
-    saved = {"model": {"a": torch.ones(2)}, "path": Path("x"), "command": Command()}
+    saved = {"model": {"a": torch.ones(2)}, "command": Command()}
     torch.save(saved, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(InputError, match=r"it contains posix\.system$"):
+    with pytest.raises(InputError, match="more than tensors and plain values$"):
         load_checkpoint(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
-
-
-def test_paths_in_the_format_of_torch_before_1_6_are_ignored(tmp_path):
-    saved = {"model": {"a": torch.ones(2)}, "path": Path("x")}
-    torch.save(saved, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    assert equal(load_checkpoint(tmp_path / "x.pt")["model"], saved["model"])
 
 
 def test_flipped_bits_and_truncation_are_detected(tmp_path):
@@ -180,8 +159,8 @@ def test_by_default_the_last_five_epochs_are_averaged(tmp_path, epochs, options,
         (average_epochs, (10, 4), "epoch-8.pt is missing in .*: --epoch 10 --avg 4 needs epochs 7 "
          "to 10, found: 7, 9, 10"),
         (average_epochs, (3, 4), "^--epoch 3 --avg 4 "),
-        (average_checkpoints, (19, 1), "checkpoint-19.pt is missing in .*, found: 12, 18"),
-        (average_checkpoints, (18, 3), "has 2 of the 3 checkpoints that --iter 18 --avg 3 needs"),
+        (average_checkpoints, (19, 1), "checkpoint-19.pt .*: --iter 19 --avg 1 needs it .*, found: 12, 18"),
+        (average_checkpoints, (18, 3), "--iter 18 --avg 3 needs it and 2 earlier ones, found: 12, 18"),
     ],
 )  # fmt: skip
 def test_averages_that_are_impossible(tmp_path, average, numbers, message):

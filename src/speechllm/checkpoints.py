@@ -2,10 +2,8 @@
 
 import logging
 import mmap
-import pickletools
 import sys
 from pathlib import Path
-from typing import BinaryIO
 from zipfile import ZipFile
 
 import torch
@@ -23,7 +21,6 @@ CONVERT = (
     "torch.save({{'model': torch.load('{path}', weights_only=False)['model']}}, '{out}')\""
 )
 UNREADABLE = "cannot be read as a checkpoint of tensors"
-OLD_FORMAT = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # torch before 1.6
 
 
 def copy_to_cpu(value: Tensor) -> Tensor:
@@ -78,30 +75,19 @@ def _load_checked(path: str | Path) -> object:
       Exception: from zipfile or torch, if the file was not written by torch.save.
     """
     with open(path, "rb") as file, _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        is_old = content[: len(OLD_FORMAT)] == OLD_FORMAT  # without checksums
-        if is_old:
-            names = _old_globals(file)
-        else:
-            with ZipFile(content) as archive:
-                if damaged := archive.testzip():
-                    raise RuntimeError(f"wrong checksum of {damaged}")
-            content.seek(0)
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+        if content[:2] != b"PK":  # possibly the format of torch before 1.6, without checksums
+            return torch.load(path, map_location="cpu", weights_only=True)
+        with ZipFile(content) as archive:
+            if damaged := archive.testzip():
+                raise RuntimeError(f"wrong checksum of {damaged}")
+        content.seek(0)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(content)
         if refused := [name for name in names if name.split(".")[0] not in HARMLESS]:
             reason = f"it contains {min(refused)}{_advice(path, refused)}"
             raise InputError(f"{path} {UNREADABLE}: {reason}")
-        unused = [(_Unused, name) for name in names]
         content.seek(0)
-        with torch.serialization.safe_globals(unused):
-            return torch.load(path if is_old else content, map_location="cpu", weights_only=True)
-
-
-def _old_globals(file: BinaryIO) -> list[str]:
-    """Return the globals in the old format's four pickles, except those needed for tensors."""
-    parts = [list(pickletools.genops(file)) for _ in range(4)]
-    names = {arg for part in parts for code, arg, _ in part if code.name == "GLOBAL"}
-    found = (name.replace(" ", ".") for name in names)
-    return sorted(name for name in found if name.split(".")[0] not in ("torch", "collections"))
+        with torch.serialization.safe_globals([(_Unused, name) for name in names]):
+            return torch.load(content, map_location="cpu", weights_only=True)
 
 
 def _advice(path: str | Path, names: list[str]) -> str:
@@ -165,18 +151,15 @@ def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
         raise FileNotFoundError(f"{exp_dir} has no epoch-N.pt (see --checkpoint for other files)")
     epoch = epoch or max(found)
     avg = avg or next((k for k in range(1, DEFAULT_AVG) if epoch - k not in found), DEFAULT_AVG)
-    first, flags = epoch - avg + 1, f"--epoch {epoch} --avg {avg}"
     if avg < 1:
         raise InputError(f"--avg {avg} must be at least 1")
+    first, flags = epoch - avg + 1, f"--epoch {epoch} --avg {avg}"
     if first < 1:
         raise InputError(f"{flags} begins before epoch 1")
     for number in range(first, epoch + 1):
         if number not in found:
-            needed = f"epochs {first} to {epoch}" if avg > 1 else f"epoch {epoch}"
-            raise FileNotFoundError(
-                f"epoch-{number}.pt is missing in {exp_dir}: {flags} needs {needed}, "
-                f"found: {_numbers(found)}"
-            )
+            needs = f"{flags} needs epochs {first} to {epoch}"
+            raise _missing(f"epoch-{number}.pt", exp_dir, needs, found)
     return [found[number] for number in range(first, epoch + 1)]
 
 
@@ -190,21 +173,16 @@ def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path
     if avg < 0:
         raise InputError(f"--avg {avg} must be at least 1")
     found = numbered_files(exp_dir, "checkpoint")
-    if iteration not in found:
-        raise FileNotFoundError(
-            f"checkpoint-{iteration}.pt is missing in {exp_dir}, found: {_numbers(found)}"
-        )
     needed = [path for number, path in found.items() if number <= iteration][: avg or DEFAULT_AVG]
-    if len(needed) < avg:
-        raise FileNotFoundError(
-            f"{exp_dir} has {len(needed)} of the {avg} checkpoints that --iter {iteration} "
-            f"--avg {avg} needs, found: {_numbers(found)}"
-        )
+    if iteration not in found or len(needed) < avg:
+        needs = f"--iter {iteration} --avg {avg} needs it and {max(1, avg) - 1} earlier ones"
+        raise _missing(f"checkpoint-{iteration}.pt or another", exp_dir, needs, found)
     return needed[::-1]
 
 
-def _numbers(found: dict[int, Path]) -> str:
-    return ", ".join(map(str, sorted(found))) or "none"
+def _missing(name: str, exp_dir: Path, needs: str, found: dict[int, Path]) -> FileNotFoundError:
+    numbers = ", ".join(map(str, sorted(found))) or "none"
+    return FileNotFoundError(f"{name} is missing in {exp_dir}: {needs}, found: {numbers}")
 
 
 def average(paths: list[Path], out: Path) -> tuple[dict[str, Tensor], Path]:

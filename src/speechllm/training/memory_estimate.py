@@ -9,7 +9,6 @@ counted. On a CPU, in float32, the peak resident memory of training a model of 1
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -48,34 +47,18 @@ def _storages(tree) -> set[torch.UntypedStorage]:
     return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes per rank: fixed parts, and the forward/backward peak including gradients."""
-
-    weights: int
-    optimizer: int
-    buffers: int
-    step: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.optimizer + self.buffers + self.step
-
-
 def estimate_memory(
     model: nn.Module,
     loss: Callable[[nn.Module], Tensor],
     dtype: torch.dtype,
     ranks: int = 1,
     zero_stage: int = 0,
-) -> MemoryEstimate:
-    """Estimate the memory of a training step.
+) -> dict[str, int]:
+    """Return the bytes per rank of each part of a training step; stage 0 means DDP.
 
     Args:
       model: on "meta", with parameters in the dtypes used in training.
-      loss: runs the forward pass for a batch, given a copy of the model in `dtype`.
-      dtype: autocast dtype.
-      zero_stage: ZeRO stage; 0 means DDP.
+      loss: runs the forward pass for a batch, given a copy of the model in the autocast `dtype`.
     """
     parameters = sum(p.nbytes for p in model.parameters())
     gradients = sum(p.nbytes for p in trained(model))
@@ -86,9 +69,9 @@ def estimate_memory(
     autocast = 0 if dtype == torch.float32 else gradients
     state = STATE_PER_PARAMETER * sum(p.numel() for p in trained(model))
     shards = [ranks if zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    return MemoryEstimate(
-        weights=parameters // shards[2],
-        optimizer=state // shards[0],
-        buffers=gradients if ranks > 1 else 0,  # DDP's or DeepSpeed's buckets
-        step=memory.peak + autocast - gradients + gradients // shards[1],
-    )
+    return {
+        "weights": parameters // shards[2],
+        "optimizer": state // shards[0],
+        "buffers": gradients if ranks > 1 else 0,  # DDP's or DeepSpeed's buckets
+        "forward and backward": memory.peak + autocast - gradients + gradients // shards[1],
+    }

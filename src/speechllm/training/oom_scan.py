@@ -71,7 +71,14 @@ def scan_memory(engine: Engine, loss: BatchLoss, data: TrainingData) -> None:
             number //= 2
         if number < len(cuts):
             state.clear()  # the exception will keep this frame alive
-            raise InputError(_message(name, cuts, number, engine.dist_env.rank))
+            hint = f"{number} of them fit: use --max-duration {number * cuts[0].duration:.0f}"
+            raise InputError(
+                f"--scan-oom: rank {engine.dist_env.rank} is out of memory with the batch with "
+                f"{name}, {len(cuts)} utterances of up to {cuts[0].duration:.1f} s, such as "
+                f"{cuts[0].id}; "
+                + (hint if number else "not even one fits: use a lower --max-utterance-duration")
+                + ", or --activation-checkpointing true"
+            )
     sizes = (f"{len(cuts)} utterances with {name}" for name, cuts in largest.items())
     logging.info(f"The largest batches fit into memory: {', '.join(sizes)}")
 
@@ -90,18 +97,3 @@ def _fits(engine: Engine, loss: BatchLoss, batch: dict) -> bool:
     if engine.dist_env.device.type == "cuda":
         torch.cuda.empty_cache()
     return fits
-
-
-def _message(name: str, cuts: list[Cut], number: int, rank: int) -> str:
-    longest = cuts[0].duration
-    hint = "not even one fits: use a lower --max-utterance-duration"
-    if number:
-        hint = (
-            f"{number} of them fit: use --max-duration {number * longest:.0f}, "
-            "or --activation-checkpointing true"
-        )
-    shown = ", ".join(f"{cut.id} ({cut.duration:.1f} s)" for cut in cuts[:3])
-    return (
-        f"--scan-oom: rank {rank} is out of memory with the batch with {name}, {len(cuts)} "
-        f"utterances of up to {longest:.1f} s: {shown}{' …' if len(cuts) > 3 else ''}; {hint}"
-    )
