@@ -297,8 +297,9 @@ def test_float16_and_a_missing_installation_are_errors(tmp_path, monkeypatch):
     ("{", "Expecting property name .* line 1 column 2"),
     ({}, "it must be a JSON object with zero_optimization$"),
     (with_stage(0), "the stage of zero_optimization is 0, not 1, 2 or 3$"),
-    (with_stage(2, reduce_bucket_size="auto"), "reduce_bucket_size auto is not supported$"),
-    ({**with_stage(2), "optimizer": {}}, "optimizer is set by flags or unknown, supported are ze"),
+    (with_stage(2, offload_param={}), "offload_param is not supported: flags set everything exc"),
+    (with_stage(2, reduce_bucket_size="x"), "reduce_bucket_size"),
+    ({**with_stage(2), "optimizer": {}}, "optimizer is not supported: flags set everything except"),
 ])  # fmt: skip
 def test_invalid_files_are_errors(tmp_path, config, message):
     with pytest.raises((InputError, FileNotFoundError), match=message) as error:

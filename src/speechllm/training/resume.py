@@ -31,11 +31,6 @@ ORDER_OPTIONS = (  # options that determine the batches in an epoch
     "max_batch_tokens", "bucketing_sampler", "num_buckets", "shuffle", "drop_last", "min_duration",
     "max_utterance_duration", "concatenate_cuts",
 )  # fmt: skip
-FORMER_NAMES = {  # former names of options in older checkpoints
-    "max_tokens": "max_batch_tokens",
-    "min_utterance": "min_duration",
-    "max_utterance": "max_utterance_duration",
-}
 
 
 @dataclass
@@ -174,11 +169,6 @@ class Start:
     checkpoint: dict = field(default_factory=dict)
     state: TrainState = field(default_factory=TrainState)
 
-    @property
-    def invalid(self) -> dict[str, int]:
-        """Counts of invalid utterances in the epoch; older checkpoints call them `bad`."""
-        return self.checkpoint.get("invalid", self.checkpoint.get("bad", {}))
-
 
 def find_start(config: TrainConfig, dist_env: DistEnv = DistEnv()) -> Start:
     """Find and read the checkpoint to resume from; rank 0 chooses it.
@@ -292,15 +282,11 @@ def order_of(data: TrainDataConfig, seed: int) -> dict[str, str]:
 
 def warn_if_order_changed(order: dict[str, str], start: Start) -> None:
     """Warn if the remaining batches differ from those of the original run."""
-    saved = {
-        FORMER_NAMES.get(name, name): value
-        for name, value in start.checkpoint.get("order", {}).items()
-        if value  # unset options are empty
-    }
+    saved = start.checkpoint.get("order", {})
     changed = [
-        f"--{name.replace('_', '-')} was {saved[name]}, now {value}"
+        f"{flag_name(name)} was {saved[name]}, now {value}"
         for name, value in order.items()
-        if saved.get(name, value) != value
+        if (saved.get(name) or value) != value  # older files have "" for unset options
     ]
     if changed and start.state.batches_in_epoch:
         logging.warning(
