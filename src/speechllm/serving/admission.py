@@ -8,6 +8,7 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
 from speechllm.audio.fbank import SAMPLING_RATE
+from speechllm.serving.config import ServerConfig
 
 RETRY_SECONDS = 1  # Retry-After for 429 and 503
 FAILED = "recognition failed, see the server's log"
@@ -41,18 +42,12 @@ def error_response(error: HTTPException) -> JSONResponse:
 
 
 class AdmissionController:
-    """Limits the streams, the requests in progress, and the seconds of their audio in memory.
+    """Limits the streams, the requests in progress, and the seconds of their audio in memory."""
 
-    Attributes:
-      streams: number of open streams.
-    """
-
-    def __init__(self, max_concurrent_requests: int, max_queued_seconds: float, max_streams: int):
-        self.max_concurrent_requests = max_concurrent_requests
-        self.max_queued_seconds = max_queued_seconds
-        self.max_streams, self.streams = max_streams, 0
+    def __init__(self, config: ServerConfig):
+        self.config, self.closed = config, False
+        self.streams = 0  # number of open streams
         self.slots: set[Slot] = set()
-        self.closed = False
         self.lock = Lock()  # decoder threads count samples
 
     @property
@@ -67,7 +62,7 @@ class AdmissionController:
           ApiError: 429, all slots are taken; 503, the server is shutting down.
         """
         self._check_open()
-        if (taken := len(self.slots)) >= self.max_concurrent_requests:
+        if (taken := len(self.slots)) >= self.config.max_concurrent_requests:
             raise ApiError(429, f"{taken} requests are in progress, the maximum: try again later")
         slot = Slot(self)
         with self.lock:
@@ -88,7 +83,7 @@ class AdmissionController:
           ApiError: 429, too many streams are open; 503, the server is shutting down.
         """
         self._check_open()
-        if self.streams >= self.max_streams:
+        if self.streams >= self.config.max_streams:
             raise ApiError(429, f"{self.streams} streams are open, the maximum: try again later")
         self.streams += 1
         try:
@@ -102,14 +97,11 @@ class AdmissionController:
 
 
 class Slot:
-    """A request in progress: its audio in memory, and its batcher.Job once submitted.
-
-    warnings: messages about unreadable parts of the audio.
-    """
+    """A request in progress: its audio in memory, and its batcher.Job once submitted."""
 
     def __init__(self, controller: AdmissionController):
         self.controller, self.samples, self.job = controller, 0, None
-        self.warnings: list[str] = []
+        self.warnings: list[str] = []  # about unreadable parts of the audio
 
     @property
     def seconds(self) -> float:
@@ -125,7 +117,7 @@ class Slot:
         with controller.lock:
             if self not in controller.slots:
                 raise ApiError(CLIENT_CLOSED_REQUEST, "the client disconnected")
-            queued, limit = controller.seconds, controller.max_queued_seconds
+            queued, limit = controller.seconds, controller.config.max_queued_seconds
             if queued + samples / SAMPLING_RATE > limit:
                 raise ApiError(
                     503,

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Generic, TypeVar
@@ -153,8 +153,9 @@ class Worker:
             self.transcriber.split.batch_seconds = seconds
             if batch := self._next_batch():
                 self.on_batch(len(batch))
-                self._recognize(batch)
-                for job in {job for job, _ in batch}:
+                jobs, chunks = zip(*batch)
+                self._run_batch(jobs, list(chunks), self._recognize)
+                for job in set(jobs):
                     if job.next_chunk is None:
                         job.put(None)
 
@@ -199,19 +200,25 @@ class Worker:
             self.turns.popleft()
         return batch
 
-    def _recognize(self, batch: list[tuple[Job, AudioChunk]]) -> None:
-        """Recognize a batch; if it fails, retry each chunk alone, so that only one job fails."""
+    def _recognize(self, chunks: list[AudioChunk]) -> list[list[Segment]]:
+        return [[segment] for segment in self.transcriber.recognize(chunks)]
+
+    def _run_batch(
+        self, jobs: Sequence[Results], inputs: list, run: Callable[[list], list[list]]
+    ) -> None:
+        """Put the results of a batch; if it fails, retry each input alone: only one job fails."""
         try:
-            segments = self.transcriber.recognize([chunk for _, chunk in batch])
+            found = run(inputs)
         except Exception as error:
-            if len(batch) == 1:
-                self._fail(batch[0][0], error)
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
             else:
-                for one in batch:
-                    self._recognize([one])
+                for job, one in zip(jobs, inputs):
+                    self._run_batch([job], [one], run)
             return
-        for (job, _), segment in zip(batch, segments, strict=True):
-            job.put(segment)
+        for job, results in zip(jobs, found, strict=True):
+            for result in results:
+                job.put(result)
 
     # ---- streams
 
@@ -230,26 +237,12 @@ class Worker:
         for job in jobs:
             job.push()
         if jobs:
-            self._advance_streams(jobs)
+            streams = [job.stream for job in jobs]
+            self._run_batch(jobs, streams, streams[0].streamer.advance)
         for job in jobs:
             if job.is_done:
                 job.put(None)
             self._queue_stream(job)
-
-    def _advance_streams(self, jobs: list[LiveJob]) -> None:
-        """Advance streams as one batch; if it fails, retry each alone, so that only one fails."""
-        try:
-            found = jobs[0].stream.streamer.advance([job.stream for job in jobs])
-        except Exception as error:
-            if len(jobs) == 1:
-                self._fail(jobs[0], error)
-            else:
-                for one in jobs:
-                    self._advance_streams([one])
-            return
-        for job, events in zip(jobs, found, strict=True):
-            for event in events:
-                job.put(event)
 
     def _fail(self, job: Results, error: Exception) -> None:
         logging.error(f"{job.name} failed", exc_info=error)

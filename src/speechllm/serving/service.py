@@ -1,12 +1,12 @@
 """State shared by all requests: model thread, decoder threads, admission and metrics."""
 
 import asyncio
-import functools
 import hmac
 import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import BinaryIO
 
 from fastapi import UploadFile
@@ -39,9 +39,7 @@ class Service:
     def __init__(self, transcriber: Transcriber, config: ServerConfig, token: str | None = None):
         self.transcriber, self.config, self.token = transcriber, config, token
         self.started = int(time.time())
-        self.admission = AdmissionController(
-            config.max_concurrent_requests, config.max_queued_seconds, config.max_streams
-        )
+        self.admission = AdmissionController(config)
         self.metrics = Metrics(self.admission)
         self.worker = Worker(transcriber, self.metrics.batch_parts.observe)
         self.decoders = ThreadPoolExecutor(os.cpu_count(), "decode")
@@ -62,7 +60,7 @@ class Service:
         slot.job = Job(name, blocks, context, hotwords)
         self.worker.submit(slot.job)
 
-    @functools.cached_property
+    @cached_property
     def streamer(self) -> Streamer:
         """Streamer for the model; raises ApiError 400 if the model does not support streaming."""
         transcriber = self.transcriber
@@ -126,24 +124,23 @@ class Metrics:
     """Prometheus metrics of a server."""
 
     def __init__(self, admission: AdmissionController):
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "asr_requests", "Transcriptions by status; 499: client disconnected", ["status"],
-            registry=registry,
-        )  # fmt: skip
-        text = "Time from the first byte received to the last byte sent"
-        self.request_seconds = Histogram(
-            "asr_request_seconds", text, registry=registry, buckets=SECONDS
+        self.registry = CollectorRegistry()
+        counter, histogram, gauge = (
+            partial(kind, namespace="asr", registry=self.registry)
+            for kind in (Counter, Histogram, Gauge)
         )
-        text = "Seconds of audio transcribed"
-        self.audio_seconds = Counter("asr_audio_seconds", text, registry=registry)
+        self.requests = counter(
+            "requests", "Transcriptions by status; 499: client disconnected", ["status"]
+        )
+        text = "Time from the first byte received to the last byte sent"
+        self.request_seconds = histogram("request_seconds", text, buckets=SECONDS)
+        self.audio_seconds = counter("audio_seconds", "Seconds of audio transcribed")
         text = "Chunks of recordings per batch"
-        self.batch_parts = Histogram("asr_batch_parts", text, registry=registry, buckets=CHUNKS)
-        gauge = Gauge("asr_requests_in_progress", "Requests that hold a slot", registry=registry)
-        gauge.set_function(lambda: len(admission.slots))
-        text = "Seconds of audio in memory"
-        gauge = Gauge("asr_waiting_audio_seconds", text, registry=registry)
-        gauge.set_function(lambda: admission.seconds)
-        gauge = Gauge("asr_streams", "Open streams", registry=registry)
-        gauge.set_function(lambda: admission.streams)
-        ProcessCollector(registry=registry)
+        self.batch_parts = histogram("batch_parts", text, buckets=CHUNKS)
+        for name, text, value in (
+            ("requests_in_progress", "Requests that hold a slot", lambda: len(admission.slots)),
+            ("waiting_audio_seconds", "Seconds of audio in memory", lambda: admission.seconds),
+            ("streams", "Open streams", lambda: admission.streams),
+        ):
+            gauge(name, text).set_function(value)
+        ProcessCollector(registry=self.registry)
