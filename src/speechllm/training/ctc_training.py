@@ -187,7 +187,11 @@ def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> Zipfor
       InputError: the checkpoint's size or vocabulary differs.
     """
     if start.path:
-        encoder = _encoder_of(start, config)
+        try:
+            encoder = encoder_from_state(start.checkpoint["model"], config.size, config.dropout)
+        except InputError as error:
+            flags = f"--encoder-size {config.encoder_size} --causal {spelled(config.causal)}"
+            raise InputError(f"{start.path} does not match {flags}: {error}") from None
     else:
         encoder = ZipformerEncoder(config.size, vocab_size, config.dropout)
     encoder.set_chunkings(config.chunkings)
@@ -196,14 +200,6 @@ def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> Zipfor
             f"{start.path} does not match the {vocab_size} pieces of {BPE_FILE} in its directory"
         )
     return encoder
-
-
-def _encoder_of(start: Start, config: EncoderConfig) -> ZipformerEncoder:
-    try:
-        return encoder_from_state(start.checkpoint["model"], config.size, config.dropout)
-    except InputError as error:
-        flags = f"--encoder-size {config.encoder_size} --causal {spelled(config.causal)}"
-        raise InputError(f"{start.path} does not match {flags}: {error}") from None
 
 
 # ---- BPE model

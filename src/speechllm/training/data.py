@@ -167,11 +167,12 @@ class TrainingData:
             position = EpochPosition(epoch, skip, self.seed, dist_env.rank, dist_env.world_size)
             return training_loader(self.source(epoch), self.config, position, extras)
 
-        def even_batches_of(epoch: int, skip: int = 0) -> EvenBatches:
-            loader = partial(batches_of, epoch)
-            return EvenBatches(loader, dist_env, self.config.drop_last, skip)
-
-        return even_batches_of if self.config.shar_dir else batches_of
+        if not self.config.shar_dir:
+            return batches_of
+        drop_last = self.config.drop_last
+        return lambda epoch, skip=0: EvenBatches(
+            partial(batches_of, epoch), dist_env, drop_last, skip
+        )
 
     def valid_loader(self, dist_env: DistEnv, exp_dir: Path) -> Callable[[], Iterator[dict]]:
         """Return a function that yields this rank's validation batches."""

@@ -27,11 +27,7 @@ def report_invalid(
     listing: Path,
     prefix: str = "Skipped",
 ) -> None:
-    """Log and list errors, and check the fraction of invalid utterances.
-
-    Args:
-      errors: new errors on this rank.
-      reasons: all invalid utterances out of `total`, counted by reason.
+    """Log and list new errors, and check the fraction of invalid utterances by reason in `total`.
 
     Raises:
       InputError: too many are invalid.
@@ -58,11 +54,7 @@ class InvalidUtteranceTracker:
         dist_env: DistEnv,
         invalid_cuts: list[list[CutError]] = (),
     ):
-        """
-        Args:
-          total: number of utterances in an epoch, including invalid ones.
-          invalid_cuts: errors of each invalid utterance found by the scan.
-        """
+        """Start from the scan's errors of each invalid utterance, which `total` includes."""
         self.listing, self.total, self.max_invalid_fraction = listing, total, max_invalid_fraction
         self.dist_env, self.from_scan = dist_env, count_reasons(invalid_cuts)
         self.start_epoch()

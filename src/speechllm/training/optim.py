@@ -82,13 +82,8 @@ def eden(
 ) -> float:
     """Decay with batch b and epoch e, after a linear warm-up from 0.5.
 
-    ((b² + B²) / B²)^(-1/4) · ((e² + E²) / E²)^(-1/4) · warm-up, from Yao et al., "Zipformer",
-    2023, section 3.5, https://arxiv.org/abs/2310.11230.
-
-    Args:
-      lr_batches: B, number of batches after which the decay sets in.
-      lr_epochs: E, number of epochs after which the decay sets in.
-      warmup_batches: length of the warm-up; 0 for none.
+    ((b² + B²) / B²)^(-1/4) · ((e² + E²) / E²)^(-1/4) · warm-up, for B = `lr_batches` and E =
+    `lr_epochs`, from Yao et al., "Zipformer", 2023, https://arxiv.org/abs/2310.11230.
     """
     by_batch = (1 + (batch / lr_batches) ** 2) ** -0.25
     by_epoch = (1 + (epoch / lr_epochs) ** 2) ** -0.25
@@ -167,15 +162,13 @@ class Schedule:
         self._set_lr()
 
     def get_last_lr(self) -> list[float]:
-        """Return the learning rate of each parameter group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, int]:
-        """Return batch and epoch; the initial rates are in the optimizer's `state_dict`."""
         return {"batch": self.batch, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue from a `state_dict()`; load the optimizer's state first."""
+        """Continue from a `state_dict()`; the optimizer's, loaded before, has the initial rates."""
         self.batch, self.epoch = state_dict["batch"], state_dict["epoch"]
         self._set_lr()
 

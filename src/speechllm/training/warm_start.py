@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from speechllm.checkpoints import load_checkpoint
 from speechllm.errors import InputError
@@ -45,12 +45,18 @@ def initialize(model: SpeechLLM, config: ModelConfig, path: Path) -> None:
         reason = _difference(parameters, state)
         if part == "LoRA" and described and described.lora_alpha != config.lora_alpha:
             reason = reason or f"trained with --lora-alpha {described.lora_alpha}"
-        if reason:
-            _check_trained(part, parameters, reason)
+        if not reason:
+            loaded.append(part if origin == part else f"{part} (from {origin})")
+            with torch.no_grad():
+                for key, parameter in parameters.items():
+                    parameter.copy_(state[key])
+        elif any(p.requires_grad for p in parameters.values()):
             fresh.append(f"{part} ({reason})")
-            continue
-        _copy(parameters, state)
-        loaded.append(part if origin == part else f"{part} (from {origin})")
+        else:
+            raise InputError(
+                f"--freeze-projector true: {part} would stay untrained, as "
+                f"--pretrained-model-path does not fit it ({reason})"
+            )
     unused = [origin for origin, _ in saved.values()]
     if not loaded:
         raise InputError(
@@ -68,14 +74,6 @@ def initialize(model: SpeechLLM, config: ModelConfig, path: Path) -> None:
         )
 
 
-def _check_trained(part: str, parameters: dict[str, nn.Parameter], reason: str) -> None:
-    if not any(p.requires_grad for p in parameters.values()):
-        raise InputError(
-            f"--freeze-projector true: {part} would stay untrained, as --pretrained-model-path "
-            f"does not fit it ({reason})"
-        )
-
-
 def _find_checkpoint(path: Path) -> tuple[Path, ModelConfig | None]:
     """Return the checkpoint file, and its model's configuration if known."""
     if path.is_dir():
@@ -87,14 +85,9 @@ def _find_checkpoint(path: Path) -> tuple[Path, ModelConfig | None]:
             )
         return path / described.checkpoint, described
     if not path.is_file():  # a later stage in the same --exp-dir may have moved it
-        former = sorted(path.parent.glob(f"former-*/{path.name}"), key=_number_of_folder)
-        path = former[-1] if former else path
+        former = path.parent.glob(f"former-*/{path.name}")
+        path = max(former, key=lambda one: one.stat().st_mtime, default=path)
     return path, load_model_config(path.parent)
-
-
-def _number_of_folder(path: Path) -> int:
-    number = path.parent.name.removeprefix("former-")
-    return int(number) if number.isdecimal() else 0
 
 
 def _parts(state: dict[str, Tensor]) -> Parts:
@@ -152,9 +145,3 @@ def _difference(parameters: dict[str, Tensor], state: dict[str, Tensor]) -> str:
             shapes = f"{tuple(state[key].shape)} in the checkpoint, {tuple(parameter.shape)} here"
             return f"{key} has shape {shapes}"
     return ""
-
-
-@torch.no_grad()
-def _copy(parameters: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
-    for key, parameter in parameters.items():
-        parameter.copy_(state[key])

@@ -7,11 +7,22 @@ See src/README.md. vLLM finds `register` by the entry point in src/pyproject.tom
 
 def register() -> None:
     """Register the model and its check; vLLM calls this function in each of its processes."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from pathlib import Path
 
-    from speechllm.models.config import VLLM_MODEL
-    from speechllm.vllm.check import ExportCheck
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    from speechllm.models.config import MODEL_FILE, VLLM_MODEL
+
+    class ExportCheck(VerifyAndUpdateConfig):
+        """Rejects damaged, int8 and older exports, before vLLM loads anything."""
+
+        @staticmethod
+        def verify_and_update_model_config(model_config) -> None:
+            if (Path(model_config.model) / MODEL_FILE).is_file():
+                from speechllm.vllm.exported import check_encoders  # slow; only for our models
+
+                check_encoders(model_config.model)
 
     ModelRegistry.register_model(VLLM_MODEL, f"speechllm.vllm.model:{VLLM_MODEL}")
     for name in (VLLM_MODEL, "Qwen2ForCausalLM"):  # the name in older exports
