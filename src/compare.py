@@ -18,7 +18,8 @@ from speechllm.cli import Parser
 from speechllm.errors import exit_on_user_error
 
 
-def get_parser() -> Parser:
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("a", type=Path, metavar="A", help="recogs-*.txt of a decoding, or a model's directory")
@@ -27,12 +28,7 @@ def get_parser() -> Parser:
         "--html", type=Path, metavar="FILE",
         help="write a page with the differences; for directories, one per set: FILE-<set>",
     )  # fmt: skip
-    return parser
-
-
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     # heavy imports come after the flags are read
     from speechllm.reports.comparison import compare, compare_models
 

@@ -11,7 +11,6 @@ the error rates found in --exp-dir. --lora-dir also writes the LoRA matrices sep
 `PeftModel.from_pretrained(llm, DIR)`.
 """
 
-import argparse
 import shlex
 import sys
 from dataclasses import dataclass
@@ -46,14 +45,6 @@ class ExportConfig:
         None, "upload --out to this Hugging Face repository, private if new, with the token from "
         "HF_TOKEN or `hf auth login`", group="export",
     )  # fmt: skip
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__)
-    add_options(parser, ExportConfig, required=("out",))
-    add_options(parser, CheckpointConfig, skip=DECODING_ONLY)
-    add_options(parser, ModelConfig)
-    return parser
 
 
 def check_options(export: ExportConfig, model: ModelConfig) -> None:
@@ -128,7 +119,11 @@ def export_model(export: ExportConfig, checkpoint: CheckpointConfig, config: Mod
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    parser = Parser(__doc__)
+    add_options(parser, ExportConfig, required=("out",))
+    add_options(parser, CheckpointConfig, skip=DECODING_ONLY)
+    add_options(parser, ModelConfig)
+    args = parser.parse_args(argv)
     export, checkpoint = from_args(ExportConfig, args), from_args(CheckpointConfig, args)
     config = model_config(args, checkpoint.exp_dir)
     check_options(export, config)

@@ -14,17 +14,13 @@ from speechllm.cli import Parser
 from speechllm.errors import exit_on_user_error
 
 
-def get_parser() -> Parser:
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("exp_dirs", nargs="+", type=Path, metavar="EXP_DIR", help="--exp-dir of a run")
     add("--out", type=Path, required=True, help="output file, *.html or *.png")
-    return parser
-
-
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     # heavy imports come after the flags are read
     from speechllm.reports.training_curves import plot_trainings
 

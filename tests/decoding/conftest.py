@@ -1,9 +1,14 @@
-"""Models with one and with two encoders, features, and their greedy hypotheses."""
+"""Models with one and with two encoders, features, greedy hypotheses, and recognizers."""
 
 import pytest
 import torch
 from naive import LENGTH, LENS, make_model, naive_beam
+from sentencepiece import SentencePieceProcessor
 
+from speechllm.decoding.config import SearchConfig
+from speechllm.decoding.ctc_decoder import BpeTokenizer, CtcDecoder
+from speechllm.decoding.recognizer import Recognizer
+from speechllm.models.llm import load_llm
 from speechllm.models.prompt import prompt_ids
 
 
@@ -37,3 +42,25 @@ def prompts(model, features):
 def greedy(model, prompts):
     """The most probable token again and again, for each utterance."""
     return [naive_beam(model, prompt, 1, LENGTH) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llm_dir):
+    return load_llm(str(tiny_llm_dir))[1]
+
+
+@pytest.fixture(scope="module")
+def pieces(tiny_encoder_dir):
+    return BpeTokenizer(SentencePieceProcessor(model_file=str(tiny_encoder_dir / "bpe.model")))
+
+
+@pytest.fixture(scope="module")
+def recognizer(model, tokenizer, pieces):
+    """A function from search options to a recognizer, by default with a CTC head."""
+
+    def make(ctc_decoder=CtcDecoder(model, 0, pieces), **options):
+        search = SearchConfig(**{"max_new_tokens": LENGTH, "guard": "off", **options})
+        parts = model, tokenizer, ctc_decoder, search.resolve(ctc_decoder is not None)
+        return Recognizer(*parts, torch.device("cpu"), torch.float32)
+
+    return make

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 from naive import make_model
-from sentencepiece import SentencePieceProcessor
 
 from speechllm.decoding.config import SearchConfig
-from speechllm.decoding.ctc_decoder import BpeTokenizer, CtcOutput
+from speechllm.decoding.ctc_decoder import CtcOutput
 from speechllm.decoding.hallucination import MAX_PERIOD, find_repetition, hallucination_flags
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.models.prompt import encode_transcripts
@@ -143,11 +142,6 @@ def return_embeddings(decoder, _args, kwargs, output):
 
 LOOP = {"": {"a": 20}, "a": {"b": 20}, "b": {"c": 20}, "c": {"b": 20}}  # abcbcbc…
 TEMPTED = LOOP | {"c": {"b": 20, "end": 19.9}}  # greedy search continues, beam search ends
-
-
-@pytest.fixture
-def pieces(tiny_encoder_dir):
-    return BpeTokenizer(SentencePieceProcessor(model_file=str(tiny_encoder_dir / "bpe.model")))
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
 """Hotwords: prefix tree, CTC word spotting, correction of hypotheses, and the recognizer."""
 
-from dataclasses import replace
-
 import pytest
 import sentencepiece
 import torch
 from naive import LENGTH, LENS
 
 from speechllm.decoding.beam import beam_search
-from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.correction import Correction, correct
-from speechllm.decoding.ctc_decoder import BpeTokenizer, CtcDecoder, CtcOutput
+from speechllm.decoding.ctc_decoder import BpeTokenizer, CtcOutput
 from speechllm.decoding.hotwords import (
     IMPOSSIBLE,
     Hotwords,
@@ -20,10 +17,8 @@ from speechllm.decoding.hotwords import (
 )
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.prefix_tree import PrefixTree
-from speechllm.decoding.recognizer import Recognizer
 from speechllm.decoding.word_times import ctc_best_paths
 from speechllm.errors import InputError
-from speechllm.models.llm import load_llm
 from speechllm.training.ctc_training import train_bpe
 
 TREE = PrefixTree([[1, 2], [1, 2, 3], [4]], bonus=2.0)
@@ -68,11 +63,6 @@ def bpe(tmp_path_factory):
     path = tmp_path_factory.mktemp("bpe") / "bpe.model"
     path.write_bytes(train_bpe(["ONE TWO THREE", "TWO ONE", "THREE THREE TWO", "ONE"], 20))
     return BpeTokenizer(sentencepiece.SentencePieceProcessor(model_file=str(path)))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llm_dir):
-    return load_llm(str(tiny_llm_dir))[1]
 
 
 def output(bpe, words, others=(), share=0.0):
@@ -172,19 +162,6 @@ def test_without_a_bonus_only_the_scores_count(bpe, tokenizer):
 
 
 # ---- recognizer and input
-
-
-@pytest.fixture(scope="module")
-def recognizer(model, tokenizer, tiny_encoder_dir):
-    bpe = sentencepiece.SentencePieceProcessor(model_file=str(tiny_encoder_dir / "bpe.model"))
-    ctc_decoder = CtcDecoder(model, 0, BpeTokenizer(bpe))
-
-    def make(ctc_decoder=ctc_decoder, **options):
-        search = replace(SearchConfig(max_new_tokens=LENGTH, guard="off"), **options)
-        parts = model, tokenizer, ctc_decoder, search.resolve(ctc_decoder is not None)
-        return Recognizer(*parts, torch.device("cpu"), torch.float32)
-
-    return make
 
 
 def texts(recognizer, features, **entries):

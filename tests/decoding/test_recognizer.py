@@ -3,30 +3,7 @@
 from dataclasses import replace
 
 import pytest
-import sentencepiece
-import torch
-from naive import LENGTH, LENS
-
-from speechllm.decoding.config import SearchConfig
-from speechllm.decoding.ctc_decoder import BpeTokenizer, CtcDecoder
-from speechllm.decoding.recognizer import Recognizer
-from speechllm.models.llm import load_llm
-
-PLAIN = SearchConfig(max_new_tokens=LENGTH, guard="off")
-
-
-@pytest.fixture(scope="module")
-def recognizer(model, tiny_llm_dir, tiny_encoder_dir):
-    """A function from search options to a recognizer, by default with a CTC head."""
-    _, tokenizer = load_llm(str(tiny_llm_dir))
-    bpe = sentencepiece.SentencePieceProcessor(model_file=str(tiny_encoder_dir / "bpe.model"))
-    ctc_decoder = CtcDecoder(model, 0, BpeTokenizer(bpe))
-
-    def make(ctc_decoder=ctc_decoder, **options):
-        parts = model, tokenizer, ctc_decoder, replace(PLAIN, **options)
-        return Recognizer(*parts, torch.device("cpu"), torch.float32)
-
-    return make
+from naive import LENS
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +36,7 @@ def test_contexts_of_different_lengths_in_a_batch(recognizer, model, batch, monk
     """Each utterance is decoded as alone with its context, and differently without."""
     contexts = ["the lazy dog one two three", "", "brown"]
     chat = replace(model.chat, instruction=(40, 41), use_context=True)
-    recognizer = recognizer(method=method, beam_size=2 if method == "beam" else 1)
+    recognizer = recognizer(method=method, beam_size=2 if method == "beam" else None)
     without = only(recognizer, batch)
     monkeypatch.setattr(model, "chat", chat)
     together = only(recognizer, {**batch, "contexts": contexts})

@@ -134,21 +134,6 @@ def test_another_order_of_batches_is_warned_of(caplog):
     assert warning(changed, batches=0) == ""
 
 
-def test_checkpoints_with_former_names_are_understood(caplog):
-    """As written before the flags were renamed; unset options were empty strings."""
-    order = order_of(TrainDataConfig(), 42)
-    former = {"max_batch_tokens": "max_tokens", "min_duration": "min_utterance",
-              "max_utterance_duration": "max_utterance"}  # fmt: skip
-    saved = {former.get(name, name): value for name, value in order.items()} | {"shar_dir": ""}
-    start = Start(None, {"order": saved, "bad": {"no-text": 2}}, TrainState(2, batches_in_epoch=3))
-    warn_if_order_changed(order, start)
-    assert caplog.text == ""
-    assert start.invalid == {"no-text": 2}
-    saved["max_tokens"] = "5"
-    warn_if_order_changed(order, start)
-    assert "--max-batch-tokens was 5, now 0" in caplog.text
-
-
 def test_metrics_move_to_another_number_of_ranks(caplog):
     sums = torch.tensor([[1.0, 2.0], [10.0, 20.0]])
     state = TrainState(3, batches_in_epoch=5)

@@ -14,16 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.errors import InputError
-from speechllm.models.config import (
-    INDEX_FILE,
-    ModelConfig,
-    check_model_files,
-    load_model_config,
-)
+from speechllm.models.config import INDEX_FILE, ModelConfig, check_model_files, load_model_config
 from speechllm.models.identity import content_hashes
 from speechllm.models.int8 import INT8_FILE
 from speechllm.models.prompt import IM_START, ChatTemplate, build_chat_template
-from speechllm.models.zipformer.config import encoder_out_lens
 
 MAX_CLIP = 20  # s; for models whose longest training utterance is unknown
 KEY_SIZE = 8  # bytes; each is a valid token id in any vocabulary
@@ -70,11 +64,6 @@ def chat_template(folder: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
 def max_clip(folder: str) -> int:
     """Return the duration in seconds above which vLLM splits a recording at quiet points."""
     return max(1, int(exported_config(folder).longest_utterance or MAX_CLIP))
-
-
-def num_embeddings(config: ModelConfig, num_frames: int) -> int:
-    """Return the number of speech embeddings per encoder for `num_frames` feature frames."""
-    return encoder_out_lens(num_frames) // config.encoder_projector_ds_rate
 
 
 def feature_key(features: Tensor) -> list[int]:

@@ -26,11 +26,7 @@ from speechllm.models.prompt import ChatTemplate
 from speechllm.models.speech_encoders import SpeechEncoders
 from speechllm.models.state_dict import load_trainable_state
 from speechllm.precision import autocast
-from speechllm.vllm.exported import (
-    chat_template,
-    exported_config,
-    max_clip,
-)
+from speechllm.vllm.exported import chat_template, exported_config, max_clip
 from speechllm.vllm.processor import (
     GROUP,
     SpeechDummyInputs,

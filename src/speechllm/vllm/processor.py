@@ -18,7 +18,7 @@ from vllm.multimodal.processing import (
 )
 
 from speechllm.audio.fbank import SAMPLING_RATE, fbank_extractor
-from speechllm.data.length_limits import frames_needed
+from speechllm.data.length_limits import frames_needed, speech_embeddings
 from speechllm.models.config import ModelConfig
 from speechllm.models.prompt import (
     END_SPEECH,
@@ -32,7 +32,6 @@ from speechllm.vllm.exported import (
     exported_config,
     feature_key,
     max_clip,
-    num_embeddings,
     speech_groups,
 )
 
@@ -118,7 +117,7 @@ class SpeechProcessor(BaseMultiModalProcessor[SpeechProcessingInfo]):
 
         def groups(index: int) -> PromptUpdateDetails:
             item = out_mm_kwargs["audio"][index].get_data()
-            size = num_embeddings(config, len(item["features"]))
+            size = speech_embeddings(len(item["features"]), config.encoder_projector_ds_rate)
             key = item["keys"].tolist()
             ids, is_embed = speech_groups(chat, config.num_encoders, size, key)
             return PromptUpdateDetails(full=ids, is_embed=lambda _: torch.tensor(is_embed))
