@@ -14,6 +14,7 @@ the error rates found in --exp-dir. --lora-dir also writes the LoRA matrices sep
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from speechllm.cli import Parser, add_options, from_args, option
@@ -22,6 +23,7 @@ from speechllm.errors import InputError, exit_on_user_error, first_line
 from speechllm.io import atomic_directory
 from speechllm.models.config import ModelConfig, check_model_files, model_config
 
+_export = partial(option, group="export")
 DECODING_ONLY = ("use_encoders", "use_fp16", "use_bf16", "use_flash_attn")
 
 
@@ -29,21 +31,20 @@ DECODING_ONLY = ("use_encoders", "use_fp16", "use_bf16", "use_flash_attn")
 class ExportConfig:
     """Options of export.py."""
 
-    out: Path = option(None, "output directory, which must not exist", group="export")
-    dtype: str = option(
-        "float32", "dtype of the LLM's weights and of the encoders' linear layers", group="export",
+    out: Path = _export(None, "output directory, which must not exist")
+    dtype: str = _export(
+        "float32", "dtype of the LLM's weights and of the encoders' linear layers",
         choices=("float32", "bfloat16", "float16"),
     )  # fmt: skip
-    int8: bool = option(
-        False, "store LLM weights in 8 bits: faster on a CPU; transformers alone cannot load them",
-        group="export",
-    )  # fmt: skip
-    lora_dir: Path | None = option(
-        None, "also write the LoRA matrices to this directory, in peft's format", group="export"
+    int8: bool = _export(
+        False, "store LLM weights in 8 bits: faster on a CPU; transformers alone cannot load them"
     )
-    push_to_hub: str | None = option(
+    lora_dir: Path | None = _export(
+        None, "also write the LoRA matrices to this directory, in peft's format"
+    )
+    push_to_hub: str | None = _export(
         None, "upload --out to this Hugging Face repository, private if new, with the token from "
-        "HF_TOKEN or `hf auth login`", group="export",
+        "HF_TOKEN or `hf auth login`",
     )  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from speechllm.cli import check_range, comma_list, option
 from speechllm.errors import InputError
 
+_server = partial(option, group="server")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -18,37 +20,27 @@ class ServerConfig:
       InputError: a value is out of range.
     """
 
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all", group="server")
-    port: int = option(8000, "port to listen on; 0: any free port", group="server")
-    model_name: str | None = option(
-        None, "model name in requests", group="server", unset="the name of --exp-dir"
+    host: str = _server("127.0.0.1", "address to listen on; 0.0.0.0: all")
+    port: int = _server(8000, "port to listen on; 0: any free port")
+    model_name: str | None = _server(None, "model name in requests", unset="the name of --exp-dir")
+    token_file: Path | None = _server(None, "file with the bearer token that clients must send")
+    allow_origin: str = _server(
+        "", "origins of web pages that may use the server, comma-separated; * for all"
     )
-    token_file: Path | None = option(
-        None, "file with the bearer token that clients must send", group="server"
+    max_upload_mb: float = _server(100.0, "maximum request size in MB")
+    max_audio_seconds: float = _server(7200.0, "maximum audio duration per request in seconds")
+    max_concurrent_requests: int = _server(256, "maximum requests in progress")
+    max_queued_seconds: float = _server(
+        14400.0, "maximum seconds of audio in memory for all requests (64 kB per second)"
     )
-    allow_origin: str = option(
-        "", "origins of web pages that may use the server, comma-separated; * for all",
-        group="server",
-    )  # fmt: skip
-    max_upload_mb: float = option(100.0, "maximum request size in MB", group="server")
-    max_audio_seconds: float = option(
-        7200.0, "maximum audio duration per request in seconds", group="server"
+    max_streams: int = _server(64, "maximum concurrent streams")
+    max_stream_speed: float = _server(
+        4.0, "maximum speed of a stream's audio, relative to real time"
     )
-    max_concurrent_requests: int = option(256, "maximum requests in progress", group="server")
-    max_queued_seconds: float = option(
-        14400.0, "maximum seconds of audio in memory for all requests (64 kB per second)",
-        group="server",
-    )  # fmt: skip
-    max_streams: int = option(64, "maximum concurrent streams", group="server")
-    max_stream_speed: float = option(
-        4.0, "maximum speed of a stream's audio, relative to real time", group="server"
+    max_stream_idle: float = _server(
+        300.0, "seconds without an event after which a stream is closed"
     )
-    max_stream_idle: float = option(
-        300.0, "seconds without an event after which a stream is closed", group="server"
-    )
-    max_stream_duration: float = option(
-        14400.0, "seconds after which a stream is closed", group="server"
-    )
+    max_stream_duration: float = _server(14400.0, "seconds after which a stream is closed")
 
     def __post_init__(self):
         for name in (
