@@ -174,9 +174,9 @@ def test_averages_that_are_impossible(tmp_path, average, numbers, message):
 def test_epochs_of_different_models_are_not_averaged(tmp_path):
     save_epochs(tmp_path, [1])
     save(epoch_path(tmp_path, 2), 2, bias=torch.zeros(1))
-    with pytest.raises(InputError, match="epoch-2.pt and epoch-1.pt differ: bias has shape"):
+    with pytest.raises(InputError, match="^epoch-2.pt differs from epoch-1.pt: 1 unex.*e.g. bias$"):
         average_epochs(tmp_path, 2, 2)
     save(epoch_path(tmp_path, 2), 2, weight=torch.ones(4, 4))
-    with pytest.raises(InputError, match=r"epoch-2.pt .*weight has shape \(4, 4\) and \(2, 3\)$"):
+    with pytest.raises(InputError, match=r"epoch-2.pt .*weight has shape \(4, 4\), not \(2, 3\)$"):
         average_epochs(tmp_path, 2, 2)
     assert not (tmp_path / "epoch-2-avg-2.pt").exists()

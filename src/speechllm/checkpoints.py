@@ -59,6 +59,18 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def state_difference(state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """Return the first difference from the expected keys and shapes, or ""."""
+    for key in sorted(expected.keys() & state.keys()):
+        if state[key].shape != expected[key].shape:
+            return f"{key} has shape {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            return f"{len(keys)} {kind} key{'s' * (len(keys) > 1)}, e.g. {min(keys)}"
+    return ""
+
+
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """Write a checkpoint file atomically."""
     with atomic_write(path) as partial, open(partial, "wb") as file:
@@ -201,13 +213,8 @@ def average(paths: list[Path], out: Path) -> tuple[dict[str, Tensor], Path]:
     sums = {key: value.double() for key, value in model.items()}
     for path in paths[1:]:
         model = load_checkpoint(path)["model"]
-        shapes, others = ({k: tuple(v.shape) for k, v in state.items()} for state in (first, model))
-        if differing := dict(shapes.items() ^ others.items()):
-            key = min(differing)
-            raise InputError(
-                f"{path.name} and {paths[0].name} differ: {key} has shape "
-                f"{others.get(key, 'none')} and {shapes.get(key, 'none')}"
-            )
+        if difference := state_difference(model, first):
+            raise InputError(f"{path.name} differs from {paths[0].name}: {difference}")
         for key, value in model.items():
             sums[key] += value
     mean = {key: (value / len(paths)).to(first[key].dtype) for key, value in sums.items()}

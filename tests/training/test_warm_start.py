@@ -21,7 +21,7 @@ from speechllm.models.config import (
     save_model_config,
     with_hashes,
 )
-from speechllm.training.warm_start import _difference, _parts, _places
+from speechllm.training.warm_start import _parts, _places
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -139,15 +139,7 @@ def test_lora_of_another_scale_starts_fresh(tiny_exp, still, tmp_path):
     assert "projector 1; starts fresh: LoRA (trained with --lora-alpha 16)" in log(tmp_path / "exp")
 
 
-def test_parts_fit_as_a_whole():
-    projector = {"proj.1.weight": torch.zeros(2, 3), "proj.1.bias": torch.zeros(2)}
-    assert _difference(projector, projector) == ""
-    assert _difference(projector, {}) == "not in the checkpoint"
-    assert "1 missing keys, e.g. proj.1.bias" in _difference(
-        projector, {"proj.1.weight": torch.zeros(2, 3)}
-    )
-    wider = {**projector, "proj.1.weight": torch.zeros(2, 6)}
-    assert "shape (2, 6) in the checkpoint, (2, 3) here" in _difference(projector, wider)
+def test_parts_have_numbers():
     state = {"encoder_projector.1.proj.3.bias": 0, "encoder.encoder_embed.conv.0.bias": 0}
     assert _parts(state).keys() == {"projector 2", "encoder 1"}
 

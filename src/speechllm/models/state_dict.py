@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from speechllm.checkpoints import copy_to_cpu
+from speechllm.checkpoints import copy_to_cpu, state_difference
 from speechllm.errors import InputError
 from speechllm.models.speech_encoders import SpeechEncoders
 
@@ -50,20 +50,11 @@ def load_trainable_state(
         and key not in parameters
         and ("lm_head" not in key or _is_copy_of_embedding(state[key], model.llm))
     ]
-    missing = parameters.keys() - state.keys()
-    unexpected = state.keys() - parameters.keys() - set(ignored)
-    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
-        if keys:
-            raise InputError(
-                f"{name} does not match this model of {n} encoder{'s' * (n > 1)}: "
-                f"{len(keys)} {kind} key{'s' * (len(keys) > 1)}, e.g. {min(keys)}"
-            )
-    for key, parameter in parameters.items():
-        if state[key].shape != parameter.shape:
-            raise InputError(
-                f"{key} has shape {tuple(state[key].shape)} in {name} "
-                f"and {tuple(parameter.shape)} in this model"
-            )
+    used = {key: value for key, value in state.items() if key not in ignored}
+    if difference := state_difference(used, parameters):
+        raise InputError(
+            f"{name} does not match this model of {n} encoder{'s' * (n > 1)}: {difference}"
+        )
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(state[key])

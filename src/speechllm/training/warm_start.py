@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speechllm.checkpoints import load_checkpoint
+from speechllm.checkpoints import load_checkpoint, state_difference
 from speechllm.errors import InputError
 from speechllm.models.config import ModelConfig, load_model_config
 from speechllm.models.identity import content_hash
@@ -42,7 +42,7 @@ def initialize(model: SpeechLLM, config: ModelConfig, path: Path) -> None:
     loaded, fresh = [], []
     for part, parameters in own.items():
         origin, state = saved.pop(part, (part, {}))
-        reason = _difference(parameters, state)
+        reason = state_difference(state, parameters) if state else "not in the checkpoint"
         if part == "LoRA" and described and described.lora_alpha != config.lora_alpha:
             reason = reason or f"trained with --lora-alpha {described.lora_alpha}"
         if not reason:
@@ -130,18 +130,3 @@ def _moved(part: str, places: dict[int, int]) -> str:
         return part
     place = places.get(int(number))
     return f"{kind} {place}" if place else f"{part} of the checkpoint"
-
-
-def _difference(parameters: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """Return the reason why a part of the checkpoint is incompatible, or ""."""
-    if not state:
-        return "not in the checkpoint"
-    missing, unexpected = parameters.keys() - state.keys(), state.keys() - parameters.keys()
-    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
-        if keys:
-            return f"{len(keys)} {kind} keys, e.g. {min(keys)}"
-    for key, parameter in parameters.items():
-        if state[key].shape != parameter.shape:
-            shapes = f"{tuple(state[key].shape)} in the checkpoint, {tuple(parameter.shape)} here"
-            return f"{key} has shape {shapes}"
-    return ""
