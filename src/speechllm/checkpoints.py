@@ -72,7 +72,6 @@ def state_difference(state: dict[str, Tensor], expected: dict[str, Tensor]) -> s
 
 
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
-    """Write a checkpoint file atomically."""
     with atomic_write(path) as partial, open(partial, "wb") as file:
         torch.save(checkpoint, file)  # with a path, torch would hide the cause of a failure
 

@@ -50,10 +50,10 @@ def test_a_tiny_grad_scale_ends_the_training(caplog):
     caplog.set_level(logging.INFO)
     adjusted(0.02, 25)
     assert not caplog.text
-    adjusted(0.005, 25)
-    assert "Grad scale is small: 0.005" in caplog.text
-    with pytest.raises(RuntimeError, match="grad_scale is too small, exiting: 9.*e-06"):
-        adjusted(9e-6, 25)
+    adjusted(2**-8, 25)
+    assert "Grad scale is small: 0.00390625" in caplog.text
+    with pytest.raises(RuntimeError, match="grad_scale is too small, exiting: 7.6.*e-06"):
+        adjusted(2**-17, 25)
     adjusted(9e-6, 25, enabled=False)
 
 

@@ -70,7 +70,6 @@ class Service:
             raise ApiError(400, str(error)) from None
 
     def transcript(self, slot: Slot, segments: list[Segment]) -> Transcript:
-        """Return the transcript of a finished job."""
         self.metrics.audio_seconds.inc(slot.seconds)
         language = self.transcriber.language
         return Transcript(slot.job.name, slot.seconds, tuple(segments), language)

@@ -56,7 +56,6 @@ class OpenPhrase:
         return len(self.best)
 
     def append(self, outputs: list[Tensor], best: np.ndarray) -> None:
-        """Append the next frames."""
         if self.outputs:
             outputs = [torch.cat(parts) for parts in zip(self.outputs, outputs)]
         self.outputs, self.best = outputs, np.concatenate([self.best, best])

@@ -31,7 +31,6 @@ from speechllm.data.manifests import (
     CutStatistics,
     cuts_file,
     cuts_within,
-    read_cuts,
     scan_manifests,
     share_of_cuts,
     size_of_share,
@@ -133,9 +132,7 @@ class TrainingData:
         """Return the noise cuts without errors; None without --enable-musan."""
         if self.noise is None:
             return None
-        [(path, invalid)] = self.noise.errors.items()
-        cuts = (cut for number, cut in enumerate(read_cuts(path)) if number not in invalid)
-        return CutSet.from_cuts(cuts)
+        return cuts_within([*self.noise.errors], Limits(min_frames=0), self.noise.errors).to_eager()
 
     def source(self, epoch: int) -> CutSource:
         """Return the cuts to sample from in an epoch; shards are reshuffled in each epoch."""

@@ -84,9 +84,9 @@ def _memory_line(
     if torch.cuda.is_available():
         available = torch.cuda.get_device_properties(0).total_memory
     return (
-        f"Memory: about {size(total)} per rank for the batch with {name}, of {size(available)}: "
+        f"Memory: about {size(total)} of {size(available)} per rank, for the batch with {name}: "
         f"{parts} (not counted: library workspaces and unused blocks of the allocator)"
-        + ("; WARNING: too little, use a lower --max-duration" if available < total else "")
+        + ("; WARNING: use a lower --max-duration" if available < total else "")
     )
 
 
@@ -109,7 +109,6 @@ def _parameters(module: nn.Module) -> str:
 
 
 def count(module: nn.Module) -> int:
-    """Return the number of parameters."""
     return sum(p.numel() for p in module.parameters())
 
 

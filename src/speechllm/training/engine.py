@@ -91,7 +91,6 @@ class Engine:
         return True
 
     def zero_grad(self) -> None:
-        """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def skip_step(self) -> None:
@@ -99,7 +98,6 @@ class Engine:
         self.zero_grad()
 
     def full_param(self, parameter: Tensor) -> Tensor:
-        """Return a copy of the full parameter on the CPU."""
         return copy_to_cpu(parameter)
 
     def state_dict(self) -> dict:

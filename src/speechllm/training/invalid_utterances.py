@@ -65,7 +65,6 @@ class InvalidUtteranceTracker:
         self.new: list[CutError] = []  # errors on this rank since then
 
     def add(self, batch: dict) -> None:
-        """Add the errors of a batch."""
         self.new += batch["invalid"]
 
     def check(self) -> None:

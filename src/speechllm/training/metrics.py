@@ -95,7 +95,6 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Pause the clock, for validation."""
         pause = time.monotonic()
         yield
         self.start_time += time.monotonic() - pause

@@ -41,7 +41,6 @@ def skip_reason(status: Tensor) -> str:
 
 
 def count_skip(state: TrainState) -> None:
-    """Count a skipped step."""
     if not state.recently_skipped:
         state.skipped_since = state.batch_idx_train
     state.skipped_steps += 1
