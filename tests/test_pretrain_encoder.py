@@ -257,7 +257,7 @@ def test_causal_encoders_draw_from_the_given_chunks(reached):
     [
         ("--test-cuts", "x_cuts", "x_cuts is missing"),
         ("--max-utterance-duration", 0.31, "no usable cuts"),
-        ("--vocab-size", 3, "no BPE model with --vocab-size 3: "),
+        ("--vocab-size", 3, "--vocab-size 3 is too small: "),
         ("--avg", 0, "--avg 0 must be at least 1"),
         ("--chunk-size", 16, "--chunk-size 16 needs --causal true"),
     ],

@@ -169,8 +169,10 @@ def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
         raise InputError(f"{flags} begins before epoch 1")
     for number in range(first, epoch + 1):
         if number not in found:
-            needs = f"{flags} needs epochs {first} to {epoch}"
-            raise _missing(f"epoch-{number}.pt", exp_dir, needs, found)
+            raise FileNotFoundError(
+                f"epoch-{number}.pt is missing in {exp_dir}: {flags} needs epochs {first} to "
+                f"{epoch}, found: {_numbers(found)}"
+            )
     return [found[number] for number in range(first, epoch + 1)]
 
 
@@ -186,14 +188,15 @@ def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path
     found = numbered_files(exp_dir, "checkpoint")
     needed = [path for number, path in found.items() if number <= iteration][: avg or DEFAULT_AVG]
     if iteration not in found or len(needed) < avg:
-        needs = f"--iter {iteration} --avg {avg} needs it and {max(1, avg) - 1} earlier ones"
-        raise _missing(f"checkpoint-{iteration}.pt or another", exp_dir, needs, found)
+        raise FileNotFoundError(
+            f"{exp_dir} lacks checkpoints for --iter {iteration} --avg {avg}, found: "
+            f"{_numbers(found)}"
+        )
     return needed[::-1]
 
 
-def _missing(name: str, exp_dir: Path, needs: str, found: dict[int, Path]) -> FileNotFoundError:
-    numbers = ", ".join(map(str, sorted(found))) or "none"
-    return FileNotFoundError(f"{name} is missing in {exp_dir}: {needs}, found: {numbers}")
+def _numbers(found: dict[int, Path]) -> str:
+    return ", ".join(map(str, sorted(found))) or "none"
 
 
 def average(paths: list[Path], out: Path) -> tuple[dict[str, Tensor], Path]:

@@ -33,8 +33,8 @@ def open_pcm(stream: BufferedReader, name: str) -> tuple[int, Iterator[Tensor]]:
     others = [other for first, other in OTHER_FORMATS.items() if head.startswith(first)]
     if others or head[4:] == b"ftyp":
         raise InputError(
-            f"{name}: {(others or ['MP4'])[0]}, but a stream is 16-bit WAV or PCM: convert it with "
-            "ffmpeg -i - -c:a pcm_s16le -f wav -"
+            f"{name} is {(others or ['MP4'])[0]}, a stream must be 16-bit WAV or PCM: convert it "
+            "with ffmpeg -i - -c:a pcm_s16le -f wav -"
         )
     if not head.startswith(b"RIFF"):
         return SAMPLING_RATE, _blocks(stream, 1)

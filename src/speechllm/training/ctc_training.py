@@ -257,7 +257,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise InputError(f"no BPE model with --vocab-size {vocab_size}: {reason}") from None
+        raise InputError(f"--vocab-size {vocab_size} is too small: {reason}") from None
     return model.getvalue()
 
 
