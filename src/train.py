@@ -23,14 +23,12 @@ from speechllm.errors import exit_on_user_error, redact_secrets
 from speechllm.models.config import ONE_ENCODER, ModelConfig, with_exported_parts
 from speechllm.training.config import TrainConfig
 
-EXP_DIR = Path("exp/asr_librispeech_zipformer_qwen2_1.5B")
-
 
 @exit_on_user_error
 def main(
     argv: list[str] | None = None,
     model: ModelConfig = ONE_ENCODER,
-    exp_dir: Path = EXP_DIR,
+    exp_dir: Path = TrainConfig.exp_dir,
     description: str | None = __doc__,
 ) -> None:
     """Parse the flags and train; `model` and `exp_dir` are the defaults."""

@@ -42,27 +42,29 @@ Texts = Annotated[list[str], BeforeValidator(_split)]
 Granularities = Annotated[list[Literal["segment", "word"]], BeforeValidator(_split)]
 
 
-class TranscriptionForm(BaseModel):
-    """Fields of a transcription request.
+class CommonFields(BaseModel):
+    """Fields of requests and streams; `prompt` and `keywords` are the LLM's context."""
 
-    `prompt` and `keywords` are used as the LLM's context, if supported, and as hotwords.
-    """
+    language: str = ""
+    languages: Texts = []
+    prompt: str = ""
+    keywords: Texts = []
+
+    @property
+    def context(self) -> str:
+        return " ".join(filter(None, (self.prompt, ", ".join(self.keywords))))
+
+
+class TranscriptionForm(CommonFields):
+    """Fields of a transcription request, in which `prompt` and `keywords` are hotwords, too."""
 
     file: Any
     model: str
     response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
     stream: bool = False
     timestamp_granularities: Granularities = ["segment"]
-    language: str = ""
-    languages: Texts = []
     temperature: float = 0.0
-    prompt: str = ""
-    keywords: Texts = []
     hotwords: Texts = []
-
-    @property
-    def context(self) -> str:
-        return " ".join(filter(None, (self.prompt, ", ".join(self.keywords))))
 
 
 LISTS = ("timestamp_granularities", "languages", "keywords", "hotwords")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from speechllm.longform.transcript import Segment
 from speechllm.serving.admission import error_body
-from speechllm.serving.form import Texts, validation_error
+from speechllm.serving.form import CommonFields, validation_error
 from speechllm.serving.openai_format import segment_json, words_json
 
 TRANSCRIPTION = "conversation.item.input_audio_transcription"
@@ -32,18 +32,8 @@ class PcmFormat(BaseModel):
     rate: int = OPENAI_RATE
 
 
-class TranscriptionSettings(BaseModel):
-    """Transcription settings; `prompt` and `keywords` are the LLM's context, if supported."""
-
+class TranscriptionSettings(CommonFields):
     model: str = "whisper-1"
-    language: str = ""
-    languages: Texts = []
-    prompt: str = ""
-    keywords: Texts = []
-
-    @property
-    def context(self) -> str:
-        return " ".join(filter(None, (self.prompt, ", ".join(self.keywords))))
 
 
 class TurnDetection(BaseModel):

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.decoding.recognition import EncodedBatch
@@ -66,9 +67,8 @@ class CausalEncoding:
         """Encode one chunk of each stream."""
         parts = [one.phrase.features[one.encoded :][: self.window] for one in streams]
         lens = torch.tensor([len(part) for part in parts])
-        features = torch.zeros(len(parts), self.window, parts[0].size(1))
-        for row, part in zip(features, parts):
-            row[: len(part)] = part
+        features = pad_sequence(parts, batch_first=True)
+        features = pad(features, (0, 0, 0, self.window - features.size(1)))
         features, outputs, next_states = features.to(self.recognizer.device), [], []
         for k, encoder in enumerate(self.encoders):
             with autocast(self.recognizer.device, self.recognizer.dtype):
