@@ -101,9 +101,7 @@ class _Search:
         width = best_draft_length(chances, self.forward_cost)
         return [tokens[:width] for tokens in proposals]
 
-    def _given(
-        self, proposals: list[list[int]], remaining: list[list[int]], width: int
-    ) -> Tensor:
+    def _given(self, proposals: list[list[int]], remaining: list[list[int]], width: int) -> Tensor:
         """Return each hypothesis's last token, its proposal and one more draft token.
 
         The result (B, 1 + width + 1) is padded, and on the CPU, to be copied to the device at once.

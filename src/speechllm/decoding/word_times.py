@@ -49,9 +49,7 @@ class TimedWord(NamedTuple):
     aligned: bool
 
 
-def align_words(
-    log_probs: list[Tensor], pieces: list[list[list[int]]]
-) -> list[list[Span | None]]:
+def align_words(log_probs: list[Tensor], pieces: list[list[list[int]]]) -> list[list[Span | None]]:
     """Return each word's spikes, per utterance, on the best CTC path through all words.
 
     Args:
