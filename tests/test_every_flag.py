@@ -173,7 +173,7 @@ ELSEWHERE = {  # files under tests/training that use the option's name
     "test_valid_decode.py": "valid-decode",
     "test_optim.py": "lr_batches lr_epochs warmup_batches",
     "test_skipped_steps.py": "max_skipped_steps",
-    "test_oom_scan.py": "scan-oom",
+    "test_memory.py": "scan-oom",
     "test_training_data.py":
         "manifest_dir train_cuts valid_cuts shar_dir max_duration bucketing_sampler num_buckets "
         "on_the_fly_feats shuffle drop_last min_duration max_utterance_duration enable_musan "

@@ -12,8 +12,7 @@ from speechllm.io import free_bytes
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.training.engine import trained
 from speechllm.training.fit import Training
-from speechllm.training.memory_estimate import estimate_memory
-from speechllm.training.oom_scan import largest_batches, silent_batch
+from speechllm.training.memory import estimate_memory, largest_batches, silent_batch
 from speechllm.training.optim import param_groups
 from speechllm.training.resume import Start, check_room, checkpoint_bytes
 

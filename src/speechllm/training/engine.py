@@ -142,3 +142,23 @@ def wrap_ddp(model: nn.Module, dist_env: DistEnv) -> nn.Module:
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # With `device_ids`, DDP would move lengths, ids and labels, which the model needs on the CPU.
     return nn.parallel.DistributedDataParallel(DDPWrapper(model), broadcast_buffers=False)
+
+
+def check_outputs_finite(model: nn.Module) -> None:
+    """Make every module check its output (--inf-check).
+
+    Raises (later, from the forward pass):
+      FloatingPointError: a module's output is not finite; the message names the first such module.
+    """
+
+    def check(module, _inputs, output, name):
+        tensors = output if isinstance(output, (tuple, list)) else (output,)
+        for tensor in tensors:
+            if torch.is_tensor(tensor) and tensor.is_floating_point():
+                if not torch.isfinite(tensor).all():
+                    raise FloatingPointError(
+                        f"the output of {name} ({type(module).__name__}) is not finite"
+                    )
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, i, o, name=name: check(m, i, o, name or "the model"))

@@ -17,10 +17,10 @@ from speechllm.seeding import fork_rng, seed_everything
 from speechllm.training.config import EncoderConfig, TrainConfig
 from speechllm.training.data import TrainingData
 from speechllm.training.deepspeed import ZeroEngine
-from speechllm.training.engine import Engine
+from speechllm.training.engine import Engine, check_outputs_finite
 from speechllm.training.exp_dir_lock import exclusive
 from speechllm.training.invalid_utterances import INVALID_CUTS, InvalidUtteranceTracker
-from speechllm.training.oom_scan import scan_memory
+from speechllm.training.memory import scan_memory
 from speechllm.training.optim import (
     Factor,
     Schedule,
@@ -41,7 +41,6 @@ from speechllm.training.resume import (
     sums_for_ranks,
     warn_if_order_changed,
 )
-from speechllm.training.step_status import check_outputs_finite
 from speechllm.training.trainer import Loaders, ModelState, Trainer
 from speechllm.training.validate import BatchLoss
 

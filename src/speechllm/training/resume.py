@@ -44,7 +44,7 @@ class TrainState:
     best_valid_loss: float = float("inf")
     best_valid_epoch: int = -1
     batches_in_epoch: int = 0  # per rank, so far; 0 at the end of an epoch
-    skipped_steps: int = 0  # in total (see step_status.py)
+    skipped_steps: int = 0  # in total (see optimizer_step.py)
     recently_skipped: float = 0.0  # decays with successful steps
     skipped_since: int = 0  # batch_idx_train when recently_skipped was last 0
     lowest_valid_loss: float = float("inf")  # of all validations, including within epochs

@@ -1,4 +1,4 @@
-"""--scan-oom: which batches are tried, the message if one does not fit, and no side effects."""
+"""Memory of a step: --scan-oom, its message and no side effects; estimates against real steps."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from lhotse import CutSet
 from lhotse.cut import MonoCut
 from lhotse.supervision import SupervisionSegment
 from same_checkpoints import values_differ
+from tiny_speech_llm import speech_batch, speech_llm, speech_loss
 from torch import nn
 
 import train
@@ -15,9 +16,17 @@ from speechllm.data.config import TrainDataConfig
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.models.speech_llm import SpeechLLM
+from speechllm.training.config import TrainConfig
 from speechllm.training.data import scan_training_data
 from speechllm.training.engine import Engine
-from speechllm.training.oom_scan import largest_batches, scan_memory, silent_batch
+from speechllm.training.memory import (
+    LiveMemory,
+    estimate_memory,
+    largest_batches,
+    scan_memory,
+    silent_batch,
+)
+from speechllm.training.optim import make_optimizer
 
 
 def cut(seconds, text="a"):
@@ -136,3 +145,33 @@ def test_training_is_the_same_after_a_scan(tiny_train_argv, tiny_mose_exp, tmp_p
     with pytest.raises(SystemExit, match="--scan-oom: rank 0 is out of memory with the batch with"):
         train.main([*tiny_train_argv(tmp_path / "exp", 2), "--scan-oom", "true"])
     assert not list((tmp_path / "exp").glob("*.pt"))
+
+
+# ---- estimates
+
+KINDS = [
+    {"use_lora": True}, {"use_lora": False}, {"use_lora": True, "frozen": (True, False)},
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_equals_the_memory_of_a_real_step(options, checkpointing):
+    models = {device: speech_llm(device=device, **options) for device in ("cpu", "meta")}
+    for model in models.values():
+        model.train()
+        if checkpointing:
+            model.checkpoint_activations()
+    real, batch = models["cpu"], speech_batch()
+    with LiveMemory() as memory:
+        speech_loss(batch)(real).backward()
+    batch["features"] = batch["features"].to("meta")
+    estimate = estimate_memory(models["meta"], speech_loss(batch), torch.float32)
+    assert estimate["weights"] == sum(p.nbytes for p in real.parameters())
+    assert estimate["forward and backward"] == pytest.approx(memory.peak, rel=0.05)
+    optimizer = make_optimizer(TrainConfig(optimizer="adamw"), real.parameters())
+    optimizer.step()
+    state = [value.nbytes for one in optimizer.state.values() for value in one.values()]
+    assert estimate["optimizer"] == pytest.approx(sum(state), rel=0.01)
+    assert estimate["buffers"] == 0
