@@ -12,15 +12,7 @@ See speechllm.api. torch and other heavy libraries are imported only when these 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from speechllm.api import (
-        InputError,
-        Partial,
-        Segment,
-        SpeechRecognizer,
-        Transcript,
-        Word,
-        load,
-    )
+    from speechllm.api import InputError, Partial, Segment, SpeechRecognizer, Transcript, Word, load
 
 __all__ = ["InputError", "Partial", "Segment", "SpeechRecognizer", "Transcript", "Word", "load"]
 

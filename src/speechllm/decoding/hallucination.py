@@ -80,11 +80,7 @@ def spectral_variation(features: Tensor) -> float:
 
 
 def hallucination_flags(
-    text: str,
-    seconds: float,
-    log_probs: Sequence[float],
-    ctc_text: str | None,
-    variation: float,
+    text: str, seconds: float, log_probs: Sequence[float], ctc_text: str | None, variation: float
 ) -> list[str]:
     """Return signs of hallucination in a hypothesis with these token log-probabilities (nats)."""
     limits, flags = Thresholds(), []

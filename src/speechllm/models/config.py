@@ -163,9 +163,7 @@ class ModelConfig:
 
 
 ONE_ENCODER = ModelConfig()
-MOSE = ModelConfig(
-    speech_encoder_path=",".join(map(_pretrained, ENCODERS)),
-)
+MOSE = ModelConfig(speech_encoder_path=",".join(map(_pretrained, ENCODERS)))
 
 
 def model_config(

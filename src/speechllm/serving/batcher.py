@@ -53,11 +53,7 @@ class Job(Results[Segment]):
     """A submitted recording."""
 
     def __init__(
-        self,
-        name: str,
-        blocks: deque[Tensor],
-        context: str = "",
-        hotwords: Hotwords | None = None,
+        self, name: str, blocks: deque[Tensor], context: str = "", hotwords: Hotwords | None = None
     ):
         """
         Args:

@@ -99,11 +99,7 @@ def quiet_frames(before: Tensor, after: Tensor) -> int:
 
 
 def phrase_end(
-    best: np.ndarray,
-    begins_word: Callable[[int], bool],
-    silence: int,
-    longest: int,
-    quiet: int = 0,
+    best: np.ndarray, begins_word: Callable[[int], bool], silence: int, longest: int, quiet: int = 0
 ) -> tuple[int, int] | None:
     """Return the first and end frames of the phrase; None if it is not complete.
 

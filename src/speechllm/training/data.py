@@ -37,12 +37,7 @@ from speechllm.data.manifests import (
 )
 from speechllm.data.sampler import EvenMix
 from speechllm.data.shar import EvenBatches, Shards, check_shards, read_shards
-from speechllm.data.validation import (
-    CutError,
-    append_errors,
-    check_invalid_fraction,
-    count_reasons,
-)
+from speechllm.data.validation import CutError, append_errors, check_invalid_fraction, count_reasons
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.training.invalid_utterances import INVALID_CUTS, report_invalid

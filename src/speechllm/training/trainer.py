@@ -22,12 +22,7 @@ from speechllm.training.invalid_utterances import InvalidUtteranceTracker
 from speechllm.training.metrics import RESET_INTERVAL, Metrics, TensorBoard, ThroughputMeter
 from speechllm.training.optim import Schedule
 from speechllm.training.optimizer_step import OptimizerStep, abort_message
-from speechllm.training.resume import (
-    TrainState,
-    copy_best,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from speechllm.training.resume import TrainState, copy_best, remove_old_checkpoints, save_checkpoint
 from speechllm.training.validate import BatchLoss, validate
 
 BEST_WER = "best-valid-wer.pt"

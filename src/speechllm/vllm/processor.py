@@ -20,13 +20,7 @@ from vllm.multimodal.processing import (
 from speechllm.audio.fbank import SAMPLING_RATE, fbank_extractor
 from speechllm.data.length_limits import frames_needed, speech_embeddings
 from speechllm.models.config import ModelConfig
-from speechllm.models.prompt import (
-    END_SPEECH,
-    SPEECH,
-    START_SPEECH,
-    ChatTemplate,
-    encode_contexts,
-)
+from speechllm.models.prompt import END_SPEECH, SPEECH, START_SPEECH, ChatTemplate, encode_contexts
 from speechllm.vllm.exported import (
     chat_template,
     exported_config,
