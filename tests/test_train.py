@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from exp_dirs import log, validation_losses
+from exp_dirs import UNUSED_KEYS, log, validation_losses
 from free_port import free_port
 
 import decode
@@ -63,11 +63,7 @@ def test_files_of_a_training(request, exp, n):
 def test_initial_parameters_come_from_another_model(tiny_exp, tiny_train_argv, tmp_path):
     """From an average with the unused keys of a published one."""
     model = load_checkpoint(tiny_exp / "epoch-2.pt")["model"]
-    unused = {
-        "prompt_embedding.weight": torch.zeros(4, 32),
-        "llm.base_model.model.lm_head.weight": torch.zeros(320, 32),
-    }
-    torch.save({"model": model | unused}, tmp_path / "epoch-2-avg-1.pt")
+    torch.save({"model": model | UNUSED_KEYS}, tmp_path / "epoch-2-avg-1.pt")
     argv = [*tiny_train_argv(tmp_path / "exp"), "--num-epochs", "1"]
     train.main([*argv, "--pretrained-model-path", str(tmp_path / "epoch-2-avg-1.pt")])
     assert validation_losses(tmp_path / "exp")[0] == validation_losses(tiny_exp)[-1]
