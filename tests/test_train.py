@@ -240,7 +240,7 @@ def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dr
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--optimizer", "adamw"], "was written with another optimizer than --optimizer adamw"),
+    (["--optimizer", "adamw"], "was written with another optimizer than AdamW: see --optimizer"),
     (["--lora-lr", "2"], "epoch-1.pt was written with other values of --projector-lr, --lora-lr"),
     (["--lora-r", "8"], r"epoch-1.pt .*lora_A.default.weight has shape \(64, \d+\), not \(8, "),
     (["--unfreeze-llm", "false"], r"unexpected key.* epoch-1.pt|epoch-1.pt.*unexpected key"),

@@ -13,8 +13,8 @@ from speechllm.models.speech_llm import SpeechLLM
 from speechllm.training.engine import trained
 from speechllm.training.fit import Training
 from speechllm.training.memory import estimate_memory, largest_batches, silent_batch
-from speechllm.training.optim import param_groups
-from speechllm.training.resume import Start, check_room, checkpoint_bytes
+from speechllm.training.optim import make_optimizer, param_groups
+from speechllm.training.resume import Start, check_optimizer, check_room, checkpoint_bytes
 
 Loss = Callable[[nn.Module, dict], Tensor]  # (model, batch) -> scalar
 
@@ -47,7 +47,9 @@ def describe_training(
         f"{ranks} x {config.grad_accum} per step (ranks x --grad-accum): about {steps:,} steps"
     )
     training.lr_factor(ranks)  # checks the warm-up
-    rates = sorted({group["lr"] for group in param_groups(config, model)})
+    groups = param_groups(config, model)
+    check_optimizer(start, make_optimizer(config, groups))
+    rates = sorted({group["lr"] for group in groups})
     first = start.state.next_epoch
     origin = f"resumes from {start.path}" if start.path else "starts from scratch"
     yield f"Epochs: {config.num_epochs - first + 1} to train; {origin} in epoch {first}"

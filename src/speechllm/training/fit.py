@@ -33,7 +33,7 @@ from speechllm.training.optim import (
 from speechllm.training.resume import (
     Start,
     archive_later_checkpoints,
-    check_groups,
+    check_optimizer,
     check_room,
     find_start,
     order_of,
@@ -147,8 +147,7 @@ def fit(
         config.exp_dir / INVALID_CUTS, data.train.total, data.config.max_invalid_fraction,
         dist_env, data.train.invalid_cuts,
     )  # fmt: skip
-    if start.path:
-        check_groups(start, optimizer)
+    check_optimizer(start, optimizer)
     engine = _make_engine(training, model, optimizer, dist_env)
     if start.path:
         load_keeping_flags(optimizer, lambda: engine.load_state_dict(start.checkpoint))

@@ -23,7 +23,6 @@ from speechllm.errors import InputError
 from speechllm.io import atomic_write, check_space
 from speechllm.models.config import MODEL_FILE
 from speechllm.training.config import LR_FACTORS, TrainConfig
-from speechllm.training.optim import make_optimizer
 
 REQUIRED = ("optimizer", "scheduler", "grad_scaler")  # entries required for resuming
 ORDER_OPTIONS = (  # options that determine the batches in an epoch
@@ -179,7 +178,6 @@ def find_start(config: TrainConfig, dist_env: DistEnv = DistEnv()) -> Start:
     start = Start()
     if dist_env.is_main:
         start = _choose(config)
-        check_optimizer(start, config)
     path, *_ = dist_env.gather_objects(start.path)
     if path:
         logging.info(f"Resuming from {path}")
@@ -245,30 +243,21 @@ def _read(path: Path) -> Start:
     return Start(path, checkpoint, restore_state(checkpoint))
 
 
-def check_optimizer(start: Start, config: TrainConfig) -> None:
-    """Check that the checkpoint, if any, was written with the same optimizer.
+def check_optimizer(start: Start, optimizer: torch.optim.Optimizer) -> None:
+    """Check that the checkpoint, if any, has the same optimizer and parameter groups.
 
     Raises:
-      InputError: the optimizer differs.
+      InputError: they differ.
     """
     if not start.path:
         return
-    saved = start.checkpoint["optimizer"]["param_groups"][0]
-    now = make_optimizer(config, [torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
-    if saved.keys() - {*now, "initial_lr"}:
+    saved, groups = start.checkpoint["optimizer"]["param_groups"], optimizer.param_groups
+    if saved[0].keys() - {*groups[0], "initial_lr"}:
         raise InputError(
-            f"{start.path} was written with another optimizer than --optimizer {config.optimizer}"
+            f"{start.path} was written with another optimizer than {type(optimizer).__name__}: "
+            "see --optimizer"
         )
-
-
-def check_groups(start: Start, optimizer: torch.optim.Optimizer) -> None:
-    """Check that the parameter groups have the same sizes as in the checkpoint.
-
-    Raises:
-      InputError: the sizes differ.
-    """
-    saved = start.checkpoint["optimizer"]["param_groups"]
-    if [len(one["params"]) for one in saved] != [len(g["params"]) for g in optimizer.param_groups]:
+    if [len(one["params"]) for one in saved] != [len(one["params"]) for one in groups]:
         flags = ", ".join(map(flag_name, LR_FACTORS))
         raise InputError(
             f"{start.path} was written with other values of {flags} or --freeze-projector"
