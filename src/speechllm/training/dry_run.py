@@ -14,7 +14,7 @@ from speechllm.training.engine import trained
 from speechllm.training.fit import Training
 from speechllm.training.memory import estimate_memory, largest_batches, silent_batch
 from speechllm.training.optim import make_optimizer, param_groups
-from speechllm.training.resume import Start, check_optimizer, check_room, checkpoint_bytes
+from speechllm.training.resume import Start, check_optimizer, check_room
 
 Loss = Callable[[nn.Module, dict], Tensor]  # (model, batch) -> scalar
 
@@ -60,8 +60,7 @@ def describe_training(
     )
     yield _memory_line(training, model, loss, batches, stage)
     num_files = max(1, config.num_epochs - start.state.epoch) + config.keep_last_k
-    check_room(config.exp_dir, model.parameters(), num_files)
-    one = checkpoint_bytes(model.parameters())
+    one = check_room(config.exp_dir, model.parameters(), num_files)
     yield (
         f"Disk: {num_files} checkpoints of about {size(one)}, {size(num_files * one)} in "
         f"{config.exp_dir}; {size(free_bytes(config.exp_dir))} are free"

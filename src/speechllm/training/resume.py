@@ -135,13 +135,8 @@ def archive_later_checkpoints(exp_dir: Path, state: TrainState) -> Path | None:
     return folder
 
 
-def checkpoint_bytes(parameters: Iterable[Tensor]) -> int:
-    """Estimate a checkpoint's size: trainable parameters, with two optimizer values for each."""
-    return 3 * sum(p.nbytes for p in parameters if p.requires_grad)
-
-
-def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> None:
-    """Check that the disk has room for checkpoints of these parameters.
+def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> int:
+    """Check that the disk has room for checkpoints, and return the estimated size of one in bytes.
 
     Args:
       num_files: number of checkpoints in the whole run; room for fewer gives a warning.
@@ -149,12 +144,14 @@ def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> N
     Raises:
       InputError: two checkpoints do not fit on the disk.
     """
-    size = checkpoint_bytes(parameters)
+    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    size = 3 * trained  # optimizers have two values per parameter
     check_space(exp_dir, 2 * size, "two checkpoints")
     try:
         check_space(exp_dir, num_files * size, f"{num_files} checkpoints")
     except InputError as error:
         logging.warning(error)
+    return size
 
 
 # ---- resuming
