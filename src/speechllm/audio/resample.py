@@ -13,10 +13,9 @@ from lhotse.augmentation import get_or_create_resampler
 from torch import Tensor
 
 from speechllm.audio.fbank import SAMPLING_RATE
-from speechllm.audio.reader import BLOCK_SECONDS, LOUDEST, open_sound
+from speechllm.audio.reader import LOUDEST, open_sound
 from speechllm.errors import InputError
 
-RESAMPLER_CONTEXT = 1  # s, much longer than the resampling filter
 LOWEST_RATE = 1000  # Hz; a header with a lower rate is damaged
 LARGEST_RESAMPLER = 10_000_000  # weights; 44.1 kHz needs 70560, 44.101 kHz 700 million
 
@@ -80,12 +79,6 @@ def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
             raise InputError(str(error).replace(file.name, name)) from None
 
 
-def _check_rate(rate: int, name: str | Path) -> None:
-    step = math.gcd(rate, SAMPLING_RATE) or 1
-    if rate < LOWEST_RATE or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
-        raise InputError(f"{name}: unsupported sample rate {rate} Hz")
-
-
 def mono_samples(samples: np.ndarray | Tensor) -> Tensor:
     """Return samples (N,), given as int16 or floats from -1 to 1, as float32 on the CPU.
 
@@ -111,30 +104,31 @@ def mono_samples(samples: np.ndarray | Tensor) -> Tensor:
 def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator[Tensor]:
     """Resample blocks (N,) to 16 kHz, with the same result as for the whole recording at once.
 
-    Uses lhotse's resampler, as for training data.
-
     Raises:
-      InputError: the rate is unsupported, or samples are not finite; the message begins with
-        `name`.
+      InputError: the rate is unsupported; the message begins with `name`.
     """
-    _check_rate(rate, name)
-    for block in _resampled(blocks, rate):
-        if not block.isfinite().all():
-            raise InputError(f"{name}: samples contain NaN or infinity")
-        yield block
+    resample = StreamResampler(rate, name)
+    for block in blocks:
+        yield resample(block)
+    yield resample(torch.zeros(0), last=True)
 
 
 class StreamResampler:
-    """Resamples a stream to 16 kHz block by block, with a delay of 10 ms."""
+    """Resamples a stream to 16 kHz block by block, with a delay of 10 ms.
 
-    def __init__(self, rate: int):
+    Uses lhotse's resampler, as for training data; 10 ms are longer than its filter.
+    """
+
+    def __init__(self, rate: int, name: str | Path = "stream"):
         """
         Raises:
-          InputError: the rate is unsupported.
+          InputError: the rate is unsupported; the message begins with `name`.
         """
-        _check_rate(rate, "stream")
+        step = math.gcd(rate, SAMPLING_RATE) or 1
+        if rate < LOWEST_RATE or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
+            raise InputError(f"{name}: unsupported sample rate {rate} Hz")
         self.rate = rate
-        self._step = rate // math.gcd(rate, SAMPLING_RATE)  # blocks end on samples of both rates
+        self._step = rate // step  # blocks end on samples of both rates
         self._context = -(-rate // 100 // self._step) * self._step
         self._held, self._before = torch.zeros(0), 0
 
@@ -154,13 +148,3 @@ class StreamResampler:
         kept = max(0, before + length - self._context)
         self._held, self._before = held[kept:], before + length - kept
         return resample(held)[start:end]
-
-
-def _resampled(blocks: Iterable[Tensor], rate: int) -> Iterator[Tensor]:
-    if rate == SAMPLING_RATE:
-        yield from blocks
-        return
-    resample = get_or_create_resampler(rate, SAMPLING_RATE)
-    for samples, before, length in windows(blocks, BLOCK_SECONDS * rate, RESAMPLER_CONTEXT * rate):
-        start, end = (-(-n * SAMPLING_RATE // rate) for n in (before, before + length))
-        yield resample(samples)[start:end]
