@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from lhotse import CutSet
 from lhotse.cut import Cut
@@ -87,13 +88,13 @@ def read_cuts(path: Path) -> Iterator[Cut]:
         yield item
 
 
-def read_lines(path: Path) -> Iterator[Cut | str]:
-    """Yield a cut for each line, or an error message if the line is not a cut."""
+def read_lines(path: Path, kind: type = Cut) -> Iterator[Any]:
+    """Yield an item of this kind for each line, or an error message if the line is not one."""
     line = None
     try:
         with open_best(path, "r") as lines:
             for line in lines:
-                yield _parse_line(line)
+                yield _parse_line(line, kind)
     except Exception as error:  # gzip, zlib, decoders and file systems raise different exceptions
         yield first_line(error)
         return
@@ -101,16 +102,17 @@ def read_lines(path: Path) -> Iterator[Cut | str]:
         yield "the file is empty"
 
 
-def _parse_line(line: str) -> Cut | str:
+def _parse_line(line: str, kind: type) -> Any:
+    name = kind.__name__.removesuffix("Segment").lower()
     try:
         item = deserialize_item(decode_json_line(line))
-        return check_safe(item) if isinstance(item, Cut) else f"not a cut: {type(item).__name__}"
+        return check_safe(item) if isinstance(item, kind) else f"not a {name}: {type(item).__name__}"
     except json.JSONDecodeError as error:
         return f"invalid JSON: {error}"
     except InputError as error:
         return str(error)
     except Exception as error:  # lhotse does not check the fields
-        return f"not a cut: {type(error).__name__}: {first_line(error)}"
+        return f"not a {name}: {type(error).__name__}: {first_line(error)}"
 
 
 # ---- checking

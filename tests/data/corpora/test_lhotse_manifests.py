@@ -79,7 +79,7 @@ def test_unsafe_manifests_are_rejected(cut, prepare, tmp_path, kind):
     ("name", "content", "message"),
     [
         ("cuts.jsonl", "{}\n", "cuts.jsonl line 1, .no id.: not a cut"),
-        ("x_recordings.jsonl", "{}\n", "x_supervisions.jsonl cannot be read"),
+        ("x_recordings.jsonl", "{}\n", "x_supervisions.jsonl is missing"),
         ("else.txt", "", "has neither .cuts.*jsonl.gz nor"),
     ],
 )
