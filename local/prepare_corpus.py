@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     report, splits = prepare(config)
     print(report, end="")
-    train = [split for split in splits if is_training(split, config.train_split)]
+    train = [split for split in splits if is_training(split)]
     logging.info(usage_hint(config, train, [split for split in splits if split not in train]))
 
 

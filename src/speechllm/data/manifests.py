@@ -103,16 +103,16 @@ def read_lines(path: Path, kind: type = Cut) -> Iterator[Any]:
 
 
 def _parse_line(line: str, kind: type) -> Any:
-    name = kind.__name__.removesuffix("Segment").lower()
+    wrong = f"not a {kind.__name__.removesuffix('Segment').lower()}: "
     try:
         item = deserialize_item(decode_json_line(line))
-        return check_safe(item) if isinstance(item, kind) else f"not a {name}: {type(item).__name__}"
+        return check_safe(item) if isinstance(item, kind) else wrong + type(item).__name__
     except json.JSONDecodeError as error:
         return f"invalid JSON: {error}"
     except InputError as error:
         return str(error)
     except Exception as error:  # lhotse does not check the fields
-        return f"not a {name}: {type(error).__name__}: {first_line(error)}"
+        return f"{wrong}{type(error).__name__}: {first_line(error)}"
 
 
 # ---- checking

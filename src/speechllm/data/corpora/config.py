@@ -30,7 +30,6 @@ class PrepareConfig:
     path: Path
     corpus: str = option("", "name of the corpus in file names")
     manifest_dir: Path = option(Path("data/fbank"), "output directory for cut files")
-    train_split: str = option("train", "name of the training split in the corpus")
     split: str = option("", "assign all utterances to this split, and add it to the corpus")
     layout: str = option(
         "auto", "layout of --folder: auto (recognized by its files), " + ", ".join(LAYOUTS)

@@ -6,9 +6,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,17 +19,17 @@ from lhotse.cut import Cut
 from speechllm.data.corpora.audio_files import check_files
 from speechllm.data.corpora.config import LAYOUTS, PrepareConfig
 from speechllm.data.corpora.corpus_report import (
-    corpus_report,
-    merge_reports,
+    count_errors,
     report_text,
     shorten,
+    split_statistics,
 )
 from speechllm.data.corpora.folder import audio_and_texts, read_folder
 from speechllm.data.corpora.huggingface import huggingface_files, read_huggingface
 from speechllm.data.corpora.kaldi import kaldi_files, read_kaldi
 from speechllm.data.corpora.layouts import layout_files, read_layout, recognize
 from speechllm.data.corpora.lhotse_manifests import manifest_files, read_manifests
-from speechllm.data.corpora.splits import assign_splits
+from speechllm.data.corpora.splits import TRAIN, assign_splits
 from speechllm.data.corpora.table import read_table, table_files
 from speechllm.data.corpora.to_cuts import (
     OVERSHOOT,
@@ -40,16 +41,16 @@ from speechllm.data.corpora.to_cuts import (
 )
 from speechllm.data.corpora.utterance import Utterance
 from speechllm.data.features import compute_fbank, cuts_path, with_perturbed_speed
-from speechllm.data.validation import CutError, count_reasons, format_counts, shown_id
+from speechllm.data.validation import CutError, shown_id
 from speechllm.errors import InputError
 from speechllm.io import atomic_write
 
-READERS: dict[str, tuple[Callable, Callable]] = {  # layout: reader, function listing its files
-    "table": (read_table, table_files),
-    "folder": (read_folder, audio_and_texts),
-    "kaldi": (read_kaldi, kaldi_files),
-    "huggingface": (read_huggingface, huggingface_files),
-    "lhotse": (read_manifests, manifest_files),
+FILES = {  # source: function that lists its files; the others are layouts
+    "table": table_files,
+    "folder": audio_and_texts,
+    "kaldi": kaldi_files,
+    "huggingface": huggingface_files,
+    "lhotse": manifest_files,
 }
 WITHOUT_HASH = ("source", "path", "manifest_dir", "num_jobs", "overwrite")
 
@@ -59,7 +60,7 @@ logger = logging.getLogger(__name__)
 def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
     """Prepare a corpus, unless already done; return the report and the names of all splits.
 
-    `.<corpus>.json` next to the cut files contains the source hash of each finished split.
+    The report's JSON is written after each split, so that an interrupted run is continued.
 
     Raises:
       InputError: the source cannot be read or has invalid utterances, or a split exists that was
@@ -67,34 +68,59 @@ def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
     """
     config = with_layout(config)
     folder, source = config.manifest_dir, source_hash(config)
-    stamp, report = folder / f".{config.corpus}.json", folder / f"{config.corpus}_report.txt"
-    former = _read_stamp(stamp)
-    former = {
-        split: made_from
-        for split, made_from in former.items()
-        if cuts_path(folder, config.corpus, split).is_file()
-    }
-    content = _read_report(report.with_suffix(".json"))
-    done = content.get("sources", {}).get(source)
-    if done and all(former.get(split) == source for split in done["splits"]):
+    path = folder / f"{config.corpus}_report.json"
+    report = _read_report(path, config.corpus)
+    splits = report["splits"]
+    made_from = {split: one.get("source") for split, one in splits.items()}
+    done = report["sources"].get(source)
+    if done and all(made_from.get(split) == source for split in done["splits"]):
         logger.info("%s was prepared from the same files with the same flags", config.corpus)
-        return report.read_text("utf-8"), list(former)
+        return report_text(report), list(splits)
     copies = folder / f"{config.corpus}_audio-{source[:8]}"
-    finished = content.get("sources", former.values() if content else ())
-    kept = {one: made_from for one, made_from in former.items() if made_from in finished}
     folder.mkdir(parents=True, exist_ok=True)
-    corpus = _read_with_copies(config, copies, {} if config.overwrite else kept, source)
+    corpus = _read_with_copies(config, copies, {} if config.overwrite else made_from, source)
     for split, cuts in corpus.splits.items():
-        if former.get(split) != source:
+        if made_from.get(split) != source:
             compute_fbank(cuts, cuts_path(folder, config.corpus, split), config.num_jobs)
-            former[split] = source
-            _write(stamp, json.dumps(former))
-    added = corpus_report(str(config.path), corpus.splits, corpus.errors)
-    content = merge_reports(content, added, source)
-    _write(report.with_suffix(".json"), json.dumps(content, ensure_ascii=False, indent=1))
-    _write(report, report_text(content))
-    _remove_former_copies(copies, config.corpus, set(former.values()))
-    return report.read_text("utf-8"), list(former)
+            splits[split] = {**split_statistics(cuts), "source": source}
+            _write_report(path, report)
+    used = sum(splits[split]["utterances"] for split in corpus.splits)
+    report["sources"][source] = {
+        "path": str(config.path),
+        "splits": list(corpus.splits),
+        "given": used + len(corpus.errors),
+        "used": used,
+        "skipped": [error._asdict() for error in corpus.errors],
+    }
+    _write_report(path, report)
+    _remove_former_copies(copies, config.corpus, report)
+    return report_text(report), list(splits)
+
+
+def _read_report(path: Path, corpus: str) -> dict:
+    """Read a report, except for splits whose cut file was removed."""
+    if not path.is_file():
+        return {"splits": {}, "sources": {}}
+    report = json.loads(path.read_text("utf-8"))
+    splits = report["splits"].items()
+    found = {name: one for name, one in splits if cuts_path(path.parent, corpus, name).is_file()}
+    return report | {"splits": found}
+
+
+def _write_report(path: Path, report: dict) -> None:
+    in_use = _sources_in_use(report)
+    report["sources"] = {key: one for key, one in report["sources"].items() if key in in_use}
+    texts = {
+        path: json.dumps(report, ensure_ascii=False, indent=1),
+        path.with_suffix(".txt"): report_text(report),
+    }
+    for file, text in texts.items():
+        with atomic_write(file) as partial:
+            partial.write_text(text, "utf-8")
+
+
+def _sources_in_use(report: dict) -> set[str | None]:
+    return {one.get("source") for one in report["splits"].values()}
 
 
 def with_layout(config: PrepareConfig) -> PrepareConfig:
@@ -110,17 +136,6 @@ def with_layout(config: PrepareConfig) -> PrepareConfig:
     return replace(config, source=layout)
 
 
-def _read_stamp(stamp: Path) -> dict[str, str]:
-    former = json.loads(stamp.read_text()) if stamp.is_file() else {}
-    if isinstance(former.get("splits"), list):  # written by earlier versions
-        return dict.fromkeys(former["splits"], former["source"])
-    return former
-
-
-def _read_report(report: Path) -> dict:
-    return json.loads(report.read_text("utf-8")) if report.is_file() else {}
-
-
 def source_hash(config: PrepareConfig) -> str:
     """Hash the non-default options, and the input files' names, sizes and modification times."""
     options = {
@@ -128,25 +143,15 @@ def source_hash(config: PrepareConfig) -> str:
         for one in fields(config)
         if (value := getattr(config, one.name)) != one.default and one.name not in WITHOUT_HASH
     }
-    if config.source in READERS:
-        _, list_files = READERS[config.source]
-        input_files = list_files(config.path)
-    else:
-        input_files = layout_files(config.source, config.path)
-    states = [
-        (os.path.relpath(file, config.path), file.stat()) for file in input_files if file.exists()
-    ]
-    files = [(file, state.st_size, state.st_mtime_ns) for file, state in states]
-    return hashlib.sha256(json.dumps([options, files]).encode()).hexdigest()
+    list_files = FILES.get(config.source) or partial(layout_files, config.source)
+    files = [file for file in list_files(config.path) if file.exists()]
+    states = [(os.path.relpath(file, config.path), file.stat()) for file in files]
+    content = [options, [(name, one.st_size, one.st_mtime_ns) for name, one in states]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as partial:
-        partial.write_text(text, "utf-8")
-
-
-def _remove_former_copies(copies: Path, corpus: str, sources: set[str]) -> None:
-    used = {source[:8] for source in sources}
+def _remove_former_copies(copies: Path, corpus: str, report: dict) -> None:
+    used = {str(source)[:8] for source in _sources_in_use(report)}
     for folder in copies.parent.glob(f"{corpus}_audio-*"):
         is_ours = re.fullmatch(rf"{corpus}_audio-[0-9a-f]{{8}}", folder.name)
         if is_ours and folder.name[-8:] not in used:
@@ -161,13 +166,13 @@ class Corpus(NamedTuple):
     errors: list[CutError]  # errors of the skipped utterances
 
 
-def is_training(split: str, train_split: str) -> bool:
+def is_training(split: str) -> bool:
     """Return true for training splits, such as `train` and LibriSpeech's `train-clean-100`."""
-    return split.split("-")[0] == train_split.lower() or split == train_split.lower()
+    return split.split("-")[0] in (TRAIN, "training")
 
 
 def _read_with_copies(
-    config: PrepareConfig, copies: Path, former: Mapping[str, str], source: str
+    config: PrepareConfig, copies: Path, former: Mapping[str, str | None], source: str
 ) -> Corpus:
     """Read like `read_corpus`, and remove new copies on failure.
 
@@ -209,25 +214,26 @@ def read_corpus(config: PrepareConfig, copies: Path) -> Corpus:
     _report_invalid(errors, config.skip_invalid)
     if not valid:
         raise InputError(f"{config.path} has no usable utterance")
-    by_split = assign_splits(valid, config.train_split.lower())
-    splits = {split: CutSet.from_cuts(cuts) for split, cuts in by_split.items()}
-    train = [one for one in splits if is_training(one, config.train_split)]
+    splits = {split: CutSet.from_cuts(cuts) for split, cuts in assign_splits(valid).items()}
+    train = [one for one in splits if is_training(one)]
     for split in train if config.speed_perturb else ():
         splits[split] = with_perturbed_speed(splits[split])
     if config.speed_perturb and not train and not config.split:
-        logger.warning("no split is named %s: no speed perturbation", config.train_split)
+        logger.warning("no split is named %s: no speed perturbation", TRAIN)
     _report_late([one for one, _ in valid if is_late(one, files[one.path])])
     return Corpus(splits, errors)
 
 
 def _read(config: PrepareConfig, copies: Path) -> Iterator[Utterance]:
-    if config.source == "huggingface":
-        return read_huggingface(config.path, copies, config.columns)
-    if config.source == "table":
-        return read_table(config.path, config.audio_dir, config.columns)
-    if config.source in READERS:
-        return READERS[config.source][0](config.path)
-    return read_layout(config.source, config.path)
+    path, columns = config.path, config.columns
+    readers = {
+        "table": lambda: read_table(path, config.audio_dir, columns),
+        "folder": lambda: read_folder(path),
+        "kaldi": lambda: read_kaldi(path),
+        "huggingface": lambda: read_huggingface(path, copies, columns),
+        "lhotse": lambda: read_manifests(path),
+    }
+    return readers.get(config.source, lambda: read_layout(config.source, path))()
 
 
 def _with_flags(utterance: Utterance, config: PrepareConfig) -> Utterance:
@@ -266,11 +272,12 @@ def _report_late(utterances: list[Utterance]) -> None:
 def _report_invalid(errors: list[CutError], skip: bool) -> None:
     if not errors:
         return
-    counts = format_counts(count_reasons([error] for error in errors))
     if skip or all(error.reason == "no-words" for error in errors):
+        counts = count_errors(errors)
         logger.warning("skipping %d invalid utterances (%s)", len(errors), counts)
         return
     messages = shorten((f"  {error.message}" for error in errors), "\n")
     raise InputError(
-        f"{len(errors)} invalid utterances ({counts}):\n{messages}\n--skip-invalid true skips them"
+        f"{len(errors)} invalid utterances ({count_errors(errors)}):\n{messages}\n"
+        "--skip-invalid true skips them"
     )
