@@ -20,7 +20,7 @@ def kaldi(tmp_path, write_audio):
     return write
 
 
-SEGMENTS = "u1 r1 0.5 1.5\nu2 r1 1.5 3.25\nu3 r1 4.0 -1\n"
+SEGMENTS = "u1 r1\t0.5 1.5\nu2 r1 1.5 3.25\nu3 r1 4.0 -1\n"
 TEXT = "u1 one\nu2 two  words\nu3 three\n"
 
 
