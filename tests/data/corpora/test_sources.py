@@ -1,7 +1,6 @@
 """All forms of a corpus give the same cuts; on utterances of AN4."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +171,3 @@ def test_copies_of_embedded_audio_are_replaced_with_the_dataset(rows, tmp_path):
     prepare(tmp_path, "--huggingface", source, "--language", "en")
     (now,) = (tmp_path / "out").glob("x_audio-*")
     assert now != former and len(list(now.iterdir())) == len(rows)
-
-    shutil.rmtree(source / "test")
-    with pytest.raises(SystemExit, match="test/state.json cannot be read"):
-        prepare(tmp_path, "--huggingface", source)
-    assert [now] == list((tmp_path / "out").glob("x_audio-*"))

@@ -70,8 +70,8 @@ def _read_directory(directory: Path, split: str) -> Iterator[Utterance]:
         try:
             one.start, one.end, one.channel = _times_and_channel(numbers)
             if one.channel is None and recording in sides:
-                *_, side = sides[recording][0][0].split()  # `file channel`
-                one.channel = channel_number(side)
+                file_and_channel = sides[recording][0][0].split() or [""]
+                one.channel = channel_number(file_and_channel[-1])
         except ValueError as error:
             one.problem = "malformed", str(error)
         one.problem = one.problem or _problem(one, tables)

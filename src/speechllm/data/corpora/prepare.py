@@ -25,7 +25,7 @@ from speechllm.data.corpora.corpus_report import (
     split_statistics,
 )
 from speechllm.data.corpora.folder import audio_and_texts, read_folder
-from speechllm.data.corpora.huggingface import huggingface_files, read_huggingface
+from speechllm.data.corpora.huggingface import dataset_files, read_huggingface
 from speechllm.data.corpora.kaldi import kaldi_files, read_kaldi
 from speechllm.data.corpora.layouts import layout_files, read_layout, recognize
 from speechllm.data.corpora.lhotse_manifests import manifest_files, read_manifests
@@ -49,7 +49,7 @@ FILES = {  # source: function that lists its files; the others are layouts
     "table": table_files,
     "folder": audio_and_texts,
     "kaldi": kaldi_files,
-    "huggingface": huggingface_files,
+    "huggingface": dataset_files,
     "lhotse": manifest_files,
 }
 WITHOUT_HASH = ("source", "path", "manifest_dir", "num_jobs", "overwrite")
