@@ -10,10 +10,10 @@ from speechllm.errors import InputError
 from speechllm.io import atomic_write
 from speechllm.reports import page, signed
 from speechllm.reports.diff import marks
-from speechllm.reports.tables import MAX_ROWS, Row, error_name, row
+from speechllm.reports.tables import Row, row
 from speechllm.scoring.bootstrap import Difference, paired_bootstrap
 from speechllm.scoring.files import read_recogs
-from speechllm.scoring.wer import Pair, ScoredUtterance, count_pairs
+from speechllm.scoring.wer import ScoredUtterance
 
 SIGNIFICANT = 0.05  # p-value
 
@@ -92,13 +92,10 @@ def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
     }
     print(f"A: {a_path}\nB: {b_path}\n{summary(**values)}")
     if html is not None:
-        changed = changed_errors(count_pairs(a), count_pairs(b))
         text = page(
             "comparison.html",
             title=f"{a_path.stem}, {b_path.stem}",
             names=(a_path, b_path),
-            changed=changed[:MAX_ROWS],
-            left_out=len(changed[MAX_ROWS:]),
             utterances=utterances,
             marks=marks,
             **values,
@@ -155,13 +152,3 @@ def summary(
         f"B is better in {changes['better']} utterances and worse in {changes['worse']}; "
         f"other {units} but as many errors in {changes['other']}, the same {units} in {same}",
     ])  # fmt: skip
-
-
-def changed_errors(a: Counter[Pair], b: Counter[Pair]) -> list[tuple[str, int, int]]:
-    """Return (error, count in A, count in B) for differing counts, largest change first."""
-    changed = [
-        (error_name(pair), a[pair], b[pair])
-        for pair in a | b
-        if pair[0] != pair[1] and a[pair] != b[pair]
-    ]
-    return sorted(changed, key=lambda one: (-abs(one[2] - one[1]), one[0]))
