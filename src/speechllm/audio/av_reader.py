@@ -125,8 +125,8 @@ def _timed_blocks(container, stream, clock: _Clock) -> Iterator[np.ndarray]:
     converter = _Converter(stream.rate, stream.channels)
     for frame in _frames(container, stream, clock):
         yield from _silence(clock.missing(frame.time), converter.channels)
-        yield converter(frame)
-    yield converter.flush()
+        yield from converter(frame)
+    yield from converter.flush()
 
 
 def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | None]:
@@ -211,23 +211,19 @@ class _Converter:
         self.rate, self.channels = rate, channels
         self.form, self.resampler = None, None
 
-    def __call__(self, frame: av.AudioFrame) -> np.ndarray:
+    def __call__(self, frame: av.AudioFrame) -> Iterator[np.ndarray]:
         form = frame.format.name, frame.layout.name, frame.sample_rate
-        parts = []
         if form != self.form:
-            parts.append(self.flush())
+            yield from self.flush()
             self.form = form
             self.resampler = av.AudioResampler("flt", frame.layout, self.rate)
         frame.pts = None  # with times, the resampler would insert or drop samples
-        parts += [self._array(one) for one in self.resampler.resample(frame)]
-        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
+        yield from map(self._array, self.resampler.resample(frame))
 
-    def flush(self) -> np.ndarray:
-        """Return the samples buffered in the resampler."""
-        frames = self.resampler.resample(None) if self.resampler else []
-        parts = [self._array(frame) for frame in frames]
-        self.resampler = None
-        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
+    def flush(self) -> Iterator[np.ndarray]:
+        """Yield the samples buffered in the resampler."""
+        if self.resampler:
+            yield from map(self._array, self.resampler.resample(None))
 
     def _array(self, frame: av.AudioFrame) -> np.ndarray:
         # Interleaved: PyAV crashes on frames with more than 8 planes, which damaged files can have.

@@ -43,9 +43,7 @@ def _split(file: Path, folder: Path) -> str:
     return "" if file.parent == folder else file.parent.name
 
 
-def read_huggingface(
-    folder: Path, copies: Path, chosen: Mapping[str, str] | None = None
-) -> Iterator[Utterance]:
+def read_huggingface(folder: Path, copies: Path, chosen: Mapping[str, str]) -> Iterator[Utterance]:
     """Read the utterances in a dataset.
 
     Args:
@@ -60,8 +58,7 @@ def read_huggingface(
         split = _split(path, folder)
         columns = find_columns(list(row), path, chosen)
         # If there is a column `audio`, `path` is only the original location.
-        is_chosen = "path" in (chosen or {})
-        audio = row["audio" if "audio" in row and not is_chosen else columns["path"]]
+        audio = row["audio" if "audio" in row and "path" not in chosen else columns["path"]]
         content = audio if isinstance(audio, dict) else {"path": audio}
         name = as_text(content.get("path"))
         fields = {k: as_text(row[column]) for k, column in columns.items() if k != "path"}

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from os.path import isfile  # false for names that are too long
 from pathlib import Path
+from types import MappingProxyType
 
 from speechllm.data.corpora.utterance import (
     SPLITS,
@@ -57,7 +58,7 @@ def _tables(folder: Path) -> list[Path]:
 
 
 def read_table(
-    path: Path, audio_dir: Path | None = None, chosen: Mapping[str, str] | None = None
+    path: Path, audio_dir: Path | None = None, chosen: Mapping[str, str] = MappingProxyType({})
 ) -> list[Utterance]:
     """Read the utterances in a table, or in the tables of a folder.
 
@@ -75,7 +76,7 @@ def read_table(
     utterances, has_ids = [], False
     for table in tables:
         header, rows = _json_lines(table) if table.suffix.lower() in JSON else _cells(table)
-        columns = find_columns(header, table, chosen or {})
+        columns = find_columns(header, table, chosen)
         prefix = f"{table.relative_to(path)} " if len(tables) > 1 else ""
         has_ids = has_ids or "id" in columns
         utterances += [

@@ -1,10 +1,10 @@
 """Utterance: the common result of all corpus readers, including its problem if there is one."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from speechllm.data.corpora.config import channel_number
 from speechllm.data.validation import shown_id
@@ -60,29 +60,25 @@ class Utterance:
 
 
 def find_columns(
-    header: list[str], source: Path, chosen: Mapping[str, str] | None = None
+    header: list[str], source: Path, chosen: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
     """Map fields to column names; names in `chosen`, given by flags, take precedence.
 
     Raises:
       InputError: a required column is missing, or a column in use occurs twice.
     """
-    by_name = {name.strip().lower(): name for name in header}  # `Path`, ` text`
-    found = {
-        field: by_name[next(name for name in names if name in by_name)]
-        for field, names in COLUMNS.items()
-        if set(names) & set(by_name)
-    }
-    counts = Counter(name.strip().lower() for name in header)
-    for field, name in found.items():
-        if counts[name.strip().lower()] > 1 and field not in (chosen or {}):
-            raise InputError(f"{source} has several columns {name.strip().lower()}")
-    for field, name in (chosen or {}).items():
+    for field, name in chosen.items():
         if name not in header:
             raise InputError(
                 f"{source} has no column {name} (--{field}-column); it has {', '.join(header)}"
             )
-        found[field] = name
+    found, plain = dict(chosen), [name.strip().lower() for name in header]  # `Path`, ` text`
+    for field, names in COLUMNS.items():
+        name = next((name for name in names if name in plain), None)
+        if name and field not in found:
+            if plain.count(name) > 1:
+                raise InputError(f"{source} has several columns {name}")
+            found[field] = header[plain.index(name)]
     if missing := [field for field in REQUIRED if field not in found]:
         flags = " and ".join(f"--{field}-column" for field in missing)
         raise InputError(
