@@ -173,18 +173,31 @@ def checked_cuts(
     extra_check: ExtraCheck | None = None,
 ) -> Iterator[tuple[int, Cut, list[CutError]]]:
     """Yield the position, the cut and its errors for each cut in a file; see `scan_manifests`."""
-    ids: set[str] = set()
     can_be_read = False
-    for number, cut in enumerate(read_cuts(path)):
-        errors = validate_cut(cut, need_text=need_text, need_features=need_features)
-        if need_text is not None:  # the ids of noise are not used
-            errors += [duplicate_id(cut)] if str(cut.id) in ids else []
-            ids.add(str(cut.id))
+    for number, cut, errors in checked_lines(path, need_text, need_features):
+        if cut is None:
+            raise InputError(f"{path} cannot be read beyond cut {number}: {errors[0].message}")
         if not errors and extra_check:
             errors = extra_check(cut)
         if not errors and not can_be_read:
             errors = read_errors(cut, need_features)
             can_be_read = not errors
+        yield number, cut, errors
+
+
+def checked_lines(
+    path: Path, need_text: bool | None = True, need_features: bool = True
+) -> Iterator[tuple[int, Cut | None, list[CutError]]]:
+    """Yield the position, the cut and its errors in the manifest; None if the line is not a cut."""
+    ids: set[str] = set()
+    for number, cut in enumerate(read_lines(path)):
+        if isinstance(cut, str):
+            yield number, None, [CutError(None, "not-a-cut", cut)]
+            continue
+        errors = validate_cut(cut, need_text=need_text, need_features=need_features)
+        if need_text is not None:  # the ids of noise are not used
+            errors += [duplicate_id(cut)] if str(cut.id) in ids else []
+            ids.add(str(cut.id))
         yield number, cut, errors
 
 

@@ -46,13 +46,9 @@ SHARDS_CHECKED = 100  # evenly spread
 
 
 def write_shards(
-    cuts: CutSet,
-    directory: Path,
-    store: str = "lilcom",
-    shard_size: int = 1000,
-    shuffle: bool = True,
+    cuts: CutSet, directory: Path, store: str = "lilcom", shard_size: int = 1000
 ) -> int:
-    """Write a directory of shards atomically; return the number of cuts.
+    """Write a directory of shards atomically, in random order; return the number of cuts.
 
     Args:
       store: lilcom to store features, flac or wav to store audio.
@@ -64,8 +60,7 @@ def write_shards(
         raise InputError(f"{directory} exists: remove it or choose another directory")
     kind = "features" if store == "lilcom" else "recording"
     durations: Counter = Counter()  # in units of 10 ms
-    if shuffle:
-        cuts = cuts.shuffle(random.Random(SHUFFLE_SEED), buffer_size=SHUFFLE_BUFFER)
+    cuts = cuts.shuffle(random.Random(SHUFFLE_SEED), buffer_size=SHUFFLE_BUFFER)
     with atomic_directory(directory) as partial:
         with SharWriter(
             str(partial), {kind: store}, shard_size=shard_size, warn_unused_fields=False
@@ -190,15 +185,13 @@ def _read_index(directory: str) -> dict:
     for name, size in shards:
         if not SHARD.fullmatch(str(name)):  # never open other paths or types
             raise InputError(f"{path} lists {name!r}, which is not a shard's name")
-        if not is_valid_url(path):  # object stores have no partially written files
-            _check_size(Path(directory, name), size)
+        if is_valid_url(path):  # object stores have no partially written files
+            continue
+        shard = Path(directory, name)
+        found = shard.stat().st_size if shard.is_file() else 0
+        if found != size:
+            raise InputError(f"{shard} has {found} bytes, not {size}")
     return index
-
-
-def _check_size(path: Path, size: int) -> None:
-    found = path.stat().st_size if path.is_file() else 0
-    if found != size:
-        raise InputError(f"{path} has {found} bytes, not {size}")
 
 
 def check_shards(
