@@ -148,7 +148,6 @@ def test_skip_invalid_skips_and_reports_them(invalid_table, tmp_path, caplog, ca
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("utt_id\tspeaker\twords\nx\ty\tz\n", "has no column for text and path; it has"),
         ("", "has no column for text .*; it has none"),
         (HEADER, "has no usable utterance"),
         (b"PK\x03\x04\x14\0", "is not a text file: save it as CSV or TSV"),
@@ -215,13 +214,6 @@ def test_further_tables_add_splits_and_replace_only_on_request(table, tmp_path, 
     assert ids_of(one, "dev") == ["a"]
 
 
-def test_the_hint_names_the_written_files(table, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    table.write_text(table.read_text().replace("\tdev\t", "\tValidation\t"))
-    prepare(table, tmp_path)
-    assert "--train-cuts toy_cuts_train --valid-cuts toy_cuts_validation" in caplog.text
-
-
 @pytest.mark.parametrize(
     "text", ["<NOISE>", "[music] ...", '""', "\u200b\u200e", "(Laughter)", "♪"]
 )
@@ -267,11 +259,3 @@ def test_an_unchanged_table_is_not_computed_again(table, tmp_path, capsys):
     assert ids_of(out, "dev") == ["c"]
     train = str(out / "toy_cuts_train.jsonl.gz")
     assert after[train] == before[train]
-
-
-def test_other_rates_are_resampled(table, tmp_path):
-    write_noise(table.parent / "wav" / "c.wav", 0.6, rate=44100)
-    prepare(table, tmp_path)
-    (cut,) = cuts_of(tmp_path, "dev")
-    assert (cut.sampling_rate, cut.num_samples, cut.num_frames) == (16000, 9600, 60)
-    assert cut.load_features().shape == (60, 80) and cut.load_audio().shape == (1, 9600)
