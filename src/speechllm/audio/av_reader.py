@@ -12,6 +12,7 @@ from speechllm.errors import InputError, first_line
 
 TIME_TOLERANCE = 0.25  # s: packet times and container durations are not exact
 LONGEST = 24 * 3600  # s; longer gaps, and times after the end, mean broken timestamps
+SILENCE_BLOCK = 100_000  # samples
 RESTART = 10.0  # s; a larger step in MPEG-TS or Ogg means that files were joined
 EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "tta", "wv")
 FILE_LENGTH = ("asf", "flv", "rm")  # they estimate the duration of the longest stream
@@ -124,7 +125,10 @@ def _timed_blocks(container, stream, clock: _Clock) -> Iterator[np.ndarray]:
     """Yield a block per frame, and silence for gaps."""
     converter = _Converter(stream.rate, stream.channels)
     for frame in _frames(container, stream, clock):
-        yield from _silence(clock.missing(frame.time), converter.channels)
+        missing = clock.missing(frame.time)
+        for start in range(0, missing, SILENCE_BLOCK):
+            length = min(SILENCE_BLOCK, missing - start)
+            yield np.zeros((length, stream.channels), np.float32)
         yield from converter(frame)
     yield from converter.flush()
 
@@ -209,7 +213,7 @@ class _Converter:
 
     def __init__(self, rate: int, channels: int):
         self.rate, self.channels = rate, channels
-        self.form, self.resampler = None, None
+        self.form = self.resampler = None
 
     def __call__(self, frame: av.AudioFrame) -> Iterator[np.ndarray]:
         form = frame.format.name, frame.layout.name, frame.sample_rate
@@ -231,11 +235,6 @@ class _Converter:
         if block.shape[1] != self.channels:
             block = np.repeat(block.mean(axis=1, keepdims=True), self.channels, axis=1)
         return block
-
-
-def _silence(samples: int, channels: int) -> Iterator[np.ndarray]:
-    for start in range(0, samples, 100_000):
-        yield np.zeros((min(100_000, samples - start), channels), np.float32)
 
 
 def reason(error: Exception) -> str:

@@ -215,9 +215,6 @@ def evaluation_loader(
         world_size=1,
     )
     if world_size > 1:  # longest first, so that all ranks take about the same time
-        batches = sorted(batches, key=_padded_seconds, reverse=True)[rank::world_size]
+        in_order = sorted(batches, key=lambda cuts: -len(cuts) * max(cut.duration for cut in cuts))
+        batches = in_order[rank::world_size]
     return DiagnosticDataLoader(dataset, config, "evaluation", sampler=batches)
-
-
-def _padded_seconds(cuts: CutSet) -> float:
-    return len(cuts) * max(cut.duration for cut in cuts)

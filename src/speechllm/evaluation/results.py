@@ -59,7 +59,8 @@ def write_results(
     utterances = score_cuts(decoded, texts, config.normalize, unit)
     rate = error_rate(decoded, unit)
     if config.biasing_list:
-        words = biased_words(config.biasing_list, config.normalize)
+        phrases = map(NORMALIZERS[config.normalize], read_hotwords(config.biasing_list))
+        words = {word for phrase in phrases for word in phrase.split()}
         for errors in biased_error_counts(utterances, words):
             logging.info(log_line(set_name, errors))
             extra[errors.rate] = f"{errors.wer:.2f}% of {errors.ref_words} words"
@@ -69,12 +70,6 @@ def write_results(
     report = report_html(decoded, utterances, out_dir, set_name, suffix, config)
     _write(out_dir / f"report-{name}.html", report.encode(errors="replace"))
     return errors
-
-
-def biased_words(path: Path, normalize: str) -> set[str]:
-    """Return the normalized words in a file of phrases; raise like `read_hotwords`."""
-    function = NORMALIZERS[normalize]
-    return {word for phrase in read_hotwords(path) for word in function(phrase).split()}
 
 
 def _best_ctc_weight(decoded: list[DecodedCut], config: EvalConfig) -> str | None:

@@ -90,7 +90,7 @@ class Chunker:
     def _split(self, blocks: Iterable[Tensor]) -> Iterator[AudioChunk]:
         max_length = int(self.config.max_segment_duration * FRAMES_PER_SECOND)
         min_silence = round(self.config.min_silence * FRAMES_PER_SECOND)
-        state = SegmenterState(spikes=self._no_spikes())
+        state = SegmenterState(spikes=None if self.recognizer.ctc_decoder is None else [])
         held, start = torch.zeros(0), 0
         for window in chain(self._analysed(blocks), [None]):
             if window:
@@ -133,9 +133,6 @@ class Chunker:
     def _non_speech(self, recordings: list[Tensor]) -> list[np.ndarray]:
         speech = self.detect_speech(recordings)
         return [non_speech_mask(p, len(own) // FRAME) for p, own in zip(speech, recordings)]
-
-    def _no_spikes(self) -> list[CtcSpike] | None:
-        return None if self.recognizer.ctc_decoder is None else []
 
     def _spikes(self, features: list[Tensor]) -> list[list[CtcSpike] | None]:
         if self.recognizer.ctc_decoder is None:

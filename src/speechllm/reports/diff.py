@@ -26,15 +26,14 @@ def marks(pairs: Sequence[Pair], words: Sequence[Any] | None = None) -> list[Mar
     if words is None or len(words) != sum(len(hyp) for _, hyp in pairs):
         words = [None] * len(pairs)
     remaining = iter(words)
-    pieces = [_mark(ref, hyp, next(remaining) if hyp else None) for ref, hyp in pairs]
+    pieces = []
+    for ref, hyp in pairs:
+        word = next(remaining) if hyp else None
+        is_low = word and word.confidence < LOW_CONFIDENCE
+        pieces.append(Mark(" ".join(ref), " ".join(hyp), word if is_low else None))
     joined = []
     for is_plain, run in groupby(pieces, key=lambda m: m.ref == m.hyp and not m.uncertain):
         run = list(run)
         text = " ".join(mark.ref for mark in run)
         joined += [Mark(text, text)] if is_plain else run
     return joined
-
-
-def _mark(ref: tuple[str, ...], hyp: tuple[str, ...], word: Any | None) -> Mark:
-    is_low = word and word.confidence < LOW_CONFIDENCE
-    return Mark(" ".join(ref), " ".join(hyp), word if is_low else None)

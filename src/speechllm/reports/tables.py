@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from speechllm.scoring.bootstrap import bootstrap_interval
@@ -58,14 +59,9 @@ def buckets(
     found = defaultdict(list)
     for item in items:
         found[bisect_right(edges, value(item)) - 1].append(item)
-    return {_bucket_name(edges, i, step): found[i] for i in sorted(found)}
-
-
-def _bucket_name(edges: Sequence[int], i: int, step: int) -> str:
-    if i + 1 == len(edges):
-        return f"{edges[i]}+"
-    first, last = edges[i], edges[i + 1] - step
-    return f"{first}–{last}" if first < last else f"{first}"
+    ranges = {i: (low, high - step) for i, (low, high) in enumerate(pairwise(edges))}
+    names = {i: f"{low}–{high}" if low < high else f"{low}" for i, (low, high) in ranges.items()}
+    return {names.get(i, f"{edges[-1]}+"): found[i] for i in sorted(found)}
 
 
 def frequent_errors(pairs: Counter[Pair]) -> list[Table]:
