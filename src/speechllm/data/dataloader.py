@@ -17,12 +17,7 @@ from speechllm.data.dataset import CachedEncoderDataset, SpeechDataset, TextOpti
 from speechllm.data.encoder_cache import EncoderCache
 from speechllm.data.sampler import BatchLimit, make_sampler, with_positions
 from speechllm.data.validation import CutError, validate_cut
-from speechllm.data.workers import (
-    DiagnosticDataLoader,
-    IndexedSampler,
-    SeededDataset,
-    ShardedIterableDataset,
-)
+from speechllm.data.workers import DiagnosticDataLoader
 
 MIN_BATCHES_IN_BUCKET = 10  # --drop-last may drop one of them
 POSITIONS_PER_SECOND = 6.25  # minimum LLM positions: one encoder at the published rate
@@ -94,12 +89,11 @@ def training_loader(
     at = position
     sampler = train_sampler(source, config, at, extras.count_positions)
     dataset = _train_dataset(config, extras, source.is_sharded)
-    dataset = SeededDataset(dataset, f"{at.seed} {at.epoch} {at.rank}")
-    options = {"sampler": IndexedSampler(sampler, at.skip)}
-    if source.is_sharded:
-        dataset = ShardedIterableDataset(dataset, sampler, at.skip)
-        options = {"init": make_worker_init_fn(at.rank, at.world_size, False)}  # sets the rank
-    return DiagnosticDataLoader(dataset, config, f"epoch {at.epoch}", **options)
+    where, seed = f"epoch {at.epoch}", f"{at.seed} {at.epoch} {at.rank}"
+    init = None
+    if source.is_sharded:  # each worker on each rank reads its own shards
+        init = make_worker_init_fn(at.rank, at.world_size, False)
+    return DiagnosticDataLoader(dataset, sampler, config, where, seed, at.skip, init)
 
 
 def train_sampler(
@@ -217,4 +211,4 @@ def evaluation_loader(
     if world_size > 1:  # longest first, so that all ranks take about the same time
         in_order = sorted(batches, key=lambda cuts: -len(cuts) * max(cut.duration for cut in cuts))
         batches = in_order[rank::world_size]
-    return DiagnosticDataLoader(dataset, config, "evaluation", sampler=batches)
+    return DiagnosticDataLoader(dataset, batches, config, "evaluation")

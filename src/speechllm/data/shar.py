@@ -210,14 +210,12 @@ def check_shards(
       InputError: a cut is invalid (the message gives shard, cut and value), or every cut is
         skipped.
     """
-    valid = False
-    for fields in shards.spread(SHARDS_CHECKED):
-        errors = _first_cut_errors(fields, need_features)
-        valid |= not errors
-        if errors and not tolerate:
-            break
-    if errors and not (tolerate and valid):
-        raise InputError(f"{fields['cuts'][0]}: {errors[0].message}")
+    checked = shards.spread(SHARDS_CHECKED)
+    errors = {one["cuts"][0]: _first_cut_errors(one, need_features) for one in checked}
+    invalid = {path: found for path, found in errors.items() if found}
+    if invalid and not (tolerate and len(invalid) < len(errors)):
+        path, [error, *_] = next(iter(invalid.items()))
+        raise InputError(f"{path}: {error.message}")
     statistics = shards.statistics(limits)
     if not statistics.kept:
         raise InputError(f"{shards.fields['cuts'][0]}: no usable cuts: {statistics}")
