@@ -36,7 +36,6 @@ def read_ctm(path: Path) -> dict[str, list[Timed]]:
 
 
 def read_words(path: Path) -> dict[str, list[Timed]]:
-    """Read the timed reference words per utterance."""
     rows = map(json.loads, path.read_text("utf-8").splitlines())
     return {
         row["utt_id"]: [(word.lower(), *times) for word, *times in row["words"]] for row in rows

@@ -112,29 +112,6 @@ def test_features_of_the_ends_or_of_all_cuts_are_read(good, capsys):
     assert len(errors_of(good, capsys)) == 2
 
 
-def test_lines_after_invalid_json_are_checked(good, capsys):
-    edit(good, c=lambda cut: cut.pop("features"))
-    text = gzip.decompress(good.read_bytes()).replace(b'{"id": "b"', b'{{"id": "b"')
-    good.write_bytes(gzip.compress(text))
-    garbage, missing = errors_of(good, capsys)
-    assert garbage.startswith("line 2: invalid JSON: ") and garbage.endswith(" [not-a-cut]")
-    assert missing.startswith("line 3: cut c has no features")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not gzip", "Not a gzipped file"),
-        (gzip.compress(b"\xff\xfe\n", mtime=0), "'utf-8' codec can't decode"),
-        (gzip.compress(b"", mtime=0), "the file is empty"),
-    ],
-)
-def test_unreadable_files_are_one_error(good, capsys, content, message):
-    good.write_bytes(content)
-    (line,) = errors_of(good, capsys)
-    assert line.startswith(f"line 1: {message}") and line.endswith(" [not-a-cut]")
-
-
 def test_several_files_are_checked_even_if_one_is_missing(good, tmp_path, capsys):
     edit(good, b=lambda cut: cut.pop("features"))
     with pytest.raises(SystemExit, match="3 errors in 3 files"):

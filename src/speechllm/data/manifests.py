@@ -46,7 +46,6 @@ class CutStatistics:
 
     @property
     def invalid_cuts(self) -> list[list[CutError]]:
-        """Errors of each invalid cut."""
         return [errors for of_file in self.errors.values() for errors in of_file.values()]
 
     def __str__(self) -> str:
@@ -236,5 +235,4 @@ def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:
 
 
 def size_of_share(num_cuts: int, rank: int, world_size: int) -> int:
-    """Return the size of a rank's share of `num_cuts`."""
     return len(range(rank, num_cuts, world_size))

@@ -100,8 +100,6 @@ def _write_index(directory: Path, paths: dict[str, list[str]], durations: Counte
 
 @dataclass(frozen=True)
 class Shards:
-    """Shards from one or more directories."""
-
     fields: dict[str, list[str]]  # cuts, and features or recording -> paths, as in from_shar
     durations: Counter  # number of cuts by duration in units of 10 ms
 

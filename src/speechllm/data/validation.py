@@ -46,8 +46,6 @@ LOST = re.compile("[\ud800-\udfff\ufffd\0]")
 
 
 class CutError(NamedTuple):
-    """A problem found in a cut."""
-
     id: str
     reason: str  # one of REASONS
     message: str

@@ -54,7 +54,6 @@ class DecodeConfig:
 
     @property
     def out_dir(self) -> Path:
-        """Directory for result files."""
         return self.checkpoint.exp_dir / "decode"
 
 

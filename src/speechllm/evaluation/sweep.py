@@ -19,8 +19,6 @@ Variant = tuple[dict[str, str], DecodeConfig]  # swept flags and values; all opt
 
 @dataclass(frozen=True)
 class SweepRow:
-    """Result of decoding a set with one variant."""
-
     values: tuple[str, ...]  # values of the flags
     wer: float  # %
     rtfx: float

@@ -55,7 +55,6 @@ class SegmenterState:
         return len(self.energies)
 
     def append(self, frames: "SegmenterState") -> None:
-        """Append the next frames."""
         if self.spikes is not None:
             self.spikes += [spike.shifted(len(self)) for spike in frames.spikes]
         self.energies = np.concatenate([self.energies, frames.energies])

@@ -59,8 +59,6 @@ def load_transcriber(
 
 @dataclass
 class _Recording:
-    """A recording in progress."""
-
     name: str
     samples: int = 0  # number of samples in chunks so far
     pending: int = 0  # number of chunks being recognized

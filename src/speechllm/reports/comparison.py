@@ -137,7 +137,6 @@ def differing_utterances(
 def summary(
     a: Row, b: Row, rate: str, difference: Difference, changes: Counter[str], same: int
 ) -> str:
-    """Return the summary printed by compare.py."""
     units = "characters" if rate == "CER" else "words"
     return "\n".join([
         f"{a.utterances} utterances, {a.counts.ref_words} {units}",

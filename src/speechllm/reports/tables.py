@@ -42,7 +42,6 @@ class Table:
 
 
 def row(name: str, utterances: Sequence[ScoredUtterance]) -> Row:
-    """Return the row for a group of utterances."""
     counts = word_error_counts(utterances)
     return Row(name, len(utterances), counts, *bootstrap_interval(utterances))
 

@@ -62,7 +62,6 @@ def paired_bootstrap(
 def _check_same_references(
     before: Sequence[ScoredUtterance], after: Sequence[ScoredUtterance]
 ) -> None:
-    """Raise InputError if there are no utterances, or if their ids or references differ."""
     one, other = ({u.id: u.ref for u in utterances} for utterances in (before, after))
     if not one and not other:
         raise InputError("no utterances to compare")

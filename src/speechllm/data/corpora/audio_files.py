@@ -34,7 +34,6 @@ class AudioFile(NamedTuple):
 
     @property
     def duration(self) -> float:
-        """Duration in seconds."""
         return self.num_samples / self.sampling_rate
 
 

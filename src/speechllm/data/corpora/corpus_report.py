@@ -30,7 +30,6 @@ def split_statistics(cuts: Iterable[Cut]) -> dict:
 
 
 def report_text(report: Mapping) -> str:
-    """Format a report as text."""
     lines = [
         f"{'split':<12} {'utterances':>10} {'hours':>8} {'speakers':>8}  "
         "seconds: shortest, median, longest"

@@ -86,7 +86,6 @@ def _first(table: Table, key: str) -> str | None:
 
 
 def _problem(one: Utterance, tables: dict[str, Table]) -> tuple[str, str] | None:
-    """Return the reason why an utterance cannot be used, or None."""
     if one.recording not in tables["wav.scp"]:
         return "no-audio", f"{one.recording} is not in wav.scp"
     for name in ("wav.scp", "text", "utt2spk"):

@@ -137,7 +137,6 @@ def _time_problem(cut: Cut, supervision: SupervisionSegment) -> tuple[str, str] 
 
 
 def _problem(cut: Cut, channel: int | list[int] | None) -> tuple[str, str] | None:
-    """Return the reason why a cut's audio cannot be used, or None."""
     recording = getattr(cut, "recording", None)
     if recording is None:
         return "no-audio", "not a cut of one recording"
