@@ -110,13 +110,8 @@ def _read_report(path: Path, corpus: str) -> dict:
 def _write_report(path: Path, report: dict) -> None:
     in_use = _sources_in_use(report)
     report["sources"] = {key: one for key, one in report["sources"].items() if key in in_use}
-    texts = {
-        path: json.dumps(report, ensure_ascii=False, indent=1),
-        path.with_suffix(".txt"): report_text(report),
-    }
-    for file, text in texts.items():
-        with atomic_write(file) as partial:
-            partial.write_text(text, "utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(report, ensure_ascii=False, indent=1), "utf-8")
 
 
 def _sources_in_use(report: dict) -> set[str | None]:

@@ -30,14 +30,12 @@ def to_cut(
       channel: default in multi-channel files, for utterances without one.
     """
     problem = utterance.problem or _field_problem(utterance)
-    if not problem and not isinstance(file, AudioFile):
-        problem = file
-    if not problem:
-        channel = channel if utterance.channel is None else utterance.channel
-        if file.channels == 1:  # Kaldi and lhotse may give its number in the conversation
-            channel = 0
-        problem = _segment_problem(utterance, file, channel)
-    if problem:
+    if problem or not isinstance(file, AudioFile):
+        return utterance_error(utterance, *(problem or file))
+    channel = channel if utterance.channel is None else utterance.channel
+    if file.channels == 1:  # Kaldi and lhotse may give its number in the conversation
+        channel = 0
+    if problem := _segment_problem(utterance, file, channel):
         return utterance_error(utterance, *problem)
     cut = _cut(utterance, file, language, channel)
     try:
