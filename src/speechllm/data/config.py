@@ -68,7 +68,7 @@ class TrainDataConfig(DataConfig):
         "<exp-dir>/invalid-cuts.jsonl",
     )
     concatenate_cuts: bool = _train(False, "concatenate short utterances to reduce padding")
-    duration_factor: float = _train(1.0, "maximum length of joined cuts relative to the longest one")
+    duration_factor: float = _train(1.0, "maximum length of joined cuts relative to the longest")
     gap: float = _train(1.0, "with --concatenate-cuts: seconds of silence between cuts")
     enable_musan: bool = _train(True, "mix noise (musan_cuts) into half the cuts, at 10-20 dB SNR")
     enable_speed_perturb: bool = _train(False, "change the speed by a random factor: 0.9, 1, 1.1")
