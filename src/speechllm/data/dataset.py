@@ -163,9 +163,8 @@ class CachedEncoderDataset(Dataset):
         for cut in cuts.sort_by_duration(ascending=False):
             try:
                 found.append((*self.cache.read(cut), cut))
-            except KeyError:
-                message = f"the encoder cache has no outputs of cut {cut.id}"
-                invalid.append(CutError(cut.id, "not-cached", message))
+            except InputError as error:
+                invalid.append(CutError(cut.id, "not-cached", str(error)))
         if not found:
             silence = torch.zeros(1, int(encoder_out_lens(SILENCE)), sum(self.cache.dims))
             return make_batch(silence, [SILENCE], [], self.text, invalid)
