@@ -242,6 +242,11 @@ def format_counts(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reasons[reason]} {reason}" for reason in REASONS if reasons.get(reason))
 
 
+def count_errors(errors: Iterable[CutError]) -> str:
+    """Format the number of errors by reason; see `format_counts`."""
+    return format_counts(count_reasons([error] for error in errors))
+
+
 def append_errors(path: Path, errors: Iterable[CutError]) -> None:
     """Append errors to a JSON lines file (id, reason, message), without duplicates."""
     written = set(path.read_text().splitlines()) if path.exists() else set()

@@ -17,7 +17,7 @@ from speechllm.data.dataset import TextOptions, usable_batches
 from speechllm.data.encoder_cache import EncoderCache
 from speechllm.data.length_limits import frames_needed, long_enough
 from speechllm.data.manifests import checked_cuts, cuts_file
-from speechllm.data.validation import CutError, count_reasons, format_counts
+from speechllm.data.validation import CutError, count_errors
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.progress import with_progress
@@ -67,7 +67,7 @@ def read_eval_set(path: Path, need_features: bool = True) -> EvalSet:
     if len(errors) == len(cuts):
         raise InputError(
             f"{path}: nothing to decode, {len(errors)} invalid cuts "
-            f"({reasons(errors.values())}), such as: {next(iter(errors.values())).message}"
+            f"({count_errors(errors.values())}), such as: {next(iter(errors.values())).message}"
         )
     return EvalSet(path, cuts, errors)
 
@@ -181,8 +181,3 @@ def score_cuts(
     if converted:
         logging.info(f"Scoring in Unicode NFC: {converted} texts were in another form")
     return scored
-
-
-def reasons(errors: Iterable[CutError]) -> str:
-    """Format error counts by reason, such as `3 no-text, 1 long-text`."""
-    return format_counts(count_reasons([error] for error in errors))

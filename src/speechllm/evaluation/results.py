@@ -7,10 +7,11 @@ from pathlib import Path
 
 from lhotse.cut import Cut, MonoCut
 
+from speechllm.data.validation import count_errors
 from speechllm.decoding.hotwords import read_hotwords
 from speechllm.decoding.word_times import ctm_lines
 from speechllm.evaluation.config import EvalConfig
-from speechllm.evaluation.eval_sets import DecodedCut, error_rate, reasons, score_cuts
+from speechllm.evaluation.eval_sets import DecodedCut, error_rate, score_cuts
 from speechllm.evaluation.report import report_html
 from speechllm.io import atomic_write
 from speechllm.scoring.files import log_line, write_scores
@@ -44,7 +45,7 @@ def write_results(
     """
     extra = {"decoded with": suffix, **measurements}
     if invalid := [one.error for one in decoded if one.error]:
-        extra["could not be decoded"] = f"{len(invalid)} ({reasons(invalid)})"
+        extra["could not be decoded"] = f"{len(invalid)} ({count_errors(invalid)})"
     found = sorted((one for one in decoded if one.result), key=lambda one: one.cut.id)
     if weight := _best_ctc_weight([one for one in found if one.result.nbest], config):
         extra["best --ctc-weight"] = weight

@@ -11,7 +11,7 @@ import numpy as np
 from lhotse.cut import Cut
 
 from speechllm.data.features import has_perturbed_speed
-from speechllm.data.validation import CutError, count_reasons, format_counts
+from speechllm.data.validation import CutError, count_errors
 
 SHOWN = 50  # maximum items per list in the text; the JSON contains all
 
@@ -46,11 +46,6 @@ def report_text(report: Mapping) -> str:
         if errors:
             lines.append(shorten((f"  {error.message}" for error in errors), "\n"))
     return "\n".join(lines) + "\n"
-
-
-def count_errors(errors: Iterable[CutError]) -> str:
-    """Format the number of errors by reason, like `3 no-text, 1 channels`."""
-    return format_counts(count_reasons([error] for error in errors))
 
 
 def shorten(texts: Iterable[str], separator: str) -> str:

@@ -18,12 +18,7 @@ from lhotse.cut import Cut
 
 from speechllm.data.corpora.audio_files import check_files
 from speechllm.data.corpora.config import LAYOUTS, PrepareConfig
-from speechllm.data.corpora.corpus_report import (
-    count_errors,
-    report_text,
-    shorten,
-    split_statistics,
-)
+from speechllm.data.corpora.corpus_report import report_text, shorten, split_statistics
 from speechllm.data.corpora.folder import audio_and_texts, read_folder
 from speechllm.data.corpora.huggingface import dataset_files, read_huggingface
 from speechllm.data.corpora.kaldi import kaldi_files, read_kaldi
@@ -41,7 +36,7 @@ from speechllm.data.corpora.to_cuts import (
 )
 from speechllm.data.corpora.utterance import Utterance
 from speechllm.data.features import compute_fbank, cuts_path, with_perturbed_speed
-from speechllm.data.validation import CutError, shown_id
+from speechllm.data.validation import CutError, count_errors, shown_id
 from speechllm.errors import InputError
 from speechllm.io import atomic_write
 
