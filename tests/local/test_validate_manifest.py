@@ -80,25 +80,6 @@ def test_messages_have_line_id_value_and_reason(good, capsys, change, message):
     assert f"line 2: {message}" in errors_of(good, capsys)
 
 
-def test_all_errors_are_printed_as_text_or_json(good, capsys):
-    edit(
-        good,
-        a=lambda cut: cut["supervisions"][0].update(text="", start=-1),
-        c=lambda cut: cut.pop("features"),
-    )
-    lines = errors_of(good, capsys)
-    assert [line.split("[")[-1] for line in lines] == [
-        "supervision-outside]",
-        "no-text]",
-        "no-features]",
-    ]
-    objects = [json.loads(line) for line in errors_of(good, capsys, "--json", "true")]
-    assert objects[-1] == {
-        "file": str(good), "line": 3, "id": "c", "reason": "no-features",
-        "message": "cut c has no features (see --on-the-fly-feats)",
-    }  # fmt: skip
-
-
 def test_features_of_the_ends_or_of_all_cuts_are_read(good, capsys):
     edit(good, b=set_in("features", "storage_path", value="gone"))
     validate_manifest.main([str(good)])  # the first and the last

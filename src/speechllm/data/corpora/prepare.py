@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -72,8 +71,8 @@ def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
         logger.info("%s was prepared from the same files with the same flags", config.corpus)
         return report_text(report), list(splits)
     copies = folder / f"{config.corpus}_audio-{source[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
     corpus = _read_with_copies(config, copies, {} if config.overwrite else made_from, source)
+    folder.mkdir(parents=True, exist_ok=True)
     for split, cuts in corpus.splits.items():
         if made_from.get(split) != source:
             compute_fbank(cuts, cuts_path(folder, config.corpus, split), config.num_jobs)
@@ -183,8 +182,6 @@ def _read_with_copies(
     except BaseException:
         if is_new:
             shutil.rmtree(copies, ignore_errors=True)
-            with suppress(OSError):  # not empty
-                copies.parent.rmdir()
         raise
 
 
