@@ -129,11 +129,7 @@ def _rest_by_av(path: str | Path, read: int) -> Iterator[np.ndarray]:
 
 
 def _checked(path: str | Path, blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """Yield the blocks up to the first invalid sample.
-
-    Raises:
-      InputError: samples are not finite or exceed the float range; the message gives the time.
-    """
+    """Yield the blocks; raise InputError, with the time, at samples out of the float range."""
     read = 0
     for block in blocks:
         if not np.isfinite(block).all():

@@ -120,10 +120,7 @@ class StreamResampler:
     """
 
     def __init__(self, rate: int, name: str | Path = "stream"):
-        """
-        Raises:
-          InputError: the rate is unsupported; the message begins with `name`.
-        """
+        """Raise InputError, beginning with `name`, if the rate is unsupported."""
         step = math.gcd(rate, SAMPLING_RATE) or 1
         if rate < LOWEST_RATE or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
             raise InputError(f"{name}: unsupported sample rate {rate} Hz")

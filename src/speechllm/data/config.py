@@ -17,11 +17,7 @@ _train = partial(option, group="training data")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Options of all programs that read cut files, named as in icefall.
-
-    Raises:
-      InputError: a value is out of range.
-    """
+    """Options of programs that read cut files, as in icefall; invalid values raise InputError."""
 
     manifest_dir: Path = _data(Path("data/fbank"), "directory of the cut files")
     max_duration: float = _data(200.0, "seconds of audio per batch and process")
@@ -38,11 +34,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainDataConfig(DataConfig):
-    """Options of the training programs: cuts, limits, batching and augmentation.
-
-    Raises:
-      InputError: a value is out of range, or options contradict each other.
-    """
+    """Options of the training programs; invalid or contradictory values raise InputError."""
 
     train_cuts: str = _train("librispeech_cuts_train-all-shuf", "cut files, comma-separated")
     corpus_weights: str | None = _train(

@@ -103,11 +103,7 @@ def train_sampler(
     count_positions: Callable[[Cut], int] | None = None,
     shuffle: bool | None = None,
 ) -> CutSampler:
-    """Return the sampler for an epoch's batches.
-
-    Args:
-      shuffle: by default `config.shuffle`.
-    """
+    """Return the sampler for an epoch's batches; by default, `config.shuffle` is used."""
     cuts, sample = source.cuts, source.sample
     if config.max_batch_tokens:
         cuts = with_positions(cuts, count_positions)

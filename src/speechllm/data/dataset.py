@@ -85,10 +85,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         check: ErrorsOf | None = None,
         text: TextOptions = TextOptions(),
     ):
-        """
-        Args:
-          check: returns the errors of a cut; for manifests that were not scanned.
-        """
+        """`check` returns the errors of a cut, for manifests that were not scanned."""
         strategy = PrecomputedFeatures()
         if on_the_fly_feats:  # one by one: in a batch, the last frames would depend on other cuts
             strategy = OnTheFlyFeatures(fbank_extractor(), use_batch_extract=False)

@@ -117,11 +117,7 @@ class EncoderCache:
             raise InputError(f"{path} is damaged ({error}): remove it") from None
 
     def check_space(self, seconds: float) -> None:
-        """Check that the outputs for `seconds` of audio fit on the disk.
-
-        Raises:
-          InputError: disk space is insufficient.
-        """
+        """Raise InputError if the outputs for `seconds` of audio do not fit on the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         values = seconds * FRAMES_PER_SECOND * sum(self.dims)
         check_space(self.folder, values * self.dtype.itemsize, "the outputs of the encoders")

@@ -58,11 +58,7 @@ class LLMPositions:
     ds_rate: int = 4
 
     def __call__(self, cut: Cut, new_tokens: int | None = None) -> int:
-        """Count the positions; decoding passes `new_tokens`, counted instead of the text.
-
-        Raises:
-          InputError: the context is not a string.
-        """
+        """Count the positions, with `new_tokens` for the text; wrong contexts raise InputError."""
         if new_tokens is None:
             text = " ".join(supervision.text or "" for supervision in cut.supervisions)
             [ids] = encode_transcripts(self.tokenizer, [self.chat.spelled(text)])

@@ -63,11 +63,7 @@ class CutStatistics:
 
 
 def cuts_file(manifest_dir: Path, name: str) -> Path:
-    """Return a cut file, given by path or by name in `manifest_dir`; `.jsonl.gz` is optional.
-
-    Raises:
-      FileNotFoundError: no such file exists.
-    """
+    """Find a cut file by path or name, where .jsonl.gz is optional; or raise FileNotFoundError."""
     for candidate in (manifest_dir / name, manifest_dir / f"{name}.jsonl.gz", Path(name)):
         if candidate.is_file():
             return candidate

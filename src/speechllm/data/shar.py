@@ -129,11 +129,7 @@ class Shards:
         return CutSet.from_cuts(cut for cuts in files for cut in islice(cuts, size))
 
     def cuts(self, seed: int | None = None) -> CutSet:
-        """Lazily read the cuts, with data, from this rank's and worker's share of the shards.
-
-        Args:
-          seed: shuffles the shards, identically in all processes; None keeps their order.
-        """
+        """Lazily read this rank's and worker's shards, shuffled by `seed` if it is given."""
         cuts = CutSet.from_shar(
             fields=self.fields,
             split_for_dataloading=True,

@@ -83,11 +83,7 @@ def shown_id(cut: Cut) -> str:
 
 
 def context_of(cut: Cut) -> str:
-    """Join the distinct `context` custom fields of the cut's supervisions.
-
-    Raises:
-      InputError: a context is not a string; the message names the cut.
-    """
+    """Join the distinct contexts of a cut's supervisions; raise InputError unless strings."""
     found = [(supervision.custom or {}).get("context") for supervision in cut.supervisions]
     for context in found:
         if not isinstance(context, str | None):

@@ -88,11 +88,7 @@ def decode_set(
 
 
 def result_suffix(config: DecodeConfig, search: SearchConfig, parameters_name: str) -> str:
-    """Return the part of result file names that identifies the decoding options.
-
-    Args:
-      search: resolved search.
-    """
+    """Return the part of result file names that identifies the options; `search` is resolved."""
     used, evaluation = config.checkpoint.use_encoders, config.evaluation
     dtype = autocast_dtype(config.checkpoint.use_fp16, config.checkpoint.use_bf16)
     is_default = search.max_new_tokens == SearchConfig().max_new_tokens

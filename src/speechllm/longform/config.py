@@ -12,11 +12,7 @@ _option = partial(option, group="recordings")
 
 @dataclass(frozen=True)
 class LongformConfig:
-    """Options of transcribe.py and serve.py.
-
-    Raises:
-      InputError: a value is out of range.
-    """
+    """Options of transcribe.py and serve.py; values out of range raise InputError."""
 
     max_segment_duration: float = _option(
         20.0, "maximum segment length in seconds; should not exceed the longest training utterance"

@@ -128,11 +128,7 @@ def smoothed_energies(features: Tensor) -> np.ndarray:
 
 
 def non_speech_mask(speech: Tensor, frames: int) -> np.ndarray:
-    """Return a mask (frames,) of stretches longer than 2 s without speech.
-
-    Args:
-      speech: speech probabilities (N,) from audio.vad.SpeechDetector.
-    """
+    """Return a mask (frames,) of over 2 s without speech, from speech probabilities (N,)."""
     centres = (np.arange(frames) + 0.5) * FRAME / WINDOW
     has_speech = speech.numpy()[centres.astype(int)] >= SPEECH
     quiet = ~binary_dilation(has_speech, iterations=MARGIN)

@@ -89,11 +89,7 @@ class PrepareConfig:
 
 
 def channel_number(text: str) -> int | None:
-    """Parse `1` or `A` as 0, the first channel, and "" as None.
-
-    Raises:
-      ValueError: the text is neither a positive number nor A or B.
-    """
+    """Parse `1` or `A` as 0, the first channel, and "" as None; else raise ValueError."""
     if not text:
         return None
     number = SIDES.get(text) or (int(text) if re.fullmatch(r"[0-9]{1,3}", text) else 0)

@@ -19,11 +19,7 @@ NAMES = ("wav.scp", "text", "segments", "utt2spk", "utt2lang", "reco2file_and_ch
 
 
 def data_directories(folder: Path) -> dict[Path, str]:
-    """Map data directories to splits: the folder itself, with no split, or its subfolders.
-
-    Raises:
-      InputError: no data directories were found.
-    """
+    """Map the folder to no split, or its data directories to their names; or raise InputError."""
     if (folder / "wav.scp").is_file():
         return {folder: ""}
     found = {path.parent: path.parent.name for path in sorted(folder.glob("*/wav.scp"))}
@@ -37,11 +33,7 @@ def kaldi_files(folder: Path) -> list[Path]:
 
 
 def read_kaldi(folder: Path) -> Iterator[Utterance]:
-    """Read the utterances; a malformed line is a problem of its utterance only.
-
-    Raises:
-      InputError: a file is missing, or wav.scp contains a command.
-    """
+    """Read the utterances; raise InputError if a file is missing or wav.scp contains a command."""
     for directory, split in data_directories(folder).items():
         yield from _read_directory(directory, split)
 

@@ -124,11 +124,7 @@ def _mls_language(name: str) -> str | None:
 
 
 def layout_files(layout: str, folder: Path) -> list[Path]:
-    """List the transcript files of a layout.
-
-    Raises:
-      InputError: no transcript files were found.
-    """
+    """List the transcript files of a layout; raise InputError if there are none."""
     if layout not in TRANSCRIPTS and layout not in ("voxpopuli", "common-voice"):
         return [folder]
     found = _matching(layout, _files(folder))
@@ -144,11 +140,7 @@ def layout_files(layout: str, folder: Path) -> list[Path]:
 
 
 def read_layout(layout: str, folder: Path) -> Iterator[Utterance]:
-    """Read the utterances of a corpus in a known layout.
-
-    Raises:
-      InputError: the folder does not have this layout.
-    """
+    """Read the utterances of a corpus; raise InputError if it does not have this layout."""
     files = layout_files(layout, folder)
     if layout == "common-voice":
         for file in files:
@@ -269,11 +261,7 @@ def _read_voxpopuli(files: list[Path]) -> Iterator[Utterance]:
 
 
 def _read_recipe(name: str, folder: Path) -> Iterator[Utterance]:
-    """Read a corpus with lhotse's recipe, which logs omitted data.
-
-    Raises:
-      InputError: lhotse has no such recipe, or it failed.
-    """
+    """Read a corpus with lhotse's recipe; raise InputError if there is none, or if it fails."""
     from lhotse import recipes
 
     prepare = getattr(recipes, f"prepare_{name.replace('-', '_')}", None)

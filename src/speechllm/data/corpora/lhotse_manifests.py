@@ -19,11 +19,7 @@ from speechllm.errors import InputError, first_line
 
 
 def manifest_files(path: Path) -> list[Path]:
-    """List cut files, or else recording manifests, each followed by its supervisions.
-
-    Raises:
-      InputError: no files were found.
-    """
+    """List cut files, or else recordings and their supervisions; raise InputError without any."""
     if path.is_file():
         return _with_supervisions(path)
     for kind in ("cuts", "recordings"):
@@ -33,11 +29,7 @@ def manifest_files(path: Path) -> list[Path]:
 
 
 def read_manifests(path: Path) -> Iterator[Utterance]:
-    """Read one utterance per supervision; an unreadable line gives one with a problem.
-
-    Raises:
-      InputError: a file is missing.
-    """
+    """Read an utterance per supervision or unreadable line; raise InputError for missing files."""
     for file in manifest_files(path):
         if "supervisions" in file.name:
             continue

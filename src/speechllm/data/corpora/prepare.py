@@ -163,11 +163,7 @@ def is_training(split: str) -> bool:
 def _read_with_copies(
     config: PrepareConfig, copies: Path, former: Mapping[str, str | None], source: str
 ) -> Corpus:
-    """Read like `read_corpus`, and remove new copies on failure.
-
-    Raises:
-      InputError: see `read_corpus`; or a split exists that was made from another source.
-    """
+    """Read like `read_corpus`; raise InputError if a split was made from another source."""
     is_new = not copies.exists()
     try:
         corpus = read_corpus(config, copies)

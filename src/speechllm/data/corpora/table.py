@@ -37,11 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def table_files(path: Path) -> list[Path]:
-    """List the table itself, or a folder's tables named after splits, or else metadata files.
-
-    Raises:
-      InputError: the folder contains no such table.
-    """
+    """List the table, a folder's tables named after splits, or metadata; or raise InputError."""
     if path.is_file():
         return [path]
     found = [one for one in _tables(path) if _split(one)]

@@ -96,11 +96,7 @@ def as_text(value: object) -> str:
 
 
 def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
-    """Build the utterance for a row; its path is relative to `base`.
-
-    Args:
-      fields: cells, by field name (see COLUMNS).
-    """
+    """Build an utterance from cells by field (see COLUMNS); its path is relative to `base`."""
     path, problem, times = fields["path"].strip().replace("\\", "/"), None, {}  # from Windows
     fields = {field: " ".join(text.split()) for field, text in fields.items()}
     try:
@@ -131,11 +127,7 @@ def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
 
 
 def seconds(text: str) -> float:
-    """Parse a time in seconds.
-
-    Raises:
-      ValueError: the text is not a non-negative number.
-    """
+    """Parse a time in seconds; raise ValueError if the text is not a non-negative number."""
     if not re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", text):
         raise ValueError(f"{text!r} is not a time in seconds")
     return float(text)
