@@ -65,11 +65,7 @@ def audio_blocks(path: str | Path) -> Iterator[Tensor]:
 
 
 def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
-    """Read an open file like `audio_blocks`, from a temporary copy: some formats need to seek.
-
-    Raises:
-      InputError: the file cannot be decoded; the message begins with `name`.
-    """
+    """Read a stream like `audio_blocks`, from a copy, as formats may seek; errors have `name`."""
     with tempfile.NamedTemporaryFile(prefix="transcribe-") as file:
         shutil.copyfileobj(stream, file)
         file.flush()
@@ -80,11 +76,7 @@ def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
 
 
 def mono_samples(samples: np.ndarray | Tensor) -> Tensor:
-    """Return samples (N,), given as int16 or floats from -1 to 1, as float32 on the CPU.
-
-    Raises:
-      InputError: the shape, type or range is wrong, or samples are not finite.
-    """
+    """Return int16 samples or floats from -1 to 1 (N,) as float32; raise InputError for others."""
     if isinstance(samples, np.ndarray):
         samples = torch.from_numpy(np.ascontiguousarray(samples))
     if samples.dim() != 1:
@@ -102,11 +94,7 @@ def mono_samples(samples: np.ndarray | Tensor) -> Tensor:
 
 
 def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator[Tensor]:
-    """Resample blocks (N,) to 16 kHz, with the same result as for the whole recording at once.
-
-    Raises:
-      InputError: the rate is unsupported; the message begins with `name`.
-    """
+    """Resample blocks (N,) to 16 kHz as if at once; raise InputError for an unsupported rate."""
     resample = StreamResampler(rate, name)
     for block in blocks:
         yield resample(block)

@@ -47,14 +47,10 @@ class CutSource:
 
 @dataclass(frozen=True)
 class EpochPosition:
-    """Epoch, rank and seed, which determine order and augmentation.
-
-    Attributes:
-      skip: number of this rank's batches already trained on; they are not loaded.
-    """
+    """Epoch, rank and seed, which determine order and augmentation."""
 
     epoch: int = 1
-    skip: int = 0
+    skip: int = 0  # number of this rank's batches already trained on; they are not loaded
     seed: int = 42
     rank: int = 0
     world_size: int = 1
@@ -62,20 +58,13 @@ class EpochPosition:
 
 @dataclass(frozen=True)
 class Extras:
-    """Optional components of a training loader.
-
-    Attributes:
-      musan: noise to mix in.
-      count_positions: returns a cut's LLM positions, for --max-batch-tokens.
-      encoder_cache: replaces features and augmentation.
-      check: returns a sharded cut's further errors.
-    """
+    """Optional components of a training loader."""
 
     text: TextOptions = TextOptions()
-    musan: CutSet | None = None
-    count_positions: Callable[[Cut], int] | None = None
-    encoder_cache: EncoderCache | None = None
-    check: Callable[[Cut], list[CutError]] | None = None
+    musan: CutSet | None = None  # noise to mix in
+    count_positions: Callable[[Cut], int] | None = None  # LLM positions, for --max-batch-tokens
+    encoder_cache: EncoderCache | None = None  # replaces features and augmentation
+    check: Callable[[Cut], list[CutError]] | None = None  # further errors of a sharded cut
 
 
 def training_loader(

@@ -55,15 +55,11 @@ class BatchTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Creates batch text entries: contexts and, with a tokenizer, token ids and labels.
-
-    Attributes:
-      sample_encoders: whether to sample encoders per utterance, as in MoSE.
-    """
+    """Creates batch text entries: contexts and, with a tokenizer, token ids and labels."""
 
     use_context: bool = False
     tokenizer: BatchTokenizer | None = None
-    sample_encoders: bool = False
+    sample_encoders: bool = False  # per utterance, as in MoSE
 
     def __call__(self, texts: list[str], cuts: Iterable[Cut]) -> dict:
         """Return the entries for these cuts or, without cuts, for the batch of silence."""
@@ -133,11 +129,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         return _partition(noise, self._read_errors)[1]
 
     def _read(self, cuts: CutSet) -> tuple[Tensor, list[int], list[Cut]]:
-        """Return augmented features (B, T, 80), their valid frames, and the cut of each row.
-
-        Raises:
-          Exception: an utterance or noise cannot be read or is not finite.
-        """
+        """Return augmented features (B, T, 80), their valid frames, and the cut of each row."""
         batch = super().__getitem__(cuts)
         features, supervisions = batch["inputs"], batch["supervisions"]
         if not features.sum().isfinite():

@@ -102,11 +102,7 @@ class EncoderCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, cut: Cut) -> tuple[Tensor, int]:
-        """Return the encoders' concatenated outputs (T / 4, C) and the number of feature frames T.
-
-        Raises:
-          InputError: the outputs are missing or damaged.
-        """
+        """Return outputs (T / 4, C) and feature frames T; raise InputError unless complete."""
         path = self.path_of(fingerprint(cut, self.on_the_fly_feats))
         try:
             with safe_open(path, "pt") as file:
@@ -125,11 +121,7 @@ class EncoderCache:
     def fill(
         self, encoders: Iterable[ZipformerEncoder], batches: Iterable[dict], device: torch.device
     ) -> None:
-        """Encode and store batches of cuts `with_fingerprint`; call `refresh` to list them.
-
-        Raises:
-          InputError: the disk is full.
-        """
+        """Encode and store batches of cuts `with_fingerprint`; call `refresh` to list them."""
         encoders = list(encoders)
         with disk_full_as_input_error(self.folder):
             for batch in batches:

@@ -48,10 +48,7 @@ def has_perturbed_speed(cut: Cut) -> bool:
 
 
 def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
-    """Compute the features of `cuts` in `num_jobs` processes; write features and cut file.
-
-    Returns:
-      The cuts with their features, in the order given.
+    """Compute the features of `cuts`, write them and the cut file, and return the cuts.
 
     Raises:
       InputError: cuts share an id, are unsafe, or have unreadable audio; the message names

@@ -71,12 +71,7 @@ def cuts_file(manifest_dir: Path, name: str) -> Path:
 
 
 def read_cuts(path: Path) -> Iterator[Cut]:
-    """Read the cuts in a file one by one.
-
-    Raises:
-      InputError: the file is empty, truncated or not a cut manifest, or a cut is unsafe; the
-        message gives the number of cuts read before.
-    """
+    """Read cuts one by one; raise InputError with their number at a line that is not a cut."""
     for count, item in enumerate(read_lines(path)):
         if isinstance(item, str):
             raise InputError(f"{path} cannot be read beyond cut {count}: {item}")
@@ -204,11 +199,7 @@ def cuts_within(
     limits: Limits = Limits(),
     skip: Mapping[Path, Iterable[int]] = MappingProxyType({}),
 ) -> CutSet:
-    """Return the cuts within the limits, read lazily, with the files interleaved.
-
-    Args:
-      skip: positions of the cuts to skip in each file, such as `CutStatistics.errors`.
-    """
+    """Lazily return the cuts within the limits, except positions in `skip`, files interleaved."""
     cuts = [CutSet(_CutFile(path, frozenset(skip.get(path, ())))) for path in paths]
     joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
     return joined.filter(limits)

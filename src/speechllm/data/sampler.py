@@ -27,17 +27,11 @@ class EvenMix:
 
     If an epoch uses only part of a corpus, the next epoch continues after that part; if an epoch
     uses more cuts than a corpus has, the corpus is repeated.
-
-    Attributes:
-      corpora: cuts per corpus, as repeatable iterables.
-      sizes: number of cuts per corpus.
-      counts: number of cuts to use per corpus and epoch.
-      epoch: counted from 1.
     """
 
-    corpora: list[CutSet]
-    sizes: list[int]
-    counts: list[int]
+    corpora: list[CutSet]  # each can be read repeatedly
+    sizes: list[int]  # cuts per corpus
+    counts: list[int]  # cuts to use per corpus and epoch
     epoch: int = 1
 
     def __iter__(self) -> Iterator[Cut]:

@@ -234,16 +234,12 @@ class EvenBatches:
     An exhausted rank would leave the others waiting for its gradients. With `drop_last`, the epoch
     ends on all ranks when the first is exhausted; otherwise, when the last is, and exhausted ranks
     start over.
-
-    Attributes:
-      loader: returns a loader that skips the first N batches.
-      skip: number of the epoch's batches already trained on.
     """
 
-    loader: Callable[[int], DataLoader]
+    loader: Callable[[int], DataLoader]  # returns a loader that skips the first N batches
     dist_env: DistEnv
     drop_last: bool
-    skip: int = 0
+    skip: int = 0  # number of the epoch's batches already trained on
 
     def __iter__(self) -> Iterator[dict]:
         batches, exhausted = iter(self.loader(self.skip)), False

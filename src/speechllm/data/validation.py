@@ -256,11 +256,7 @@ def append_errors(path: Path, errors: Iterable[CutError]) -> None:
 def check_invalid_fraction(
     reasons: Mapping[str, int], total: int, max_invalid_fraction: float, example: str, listing: Path
 ) -> None:
-    """Check that at most `max_invalid_fraction` of the `total` utterances are invalid.
-
-    Raises:
-      InputError: too many are invalid; the message includes `example` and `listing`.
-    """
+    """Raise InputError if more than `max_invalid_fraction` of `total` utterances are invalid."""
     invalid = sum(reasons.values())
     if invalid > max_invalid_fraction * total:
         raise InputError(

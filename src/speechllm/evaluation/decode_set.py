@@ -37,11 +37,7 @@ def decode_sets(dist_env: DistEnv, config: DecodeConfig) -> None:
 def prepare(
     config: DecodeConfig, program: str, dist_env: DistEnv
 ) -> tuple[list[EvalSet], TrainedModel]:
-    """Read the test sets, start the log file, and load the model.
-
-    Raises:
-      FileNotFoundError, InputError: a file is missing, or does not match the model.
-    """
+    """Read the sets, start the log, load the model; raise FileNotFoundError or InputError."""
     check_model_files(config.model)
     sets = read_eval_sets(config.evaluation.test_cuts, config.data)
     if not sets:

@@ -51,26 +51,18 @@ class AudioChunk(NamedTuple):
 
 
 class Chunker:
-    """Splits recordings in pauses, and separates non-speech.
-
-    Attributes:
-      batch_seconds: seconds of audio per encoder pass, but at least one window; may be changed
-        between passes.
-    """
+    """Splits recordings in pauses, and separates non-speech."""
 
     def __init__(self, recognizer: Recognizer, config: LongformConfig):
         self.recognizer, self.config = recognizer, config
-        self.batch_seconds = config.max_duration
+        self.batch_seconds = config.max_duration  # per encoder pass, at least a window; may change
         self.fbank = fbank_extractor()
         self.detect_speech = SpeechDetector()
 
     def __call__(self, blocks: Iterable[Tensor]) -> Iterator[AudioChunk]:
-        """Split a recording into chunks of at most `max_segment_duration`, without gaps.
+        """Split blocks of 16 kHz samples (N,) into chunks of at most `max_segment_duration`.
 
         A short recording is split only if it contains non-speech.
-
-        Args:
-          blocks: 16 kHz samples (N,).
         """
         limit = round(self.config.max_segment_duration * SAMPLING_RATE)
         blocks, first, held = iter(blocks), [], 0

@@ -244,11 +244,7 @@ class Transcriber:
         return self.recognizer.model.chat.use_context
 
     def check_context(self, context: str) -> None:
-        """Check that the model supports this context.
-
-        Raises:
-          InputError: the model was trained without contexts, or the context is too long.
-        """
+        """Raise InputError if the model takes no contexts, or if the context is too long."""
         if not context:
             return
         if not self.takes_context:

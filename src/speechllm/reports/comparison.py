@@ -68,10 +68,7 @@ def newest_recogs(folder: Path) -> dict[str, Path]:
 
 
 def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
-    """Print a comparison of two recogs-*.txt files, and write its page to `html`.
-
-    Returns:
-      Both error rates, and whether B is better (see `verdict`).
+    """Print a comparison of two recogs-*.txt files, write its page, and return the verdict.
 
     Raises:
       FileNotFoundError, InputError: a file is missing or damaged, or the utterances differ.

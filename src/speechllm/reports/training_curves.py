@@ -93,12 +93,7 @@ def svg(figure: Figure) -> str:
 
 
 def plot_trainings(exp_dirs: list[Path], out: Path) -> None:
-    """Write a page or image with the curves of several trainings to `out`.
-
-    Raises:
-      InputError: `out` is neither *.html nor *.png.
-      FileNotFoundError: a run has no tensorboard files.
-    """
+    """Write the curves to `out`, an *.html or *.png; or raise InputError or FileNotFoundError."""
     if out.suffix not in (".html", ".png"):
         raise InputError(f"--out {out} must end in .html or .png")
     trainings = {str(exp_dir): read_curves(exp_dir) for exp_dir in exp_dirs}
