@@ -26,19 +26,16 @@ BATCHES_IN_BUFFER = 4  # per bucket, for cuts that contain their data
 
 @dataclass(frozen=True)
 class CutSource:
-    """Cuts to sample from.
+    """Cuts to sample from, with their number and duration.
 
-    Attributes:
-      num_cuts, seconds: size of `cuts`.
-      sample: for shards, a sample of the cuts for estimating buckets. Each worker on each rank then
-        reads its own part of `cuts` (see shar.py) and skips invalid cuts, as shards are not
-        scanned beforehand.
+    From shards, each worker on each rank reads its own part of `cuts` (see shar.py) and skips
+    invalid cuts, as shards are not scanned beforehand.
     """
 
     cuts: CutSet
     num_cuts: int
     seconds: float = float("inf")
-    sample: CutSet | None = None
+    sample: CutSet | None = None  # of shards, for estimating buckets
 
     @property
     def is_sharded(self) -> bool:

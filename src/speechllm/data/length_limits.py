@@ -82,15 +82,11 @@ class LLMPositions:
 
 @dataclass(frozen=True)
 class TooManyPositions:
-    """Check for cuts that exceed the LLM's positions or have a non-string context.
-
-    Attributes:
-      max_new_tokens: for decoding, number of positions reserved in place of the text.
-    """
+    """Check for cuts that exceed the LLM's positions or have a non-string context."""
 
     count_positions: LLMPositions
     limit: int
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = None  # for decoding, reserved in place of the text
 
     def __call__(self, cut: Cut) -> list[CutError]:
         try:

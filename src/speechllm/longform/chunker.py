@@ -34,20 +34,13 @@ WINDOW_CONTEXT = 2 * SAMPLING_RATE  # samples on each side
 
 
 class AudioChunk(NamedTuple):
-    """Part of a recording that is recognized independently.
+    """Part of a recording that is recognized independently."""
 
-    start: position of its first sample in the recording.
-    samples: (N,).
-    features: (T, 80); None without speech, or if too short to recognize.
-    context: text for the LLM in addition to the audio, such as names that may occur.
-    hotwords: phrases to favor, instead of the search's hotwords.
-    """
-
-    start: int
-    samples: Tensor
-    features: Tensor | None
-    context: str = ""
-    hotwords: Hotwords | None = None
+    start: int  # position of its first sample in the recording
+    samples: Tensor  # (N,)
+    features: Tensor | None  # (T, 80); None without speech, or if too short to recognize
+    context: str = ""  # text for the LLM in addition to the audio, such as names that may occur
+    hotwords: Hotwords | None = None  # phrases to favor, instead of the search's hotwords
 
 
 class Chunker:

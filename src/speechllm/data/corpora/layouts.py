@@ -23,22 +23,14 @@ from speechllm.io import files_below
 
 
 class Transcripts(NamedTuple):
-    """Layout with transcript files; audio files are found by utterance id.
+    """Layout with transcript files; audio files are found by utterance id."""
 
-    pattern: glob pattern of the transcript files.
-    root: index of the transcript's parent folder that contains the audio; 0 is its own folder.
-    separator: between id and text; None for white space.
-    speaker: returns the speaker for an id and an audio file.
-    split: returns the split for a transcript file and an audio file.
-    language: returns the language for a transcript file.
-    """
-
-    pattern: str
-    root: int
-    separator: str | None
-    speaker: Callable[[str, Path], str | None]
-    split: Callable[[Path, Path], str]
-    language: Callable[[Path], str | None] = lambda _: None
+    pattern: str  # glob pattern of the transcript files
+    root: int  # index of the transcript's parent folder with the audio; 0 is its own folder
+    separator: str | None  # between id and text; None for white space
+    speaker: Callable[[str, Path], str | None]  # id, audio file -> speaker
+    split: Callable[[Path, Path], str]  # transcript file, audio file -> split
+    language: Callable[[Path], str | None] = lambda _: None  # transcript file -> language
 
 
 TRANSCRIPTS = {

@@ -31,14 +31,7 @@ SPLITS = ("train", "training", "dev", "val", "valid", "validation", "eval", "tes
 
 @dataclass
 class Utterance:
-    """Utterance as given by its source; fields that the source lacks are None.
-
-    start, end: seconds in the file; end None means the end of the file.
-    channel: 0-based index of the channel in a multi-channel file.
-    recording: id of the recording; None if the utterance is the whole recording.
-    place: location in the source, such as `line 5`.
-    problem: (one of validation.REASONS, description), found while reading the source.
-    """
+    """Utterance as given by its source; fields that the source lacks are None."""
 
     id: str
     text: str
@@ -47,12 +40,12 @@ class Utterance:
     split: str = ""
     language: str | None = None
     context: str | None = None
-    channel: int | None = None
-    start: float = 0.0
-    end: float | None = None
-    recording: str | None = None
-    place: str = ""
-    problem: tuple[str, str] | None = None
+    channel: int | None = None  # 0-based index in a multi-channel file
+    start: float = 0.0  # s
+    end: float | None = None  # s; None is the end of the file
+    recording: str | None = None  # id; None if the utterance is the whole recording
+    place: str = ""  # location in the source, such as `line 5`
+    problem: tuple[str, str] | None = None  # one of validation.REASONS, and a description
 
     def __str__(self) -> str:
         name = shown_id(self) if self.id else "(no id)"
