@@ -77,7 +77,7 @@ def fetch(url: str, size: int, etag: str, dest: Path) -> None:
 
 
 def fetch_all(mirror: str, files: dict[str, tuple[str, str]], root: Path) -> None:
-    """Download missing files to `root`; raise InputError if one differs from its destination."""
+    """Download missing files to `root`; raise InputError if a different file exists there."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     missing = []

@@ -25,6 +25,7 @@ without `cut_ids`: it keeps the ranks in sync and has no weight. `usable_batches
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -87,6 +88,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
             strategy = OnTheFlyFeatures(fbank_extractor(), use_batch_extract=False)
         super().__init__(True, input_transforms=input_transforms, input_strategy=strategy)
         self.on_the_fly_feats, self.check, self.text = on_the_fly_feats, check, text
+        self.read_errors = partial(read_errors, need_features=not on_the_fly_feats)
         self.augmentations, self.augmented = cut_transforms, CutSet()
 
     def __getitem__(self, cuts: CutSet) -> dict:
@@ -107,16 +109,13 @@ class SpeechDataset(K2SpeechRecognitionDataset):
                 reason = first_line(error)
             else:
                 return make_batch(*batch, self.text, invalid)
-            valid, unreadable = _partition(valid, self._read_errors)
+            valid, unreadable = _partition(valid, self.read_errors)
             invalid += unreadable or self._noise_errors({cut.id for cut in cuts})
         raise InputError(f"no batch can be made of cuts {valid[0].id} … {valid[-1].id}: {reason}")
 
     def _errors(self, cut: Cut) -> list[CutError]:
         errors = self.check(cut) if self.check else []
         return errors or (header_errors(cut) if self.on_the_fly_feats else [])
-
-    def _read_errors(self, cut: Cut) -> list[CutError]:
-        return read_errors(cut, not self.on_the_fly_feats)
 
     def _remember(self, cuts: CutSet) -> CutSet:
         self.augmented = cuts
@@ -126,7 +125,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         """Return the errors in the noise last mixed with the cuts that have these ids."""
         tracks = [track.cut for cut in self.augmented for track in getattr(cut, "tracks", ())]
         noise = [cut for cut in tracks if cut.id not in ids and not isinstance(cut, PaddingCut)]
-        return _partition(noise, self._read_errors)[1]
+        return _partition(noise, self.read_errors)[1]
 
     def _read(self, cuts: CutSet) -> tuple[Tensor, list[int], list[Cut]]:
         """Return augmented features (B, T, 80), their valid frames, and the cut of each row."""

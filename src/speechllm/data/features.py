@@ -31,12 +31,6 @@ def cuts_path(manifest_dir: Path, corpus: str, part: str) -> Path:
     return Path(manifest_dir) / f"{corpus}_cuts_{part}.jsonl.gz"
 
 
-def feats_dir(cuts_file: Path) -> Path:
-    """Return the feature directory: `x/an4_cuts_dev.jsonl.gz` -> `x/an4_feats_dev`."""
-    stem = cuts_file.name.removesuffix(".jsonl.gz").replace("_cuts", "_feats")
-    return cuts_file.with_name(stem)
-
-
 def with_perturbed_speed(cuts: CutSet) -> CutSet:
     """Append copies at 0.9 and 1.1 times the speed; their ids end in `_sp0.9` and `_sp1.1`."""
     perturbed = [cut.perturb_speed(factor) for factor in SPEED_FACTORS for cut in cuts]
@@ -59,7 +53,8 @@ def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
         raise InputError(f"duplicate cut ids: {', '.join(shared)}")
     for cut in cuts:
         check_safe(cut)
-    feats = feats_dir(cuts_file)
+    stem = cuts_file.name.removesuffix(".jsonl.gz").replace("_cuts", "_feats")
+    feats = cuts_file.with_name(stem)  # x/an4_cuts_dev.jsonl.gz -> x/an4_feats_dev
     cuts_file.unlink(missing_ok=True)  # as its features are removed next
     shutil.rmtree(feats, ignore_errors=True)
     feats.mkdir(parents=True)

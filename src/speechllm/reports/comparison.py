@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +77,8 @@ def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
     if rate_of(b_path) != rate:
         raise InputError(f"{a_path} has a {rate}, {b_path} a {rate_of(b_path)}")
     difference = paired_bootstrap(a, b)
-    utterances = differing_utterances(a, b)
+    utterances = [UtterancePair(*pair) for pair in zip(a, b) if pair[0].hyp != pair[1].hyp]
+    utterances.sort(key=lambda one: (-one.more_errors, one.a.id))
     values = {
         "a": row("A", a),
         "b": row("B", b),
@@ -121,14 +121,6 @@ def rate_of(recogs: Path) -> str:
     if not found:
         raise InputError(f"{errs} does not begin with %WER, %CER or %MER")
     return found[1]
-
-
-def differing_utterances(
-    a: Sequence[ScoredUtterance], b: Sequence[ScoredUtterance]
-) -> list[UtterancePair]:
-    """Return utterances whose hypotheses differ, the largest increase in errors first."""
-    found = [UtterancePair(x, y) for x, y in zip(a, b, strict=True) if x.hyp != y.hyp]
-    return sorted(found, key=lambda one: (-one.more_errors, one.a.id))
 
 
 def summary(

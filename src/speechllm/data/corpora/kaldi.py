@@ -44,7 +44,12 @@ Table = dict[str, list[tuple[str, str]]]  # key -> its values, with places such 
 def _read_directory(directory: Path, split: str) -> Iterator[Utterance]:
     tables = {name: _read(directory / name) for name in NAMES}
     audio, texts, segments, speakers, languages, sides = tables.values()
-    _check_commands(audio, directory / "wav.scp")
+    for recording, [(name, _), *_] in audio.items():
+        if name.startswith("|") or name.endswith("|"):
+            raise InputError(
+                f"{directory / 'wav.scp'} has a command for {recording}, which is not supported: "
+                f"{name!r}; write its output to a file and list that"
+            )
     if not segments:
         segments = {key: [(f"{key} 0 -1", place)] for key, [(_, place), *_] in audio.items()}
     for utt, segment, place in [(key, *line) for key, lines in segments.items() for line in lines]:
@@ -88,15 +93,6 @@ def _problem(one: Utterance, tables: dict[str, Table]) -> tuple[str, str] | None
         what = f"{one.path} is a position in a Kaldi archive, which is not supported"
         return "no-audio", f"{what}: write it to a file (wav-copy)"
     return None
-
-
-def _check_commands(audio: Table, wav_scp: Path) -> None:
-    for recording, [(name, _), *_] in audio.items():
-        if name.startswith("|") or name.endswith("|"):
-            raise InputError(
-                f"{wav_scp} has a command for {recording}, which is not supported: {name!r}; "
-                "write its output to a file and list that"
-            )
 
 
 def _times_and_channel(numbers: list[str]) -> tuple[float, float | None, int | None]:

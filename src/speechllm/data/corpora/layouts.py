@@ -45,7 +45,9 @@ TRANSCRIPTS = {
     "mls": Transcripts(
         "**/transcripts.txt", 0, "\t", lambda utt, _: utt.split("_")[0],
         lambda transcript, _: _part(transcript.absolute().parent.name),
-        lambda transcript: _mls_language(transcript.absolute().parents[1].name),
+        lambda transcript: MLS_LANGUAGES.get(
+            transcript.absolute().parents[1].name.lower().removesuffix("_opus").removeprefix("mls_")
+        ),
     ),
     "ljspeech": Transcripts("**/metadata.csv", 0, "|", lambda *_: None, lambda *_: ""),
     "vctk": Transcripts(
@@ -58,7 +60,7 @@ TRANSCRIPTS = {
 }  # fmt: skip
 PATTERNS = {  # files that identify a layout, the most specific first
     "kaldi": ("wav.scp", "*/wav.scp"),
-    "huggingface": ("dataset_dict.json", "state.json", "**/*.parquet"),
+    "huggingface": ("**/*.arrow", "**/*.parquet"),
     "lhotse": ("*cuts*.jsonl*", "*recordings*.jsonl*"),
     "voxpopuli": ("**/asr_*.tsv",),
     "common-voice": ("**/clips/*",),
@@ -108,11 +110,6 @@ def _regex(glob: str) -> str:
 def _first_line(path: Path) -> str:
     with open(path, encoding="utf-8-sig", errors="replace") as lines:
         return lines.readline()
-
-
-def _mls_language(name: str) -> str | None:
-    """Return the language code: `mls_german` and `mls_german_opus` -> `de`."""
-    return MLS_LANGUAGES.get(name.lower().removesuffix("_opus").removeprefix("mls_"))
 
 
 def layout_files(layout: str, folder: Path) -> list[Path]:
