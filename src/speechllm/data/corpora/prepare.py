@@ -15,7 +15,8 @@ from typing import NamedTuple
 from lhotse import CutSet
 from lhotse.cut import Cut
 
-from speechllm.data.corpora.audio_files import check_files
+from speechllm.audio.fbank import FRAME_SHIFT
+from speechllm.data.corpora.audio_files import AudioFile, check_files
 from speechllm.data.corpora.config import LAYOUTS, PrepareConfig
 from speechllm.data.corpora.corpus_report import report_text, shorten, split_statistics
 from speechllm.data.corpora.folder import audio_and_texts, read_folder
@@ -25,14 +26,7 @@ from speechllm.data.corpora.layouts import layout_files, read_layout, recognize
 from speechllm.data.corpora.lhotse_manifests import manifest_files, read_manifests
 from speechllm.data.corpora.splits import TRAIN, assign_splits
 from speechllm.data.corpora.table import read_table, table_files
-from speechllm.data.corpora.to_cuts import (
-    OVERSHOOT,
-    has_words,
-    is_late,
-    to_cut,
-    utterance_error,
-    without_tags,
-)
+from speechllm.data.corpora.to_cuts import OVERSHOOT, to_cut, utterance_error, without_tags
 from speechllm.data.corpora.utterance import Utterance
 from speechllm.data.features import compute_fbank, cuts_path, with_perturbed_speed
 from speechllm.data.validation import CutError, count_errors, shown_id
@@ -203,7 +197,7 @@ def read_corpus(config: PrepareConfig, copies: Path) -> Corpus:
         splits[split] = with_perturbed_speed(splits[split])
     if config.speed_perturb and not train and not config.split:
         logger.warning("no split is named %s: no speed perturbation", TRAIN)
-    _report_late([one for one, _ in valid if is_late(one, files[one.path])])
+    _report_late([one for one, _ in valid], files)
     return Corpus(splits, errors)
 
 
@@ -221,8 +215,8 @@ def _read(config: PrepareConfig, copies: Path) -> Iterator[Utterance]:
 
 def _with_flags(utterance: Utterance, config: PrepareConfig) -> Utterance:
     utterance.split = (config.split or utterance.split).lower()
-    if config.drop_tags and has_words(utterance.text):
-        utterance.text = without_tags(utterance.text)
+    if config.drop_tags:
+        utterance.text = without_tags(utterance.text) or utterance.text
     return utterance
 
 
@@ -243,12 +237,12 @@ def _to_cuts(
     return valid, errors
 
 
-def _report_late(utterances: list[Utterance]) -> None:
-    if utterances:
-        names = shorten(map(shown_id, utterances), ", ")
+def _report_late(utterances: list[Utterance], files: dict[Path, AudioFile]) -> None:
+    ends = [(one, files[one.path].duration + FRAME_SHIFT) for one in utterances if one.end]
+    if late := [shown_id(one) for one, end in ends if one.end > end]:
         logger.warning(
             "%d segments end up to %g s after their audio and are shortened: %s",
-            len(utterances), OVERSHOOT, names,
+            len(late), OVERSHOOT, shorten(late, ", "),
         )  # fmt: skip
 
 

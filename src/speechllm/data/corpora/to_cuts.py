@@ -5,7 +5,7 @@ import unicodedata
 
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
-from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
+from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.data.corpora.audio_files import AudioFile, Problem
 from speechllm.data.corpora.utterance import Utterance
 from speechllm.data.security import check_safe
@@ -89,11 +89,6 @@ def _segment_problem(utterance: Utterance, file: AudioFile, channel: int | None)
     if (seconds := min(end, file.duration) - utterance.start) < MIN_DURATION:
         return "malformed", f"{seconds:.3f} s of {file.path} are fewer than {MIN_DURATION:g} s"
     return None
-
-
-def is_late(utterance: Utterance, file: AudioFile) -> bool:
-    """Return true if the utterance ends more than a feature frame after its audio."""
-    return utterance.end is not None and utterance.end > file.duration + FRAME_SHIFT
 
 
 def _cut(utterance: Utterance, file: AudioFile, language: str | None, channel: int) -> MonoCut:
