@@ -7,15 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lhotse import load_manifest
-from tiny_batches import (
-    all_ids,
-    equal,
-    eval_batches,
-    ids_of,
-    musan,
-    shards_source,
-    train_batches,
-)
+from tiny_batches import all_ids, equal, eval_batches, ids_of, musan, shards_source, train_batches
 
 from speechllm.data.dataloader import CutSource
 from speechllm.data.manifests import cuts_within

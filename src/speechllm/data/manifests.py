@@ -14,14 +14,7 @@ from lhotse.serialization import decode_json_line, deserialize_item, open_best
 
 from speechllm.data.length_limits import Limits
 from speechllm.data.security import check_safe
-from speechllm.data.validation import (
-    CutError,
-    count_reasons,
-    duplicate_id,
-    format_counts,
-    read_errors,
-    validate_cut,
-)
+from speechllm.data.validation import CutError, count_errors, read_errors, shown_id, validate_cut
 from speechllm.errors import InputError, first_line
 
 CutErrors = dict[Path, dict[int, list[CutError]]]  # by file, then by position of the cut from 0
@@ -55,7 +48,7 @@ class CutStatistics:
         )
         if not (invalid := self.invalid_cuts):
             return text
-        counts = format_counts(count_reasons(invalid))
+        counts = count_errors(errors[0] for errors in invalid)
         return f"{text}, {len(invalid)} invalid ({counts}), e.g. {invalid[0][0].message}"
 
 
@@ -186,7 +179,9 @@ def checked_lines(
             continue
         errors = validate_cut(cut, need_text=need_text, need_features=need_features)
         if need_text is not None:  # the ids of noise are not used
-            errors += [duplicate_id(cut)] if str(cut.id) in ids else []
+            if str(cut.id) in ids:
+                name = shown_id(cut)
+                errors.append(CutError(name, "duplicate-id", f"cut {name} occurs twice"))
             ids.add(str(cut.id))
         yield number, cut, errors
 

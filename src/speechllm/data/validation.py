@@ -91,10 +91,6 @@ def context_of(cut: Cut) -> str:
     return " ".join(dict.fromkeys(filter(None, found)))
 
 
-def duplicate_id(cut: Cut) -> CutError:
-    return CutError(shown_id(cut), "duplicate-id", f"cut {shown_id(cut)} occurs twice")
-
-
 def _identity_errors(cut: Cut) -> Iterator[tuple[str, str]]:
     if not isinstance(cut.id, str) or not cut.id.isprintable() or not cut.id.strip():
         yield "invalid-id", "has an empty or unprintable id"

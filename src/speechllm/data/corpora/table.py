@@ -16,13 +16,7 @@ from os.path import isfile  # false for names that are too long
 from pathlib import Path
 from types import MappingProxyType
 
-from speechllm.data.corpora.utterance import (
-    SPLITS,
-    Utterance,
-    as_text,
-    find_columns,
-    from_fields,
-)
+from speechllm.data.corpora.utterance import SPLITS, Utterance, as_text, find_columns, from_fields
 from speechllm.errors import InputError, first_line
 from speechllm.io import files_below
 
