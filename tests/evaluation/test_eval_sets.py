@@ -1,6 +1,5 @@
 """Test sets: every cut is recognized once, invalid and short cuts get empty hypotheses."""
 
-
 import pytest
 from lhotse import CutSet, load_manifest
 
