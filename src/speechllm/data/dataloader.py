@@ -67,11 +67,7 @@ class Extras:
 def training_loader(
     source: CutSource, config: TrainDataConfig, position: EpochPosition, extras: Extras = Extras()
 ) -> DataLoader:
-    """Return a loader of the augmented batches for one epoch and rank.
-
-    Raises (while iterating):
-      InputError: a worker returns no batch for --loader-timeout seconds, or was killed.
-    """
+    """Return a loader of an epoch's augmented batches; its InputError names a failed worker."""
     at = position
     sampler = train_sampler(source, config, at, extras.count_positions)
     dataset = _train_dataset(config, extras, source.is_sharded)
@@ -174,10 +170,6 @@ def evaluation_loader(
 
     The ranks share the batches, which do not depend on the number of ranks: kernels round
     differently in other batches. The manifests must have been scanned.
-
-    Args:
-      num_cuts: number of cuts in `cuts`.
-      encoder_cache: batches contain its outputs instead of features.
     """
     dataset = SpeechDataset(config.on_the_fly_feats, text=text)
     if encoder_cache is not None:

@@ -92,11 +92,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         self.augmentations, self.augmented = cut_transforms, CutSet()
 
     def __getitem__(self, cuts: CutSet) -> dict:
-        """Return a batch; if reading it fails, its utterances are read one by one.
-
-        Raises:
-          InputError: the batch cannot be read, although every utterance can.
-        """
+        """Return a batch; if it fails, read its utterances one by one to leave out the bad ones."""
         valid, invalid = _partition(cuts, self._errors)
         for augmentations in (self.augmentations, self.augmentations, ()):  # noise may be damaged
             if not valid:

@@ -48,10 +48,7 @@ SHARDS_CHECKED = 100  # evenly spread
 def write_shards(
     cuts: CutSet, directory: Path, store: str = "lilcom", shard_size: int = 1000
 ) -> int:
-    """Write a directory of shards atomically, in random order; return the number of cuts.
-
-    Args:
-      store: lilcom to store features, flac or wav to store audio.
+    """Write features (`store` lilcom) or audio (flac, wav) in random order; count the cuts.
 
     Raises:
       InputError: the directory exists, or a cut cannot be stored; the message names the cut.

@@ -33,12 +33,7 @@ def report_html(
     suffix: str,
     config: EvalConfig,
 ) -> str:
-    """Return the HTML page.
-
-    Args:
-      scored: scored result for each cut in `decoded`.
-      out_dir: directory of the page; links to audio files are relative to it.
-    """
+    """Return the HTML page of decoded cuts and their scores; audio links start from `out_dir`."""
     with_ctc = [one for one in decoded if one.result and one.result.ctc_text is not None]
     ctc_texts = [one.result.ctc_text for one in with_ctc]
     by_ctc = score_cuts(with_ctc, ctc_texts, config.normalize, config.error_unit)

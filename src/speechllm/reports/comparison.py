@@ -67,11 +67,7 @@ def newest_recogs(folder: Path) -> dict[str, Path]:
 
 
 def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
-    """Print a comparison of two recogs-*.txt files, write its page, and return the verdict.
-
-    Raises:
-      FileNotFoundError, InputError: a file is missing or damaged, or the utterances differ.
-    """
+    """Print a comparison, write its page, return the verdict; or raise InputError for bad files."""
     a, b = read_recogs(a_path), read_recogs(b_path)
     rate = rate_of(a_path)
     if rate_of(b_path) != rate:

@@ -16,11 +16,7 @@ ROWS = 16  # rows read at a time: audio is large
 
 
 def dataset_files(folder: Path) -> list[Path]:
-    """List the data files of all splits, without the caches of datasets.
-
-    Raises:
-      InputError: there are none, or some are missing by their names, like `x-00000-of-00002.arrow`.
-    """
+    """List the data files, except caches; raise InputError if any is missing by their names."""
     found = [path for path in files_below(folder) if path.suffix in (".arrow", ".parquet")]
     files = [path for path in found if not path.name.startswith("cache-")]
     if not files:
@@ -44,15 +40,7 @@ def _split(file: Path, folder: Path) -> str:
 
 
 def read_huggingface(folder: Path, copies: Path, chosen: Mapping[str, str]) -> Iterator[Utterance]:
-    """Read the utterances in a dataset.
-
-    Args:
-      copies: folder for embedded audio; created if needed.
-      chosen: column names given by flags, by field.
-
-    Raises:
-      InputError: pyarrow is missing, a file cannot be read, or a required column is missing.
-    """
+    """Read a dataset, with embedded audio written to `copies`; raise InputError if unreadable."""
     rows = ((path, row) for path in dataset_files(folder) for row in _rows(path))
     for number, (path, row) in enumerate(rows):
         split = _split(path, folder)

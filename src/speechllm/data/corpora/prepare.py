@@ -176,10 +176,7 @@ def _read_with_copies(
 
 
 def read_corpus(config: PrepareConfig, copies: Path) -> Corpus:
-    """Read and check a corpus; every cut has audio, a text and a split.
-
-    Args:
-      copies: folder for copies of audio; created if needed.
+    """Read and check a corpus; audio that lhotse cannot read is copied to `copies`.
 
     Raises:
       InputError: utterances are invalid and --skip-invalid is false, or no utterance is valid.

@@ -50,15 +50,7 @@ def _tables(folder: Path) -> list[Path]:
 def read_table(
     path: Path, audio_dir: Path | None = None, chosen: Mapping[str, str] = MappingProxyType({})
 ) -> list[Utterance]:
-    """Read the utterances in a table, or in the tables of a folder.
-
-    Args:
-      audio_dir: audio folder, by default the table's folder.
-      chosen: column names given by flags, by field.
-
-    Raises:
-      InputError: a file is not a table, or a required column is missing.
-    """
+    """Read a table or a folder's tables, with audio in `audio_dir` or next to them."""
     tables = table_files(path)
     if path.is_dir() and (others := [one.name for one in _tables(path) if one not in tables]):
         logger.info("tables without the name of a split are ignored: %s", ", ".join(others))

@@ -55,11 +55,7 @@ class Utterance:
 def find_columns(
     header: list[str], source: Path, chosen: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
-    """Map fields to column names; names in `chosen`, given by flags, take precedence.
-
-    Raises:
-      InputError: a required column is missing, or a column in use occurs twice.
-    """
+    """Map fields to columns; `chosen` ones come first, missing or double ones raise InputError."""
     for field, name in chosen.items():
         if name not in header:
             raise InputError(
