@@ -51,11 +51,6 @@ def musan_cuts(manifest_dir: Path) -> "CutSet":
     return CutSet.from_cuts(cut for cut in windows if cut.duration > MUSAN_MIN_DURATION)
 
 
-def available_parts(manifest_dir: Path) -> list[str]:
-    paths = sorted(manifest_dir.glob("librispeech_recordings_*.jsonl.gz"))
-    return [path.name.removesuffix(".jsonl.gz").split("_")[-1] for path in paths]
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
@@ -80,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         if not path.is_file():
             compute_fbank(musan_cuts(args.manifest_dir), path, args.num_jobs)
         return
-    present = available_parts(args.manifest_dir)
+    paths = sorted(args.manifest_dir.glob("librispeech_recordings_*.jsonl.gz"))
+    present = [path.name.removesuffix(".jsonl.gz").split("_")[-1] for path in paths]
     if not present or not {*args.parts} <= {*present}:
         missing = ", ".join(part for part in args.parts if part not in present)
         raise FileNotFoundError(

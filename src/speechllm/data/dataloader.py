@@ -83,9 +83,8 @@ def train_sampler(
     config: TrainDataConfig,
     position: EpochPosition,
     count_positions: Callable[[Cut], int] | None = None,
-    shuffle: bool | None = None,
 ) -> CutSampler:
-    """Return the sampler for an epoch's batches; by default, `config.shuffle` is used."""
+    """Return the sampler for an epoch's batches."""
     cuts, sample = source.cuts, source.sample
     if config.max_batch_tokens:
         cuts = with_positions(cuts, count_positions)
@@ -94,7 +93,7 @@ def train_sampler(
         cuts,
         BatchLimit(config.max_duration, max_batch_tokens=config.max_batch_tokens),
         sample=sample,
-        shuffle=config.shuffle if shuffle is None else shuffle,
+        shuffle=config.shuffle,
         seed=position.seed,
         **_sampler_sizes(source, config, position),
     )

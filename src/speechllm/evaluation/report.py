@@ -78,6 +78,9 @@ def _entry(
     result: Recognition | None = one.result
     flags, errors = result.flags if result else [], scored.counts.errors
     ctc_marks = None if ctc is None or ctc.hyp == scored.hyp else marks(ctc.pairs)
+    badges = flags + ["taken from CTC"] if result and result.source == "CTC" else flags
+    if result is None:
+        badges = [f"not decoded: {one.error.reason}" if one.error else "too short to decode"]
     kinds = {"wrong": errors, "flagged": flags, "other": ctc_marks is not None}
     return dict(
         scored=scored,
@@ -91,19 +94,11 @@ def _entry(
         marks=marks(scored.pairs, result.words if result else None),
         ctc_marks=ctc_marks,
         flags=flags,
-        badges=_badges(one),
+        badges=badges,
         replaced_text=result.replaced_text if result else None,
         mean_log_prob=result.mean_log_prob if result else None,
         audio=audio_link(one.cut, out_dir),
     )
-
-
-def _badges(one: DecodedCut) -> list[str]:
-    if one.error:
-        return [f"not decoded: {one.error.reason}"]
-    if one.result is None:
-        return ["too short to decode"]
-    return [*one.result.flags, *(["taken from CTC"] if one.result.source == "CTC" else [])]
 
 
 def audio_link(cut: Cut, out_dir: Path) -> str | None:
