@@ -29,12 +29,7 @@ FORMATS = (  # the only formats allowed: a playlist would name further files to 
 
 
 def open_by_av(path: str | Path) -> tuple[int, int, Iterator[np.ndarray]]:
-    """Return the sampling rate, the number of channels, and float32 blocks (N, channels).
-
-    Raises:
-      InputError: the file is not supported audio; or, after the last block, the file is damaged or
-        truncated.
-    """
+    """Return rate, channels and float32 blocks (N, channels); raise like `open_sound`."""
     try:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
         container = av.open(f"file:{path}", options=options, metadata_errors="replace")

@@ -23,15 +23,10 @@ LARGEST_RESAMPLER = 10_000_000  # weights; 44.1 kHz needs 70560, 44.101 kHz 700 
 def windows(
     blocks: Iterable[Tensor], length: int, context: int
 ) -> Iterator[tuple[Tensor, int, int]]:
-    """Split a recording into windows of `length` samples, plus context on both sides.
+    """Yield (samples, before, length): the window is `samples[before : before + length]`.
 
-    Args:
-      blocks: samples (N,), of any block sizes.
-      length: samples per window; the last window may differ by up to `context`.
-      context: samples on each side, fewer at the ends; at most half of `length`.
-
-    Yields:
-      samples (N,), before, length; the window itself is `samples[before : before + length]`.
+    Windows have `length` samples, the last one up to `context` more or less, and up to `context`
+    samples on both sides, at most half of `length`.
     """
     held, before = torch.zeros(0), 0
     for block in blocks:
@@ -44,12 +39,7 @@ def windows(
 
 
 def audio_blocks(path: str | Path) -> Iterator[Tensor]:
-    """Read an audio file as blocks of 16 kHz samples (N,), float32; channels are averaged.
-
-    Raises:
-      FileNotFoundError: the file does not exist.
-      InputError: the file cannot be decoded; or, after the last block, the file is damaged.
-    """
+    """Read a file as blocks of 16 kHz samples (N,), averaging channels; raise like `open_sound`."""
     sound, errors = open_sound(path), []
 
     def mono() -> Iterator[Tensor]:

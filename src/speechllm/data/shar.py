@@ -143,12 +143,7 @@ class Shards:
 
 
 def read_shards(directories: list[str]) -> Shards:
-    """Read the indices of shard directories: paths or, with smart_open, URLs.
-
-    Raises:
-      FileNotFoundError: a directory has no index.
-      InputError: an index cannot be read, or a shard's size differs from the index.
-    """
+    """Read the indices of directories, paths or URLs; or raise FileNotFoundError or InputError."""
     fields: dict[str, list[str]] = {}
     durations: Counter = Counter()
     for directory in directories:

@@ -91,13 +91,7 @@ class Transcriber:
         config: LongformConfig = LongformConfig(),
         language: str | None = None,
     ):
-        """
-        Args:
-          language: language of the transcripts, such as "en"; copied to them.
-
-        Raises:
-          InputError: a segment of the maximum length exceeds the LLM's positions.
-        """
+        """Raise InputError if a segment exceeds the LLM's positions; transcripts get `language`."""
         self.recognizer, self.config, self.language = recognizer, config, language
         self.split = Chunker(recognizer, config)
         limit, needed = self._positions()

@@ -18,11 +18,8 @@ class Mark(NamedTuple):
 
 
 def marks(pairs: Sequence[Pair], words: Sequence[Any] | None = None) -> list[Mark]:
-    """Return marks; adjacent correct words with high confidence are joined into one mark.
-
-    Args:
-      words: a TimedWord per hypothesis word; ignored if normalization changed their number.
-    """
+    """Return marks; adjacent correct words are joined unless their confidence is low."""
+    # Normalization may change the number of hypothesis words.
     if words is None or len(words) != sum(len(hyp) for _, hyp in pairs):
         words = [None] * len(pairs)
     remaining = iter(words)

@@ -23,12 +23,7 @@ OVERSHOOT = 0.5  # s by which a segment may exceed its file, as in Kaldi
 def to_cut(
     utterance: Utterance, file: AudioFile | Problem, language: str | None, channel: int | None
 ) -> MonoCut | CutError:
-    """Convert an utterance to a cut at 16 kHz, or to its first error.
-
-    Args:
-      language: default for utterances without a language.
-      channel: default in multi-channel files, for utterances without one.
-    """
+    """Convert an utterance to a 16 kHz cut or its error; `language` and `channel` are defaults."""
     problem = utterance.problem or _field_problem(utterance)
     if problem or not isinstance(file, AudioFile):
         return utterance_error(utterance, *(problem or file))
