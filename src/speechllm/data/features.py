@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 from lhotse import CutSet, LilcomChunkyWriter
-from lhotse.augmentation import Speed
-from lhotse.cut import Cut
 
 from speechllm.audio.fbank import fbank_extractor
 from speechllm.data.security import check_safe
@@ -35,10 +33,6 @@ def with_perturbed_speed(cuts: CutSet) -> CutSet:
     """Append copies at 0.9 and 1.1 times the speed; their ids end in `_sp0.9` and `_sp1.1`."""
     perturbed = [cut.perturb_speed(factor) for factor in SPEED_FACTORS for cut in cuts]
     return CutSet.from_cuts([*cuts, *perturbed])
-
-
-def has_perturbed_speed(cut: Cut) -> bool:
-    return any(isinstance(transform, Speed) for transform in cut.recording.transforms or ())
 
 
 def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:

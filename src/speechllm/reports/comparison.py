@@ -97,14 +97,9 @@ def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
         with atomic_write(html) as partial:
             partial.write_text(text, encoding="utf-8")
         print(f"Wrote {html}")
-    return verdict(values["a"], values["b"], difference)
-
-
-def verdict(a: Row, b: Row, difference: Difference) -> str:
-    """Return both error rates and `B is better`, `B is worse` or `no significant difference`."""
-    change = "worse" if difference.wer > 0 else "better"
-    result = f"B is {change}" if difference.p < SIGNIFICANT else "no significant difference"
-    return f"{a.counts.wer:.2f}% → {b.counts.wer:.2f}%, {result}"
+    change = "B is worse" if difference.wer > 0 else "B is better"
+    result = change if difference.p < SIGNIFICANT else "no significant difference"
+    return f"{values['a'].counts.wer:.2f}% → {values['b'].counts.wer:.2f}%, {result}"
 
 
 def rate_of(recogs: Path) -> str:

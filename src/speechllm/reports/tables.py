@@ -69,13 +69,8 @@ def frequent_errors(pairs: Counter[Pair]) -> list[Table]:
     for (ref, hyp), n in pairs.items():
         if ref != hyp:
             kind = "Insertions" if not ref else "Substitutions" if hyp else "Deletions"
-            kinds[kind].append((" → ".join(ref + hyp), error_name((ref, hyp)), n))
+            search = f"[{ref[0] if ref else '*'} → {hyp[0] if hyp else '*'}]"  # see base.js
+            kinds[kind].append((" → ".join(ref + hyp), search, n))
     for rows in kinds.values():
         rows.sort(key=lambda row: (-row[2], row[0]))
     return [Table(kind, rows[:MAX_ROWS], len(rows[MAX_ROWS:])) for kind, rows in kinds.items()]
-
-
-def error_name(pair: Pair) -> str:
-    """Return `[n → m]`, `[n → *]` or `[* → m]`, the search term in base.js."""
-    ref, hyp = (" ".join(side) or "*" for side in pair)
-    return f"[{ref} → {hyp}]"

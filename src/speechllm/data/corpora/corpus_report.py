@@ -8,9 +8,9 @@
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from lhotse.augmentation import Speed
 from lhotse.cut import Cut
 
-from speechllm.data.features import has_perturbed_speed
 from speechllm.data.validation import CutError, count_errors
 
 SHOWN = 50  # maximum items per list in the text; the JSON contains all
@@ -18,7 +18,8 @@ SHOWN = 50  # maximum items per list in the text; the JSON contains all
 
 def split_statistics(cuts: Iterable[Cut]) -> dict:
     """Return the statistics of a split without its copies at other speeds."""
-    originals = [cut for cut in cuts if not has_perturbed_speed(cut)]
+    changes = [(cut, cut.recording.transforms or ()) for cut in cuts]
+    originals = [cut for cut, of in changes if not any(isinstance(one, Speed) for one in of)]
     seconds = np.array([cut.duration for cut in originals])
     quantiles = np.quantile(seconds, [0, 0.5, 1]).round(3).tolist()
     return {
