@@ -4,8 +4,10 @@ import hashlib
 import json
 import logging
 import os
+import random
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -24,7 +26,6 @@ from speechllm.data.corpora.huggingface import dataset_files, read_huggingface
 from speechllm.data.corpora.kaldi import kaldi_files, read_kaldi
 from speechllm.data.corpora.layouts import layout_files, read_layout, recognize
 from speechllm.data.corpora.lhotse_manifests import manifest_files, read_manifests
-from speechllm.data.corpora.splits import TRAIN, assign_splits
 from speechllm.data.corpora.table import read_table, table_files
 from speechllm.data.corpora.to_cuts import OVERSHOOT, to_cut, utterance_error, without_tags
 from speechllm.data.corpora.utterance import Utterance
@@ -40,6 +41,9 @@ FILES = {  # source: function that lists its files; the others are layouts
     "huggingface": dataset_files,
     "lhotse": manifest_files,
 }
+TRAIN = "train"
+HELD_OUT = {"dev": 0.1, "test": 0.1}  # fraction of the duration
+SPLIT_SEED = 42
 WITHOUT_HASH = ("source", "path", "manifest_dir", "num_jobs", "overwrite")
 
 logger = logging.getLogger(__name__)
@@ -255,3 +259,42 @@ def _report_invalid(errors: list[CutError], skip: bool) -> None:
         f"{len(errors)} invalid utterances ({count_errors(errors)}):\n{messages}\n"
         "--skip-invalid true skips them"
     )
+
+
+# ---- splits
+
+
+def assign_splits(cuts: list[tuple[Utterance, Cut]]) -> dict[str, list[Cut]]:
+    """Group cuts by split; utterances without a split get their speaker's split, or a new one."""
+    split_of = {cut.supervisions[0].speaker: one.split for one, cut in cuts if one.split}
+    without = [cut for one, cut in cuts if not one.split]
+    seconds = defaultdict(float)
+    for cut in without:
+        if cut.supervisions[0].speaker not in split_of:
+            seconds[cut.supervisions[0].speaker] += cut.duration
+    split_of |= divide_speakers(seconds)
+    by_split = defaultdict(list)
+    for one, cut in cuts:
+        by_split[one.split or split_of[cut.supervisions[0].speaker]].append(cut)
+    if without:
+        used = ", ".join(sorted({split_of[cut.supervisions[0].speaker] for cut in without}))
+        logger.info("%d utterances had no split: assigned by speaker to %s", len(without), used)
+    return dict(by_split)
+
+
+def divide_speakers(seconds: dict[str, float]) -> dict[str, str]:
+    """Map speakers to random, reproducible splits; `seconds` is each speaker's speech."""
+    speakers = sorted(seconds)
+    random.Random(SPLIT_SEED).shuffle(speakers)
+    split_of = dict.fromkeys(speakers, TRAIN)
+    room = {split: share * sum(seconds.values()) for split, share in HELD_OUT.items()}
+    for speaker in speakers:
+        split = max(room, key=room.get)
+        if seconds[speaker] <= room[split]:
+            split_of[speaker] = split
+            room[split] -= seconds[speaker]
+    for split in HELD_OUT:  # with few speakers, take the shortest
+        left = [speaker for speaker in speakers if split_of[speaker] == TRAIN]
+        if split not in split_of.values() and len(left) > 1:
+            split_of[min(left, key=seconds.get)] = split
+    return split_of
