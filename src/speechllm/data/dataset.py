@@ -10,14 +10,8 @@ A batch is a dict:
     seconds       audio in the batch, without padding
     invalid       errors found when reading skipped utterances and noise
 
-A tokenizer adds the training targets; for an LLM (see prompt.ChatTokenizer):
-
-    input_ids     (B, L) int64, left-padded
-    labels        (B, L) int64, IGNORED except for the transcript and its closing token
-    encoders      encoders of each utterance's speech groups
-    num_tokens    number of labels that are not IGNORED
-
-With an encoder cache, `features` are the outputs of all encoders, (B, T / 4, C).
+A tokenizer adds the training targets; for an LLM, see prompt.ChatTokenizer.training_batch. With an
+encoder cache, `features` are the outputs of all encoders, (B, T / 4, C).
 
 If all utterances in a batch are invalid, the batch is one second of silence with the text "" and
 without `cut_ids`: it keeps the ranks in sync and has no weight. `usable_batches` drops it.
@@ -26,7 +20,7 @@ without `cut_ids`: it keeps the ranks in sync and has no weight. `usable_batches
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 from lhotse import CutSet
@@ -46,20 +40,12 @@ SILENCE = 100  # frames
 ErrorsOf = Callable[[Cut], list[CutError]]
 
 
-class BatchTokenizer(Protocol):
-    """Interface for objects that create a batch's token entries, such as prompt.ChatTokenizer."""
-
-    def training_batch(
-        self, texts: list[str], contexts: list[str] | None = None, sample: bool = False
-    ) -> dict: ...
-
-
 @dataclass(frozen=True)
 class TextOptions:
     """Creates batch text entries: contexts and, with a tokenizer, token ids and labels."""
 
     use_context: bool = False
-    tokenizer: BatchTokenizer | None = None
+    tokenizer: Any = None  # with a method like prompt.ChatTokenizer.training_batch
     sample_encoders: bool = False  # per utterance, as in MoSE
 
     def __call__(self, texts: list[str], cuts: Iterable[Cut]) -> dict:
