@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from lhotse import CutSet
 from lhotse.cut import Cut
@@ -69,20 +68,21 @@ def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
         logger.info("%s was prepared from the same files with the same flags", config.corpus)
         return report_text(report), list(splits)
     copies = folder / f"{config.corpus}_audio-{source[:8]}"
-    corpus = _read_with_copies(config, copies, {} if config.overwrite else made_from, source)
+    taken = {} if config.overwrite else made_from
+    corpus, errors = _read_with_copies(config, copies, taken, source)
     folder.mkdir(parents=True, exist_ok=True)
-    for split, cuts in corpus.splits.items():
+    for split, cuts in corpus.items():
         if made_from.get(split) != source:
             compute_fbank(cuts, cuts_path(folder, config.corpus, split), config.num_jobs)
             splits[split] = {**split_statistics(cuts), "source": source}
             _write_report(path, report)
-    used = sum(splits[split]["utterances"] for split in corpus.splits)
+    used = sum(splits[split]["utterances"] for split in corpus)
     report["sources"][source] = {
         "path": str(config.path),
-        "splits": list(corpus.splits),
-        "given": used + len(corpus.errors),
+        "splits": list(corpus),
+        "given": used + len(errors),
         "used": used,
-        "skipped": [error._asdict() for error in corpus.errors],
+        "skipped": [error._asdict() for error in errors],
     }
     _write_report(path, report)
     _remove_former_copies(copies, config.corpus, report)
@@ -148,11 +148,6 @@ def _remove_former_copies(copies: Path, corpus: str, report: dict) -> None:
 # ---- reading and checking
 
 
-class Corpus(NamedTuple):
-    splits: dict[str, CutSet]  # with copies at other speeds
-    errors: list[CutError]  # errors of the skipped utterances
-
-
 def is_training(split: str) -> bool:
     """Return true for training splits, such as `train` and LibriSpeech's `train-clean-100`."""
     return split.split("-")[0] in (TRAIN, "training")
@@ -160,26 +155,26 @@ def is_training(split: str) -> bool:
 
 def _read_with_copies(
     config: PrepareConfig, copies: Path, former: Mapping[str, str | None], source: str
-) -> Corpus:
+) -> tuple[dict[str, CutSet], list[CutError]]:
     """Read like `read_corpus`; raise InputError if a split was made from another source."""
     is_new = not copies.exists()
     try:
-        corpus = read_corpus(config, copies)
-        taken = [one for one in corpus.splits if former.get(one, source) != source]
+        splits, errors = read_corpus(config, copies)
+        taken = [one for one in splits if former.get(one, source) != source]
         if taken:
             paths = [str(cuts_path(config.manifest_dir, config.corpus, one)) for one in taken]
             raise InputError(
                 f"made earlier from other files or flags: {', '.join(paths)}; --overwrite true "
                 "replaces them, --split NAME adds another split"
             )
-        return corpus
+        return splits, errors
     except BaseException:
         if is_new:
             shutil.rmtree(copies, ignore_errors=True)
         raise
 
 
-def read_corpus(config: PrepareConfig, copies: Path) -> Corpus:
+def read_corpus(config: PrepareConfig, copies: Path) -> tuple[dict[str, CutSet], list[CutError]]:
     """Read and check a corpus; audio that lhotse cannot read is copied to `copies`.
 
     Raises:
@@ -199,7 +194,7 @@ def read_corpus(config: PrepareConfig, copies: Path) -> Corpus:
     if config.speed_perturb and not train and not config.split:
         logger.warning("no split is named %s: no speed perturbation", TRAIN)
     _report_late([one for one, _ in valid], files)
-    return Corpus(splits, errors)
+    return splits, errors
 
 
 def _read(config: PrepareConfig, copies: Path) -> Iterator[Utterance]:
