@@ -47,6 +47,7 @@ MANIFEST = {  # manifests of corpora with features or audio
     "no supervision": (set_in("supervisions", value=[]), "no-text"),
     "thousands of words": (text("HELLO " * 3000), "long-text"),
     "replacement character": (text("CAF\ufffd"), "not-unicode"),
+    "nul": (text("A\0"), "not-unicode"),
     "number as text": (text(7), "malformed"),
     "duration nan": (set_in("duration", value=float("nan")), "malformed"),
     "supervision too early": (
