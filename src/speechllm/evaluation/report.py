@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from lhotse.cut import Cut, MonoCut
 
+from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.recognition import Recognition
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut, error_rate, score_cuts
@@ -46,7 +47,7 @@ def report_html(
     low, high = bootstrap_interval(scored)
     rate = error_rate(decoded, config.error_unit)
     units = "characters" if rate == "CER" else "words"
-    flags = Counter(flag for one in utterances for flag in one["flags"]).most_common()
+    flags = Counter(flag for one in utterances for flag in one["result"].flags).most_common()
     return page(
         "report.html",
         title=f"{set_name}, {suffix}",
@@ -75,28 +76,24 @@ def _entry(
     one: DecodedCut, scored: ScoredUtterance, ctc: ScoredUtterance | None, out_dir: Path
 ) -> dict:
     """Return an utterance's data for the page, with texts as scored, except `replaced_text`."""
-    result: Recognition | None = one.result
-    flags, errors = result.flags if result else [], scored.counts.errors
-    ctc_marks = None if ctc is None or ctc.hyp == scored.hyp else marks(ctc.pairs)
-    badges = flags + ["taken from CTC"] if result and result.source == "CTC" else flags
-    if result is None:
+    result: Recognition = one.result or Recognition("", Hypothesis())
+    badges = result.flags + ["taken from CTC"] if result.source == "CTC" else result.flags
+    if one.result is None:
         badges = [f"not decoded: {one.error.reason}" if one.error else "too short to decode"]
-    kinds = {"wrong": errors, "flagged": flags, "other": ctc_marks is not None}
+    errors, is_other = scored.counts.errors, ctc is not None and ctc.hyp != scored.hyp
+    kinds = {"wrong": errors, "flagged": result.flags, "other": is_other}
     return dict(
         scored=scored,
+        result=result,
         id=scored.id,
         counts=scored.counts,
         errors=errors,
-        wer=scored.counts.wer,
         classes=" ".join(kind for kind, applies in kinds.items() if applies),  # for base.js
         seconds=one.cut.duration,
         speaker=", ".join(sorted({str(s.speaker) for s in one.cut.supervisions if s.speaker})),
-        marks=marks(scored.pairs, result.words if result else None),
-        ctc_marks=ctc_marks,
-        flags=flags,
+        marks=marks(scored.pairs, result.words),
+        ctc_marks=marks(ctc.pairs) if is_other else None,
         badges=badges,
-        replaced_text=result.replaced_text if result else None,
-        mean_log_prob=result.mean_log_prob if result else None,
         audio=audio_link(one.cut, out_dir),
     )
 
