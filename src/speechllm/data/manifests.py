@@ -107,17 +107,12 @@ def scan_manifests(
     *,
     need_text: bool | None = True,
     need_features: bool = True,
-    extra_check: ExtraCheck | None = None,
-    tolerate: bool = False,
+    extra_check: ExtraCheck | None = None,  # applied to cuts without other errors
+    tolerate: bool = False,  # skip and count invalid cuts
 ) -> CutStatistics:
     """Read and check every cut once, so that errors appear before the work begins.
 
     Features or audio are read only until one cut per file proves readable.
-
-    Args:
-      need_text, need_features: see `validate_cut`.
-      extra_check: applied to cuts without other errors.
-      tolerate: skip and count invalid cuts instead of raising an error.
 
     Raises:
       InputError: a file cannot be read, a cut is invalid (the message gives file, cut and value),

@@ -107,18 +107,12 @@ def make_sampler(
     limit: BatchLimit,
     *,
     num_cuts: int,
-    num_buckets: int,
-    sample: Iterable[Cut] | None = None,
-    cuts_in_buffer: int | None = None,
+    num_buckets: int,  # an upper limit; below 2, no buckets are used
+    sample: Iterable[Cut] | None = None,  # for estimating the buckets, by default the first cuts
+    cuts_in_buffer: int | None = None,  # to read ahead, by default 7000 per bucket
     **options,
 ) -> CutSampler:
-    """Return a sampler of batches of similar lengths or, without buckets, of any lengths.
-
-    Args:
-      num_buckets: an upper limit; below 2, no buckets are used.
-      sample: cuts for estimating the buckets, by default the first of `cuts`.
-      cuts_in_buffer: number of cuts to read ahead, by default 7000 per bucket.
-    """
+    """Return a sampler of batches of similar lengths or, without buckets, of any lengths."""
     num_buckets = min(num_buckets, num_cuts // MIN_CUTS_IN_BUCKET)
     if num_buckets < 2:
         sampler = SimpleCutSampler(cuts, max_duration=limit.max_duration, **options)

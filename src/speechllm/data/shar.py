@@ -185,12 +185,9 @@ def check_shards(
     limits: Limits = Limits(),
     *,
     need_features: bool = True,
-    tolerate: bool = False,
+    tolerate: bool = False,  # accept invalid cuts unless all are; the loader counts them
 ) -> CutStatistics:
     """Check shards by their index and the first cut in up to 199 of them; see `scan_manifests`.
-
-    Args:
-      tolerate: accept invalid cuts unless all checked cuts are invalid; the loader counts others.
 
     Raises:
       InputError: a cut is invalid (the message gives shard, cut and value), or every cut is

@@ -94,16 +94,11 @@ class DiagnosticDataLoader(DataLoader):
         dataset: Dataset,
         sampler: Iterable[CutSet],
         config: DataConfig,
-        where: str,
+        where: str,  # for the error message, such as "epoch 3"
         seed: str = "",
         skip: int = 0,
-        init_shards: Callable[[int], None] | None = None,
+        init_shards: Callable[[int], None] | None = None,  # called in workers that read shards
     ):
-        """
-        Args:
-          where: context for the error message, such as "epoch 3".
-          init_shards: called in each new worker with its number, if each samples from shards.
-        """
         num_workers = config.num_workers
         self.where, self.numbered = where, NumberedDataset(dataset, seed)
         dataset, indexed = self.numbered, IndexedSampler(sampler, skip)

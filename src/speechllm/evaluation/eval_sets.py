@@ -91,7 +91,7 @@ def decode_shard(
     recognize: Callable[[Iterable[dict]], Iterator[tuple[dict, list]]],
     data: DataConfig,
     *,
-    min_frames: int = frames_needed(),
+    min_frames: int = frames_needed(),  # shorter cuts are not decoded
     more_errors: Callable[[Cut], list[CutError]] = lambda cut: [],
     use_context: bool = False,
     dist_env: DistEnv = DistEnv(),
@@ -99,13 +99,8 @@ def decode_shard(
 ) -> dict[str, Any]:
     """Return this rank's results for a set by cut id; for invalid cuts, a CutError.
 
-    The batches depend only on the cuts, not on their order or the number of ranks.
-
-    Args:
-      recognize: yields pairs of a batch and its results for batches (see speechllm.data.dataset).
-      min_frames: shorter cuts are not decoded.
-      more_errors: returns further errors of a cut.
-      encoder_cache: batches contain its outputs instead of features.
+    The batches, described in speechllm.data.dataset, depend only on the cuts, not on their order or
+    the number of ranks; `recognize` yields each batch with its results.
     """
     results: dict[str, Any] = dict(cuts.errors)
     long_cuts = [cut for cut in cuts.cuts if cut.id not in results and long_enough(cut, min_frames)]

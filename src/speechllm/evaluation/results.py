@@ -30,7 +30,7 @@ def write_results(
     set_name: str,
     suffix: str,
     config: EvalConfig,
-    measurements: Mapping[str, str | float],
+    measurements: Mapping[str, str | float],  # further lines for wer-summary-*.txt
 ) -> ErrorCounts:
     """Write the results for a test set and return its errors.
 
@@ -39,9 +39,6 @@ def write_results(
       guard-<set>-<suffix>.jsonl: utterances flagged by hallucination detection, if any.
       nbest-<set>-<suffix>.jsonl: n-best lists with log-probabilities in nats, if any.
       ctm-<set>-<suffix>.ctm: word times in NIST CTM, if any.
-
-    Args:
-      measurements: further lines for wer-summary-*.txt.
     """
     extra = {"decoded with": suffix, **measurements}
     if invalid := [one.error for one in decoded if one.error]:

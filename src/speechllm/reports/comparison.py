@@ -36,13 +36,9 @@ class UtterancePair:
 
 
 def compare_models(a: Path, b: Path, html: Path | None = None) -> None:
-    """Print a comparison for each test set decoded in both models' directories.
+    """Compare each set in both directories, and last list the verdicts; or raise InputError.
 
-    The last lines list the verdict for each set. A set's page is written next to `html`, with the
-    set in its name.
-
-    Raises:
-      InputError: the directories have no set in common; or see `compare`.
+    A set's page is written next to `html`, with the set in its name.
     """
     of_a, of_b = newest_recogs(a), newest_recogs(b)
     sets = [name for name in of_a if name in of_b]

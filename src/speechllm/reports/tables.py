@@ -51,9 +51,7 @@ def buckets(
 ) -> dict[str, list[Item]]:
     """Group items by a value, from low to high, with names such as `5–10` and `64+`.
 
-    Args:
-      edges: lower ends of the buckets.
-      step: 1 for integers, so that the bucket before 8 is `4–7`, else 0.
+    `step` is 1 for integers, so that the bucket before 8 is `4–7`, else 0.
     """
     found = defaultdict(list)
     for item in items:
