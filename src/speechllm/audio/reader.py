@@ -30,14 +30,11 @@ LOUDEST = 1000.0  # float samples above this are probably scaled like int16
 
 
 class Sound(NamedTuple):
-    """An open audio file.
-
-    blocks: float32 samples (N, channels); after the last block, damage raises InputError.
-    """
+    """An open audio file."""
 
     sampling_rate: int  # Hz
     channels: int
-    blocks: Iterator[np.ndarray]
+    blocks: Iterator[np.ndarray]  # float32 (N, channels); damage raises InputError at the end
 
 
 def open_sound(path: str | Path) -> Sound:

@@ -92,10 +92,7 @@ def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator
 
 
 class StreamResampler:
-    """Resamples a stream to 16 kHz block by block, with a delay of 10 ms.
-
-    Uses lhotse's resampler, as for training data; 10 ms are longer than its filter.
-    """
+    """Resamples a stream to 16 kHz by lhotse, block by block, with a delay of 10 ms."""
 
     def __init__(self, rate: int, name: str | Path = "stream"):
         """Raise InputError, beginning with `name`, if the rate is unsupported."""
@@ -104,6 +101,7 @@ class StreamResampler:
             raise InputError(f"{name}: unsupported sample rate {rate} Hz")
         self.rate = rate
         self._step = rate // step  # blocks end on samples of both rates
+        # 10 ms are longer than the resampling filter.
         self._context = -(-rate // 100 // self._step) * self._step
         self._held, self._before = torch.zeros(0), 0
 

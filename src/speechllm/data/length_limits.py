@@ -32,10 +32,7 @@ def long_enough(cut: Cut, min_frames: int) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for utterances: duration in seconds, and minimum feature frames in supervised speech.
-
-    Instances are callable and return true if a cut is within the limits.
-    """
+    """Callable limits of duration in seconds, and of feature frames in supervised speech."""
 
     min_seconds: float = 0.0
     max_seconds: float = float("inf")

@@ -48,11 +48,7 @@ SHARDS_CHECKED = 100  # evenly spread
 def write_shards(
     cuts: CutSet, directory: Path, store: str = "lilcom", shard_size: int = 1000
 ) -> int:
-    """Write features (`store` lilcom) or audio (flac, wav) in random order; count the cuts.
-
-    Raises:
-      InputError: the directory exists, or a cut cannot be stored; the message names the cut.
-    """
+    """Write features (lilcom) or audio (flac, wav), shuffled; count cuts or raise InputError."""
     if directory.exists():
         raise InputError(f"{directory} exists: remove it or choose another directory")
     kind = "features" if store == "lilcom" else "recording"
@@ -187,12 +183,7 @@ def check_shards(
     need_features: bool = True,
     tolerate: bool = False,  # accept invalid cuts unless all are; the loader counts them
 ) -> CutStatistics:
-    """Check shards by their index and the first cut in up to 199 of them; see `scan_manifests`.
-
-    Raises:
-      InputError: a cut is invalid (the message gives shard, cut and value), or every cut is
-        skipped.
-    """
+    """Check shards by their index and the first cuts of up to 199; or raise InputError."""
     checked = shards.spread(SHARDS_CHECKED)
     errors = {one["cuts"][0]: _first_cut_errors(one, need_features) for one in checked}
     invalid = {path: found for path, found in errors.items() if found}

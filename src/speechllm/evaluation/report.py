@@ -99,10 +99,7 @@ def _entry(
 
 
 def audio_link(cut: Cut, out_dir: Path) -> str | None:
-    """Return the URL of a cut's audio file relative to `out_dir`, with a W3C media fragment.
-
-    Return None if the cut is not part of a single file, or if the file is missing.
-    """
+    """Return the URL of a cut's audio relative to `out_dir`; None unless it is part of one file."""
     if not isinstance(cut, MonoCut) or not cut.has_recording:
         return None
     sources = cut.recording.sources

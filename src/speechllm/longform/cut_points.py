@@ -42,10 +42,7 @@ class CtcSpike(NamedTuple):
 
 @dataclass
 class SegmenterState:
-    """Data for a recording's frames: smoothed energies (T,) in nats, spikes, non-speech mask (T,).
-
-    Without a CTC head, `spikes` is None.
-    """
+    """Smoothed energies (T,) in nats, spikes (None without a CTC head), non-speech mask (T,)."""
 
     energies: np.ndarray = field(default_factory=lambda: np.zeros(0))
     spikes: list[CtcSpike] | None = None

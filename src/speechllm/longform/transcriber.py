@@ -297,10 +297,7 @@ def _segment(chunk: AudioChunk, recognition: Recognition | None = None) -> Segme
 
 
 def make_segment(start: float, end: float, recognition: Recognition | None) -> Segment:
-    """Return the segment from `start` to `end` seconds; recognition None means non-speech.
-
-    So does an empty CTC text: an LLM generates text even for a click or cough.
-    """
+    """Return a segment; recognition None or an empty CTC text, as for a click, means non-speech."""
     flags = tuple(recognition.flags) if recognition else ()
     if recognition is None or recognition.ctc_text == "":
         return Segment(start, end, "", source=NO_SPEECH, flags=flags)
