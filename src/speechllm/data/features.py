@@ -38,9 +38,7 @@ def with_perturbed_speed(cuts: CutSet) -> CutSet:
 def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
     """Compute the features of `cuts`, write them and the cut file, and return the cuts.
 
-    Raises:
-      InputError: cuts share an id, are unsafe, or have unreadable audio; the message names
-        them. Nothing is left on disk.
+    Double ids, unsafe cuts and unreadable audio raise InputError, and nothing is left on disk.
     """
     shared = [cut_id for cut_id, n in Counter(cut.id for cut in cuts).items() if n > 1]
     if shared:

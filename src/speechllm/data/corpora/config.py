@@ -66,12 +66,6 @@ class PrepareConfig:
             raise InputError(f"--{self.source} {self.path} is not a directory")
 
     @property
-    def columns(self) -> dict[str, str]:
-        """Column names given by flags, by field."""
-        given = {"text": self.text_column, "path": self.path_column}
-        return {field: name for field, name in given.items() if name}
-
-    @property
     def mix(self) -> bool:
         return self.channel == MIX
 

@@ -180,7 +180,11 @@ def read_corpus(config: PrepareConfig, copies: Path) -> tuple[dict[str, CutSet],
     Raises:
       InputError: utterances are invalid and --skip-invalid is false, or no utterance is valid.
     """
-    utterances = [_with_flags(one, config) for one in _read(config, copies)]
+    utterances = list(_read(config, copies))
+    for one in utterances:
+        one.split = (config.split or one.split).lower()
+        if config.drop_tags:
+            one.text = without_tags(one.text) or one.text
     paths = (one.path for one in utterances if not one.problem)
     files = check_files(paths, copies, config.mix, config.num_jobs)
     valid, errors = _to_cuts(utterances, files, config)
@@ -198,7 +202,8 @@ def read_corpus(config: PrepareConfig, copies: Path) -> tuple[dict[str, CutSet],
 
 
 def _read(config: PrepareConfig, copies: Path) -> Iterator[Utterance]:
-    path, columns = config.path, config.columns
+    path, given = config.path, {"text": config.text_column, "path": config.path_column}
+    columns = {field: name for field, name in given.items() if name}
     readers = {
         "table": lambda: read_table(path, config.audio_dir, columns),
         "folder": lambda: read_folder(path),
@@ -207,13 +212,6 @@ def _read(config: PrepareConfig, copies: Path) -> Iterator[Utterance]:
         "lhotse": lambda: read_manifests(path),
     }
     return readers.get(config.source, lambda: read_layout(config.source, path))()
-
-
-def _with_flags(utterance: Utterance, config: PrepareConfig) -> Utterance:
-    utterance.split = (config.split or utterance.split).lower()
-    if config.drop_tags:
-        utterance.text = without_tags(utterance.text) or utterance.text
-    return utterance
 
 
 def _to_cuts(
