@@ -237,7 +237,7 @@ def test_an_ogg_file_that_ends_within_a_page_header_is_named(tmp_path):
 
 
 def test_an_incomplete_last_frame_is_a_warning(tmp_path, caplog):
-    """Streams are recorded so; nothing shows how much is missing."""
+    """Recorded streams may end like this; nothing shows how much is missing."""
     path = tmp_path / "a.mp2"
     write_by_av(path, noise(2.0, RATE), RATE, "mp2")
     assert read_to_the_end(path)[1] == caplog.text == ""

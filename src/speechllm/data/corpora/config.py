@@ -66,13 +66,9 @@ class PrepareConfig:
             raise InputError(f"--{self.source} {self.path} is not a directory")
 
     @property
-    def mix(self) -> bool:
-        return self.channel == MIX
-
-    @property
     def channel_index(self) -> int | None:
-        """0-based channel index, 0 with `mix`; None if not set."""
-        if self.mix:
+        """0-based channel index, 0 for the mean; None if not set."""
+        if self.channel == MIX:
             return 0
         return None if self.channel is None else channel_number(self.channel or "0")
 

@@ -18,7 +18,7 @@ from lhotse.cut import Cut
 
 from speechllm.audio.fbank import FRAME_SHIFT
 from speechllm.data.corpora.audio_files import AudioFile, check_files
-from speechllm.data.corpora.config import LAYOUTS, PrepareConfig
+from speechllm.data.corpora.config import LAYOUTS, MIX, PrepareConfig
 from speechllm.data.corpora.corpus_report import report_text, shorten, split_statistics
 from speechllm.data.corpora.folder import audio_and_texts, read_folder
 from speechllm.data.corpora.huggingface import dataset_files, read_huggingface
@@ -186,7 +186,7 @@ def read_corpus(config: PrepareConfig, copies: Path) -> tuple[dict[str, CutSet],
         if config.drop_tags:
             one.text = without_tags(one.text) or one.text
     paths = (one.path for one in utterances if not one.problem)
-    files = check_files(paths, copies, config.mix, config.num_jobs)
+    files = check_files(paths, copies, config.channel == MIX, config.num_jobs)
     valid, errors = _to_cuts(utterances, files, config)
     _report_invalid(errors, config.skip_invalid)
     if not valid:
