@@ -1,11 +1,9 @@
 """validate_manifest.py: messages of all errors, and output formats."""
 
-import gzip
-import json
 
 import pytest
 import validate_manifest
-from hostile_cuts import set_in
+from hostile_cuts import edit, set_in
 from lhotse import CutSet, Recording, SupervisionSegment
 from sounds import write_noise
 
@@ -24,16 +22,6 @@ def good(tmp_path):
     path = tmp_path / "x_cuts_dev.jsonl.gz"
     compute_fbank(CutSet.from_cuts(cuts), path)
     return path
-
-
-def edit(path, **changes):
-    """Apply `id=function` to the JSON of cuts."""
-    with gzip.open(path, "rt") as file:
-        cuts = [json.loads(line) for line in file]
-    for cut in cuts:
-        changes.get(cut["id"], lambda cut: None)(cut)
-    with gzip.open(path, "wt") as file:
-        file.writelines(json.dumps(cut) + "\n" for cut in cuts)
 
 
 def errors_of(path, capsys, *flags) -> list[str]:
