@@ -51,23 +51,6 @@ def musan_cuts(manifest_dir: Path) -> "CutSet":
     return CutSet.from_cuts(cut for cut in windows if cut.duration > MUSAN_MIN_DURATION)
 
 
-def available_parts(manifest_dir: Path, requested: list[str]) -> list[str]:
-    """Return the requested parts or, by default, all parts that have manifests.
-
-    Raises:
-      FileNotFoundError: a requested part has no manifests, or none has.
-    """
-    paths = sorted(manifest_dir.glob("librispeech_recordings_*.jsonl.gz"))
-    present = [path.name.removesuffix(".jsonl.gz").split("_")[-1] for path in paths]
-    missing = [part for part in requested if part not in present]
-    if missing or not present:
-        what = ", ".join(missing) or "any part of LibriSpeech"
-        raise FileNotFoundError(
-            f"no manifests of {what} in {manifest_dir}: run local/prepare.sh --stage 1"
-        )
-    return requested or present
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
@@ -92,7 +75,15 @@ def main(argv: list[str] | None = None) -> None:
         if not path.is_file():
             compute_fbank(musan_cuts(args.manifest_dir), path, args.num_jobs)
         return
-    for part in available_parts(args.manifest_dir, args.parts):
+    paths = sorted(args.manifest_dir.glob("librispeech_recordings_*.jsonl.gz"))
+    present = [path.name.removesuffix(".jsonl.gz").split("_")[-1] for path in paths]
+    if not present or not {*args.parts} <= {*present}:
+        missing = ", ".join(part for part in args.parts if part not in present)
+        raise FileNotFoundError(
+            f"no manifests of {missing or 'any part of LibriSpeech'} in {args.manifest_dir}: run "
+            "local/prepare.sh --stage 1"
+        )
+    for part in args.parts or present:
         path = cuts_path(args.output_dir, "librispeech", part)
         if not path.is_file():
             cuts = librispeech_cuts(args.manifest_dir, part, args.perturb_speed)

@@ -61,11 +61,7 @@ def matches(path: Path, size: int, etag: str) -> bool:
 
 
 def fetch(url: str, size: int, etag: str, dest: Path) -> None:
-    """Download to `dest`, resuming from `dest`.part.
-
-    Raises:
-      InputError: the size or hash differs; the download is removed.
-    """
+    """Download to `dest`, resuming from `dest`.part; raise InputError for a wrong size or hash."""
     from huggingface_hub.file_download import http_get  # hf_hub_download cannot resume after a kill
 
     part = dest.with_name(f"{dest.name}.part")
@@ -81,11 +77,7 @@ def fetch(url: str, size: int, etag: str, dest: Path) -> None:
 
 
 def fetch_all(mirror: str, files: dict[str, tuple[str, str]], root: Path) -> None:
-    """Download the missing files to `root`.
-
-    Raises:
-      InputError: a different file exists at a destination.
-    """
+    """Download missing files to `root`; raise InputError if a different file exists there."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     missing = []

@@ -183,14 +183,9 @@ class Espeak:
         return 0  # continue
 
     def synthesize(self, speaker: Speaker, text: str) -> tuple[np.ndarray, list[TimedWord]]:
-        """Synthesize a text.
+        """Return samples (N,), float64 in [-1, 1), at `sampling_rate`, and the timed words.
 
-        Returns:
-          Samples (N,), float64 in [-1, 1), at `sampling_rate`; and the timed words, each ending
-          where the next word or a pause begins.
-
-        Raises:
-          InputError: espeak does not have the voice.
+        Each word ends where the next word or a pause begins. An unknown voice raises InputError.
         """
         voice = f"{speaker.accent}+{speaker.variant}"
         if self.library.espeak_SetVoiceByName(voice.encode()):
@@ -235,8 +230,7 @@ def noise(num_samples: int, pink: bool, rng: np.random.Generator) -> np.ndarray:
 def place_in_room(speech: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
     """Add silence (up to 0.2 s, in a third of cases up to 0.9 s), gain, and noise (20–40 dB SNR).
 
-    Returns:
-      16 kHz samples (N,), at least 0.5 s; the number of seconds before the speech.
+    Return 16 kHz samples (N,), at least 0.5 s, and the number of seconds before the speech.
     """
     longest = rng.choice([0.2, 0.2, 0.9])
     before, after = (int(SAMPLING_RATE * seconds) for seconds in rng.uniform(0.05, longest, size=2))

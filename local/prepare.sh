@@ -166,21 +166,16 @@ librispeech_fbank() {
   parts=$(present_parts manifest_of)
   if is_done "$fbank/.librispeech.done" "$parts"; then
     log "LibriSpeech fbank: already done"
-  else
-    "$python" local/compute_fbank.py librispeech --manifest-dir "$manifests" \
-      --output-dir "$fbank" --parts "${parts// /,}" --perturb-speed true --num-jobs "$num_jobs"
-    shuffle_train "$parts"
-    echo "$parts" > "$fbank/.librispeech.done"
-  fi
-  if is_done "$fbank/.librispeech-validated.done" "$parts"; then
-    log "LibriSpeech validation: already done"
     return
   fi
+  "$python" local/compute_fbank.py librispeech --manifest-dir "$manifests" \
+    --output-dir "$fbank" --parts "${parts// /,}" --perturb-speed true --num-jobs "$num_jobs"
+  shuffle_train "$parts"
   for part in $parts train-all-shuf; do
     [[ ! -f $(cuts "$part") ]] || files+=("$(cuts "$part")")
   done
   "$python" local/validate_manifest.py "${files[@]}"
-  echo "$parts" > "$fbank/.librispeech-validated.done"
+  echo "$parts" > "$fbank/.librispeech.done"
 }
 
 musan_fbank() {

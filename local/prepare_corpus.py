@@ -17,7 +17,7 @@ path, and optionally utt_id, speaker, split, language, context, start, end, dura
 local/README.md lists their other names and meanings.
 
 Writes <manifest-dir>/<corpus>_cuts_<split>.jsonl.gz, with features next to it, and statistics and
-skipped utterances to <corpus>_report.json and .txt. Audio in formats that lhotse cannot read is
+skipped utterances to <corpus>_report.json. Audio in formats that lhotse cannot read is
 copied to FLAC in <corpus>_audio-…. Copies at speed 0.9 and 1.1 are added to the training split. All
 utterances are checked before features are computed; invalid utterances are an error unless
 --skip-invalid is true. Texts without words (<NOISE>, [music], "...") are always skipped. A split
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     report, splits = prepare(config)
     print(report, end="")
-    train = [split for split in splits if is_training(split, config.train_split)]
+    train = [split for split in splits if is_training(split)]
     logging.info(usage_hint(config, train, [split for split in splits if split not in train]))
 
 

@@ -36,7 +36,6 @@ def read_ctm(path: Path) -> dict[str, list[Timed]]:
 
 
 def read_words(path: Path) -> dict[str, list[Timed]]:
-    """Read the timed reference words per utterance."""
     rows = map(json.loads, path.read_text("utf-8").splitlines())
     return {
         row["utt_id"]: [(word.lower(), *times) for word, *times in row["words"]] for row in rows
@@ -66,22 +65,19 @@ def report(ctm: dict[str, list[Timed]], truth: dict[str, list[Timed]]) -> str:
     num_found = sum(map(len, ctm.values()))
     num_true = sum(len(truth[recording]) for recording in ctm)
     columns = ("words", "median", "90%", "bias", *(f"<={limit}" for limit in WITHIN))
-    starts, ends = np.array(errors).T
-    return "\n".join([
+    lines = [
         f"{len(ctm)} recordings: {num_true} reference words, {num_found} in the CTM; "
         f"{len(errors)} compared, {num_true - len(errors)} and {num_found - len(errors)} unmatched",
         "median and 90% quantile of absolute errors, mean of signed ones, in ms; share within ms",
         " " * 5 + "".join(f"{column:>8}" for column in columns),
-        f"start{statistics(starts)}",
-        f"end  {statistics(ends)}",
-    ])  # fmt: skip
-
-
-def statistics(errors: np.ndarray) -> str:
-    absolute = np.abs(errors)
-    shares = "".join(f"{(absolute <= limit).mean():>8.1%}" for limit in WITHIN)
-    median, high = np.quantile(absolute, (0.5, 0.9))
-    return f"{len(errors):>8}{median:>8.0f}{high:>8.0f}{errors.mean():>+8.0f}{shares}"
+    ]
+    for name, signed in zip(("start", "end"), np.array(errors).T):
+        absolute = np.abs(signed)
+        shares = "".join(f"{(absolute <= limit).mean():>8.1%}" for limit in WITHIN)
+        median, high = np.quantile(absolute, (0.5, 0.9))
+        quantiles = f"{len(signed):>8}{median:>8.0f}{high:>8.0f}{signed.mean():>+8.0f}"
+        lines.append(f"{name:<5}{quantiles}{shares}")
+    return "\n".join(lines)
 
 
 @exit_on_user_error

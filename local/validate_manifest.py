@@ -22,24 +22,18 @@ def find_errors(path: Path, need_features: bool, read_all: bool) -> Iterator[tup
     """Yield (line number from 1, CutError); without `read_all`, only the data of the first and
     last valid cuts are read.
     """
-    from speechllm.data.manifests import read_lines
-    from speechllm.data.validation import CutError, duplicate_id, read_errors, validate_cut
+    from speechllm.data.manifests import checked_lines
+    from speechllm.data.validation import read_errors
 
-    ids, ends = set(), []
-    for number, cut in enumerate(read_lines(path), start=1):
-        if isinstance(cut, str):
-            errors = [CutError(None, "not-a-cut", cut)]
-        else:
-            errors = validate_cut(cut, need_features=need_features)
-            errors += [duplicate_id(cut)] if str(cut.id) in ids else []
-            ids.add(str(cut.id))
+    ends = []
+    for number, cut, errors in checked_lines(path, need_features=need_features):
         if not errors and read_all:
             errors = read_errors(cut, need_features)
         elif not errors:
             ends = [*ends[:1], (number, cut)]
-        yield from ((number, error) for error in errors)
+        yield from ((number + 1, error) for error in errors)
     for number, cut in ends:
-        yield from ((number, error) for error in read_errors(cut, need_features))
+        yield from ((number + 1, error) for error in read_errors(cut, need_features))
 
 
 @exit_on_user_error

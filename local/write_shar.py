@@ -4,16 +4,17 @@
   python local/write_shar.py --cuts big_cuts_a,big_cuts_b --audio flac --out data/shar/big
   python src/train.py --shar-dir data/shar/librispeech,data/shar/big ...
 
-A shard consists of a file with texts and a tar file with data, both read sequentially. Each
-dataloader worker reads its own shards, so there should be many more shards than GPUs × workers. The
-directory is written atomically; several directories can be written in parallel for one corpus.
+A shard consists of a file with texts and a tar file with data, both read sequentially. The cuts are
+shuffled; training itself only shuffles the shards. Each dataloader worker reads its own shards, so
+there should be many more shards than GPUs × workers. The directory is written atomically; several
+directories can be written in parallel for one corpus.
 """
 
 from pathlib import Path
 
 import _path  # noqa: F401
 
-from speechllm.cli import Parser, check_range, comma_list, str2bool
+from speechllm.cli import Parser, check_range, comma_list
 from speechllm.errors import exit_on_user_error
 
 
@@ -28,8 +29,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--shard-size", type=int, default=1000, help="cuts per shard")
     add("--audio", choices=["flac", "wav"],
         help="store audio instead of features, for --on-the-fly-feats")  # fmt: skip
-    add("--shuffle", type=str2bool, default=True,
-        help="shuffle the cuts; training itself only shuffles the shards")  # fmt: skip
     args = parser.parse_args(argv)
     check_range("shard_size", args.shard_size, 1)
     # heavy imports come after the flags are read
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     paths = [cuts_file(args.manifest_dir, name) for name in args.cuts]
     scan_manifests(paths, need_features=args.audio is None)
     cuts = cuts_within(paths, Limits(min_frames=0))
-    count = write_shards(cuts, args.out, args.audio or "lilcom", args.shard_size, args.shuffle)
+    count = write_shards(cuts, args.out, args.audio or "lilcom", args.shard_size)
     shards = read_shards([str(args.out)])
     print(f"{args.out}: {len(shards)} shards, {count} cuts; {shards.statistics()}")
 

@@ -9,8 +9,7 @@
 
 Accepts decode.py's flags, and tries all combinations of the --sweep values. The model, with any
 number of encoders, is described by `<exp-dir>/model.json`. Writes decode.py's files for each
-combination to `<exp-dir>/decode/`, and a table to sweep-<set>-<parameters>-<flags>.tsv. There, `*`
-marks rows that no other row beats, by being at least as good in WER and speed and better in one.
+combination to `<exp-dir>/decode/`, and a table to sweep-<set>-<parameters>-<flags>.tsv.
 """
 
 import argparse

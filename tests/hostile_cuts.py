@@ -93,3 +93,12 @@ def write_lines(path: Path, lines: list[dict]) -> Path:
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     return path
+
+
+def edit(path: Path, **changes) -> None:
+    """Apply `id=function` to the JSON of the cuts in a file."""
+    with gzip.open(path, "rt") as file:
+        cuts = [json.loads(line) for line in file]
+    for cut in cuts:
+        changes.get(cut["id"], lambda cut: None)(cut)
+    write_lines(path, cuts)

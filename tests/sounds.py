@@ -6,6 +6,9 @@ import av
 import numpy as np
 import soundfile
 
+from speechllm.audio.reader import open_sound
+from speechllm.errors import InputError
+
 
 def noise(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
     """Return white noise (N, C), float32."""
@@ -41,3 +44,14 @@ def write_by_av(path, samples: np.ndarray, rate: int, codec: str, options=None, 
         frame.sample_rate = rate
         for packet in (*stream.encode(frame), *stream.encode(None)):
             container.mux(packet)
+
+
+def read_to_the_end(path) -> tuple[int, str]:
+    """Return the number of samples that are yielded, and the error after them."""
+    samples = 0
+    try:
+        for block in open_sound(path).blocks:
+            samples += len(block)
+    except InputError as error:
+        return samples, str(error)
+    return samples, ""

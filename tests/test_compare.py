@@ -75,8 +75,6 @@ def test_differing_utterances_are_listed_side_by_side(run):
     assert [d.text for d in found["u5"].all("p")[1].all("del")] == ["one"]
     keys = [o.attrs["value"] for o in page.all("select")[0].all("option")]
     assert all(f"data-{key}" in one.attrs for key in keys for one in found.values())
-    (changed,) = (table.rows() for table in page.all("table"))
-    assert changed[1:] == [["one → six", "4", "2"], ["one → *", "0", "1"], ["one → ten", "0", "1"]]
 
 
 def test_words_and_ids_are_escaped(run):

@@ -33,7 +33,6 @@ VALID = {0: {"valid_loss": 6.0, "valid_acc": 0.1}, 4: {"valid_loss": 2.0, "valid
 def exp(tmp_path):
     write(tmp_path / "exp", LOSSES)
     write(tmp_path / "exp", VALID)
-    write(tmp_path / "exp", {1: {"epoch": 1}, 4: {"epoch": 2}})
     return tmp_path / "exp"
 
 
@@ -53,7 +52,6 @@ def test_html(exp, tmp_path, capsys):
     plot_training.main([str(exp), "--out", str(out)])
     assert capsys.readouterr().out == f"Wrote {out}\n"
     page = parsed(out.read_text(encoding="utf-8"))
-    assert page.all("table")[0].rows()[1][:3] == [str(exp), "2", "0.8000"]
     (svg,) = page.all("svg")
     assert {"loss", "accuracy", "learning rate"} <= {text.text for text in svg.all("text")}
     assert outside(page) == [] and not page.all("script")
@@ -71,7 +69,6 @@ def test_folder_names_are_escaped(tmp_path):
     assert not page.all("script") and not page.all("b")
     labels = {text.text for text in page.all("svg")[0].all("text")}
     assert {str(tmp_path / name) for name in names} <= labels
-    assert [row[0] for row in page.all("table")[0].rows()[1:]] == [str(tmp_path / n) for n in names]
 
 
 def test_user_errors(exp, tmp_path):

@@ -8,7 +8,6 @@ import pytest
 import decode_mose
 import sweep
 from speechllm import distributed
-from speechllm.evaluation.sweep import SweepRow, best_rows, table
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 TOKENS = 4  # an untrained LLM generates up to the limit
@@ -44,32 +43,7 @@ def read_table(path):
     return [dict(zip(names, line, strict=True)) for line in lines]
 
 
-def row(name, wer, rtfx, rate="WER"):
-    return SweepRow((name,), wer, rtfx, rate)
-
-
 # ---- parts
-
-
-@pytest.mark.parametrize(
-    "points, best",
-    [
-        ([(9, 10), (8, 5), (9, 4), (8, 4)], [(9, 10), (8, 5)]),
-        ([(9, 10), (9, 11), (10, 11)], [(9, 11)]),
-    ],
-)
-def test_best_rows_are_the_pareto_front(points, best):
-    rows = best_rows([row("x", *point) for point in points])
-    assert [(one.wer, one.rtfx) for one in rows] == best
-
-
-def test_table():
-    rows = [row("1", 9.25, 33.333), row("0.5", 10, 20)]
-    assert table(["draft-accept-prob"], rows) == [
-        ["draft-accept-prob", "WER %", "RTFx", "best"],
-        ["1", "9.25", "33.3", "*"],
-        ["0.5", "10.00", "20.0", "-"],
-    ]
 
 
 def test_swept_values_are_checked_with_the_other_flags():
@@ -100,7 +74,6 @@ def test_subsets_of_encoders_give_the_files_of_decode_mose(argv, out_dir, capsys
         errs = (out_dir / f"errs-tiny_test-{suffix}-max4.txt").read_text()
         assert errs.startswith(f"%WER = {one['WER %']}\n")
         assert float(one["RTFx"]) > 0
-    assert "*" in {one["best"] for one in rows}
     assert "tiny_test\nuse-encoders " in capsys.readouterr().out
     assert not list(out_dir.glob(".part-*"))
 

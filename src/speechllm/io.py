@@ -41,7 +41,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = _partial(path)
     try:
-        with _disk_full_as_input_error(path):
+        with disk_full_as_input_error(path):
             yield partial
             _rename(partial, path)
     finally:
@@ -58,7 +58,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)  # process ids recur in containers
     try:
-        with _disk_full_as_input_error(path):
+        with disk_full_as_input_error(path):
             partial.mkdir(parents=True)
             yield partial
             for inner in partial.rglob("*"):
@@ -111,7 +111,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _disk_full_as_input_error(path: Path) -> Iterator[None]:
+def disk_full_as_input_error(path: Path) -> Iterator[None]:
+    """Raise InputError if writing to `path` fails because the disk is full."""
     try:
         yield
     except Exception as error:

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from sounds import noise, tone, write_by_av
+from sounds import noise, read_to_the_end, tone, write_by_av
 
 from speechllm.audio.reader import open_sound
 from speechllm.errors import InputError
@@ -80,19 +80,6 @@ def test_video_may_be_longer_than_audio(tmp_path, name):
     assert len(samples_of(tmp_path / name)) == pytest.approx(2 * RATE, abs=0.1 * RATE)
 
 
-@pytest.mark.parametrize("suffix", ["flac", "webm", "mp4"])
-def test_truncated_files_are_named_with_the_time(tmp_path, suffix):
-    path = tmp_path / f"a.{suffix}"
-    if suffix == "mp4":
-        write_film(path, "aac", 30.0, 30.0)
-    else:
-        write(path, noise(30.0, RATE))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r" is (damaged|truncated) after \d+\.\d s"):
-        list(open_sound(path).blocks)
-
-
 def replaced(path, old: bytes, new: bytes):
     content = path.read_bytes()
     assert content.count(old) == 1 and len(old) == len(new)
@@ -130,17 +117,6 @@ def test_playlists_are_not_opened(tmp_path, name, text):
         open_sound(tmp_path / name)
 
 
-def written(path) -> tuple[int, str]:
-    """Samples that are yielded, and the error after them."""
-    samples = 0
-    try:
-        for block in open_sound(path).blocks:
-            samples += len(block)
-    except InputError as error:
-        return samples, str(error)
-    return samples, ""
-
-
 @pytest.mark.parametrize(
     ("size", "kept", "message"),
     [
@@ -155,7 +131,7 @@ def test_the_data_size_of_a_wav_is_checked(tmp_path, size, kept, message):
     content = bytearray(path.read_bytes())
     content[40:44] = size.to_bytes(4, "little")
     path.write_bytes(content[: 44 + round(32000 * kept)])
-    samples, error = written(path)
+    samples, error = read_to_the_end(path)
     assert samples == round(16000 * kept) and message in error and bool(message) == bool(error)
 
 
@@ -163,7 +139,7 @@ def test_the_seconds_of_a_truncated_adpcm_wav(tmp_path):
     soundfile.write(tmp_path / "a.wav", noise(10.0), 16000, subtype="IMA_ADPCM")
     content = (tmp_path / "a.wav").read_bytes()
     (tmp_path / "a.wav").write_bytes(content[: len(content) // 2])
-    assert written(tmp_path / "a.wav")[1].endswith("bytes of data, 5.0 s of 10.0 s")
+    assert read_to_the_end(tmp_path / "a.wav")[1].endswith("bytes of data, 5.0 s of 10.0 s")
 
 
 @pytest.mark.parametrize("suffix", ["mp3", "ogg", "flac"])
@@ -171,7 +147,7 @@ def test_joined_files_are_read_whole(tmp_path, suffix):
     soundfile.write(tmp_path / f"a.{suffix}", noise(2.0), 16000)
     path = tmp_path / f"b.{suffix}"
     path.write_bytes(2 * (tmp_path / f"a.{suffix}").read_bytes())
-    samples, error = written(path)
+    samples, error = read_to_the_end(path)
     assert samples == pytest.approx(4 * 16000, abs=3000) and error == ""
 
 
@@ -182,7 +158,7 @@ def test_audio_around_damage_is_read(tmp_path):
     middle = len(content) // 2
     content[middle : middle + 300] = b"\xff" * 300
     path.write_bytes(content)
-    samples, error = written(path)
+    samples, error = read_to_the_end(path)
     assert samples == pytest.approx(10 * RATE, abs=0.3 * RATE)
     assert "a.m4a is damaged after 4." in error or "a.m4a is damaged after 5." in error
 
@@ -192,18 +168,8 @@ def test_unusable_float_samples_are_named_with_their_time(tmp_path, value, messa
     samples = noise(1.0)
     samples[8000] = value
     soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
-    _, error = written(tmp_path / "a.wav")
+    _, error = read_to_the_end(tmp_path / "a.wav")
     assert message in error and " s" in error
-
-
-def test_a_truncated_caf_is_named(tmp_path):
-    path = tmp_path / "x.caf"
-    soundfile.write(path, noise(1.0, RATE), RATE)
-    content = path.read_bytes()
-    assert len(samples_of(path)) == RATE
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=f"truncated: {len(content) // 2} of {len(content)} "):
-        samples_of(path)
 
 
 def test_a_truncated_fragmented_mp4_is_named(tmp_path):
@@ -224,7 +190,7 @@ def test_id3_tags_between_joined_mp3s_are_skipped(tmp_path):
     tag = b"ID3\4\0\0" + bytes(len(image) >> shift & 127 for shift in (21, 14, 7, 0)) + image
     path = tmp_path / "b.mp3"
     path.write_bytes(2 * (tag + (tmp_path / "a.mp3").read_bytes()))
-    samples, error = written(path)
+    samples, error = read_to_the_end(path)
     assert samples == pytest.approx(4 * 16000, abs=3000) and error == ""
 
 
@@ -237,7 +203,7 @@ def test_a_wrong_packet_time_is_named_instead_of_hours_of_silence(tmp_path):
         at += 15 + int.from_bytes(content[at + 1 : at + 4], "big")
     content[tags[len(tags) // 2] + 7] = 1  # 2**24 ms
     path.write_bytes(content)
-    samples, error = written(path)
+    samples, error = read_to_the_end(path)
     assert samples == pytest.approx(3 * RATE, abs=0.3 * RATE)
     assert "a.flv is damaged after 1." in error and "the time of a packet is 1677" in error
 
@@ -257,7 +223,7 @@ def test_missing_ogg_pages_are_named(tmp_path, caplog, kept, message, warning):
     pages = [b"OggS" + page for page in path.read_bytes().split(b"OggS")[1:]]
     assert len(pages) == 5  # 2 headers and a page per second
     path.write_bytes(b"".join(pages[n] for n in kept))
-    _, error = written(path)
+    _, error = read_to_the_end(path)
     assert message in error and bool(message) == bool(error)
     assert warning in caplog.text and bool(warning) == bool(caplog.text)
 
@@ -267,13 +233,13 @@ def test_an_ogg_file_that_ends_within_a_page_header_is_named(tmp_path):
     content = (tmp_path / "a.ogg").read_bytes()
     path = tmp_path / "b.ogg"
     path.write_bytes(content[: content.rindex(b"OggS") + 10])
-    assert "ends within an Ogg page" in written(path)[1]
+    assert "ends within an Ogg page" in read_to_the_end(path)[1]
 
 
 def test_an_incomplete_last_frame_is_a_warning(tmp_path, caplog):
-    """Streams are recorded so; nothing shows how much is missing."""
+    """Recorded streams may end like this; nothing shows how much is missing."""
     path = tmp_path / "a.mp2"
     write_by_av(path, noise(2.0, RATE), RATE, "mp2")
-    assert written(path)[1] == caplog.text == ""
+    assert read_to_the_end(path)[1] == caplog.text == ""
     path.write_bytes(path.read_bytes()[:-200])
-    assert written(path)[1] == "" and "a.mp2: its last frame is incomplete" in caplog.text
+    assert read_to_the_end(path)[1] == "" and "a.mp2: its last frame is incomplete" in caplog.text

@@ -1,6 +1,6 @@
-"""Real recordings, damaged in many ways.
+"""Utterances that are damaged in many ways.
 
-Several utterances of AN4 get every kind of damage. For each damaged utterance validate_manifest.py
+Each utterance gets every kind of damage. For each damaged utterance validate_manifest.py
 prints the reason, training skips it with that reason and no other utterance, and decoding scores it
 as deletions, or decodes it if only its text is damaged.
 """
@@ -16,6 +16,7 @@ import soundfile
 import validate_manifest
 from hostile_cuts import set_in, write_lines
 from lhotse import NumpyFilesWriter, Recording, SupervisionSegment
+from sounds import noise
 
 from speechllm.audio.fbank import fbank_extractor
 from speechllm.data.config import DataConfig, TrainDataConfig
@@ -24,7 +25,6 @@ from speechllm.data.manifests import cuts_within, scan_manifests
 from speechllm.errors import InputError
 from speechllm.evaluation.eval_sets import decode_shard, merge_results, read_eval_set, score_cuts
 
-pytestmark = pytest.mark.shared
 EACH = 4  # utterances
 TEXT_ONLY = ("long-text", "not-unicode", "no-text")  # the audio can be decoded
 
@@ -47,6 +47,7 @@ MANIFEST = {  # manifests of corpora with features or audio
     "no supervision": (set_in("supervisions", value=[]), "no-text"),
     "thousands of words": (text("HELLO " * 3000), "long-text"),
     "replacement character": (text("CAF\ufffd"), "not-unicode"),
+    "nul": (text("A\0"), "not-unicode"),
     "number as text": (text(7), "malformed"),
     "duration nan": (set_in("duration", value=float("nan")), "malformed"),
     "supervision too early": (
@@ -108,13 +109,9 @@ AUDIO_VALUES = {
 
 
 @pytest.fixture(scope="module")
-def utterances(shared) -> list[tuple[str, str, np.ndarray]]:
+def utterances() -> list[tuple[str, str, np.ndarray]]:
     """Id, text and samples of short recordings."""
-    lines = (shared / "corpora/an4/transcripts.tsv").read_text().splitlines()[1:]
-    rows = [line.split("\t") for line in lines]
-    rows = [row for row in rows if 0.9 < float(row[5]) < 2.0][:EACH]
-    files = [shared / "corpora/an4" / row[4] for row in rows]
-    return [(row[0], row[3], soundfile.read(file)[0]) for row, file in zip(rows, files)]
+    return [(f"u{i}", f"NUMBER {i}", noise(1.0 + 0.2 * i)[:, 0]) for i in range(EACH)]
 
 
 class Corpus:

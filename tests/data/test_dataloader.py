@@ -7,19 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from lhotse import load_manifest
-from lhotse.dataset import DynamicBucketingSampler
-from tiny_batches import (
-    all_ids,
-    equal,
-    eval_batches,
-    ids_of,
-    musan,
-    shards_source,
-    train_batches,
-    train_loader,
-)
+from tiny_batches import all_ids, equal, eval_batches, ids_of, musan, shards_source, train_batches
 
-from speechllm.data.dataloader import CutSource, Extras
+from speechllm.data.dataloader import CutSource
 from speechllm.data.manifests import cuts_within
 
 # ---- sizes
@@ -33,18 +23,6 @@ def test_drop_last_drops_incomplete_batches(many):
     assert all(batch["seconds"] > 6.0 for batch in kept)
     whole = train_batches(many, max_duration=1000.0, drop_last=True)
     assert len(all_ids(whole)) == 96  # less than a batch
-
-
-def test_max_batch_tokens_limits_padded_batches(many):
-    extras = Extras(count_positions=lambda cut: round(cut.duration * 7))
-    source = CutSource(cuts_within([many]), 96, 150.0)
-    options = {"max_duration": 1e6, "max_batch_tokens": 30}
-    loader = train_loader(source, extras, **options, drop_last=True)
-    assert isinstance(loader.sampler.sampler, DynamicBucketingSampler)
-    batches = train_batches(source, extras, **options)
-    assert len(all_ids(batches)) == 96
-    positions = [len(b["cut_ids"]) * int(b["feature_lens"].max()) * 0.07 for b in batches]
-    assert 20 < max(positions) < 33
 
 
 # ---- order and ranks

@@ -1,12 +1,10 @@
 """Cached encoder outputs: training with them equals training with the encoders."""
 
-import copy
 import json
 import os
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from exp_dirs import equal, log
@@ -108,33 +106,10 @@ def test_ranks_share_the_encoding(trained, tmp_path, cache_flags, port):
         "--speech-encoder-type", "tiny", "--speech-encoder-path", tmp_path / "tiny.pt",
     )  # fmt: skip
     assert "Encoder cache" in log(exp_dir) and ": 0 utterances found, 13 enc" in log(exp_dir)
-    sizes = [len(np.load(path)) for path in cache_flags[1].glob("*/*/index.npy")]
-    assert sorted(sizes) == [6, 7]
+    assert len([*cache_flags[1].glob("*/*/*.safetensors")]) == 13
 
 
 # ---- contents
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"on_the_fly_feats": True}])
-def test_batches_from_the_cache_equal_encoded_batches(encoders, cuts, tmp_path, options):
-    cache = filled(tmp_path, encoders, cuts, max_duration=3.0, **options)
-    computed = eval_batches(cuts, max_duration=6.0, **options)
-    read = eval_batches(cuts, max_duration=6.0, encoder_cache=cache, **options)
-    assert len(computed) == len(read) > 2
-    for before, after in zip(computed, read):
-        assert before.keys() == after.keys()
-        for name in ("texts", "cut_ids", "seconds"):
-            assert before[name] == pytest.approx(after[name])
-        assert torch.equal(before["feature_lens"], after["feature_lens"])
-        for encoder, cached in zip(encoders, cache.cached_encoders(encoders)):
-            expected, lens = encoder(before["features"], before["feature_lens"])
-            output, same_lens = cached(after["features"], after["feature_lens"], False)
-            assert torch.equal(lens, same_lens)
-            for row, length in enumerate(lens):
-                torch.testing.assert_close(
-                    output[row, :length], expected[row, :length], rtol=0, atol=1e-5
-                )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -143,42 +118,31 @@ def test_cached_outputs_are_those_computed_bit_for_bit(encoders, cuts, tmp_path,
     cache = filled(tmp_path, encoders, cuts, dtype, max_duration=99.0)
     [batch] = eval_batches(cuts, max_duration=99.0)
     by_id = {cut.id: cut for cut in cuts}
-    frames = 0
     for cut_id, expected in zip(batch["cut_ids"], encode_batch(encoders, batch, CPU, dtype)):
         output, _ = cache.read(by_id[cut_id])
         assert output.dtype == dtype and torch.equal(output, expected[: len(output)])
-        frames += len(output)
-    assert cache.gigabytes * 1e9 == frames * sum(cache.dims) * dtype.itemsize
 
 
 def test_fingerprint_depends_on_the_input_of_the_encoders_only(cuts):
     cut = cuts[1]
     [spoken] = cut.supervisions
-    noted = copy.deepcopy(cut)
-    noted.llm_positions = 7
-    for same in (
-        noted, fastcopy(cut, recording=None),
-        fastcopy(cut, supervisions=[fastcopy(spoken, text="other words")]),
-    ):  # fmt: skip
-        assert fingerprint(same) == fingerprint(cut)
+    before = fingerprint(cut)
+    cut.llm_positions = 7
+    other_words = fastcopy(cut, supervisions=[fastcopy(spoken, text="other words")])
+    for same in (cut, fastcopy(cut, recording=None), other_words):
+        assert fingerprint(same) == before
     padded = cut.pad(duration=9.0, preserve_id=True)
     others = [
-        cut,
-        cut.with_id("other"),
-        cut.truncate(offset=0.1, preserve_id=True),
-        cut.truncate(duration=1.0, preserve_id=True),
+        cut, cut.with_id("other"), cut.truncate(offset=0.1, preserve_id=True),
         fastcopy(cut, supervisions=[fastcopy(spoken, duration=0.5)]),
         fastcopy(cut, features=fastcopy(cut.features, storage_path="elsewhere")),
-        fastcopy(cut, features=fastcopy(cut.features, storage_key="0,1")),
-        padded,
-    ]
+        fastcopy(cut, features=fastcopy(cut.features, storage_key="0,1")), padded,
+    ]  # fmt: skip
     fingerprints = [fingerprint(other) for other in others]
     assert len(set(fingerprints)) == len(others)
     assert fingerprint(cut, on_the_fly_feats=True) not in fingerprints
     moved = fastcopy(cut, features=None)
     assert fingerprint(moved, on_the_fly_feats=True) == fingerprint(cut, on_the_fly_feats=True)
-    padded.llm_positions = 7
-    assert fingerprint(padded) == fingerprints[-1]
 
 
 @pytest.mark.parametrize("on_the_fly_feats", [False, True])
@@ -230,21 +194,18 @@ def test_utterances_that_cannot_be_encoded_are_skipped(trained, tiny_corpus, tmp
         trained("other", *flags)
 
 
-def test_interrupted_filling_leaves_complete_parts_only(encoders, cuts, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder_cache, "BATCHES_IN_PART", 2)
+def test_interrupted_filling_keeps_what_was_encoded(encoders, cuts, tmp_path):
     cache = EncoderCache(tmp_path, encoders)
-    cache.check_space(1.0)
     batches = eval_batches(cuts.map(cache.with_fingerprint), max_duration=3.0)
 
     def interrupted():
-        yield from batches[:3]
+        yield from batches[:2]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         cache.fill(encoders, interrupted(), CPU)
     cache.refresh()
-    assert len(list(cache.folder.iterdir())) == 1
-    assert len(cache.keys) == sum(len(batch["cut_ids"]) for batch in batches[:2])
+    assert cache.keys == {cut_id for batch in batches[:2] for cut_id in batch["cut_ids"]}
 
 
 @pytest.mark.parametrize(
@@ -268,15 +229,11 @@ def test_flags_that_do_not_fit_the_cache_are_errors(trained, tmp_path, directory
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_damaged_parts_are_errors(encoders, cuts, tmp_path):
+def test_missing_and_damaged_outputs_are_errors(encoders, cuts, tmp_path):
     cache = filled(tmp_path, encoders, cuts)
-    with pytest.raises(KeyError, match="other"):
+    with pytest.raises(InputError, match="the encoder cache has no outputs of cut other"):
         cache.read(cuts[1].with_id("other"))
-    [part] = cache.parts
-    size = (part / "outputs.bin").stat().st_size
-    os.truncate(part / "outputs.bin", size - 4)
-    with pytest.raises(InputError, match=f"outputs.bin has {size - 4} bytes, not {size}: remove "):
-        cache.refresh()
-    (part / "index.npy").write_bytes(b"")
-    with pytest.raises(InputError, match="index.npy cannot be read: .*: remove "):
-        cache.refresh()
+    path = cache.path_of(cache.with_fingerprint(cuts[1]).id)
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(InputError, match=f"{path.name} is damaged .*: remove it"):
+        cache.read(cuts[1])

@@ -1,14 +1,11 @@
 """Test sets: every cut is recognized once, invalid and short cuts get empty hypotheses."""
 
-from pathlib import Path
-
 import pytest
 from lhotse import CutSet, load_manifest
 
 from speechllm.data.config import DataConfig
 from speechllm.errors import InputError
 from speechllm.evaluation.eval_sets import (
-    EvalSet,
     decode_shard,
     merge_results,
     read_eval_set,
@@ -81,15 +78,3 @@ def test_sets_with_the_same_result_names_are_rejected(cuts, tmp_path):
     write(cuts, tmp_path)
     with pytest.raises(InputError, match="two sets would write the same result files"):
         read_eval_sets("tiny_cuts_test-x,tiny_cuts_test-x", DataConfig(manifest_dir=tmp_path))
-
-
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("librispeech_cuts_test-clean.jsonl.gz", "librispeech_test_clean"),
-        ("an4_cuts_dev.jsonl.gz", "an4_dev"),
-        ("mine.jsonl.gz", "mine"),
-    ],
-)
-def test_set_names(name, expected):
-    assert EvalSet(Path(name), [], {}).name == expected

@@ -113,6 +113,7 @@ def test_languages_without_spaces_are_scored_by_characters(cuts, tmp_path):
     errors, facts = written("zh", decoded)
     assert (errors.rate, errors.errors, errors.ref_words) == ("CER", 1, 6)
     assert facts[:2] == ["CER", "Character errors"] and "WER" not in facts
+    assert lines(tmp_path / "errs-zh-y.txt")[0] == "%CER = 16.67"
     assert "ref=['今', '天', '天', '气']" in (tmp_path / "recogs-zh-y.txt").read_text("utf-8")
     assert json.loads(lines(tmp_path / "nbest-zh-y.jsonl")[0])["error_unit"] == "characters"
 

@@ -67,8 +67,8 @@ def test_the_stages_write_the_recipes_files(prepared):
           for kind in ("recordings", "supervisions")),
     }  # fmt: skip
     assert {path.name for path in (data / "fbank").iterdir()} == {
-        ".librispeech.done", ".librispeech-validated.done", ".musan.done",
-        "librispeech_cuts_train-all-shuf.jsonl.gz", "musan_cuts.jsonl.gz", "musan_feats",
+        ".librispeech.done", ".musan.done", "librispeech_cuts_train-all-shuf.jsonl.gz",
+        "musan_cuts.jsonl.gz", "musan_feats",
         *(f"librispeech_{kind}" for part in PARTS
           for kind in (f"cuts_{part}.jsonl.gz", f"feats_{part}")),
     }  # fmt: skip
@@ -91,8 +91,7 @@ def test_finished_stages_are_not_repeated_and_new_parts_are_added(prepared, tmp_
     home = shutil.copytree(prepared[0], tmp_path / "copy")
     before = snapshot(home / "my data")
     again = stages(home, 1, 4).stdout
-    for name in ("LibriSpeech manifests", "MUSAN manifests", "LibriSpeech fbank",
-                 "LibriSpeech validation", "MUSAN fbank"):  # fmt: skip
+    for name in ("LibriSpeech manifests", "MUSAN manifests", "LibriSpeech fbank", "MUSAN fbank"):
         assert f"{name}: already done" in again
     assert snapshot(home / "my data") == before
 

@@ -44,6 +44,12 @@ def ids_of(out: Path, split: str) -> list[str]:
     return [cut.id for cut in cuts_of(out, split)]
 
 
+def source_of(out: Path) -> dict:
+    """The report on the corpus's only source."""
+    (source,) = json.loads((out / "toy_report.json").read_text())["sources"].values()
+    return source
+
+
 def test_table_becomes_cuts_with_features(table, tmp_path, capsys):
     out = tmp_path / "fbank"
     prepare(table, out)
@@ -60,18 +66,19 @@ def test_table_becomes_cuts_with_features(table, tmp_path, capsys):
         np.testing.assert_allclose(feats, one.compute_features(fbank_extractor()), atol=0.02)
     assert Path(cut.features.storage_path).parent == out / "toy_feats_train"
     train, dev = capsys.readouterr().out.splitlines()[1:3]
-    assert train.split()[:4] == ["train", "2", "0.00", "1"] and "6 cuts" in train
+    assert train.split()[:4] == ["train", "2", "0.00", "1"]
     assert dev.split()[:4] == ["dev", "1", "0.00", "1"]
 
 
 def test_speed_perturbation_applies_to_the_training_split(table, tmp_path, caplog):
     prepare(table, tmp_path / "1", "--speed-perturb", "false")
     assert ids_of(tmp_path / "1", "train") == ["a", "b"]
-    prepare(table, tmp_path / "2", "--train-split", "dev")
-    assert ids_of(tmp_path / "2", "train") == ["a", "b"]
-    assert ids_of(tmp_path / "2", "dev") == ["c", "c_sp0.9", "c_sp1.1"]
-    prepare(table, tmp_path / "3", "--train-split", "training")
-    assert "no split is named training" in caplog.text
+    table.write_text(table.read_text().replace("\ttrain\t", "\tTraining\t"))
+    prepare(table, tmp_path / "2")
+    assert ids_of(tmp_path / "2", "training")[2:] == ["a_sp0.9", "b_sp0.9", "a_sp1.1", "b_sp1.1"]
+    table.write_text(table.read_text().replace("\tTraining\t", "\teval\t"))
+    prepare(table, tmp_path / "3")
+    assert "no split is named train" in caplog.text
 
 
 @pytest.fixture
@@ -125,7 +132,7 @@ def test_invalid_rows_are_reported_together_before_anything_is_written(invalid_t
     with pytest.raises(SystemExit) as stop:
         prepare(invalid_table, tmp_path / "fbank")
     assert str(stop.value) == REPORT.format(wav=invalid_table.parent / "wav")
-    assert not (tmp_path / "fbank").exists()
+    assert not list(tmp_path.glob("fbank/*"))
 
 
 def test_skip_invalid_skips_and_reports_them(invalid_table, tmp_path, caplog, capsys):
@@ -134,15 +141,13 @@ def test_skip_invalid_skips_and_reports_them(invalid_table, tmp_path, caplog, ca
     assert "skipping 12 invalid utterances (6 malformed, 1 duplicate-id" in caplog.text
     printed = capsys.readouterr().out
     expected = REPORT.format(wav=invalid_table.parent / "wav").splitlines()
-    assert printed.endswith("\n".join(expected[1:-1]) + "\n")
-    skipped = json.loads((tmp_path / "toy_report.json").read_text())["skipped"]
-    assert skipped["counts"]["unreadable-audio"] == 2 and len(skipped["utterances"]) == 12
+    assert printed.endswith("\n".join(expected[1:-1]) + "\n") and "3 of 15 utterances" in printed
+    assert len(source_of(tmp_path)["skipped"]) == 12
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("utt_id\tspeaker\twords\nx\ty\tz\n", "has no column for text and path; it has"),
         ("", "has no column for text .*; it has none"),
         (HEADER, "has no usable utterance"),
         (b"PK\x03\x04\x14\0", "is not a text file: save it as CSV or TSV"),
@@ -209,22 +214,15 @@ def test_further_tables_add_splits_and_replace_only_on_request(table, tmp_path, 
     assert ids_of(one, "dev") == ["a"]
 
 
-def test_the_hint_names_the_written_files(table, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    table.write_text(table.read_text().replace("\tdev\t", "\tValidation\t"))
-    prepare(table, tmp_path)
-    assert "--train-cuts toy_cuts_train --valid-cuts toy_cuts_validation" in caplog.text
-
-
 @pytest.mark.parametrize(
     "text", ["<NOISE>", "[music] ...", '""', "\u200b\u200e", "(Laughter)", "♪"]
 )
 def test_texts_without_words_are_left_out_and_counted(table, tmp_path, text):
     table.write_text(table.read_text().replace("MAYBE", text))
     prepare(table, tmp_path)
-    report = json.loads((tmp_path / "toy_report.json").read_text())
-    assert report["skipped"]["counts"] == {"no-words": 1}
-    assert report["given"] == {"utterances": 3, "used": 2}
+    source = source_of(tmp_path)
+    assert [error["reason"] for error in source["skipped"]] == ["no-words"]
+    assert (source["given"], source["used"]) == (3, 2)
 
 
 def test_drop_tags_removes_tags_within_texts(table, tmp_path):
@@ -261,11 +259,3 @@ def test_an_unchanged_table_is_not_computed_again(table, tmp_path, capsys):
     assert ids_of(out, "dev") == ["c"]
     train = str(out / "toy_cuts_train.jsonl.gz")
     assert after[train] == before[train]
-
-
-def test_other_rates_are_resampled(table, tmp_path):
-    write_noise(table.parent / "wav" / "c.wav", 0.6, rate=44100)
-    prepare(table, tmp_path)
-    (cut,) = cuts_of(tmp_path, "dev")
-    assert (cut.sampling_rate, cut.num_samples, cut.num_frames) == (16000, 9600, 60)
-    assert cut.load_features().shape == (60, 80) and cut.load_audio().shape == (1, 9600)

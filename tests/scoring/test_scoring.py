@@ -110,20 +110,6 @@ def test_score_writes_three_files(tmp_path):
     assert not (tmp_path / "twice").exists()
 
 
-def test_a_failed_write_keeps_the_old_files(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    files.write_scores([result("a", "a")], tmp_path, "a", "b")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UnicodeEncodeError):
-        files.write_scores([result("a", "\ud800")], tmp_path, "a", "b")  # half a surrogate pair
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        files.write_scores([result("a", "b")], tmp_path, "a", "b")
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
 # ---- the numbers
 
 
@@ -276,24 +262,3 @@ def test_languages_without_spaces_are_scored_by_characters(language, is_by_chara
     assert wer.by_characters(language) == is_by_characters
     assert wer.by_characters(language, "characters")
     assert not wer.by_characters(language, "words")
-
-
-def test_files_scored_by_characters(tmp_path):
-    results = [
-        align_utterance("u1", list("今天天气"), list("今天气")),
-        align_utterance("u2", list("很好"), list("很号")),
-    ]
-    counts = files.write_scores(results, tmp_path, "zh", "x", rate="CER")
-    assert (counts.errors, counts.ref_words, counts.rate) == (2, 6, "CER")
-    errs = (tmp_path / "errs-zh-x.txt").read_text("utf-8")
-    assert errs.splitlines()[:2] == [
-        "%CER = 33.33",
-        "Errors: 0 insertions, 1 deletions, 1 substitutions, over 6 reference characters "
-        "(4 correct)",
-    ]
-    assert section(errs, "SUBSTITUTIONS") == ["1   好 -> 号"]
-    summary = (tmp_path / "wer-summary-zh-x.txt").read_text("utf-8").splitlines()
-    assert summary[1] == "For zh CER: 33.33"
-    assert summary[2] == "[zh] %CER 33.33% [2 / 6, 0 ins, 1 del, 1 sub ]"
-    assert not any(line.startswith("CER:") for line in summary)
-    assert files.read_recogs(tmp_path / "recogs-zh-x.txt") == results

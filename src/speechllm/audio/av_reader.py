@@ -12,6 +12,7 @@ from speechllm.errors import InputError, first_line
 
 TIME_TOLERANCE = 0.25  # s: packet times and container durations are not exact
 LONGEST = 24 * 3600  # s; longer gaps, and times after the end, mean broken timestamps
+SILENCE_BLOCK = 100_000  # samples
 RESTART = 10.0  # s; a larger step in MPEG-TS or Ogg means that files were joined
 EXACT_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flac", "tta", "wv")
 FILE_LENGTH = ("asf", "flv", "rm")  # they estimate the duration of the longest stream
@@ -28,12 +29,7 @@ FORMATS = (  # the only formats allowed: a playlist would name further files to 
 
 
 def open_by_av(path: str | Path) -> tuple[int, int, Iterator[np.ndarray]]:
-    """Return the sampling rate, the number of channels, and float32 blocks (N, channels).
-
-    Raises:
-      InputError: the file is not supported audio; or, after the last block, the file is damaged or
-        truncated.
-    """
+    """Return rate, channels and float32 blocks (N, channels); raise like `open_sound`."""
     try:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
         container = av.open(f"file:{path}", options=options, metadata_errors="replace")
@@ -124,9 +120,12 @@ def _timed_blocks(container, stream, clock: _Clock) -> Iterator[np.ndarray]:
     """Yield a block per frame, and silence for gaps."""
     converter = _Converter(stream.rate, stream.channels)
     for frame in _frames(container, stream, clock):
-        yield from _silence(clock.missing(frame.time), converter.channels)
-        yield converter(frame)
-    yield converter.flush()
+        missing = clock.missing(frame.time)
+        for start in range(0, missing, SILENCE_BLOCK):
+            length = min(SILENCE_BLOCK, missing - start)
+            yield np.zeros((length, stream.channels), np.float32)
+        yield from converter(frame)
+    yield from converter.flush()
 
 
 def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | None]:
@@ -209,25 +208,21 @@ class _Converter:
 
     def __init__(self, rate: int, channels: int):
         self.rate, self.channels = rate, channels
-        self.form, self.resampler = None, None
+        self.form = self.resampler = None
 
-    def __call__(self, frame: av.AudioFrame) -> np.ndarray:
+    def __call__(self, frame: av.AudioFrame) -> Iterator[np.ndarray]:
         form = frame.format.name, frame.layout.name, frame.sample_rate
-        parts = []
         if form != self.form:
-            parts.append(self.flush())
+            yield from self.flush()
             self.form = form
             self.resampler = av.AudioResampler("flt", frame.layout, self.rate)
         frame.pts = None  # with times, the resampler would insert or drop samples
-        parts += [self._array(one) for one in self.resampler.resample(frame)]
-        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
+        yield from map(self._array, self.resampler.resample(frame))
 
-    def flush(self) -> np.ndarray:
-        """Return the samples buffered in the resampler."""
-        frames = self.resampler.resample(None) if self.resampler else []
-        parts = [self._array(frame) for frame in frames]
-        self.resampler = None
-        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
+    def flush(self) -> Iterator[np.ndarray]:
+        """Yield the samples buffered in the resampler."""
+        if self.resampler:
+            yield from map(self._array, self.resampler.resample(None))
 
     def _array(self, frame: av.AudioFrame) -> np.ndarray:
         # Interleaved: PyAV crashes on frames with more than 8 planes, which damaged files can have.
@@ -235,11 +230,6 @@ class _Converter:
         if block.shape[1] != self.channels:
             block = np.repeat(block.mean(axis=1, keepdims=True), self.channels, axis=1)
         return block
-
-
-def _silence(samples: int, channels: int) -> Iterator[np.ndarray]:
-    for start in range(0, samples, 100_000):
-        yield np.zeros((min(100_000, samples - start), channels), np.float32)
 
 
 def reason(error: Exception) -> str:

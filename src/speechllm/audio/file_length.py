@@ -40,7 +40,7 @@ def _end(file: BinaryIO, head: bytes, size: int) -> int:
         return _last_end(file, 8, 12, lambda chunk: struct.unpack(">4xq", chunk)[0])
     if head[:4] == b"Crea":
         [start] = struct.unpack_from("<H", head, 20)
-        return _last_end(file, start, 4, _voc_length)
+        return _last_end(file, start, 4, lambda c: int.from_bytes(c[1:], "little") if c[0] else -1)
     if head[:4] == ASF:
         return _last_end(file, 0, 24, lambda chunk: struct.unpack("<16xq", chunk)[0] - 24)
     if head[:7] == b"NIST_1A":
@@ -80,10 +80,6 @@ def _sphere_end(header: bytes) -> int:
     fields = dict(re.findall(rb"^(\w+) -i (\d+)$", header, re.MULTILINE))
     sizes = [fields.get(name, 0) for name in (b"sample_count", b"channel_count", b"sample_n_bytes")]
     return 0 if b"embedded" in header else len(header) + math.prod(map(int, sizes))
-
-
-def _voc_length(chunk: bytes) -> int:
-    return int.from_bytes(chunk[1:], "little") if chunk[0] else -1
 
 
 def _read_at(file: BinaryIO, position: int, length: int) -> bytes:

@@ -30,14 +30,11 @@ LOUDEST = 1000.0  # float samples above this are probably scaled like int16
 
 
 class Sound(NamedTuple):
-    """An open audio file.
-
-    blocks: float32 samples (N, channels); after the last block, damage raises InputError.
-    """
+    """An open audio file."""
 
     sampling_rate: int  # Hz
     channels: int
-    blocks: Iterator[np.ndarray]
+    blocks: Iterator[np.ndarray]  # float32 (N, channels); damage raises InputError at the end
 
 
 def open_sound(path: str | Path) -> Sound:
@@ -129,11 +126,7 @@ def _rest_by_av(path: str | Path, read: int) -> Iterator[np.ndarray]:
 
 
 def _checked(path: str | Path, blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """Yield the blocks up to the first invalid sample.
-
-    Raises:
-      InputError: samples are not finite or exceed the float range; the message gives the time.
-    """
+    """Yield the blocks; raise InputError, with the time, at samples out of the float range."""
     read = 0
     for block in blocks:
         if not np.isfinite(block).all():

@@ -13,10 +13,9 @@ from lhotse.augmentation import get_or_create_resampler
 from torch import Tensor
 
 from speechllm.audio.fbank import SAMPLING_RATE
-from speechllm.audio.reader import BLOCK_SECONDS, LOUDEST, open_sound
+from speechllm.audio.reader import LOUDEST, open_sound
 from speechllm.errors import InputError
 
-RESAMPLER_CONTEXT = 1  # s, much longer than the resampling filter
 LOWEST_RATE = 1000  # Hz; a header with a lower rate is damaged
 LARGEST_RESAMPLER = 10_000_000  # weights; 44.1 kHz needs 70560, 44.101 kHz 700 million
 
@@ -24,15 +23,10 @@ LARGEST_RESAMPLER = 10_000_000  # weights; 44.1 kHz needs 70560, 44.101 kHz 700 
 def windows(
     blocks: Iterable[Tensor], length: int, context: int
 ) -> Iterator[tuple[Tensor, int, int]]:
-    """Split a recording into windows of `length` samples, plus context on both sides.
+    """Yield (samples, before, length): the window is `samples[before : before + length]`.
 
-    Args:
-      blocks: samples (N,), of any block sizes.
-      length: samples per window; the last window may differ by up to `context`.
-      context: samples on each side, fewer at the ends; at most half of `length`.
-
-    Yields:
-      samples (N,), before, length; the window itself is `samples[before : before + length]`.
+    Windows have `length` samples, the last one up to `context` more or less, and up to `context`
+    samples on both sides, at most half of `length`.
     """
     held, before = torch.zeros(0), 0
     for block in blocks:
@@ -45,12 +39,7 @@ def windows(
 
 
 def audio_blocks(path: str | Path) -> Iterator[Tensor]:
-    """Read an audio file as blocks of 16 kHz samples (N,), float32; channels are averaged.
-
-    Raises:
-      FileNotFoundError: the file does not exist.
-      InputError: the file cannot be decoded; or, after the last block, the file is damaged.
-    """
+    """Read a file as blocks of 16 kHz samples (N,), averaging channels; raise like `open_sound`."""
     sound, errors = open_sound(path), []
 
     def mono() -> Iterator[Tensor]:
@@ -66,11 +55,7 @@ def audio_blocks(path: str | Path) -> Iterator[Tensor]:
 
 
 def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
-    """Read an open file like `audio_blocks`, from a temporary copy: some formats need to seek.
-
-    Raises:
-      InputError: the file cannot be decoded; the message begins with `name`.
-    """
+    """Read a stream like `audio_blocks`, from a copy, as formats may seek; errors have `name`."""
     with tempfile.NamedTemporaryFile(prefix="transcribe-") as file:
         shutil.copyfileobj(stream, file)
         file.flush()
@@ -80,18 +65,8 @@ def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
             raise InputError(str(error).replace(file.name, name)) from None
 
 
-def _check_rate(rate: int, name: str | Path) -> None:
-    step = math.gcd(rate, SAMPLING_RATE) or 1
-    if rate < LOWEST_RATE or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
-        raise InputError(f"{name}: unsupported sample rate {rate} Hz")
-
-
 def mono_samples(samples: np.ndarray | Tensor) -> Tensor:
-    """Return samples (N,), given as int16 or floats from -1 to 1, as float32 on the CPU.
-
-    Raises:
-      InputError: the shape, type or range is wrong, or samples are not finite.
-    """
+    """Return int16 samples or floats from -1 to 1 (N,) as float32; raise InputError for others."""
     if isinstance(samples, np.ndarray):
         samples = torch.from_numpy(np.ascontiguousarray(samples))
     if samples.dim() != 1:
@@ -109,32 +84,24 @@ def mono_samples(samples: np.ndarray | Tensor) -> Tensor:
 
 
 def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator[Tensor]:
-    """Resample blocks (N,) to 16 kHz, with the same result as for the whole recording at once.
-
-    Uses lhotse's resampler, as for training data.
-
-    Raises:
-      InputError: the rate is unsupported, or samples are not finite; the message begins with
-        `name`.
-    """
-    _check_rate(rate, name)
-    for block in _resampled(blocks, rate):
-        if not block.isfinite().all():
-            raise InputError(f"{name}: samples contain NaN or infinity")
-        yield block
+    """Resample blocks (N,) to 16 kHz as if at once; raise InputError for an unsupported rate."""
+    resample = StreamResampler(rate, name)
+    for block in blocks:
+        yield resample(block)
+    yield resample(torch.zeros(0), last=True)
 
 
 class StreamResampler:
-    """Resamples a stream to 16 kHz block by block, with a delay of 10 ms."""
+    """Resamples a stream to 16 kHz by lhotse, block by block, with a delay of 10 ms."""
 
-    def __init__(self, rate: int):
-        """
-        Raises:
-          InputError: the rate is unsupported.
-        """
-        _check_rate(rate, "stream")
+    def __init__(self, rate: int, name: str | Path = "stream"):
+        """Raise InputError, beginning with `name`, if the rate is unsupported."""
+        step = math.gcd(rate, SAMPLING_RATE) or 1
+        if rate < LOWEST_RATE or rate // step * (SAMPLING_RATE // step) > LARGEST_RESAMPLER:
+            raise InputError(f"{name}: unsupported sample rate {rate} Hz")
         self.rate = rate
-        self._step = rate // math.gcd(rate, SAMPLING_RATE)  # blocks end on samples of both rates
+        self._step = rate // step  # blocks end on samples of both rates
+        # 10 ms are longer than the resampling filter.
         self._context = -(-rate // 100 // self._step) * self._step
         self._held, self._before = torch.zeros(0), 0
 
@@ -154,13 +121,3 @@ class StreamResampler:
         kept = max(0, before + length - self._context)
         self._held, self._before = held[kept:], before + length - kept
         return resample(held)[start:end]
-
-
-def _resampled(blocks: Iterable[Tensor], rate: int) -> Iterator[Tensor]:
-    if rate == SAMPLING_RATE:
-        yield from blocks
-        return
-    resample = get_or_create_resampler(rate, SAMPLING_RATE)
-    for samples, before, length in windows(blocks, BLOCK_SECONDS * rate, RESAMPLER_CONTEXT * rate):
-        start, end = (-(-n * SAMPLING_RATE // rate) for n in (before, before + length))
-        yield resample(samples)[start:end]

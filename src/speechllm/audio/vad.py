@@ -30,11 +30,7 @@ class SpeechDetector:
 
     @torch.inference_mode()
     def __call__(self, recordings: list[Tensor]) -> list[Tensor]:
-        """Return each recording's speech probabilities, one per 32 ms window.
-
-        Args:
-          recordings: 16 kHz samples (N,).
-        """
+        """Return a speech probability per 32 ms window for each recording of 16 kHz samples."""
         lens = [-(-len(one) // WINDOW) for one in recordings]
         samples = pad_sequence(recordings, True)
         samples = F.pad(samples, (CONTEXT, max(lens) * WINDOW - samples.size(1)))

@@ -11,11 +11,7 @@ import soundfile
 from lhotse import CutSet, Recording
 from lhotse.cut import Cut
 from lhotse.dataset import CutMix, SpecAugment
-from lhotse.dataset.cut_transforms import (
-    Compress,
-    PerturbVolume,
-    ReverbWithImpulseResponse,
-)
+from lhotse.dataset.cut_transforms import Compress, PerturbVolume, ReverbWithImpulseResponse
 
 from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.data.features import SPEED_FACTORS

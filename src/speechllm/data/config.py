@@ -17,20 +17,14 @@ _train = partial(option, group="training data")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Options of all programs that read cut files, named as in icefall.
-
-    Raises:
-      InputError: a value is out of range.
-    """
+    """Options of programs that read cut files, as in icefall; invalid values raise InputError."""
 
     manifest_dir: Path = _data(Path("data/fbank"), "directory of the cut files")
     max_duration: float = _data(200.0, "seconds of audio per batch and process")
     bucketing_sampler: bool = _data(True, "batch cuts of similar duration")
     num_buckets: int = _data(30, "duration buckets; use fewer for a small corpus")
     num_workers: int = _data(2, "dataloader worker processes")
-    loader_timeout: float = _data(
-        600.0, "seconds without a batch after which the program ends; 0: no limit"
-    )
+    loader_timeout: float = _data(600.0, "maximum seconds to wait for a batch; 0: no limit")
     on_the_fly_feats: bool = _data(False, "compute fbank from the audio instead of reading it")
 
     def __post_init__(self):
@@ -40,15 +34,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainDataConfig(DataConfig):
-    """Options of the training programs: cuts, limits, batching and augmentation.
+    """Options of the training programs; invalid or contradictory values raise InputError."""
 
-    Raises:
-      InputError: a value is out of range, or options contradict each other.
-    """
-
-    train_cuts: str = _train(
-        "librispeech_cuts_train-all-shuf", "cut files in --manifest-dir, comma-separated"
-    )
+    train_cuts: str = _train("librispeech_cuts_train-all-shuf", "cut files, comma-separated")
     corpus_weights: str | None = _train(
         None, "weight of each --train-cuts file in an epoch, such as 0.7,0.3; small files are "
         "repeated", unset="by size",
@@ -58,17 +46,12 @@ class TrainDataConfig(DataConfig):
         "old_cuts_train:0.2; the rest is --train-cuts", unset="none",
     )  # fmt: skip
     valid_cuts: str = _train(
-        "librispeech_cuts_dev-clean,librispeech_cuts_dev-other",
-        "cut files in --manifest-dir, comma-separated",
+        "librispeech_cuts_dev-clean,librispeech_cuts_dev-other", "cut files, comma-separated"
     )
-    shar_dir: str | None = _train(
-        None, "directories of lhotse Shar shards, comma-separated; replaces --train-cuts"
-    )
+    shar_dir: str | None = _train(None, "directories of Shar shards, replacing --train-cuts")
     shuffle: bool = _train(True, "reorder the cuts in each epoch")
     drop_last: bool = _train(True, "drop the last, incomplete batch of each bucket")
-    max_batch_tokens: int = _train(
-        0, "maximum LLM positions per batch and process, including padding; 0: no limit"
-    )
+    max_batch_tokens: int = _train(0, "LLM positions per batch, with padding; 0: no limit")
     min_duration: float = _train(1.0, "minimum utterance duration in seconds")
     max_utterance_duration: float = _train(20.0, "maximum utterance duration in seconds")
     max_invalid_fraction: float = _train(
@@ -77,23 +60,15 @@ class TrainDataConfig(DataConfig):
         "<exp-dir>/invalid-cuts.jsonl",
     )
     concatenate_cuts: bool = _train(False, "concatenate short utterances to reduce padding")
-    duration_factor: float = _train(
-        1.0, "with --concatenate-cuts: maximum duration relative to the longest cut"
-    )
+    duration_factor: float = _train(1.0, "maximum length of joined cuts relative to the longest")
     gap: float = _train(1.0, "with --concatenate-cuts: seconds of silence between cuts")
-    enable_musan: bool = _train(
-        True, "mix noise from musan_cuts.jsonl.gz into half of the cuts, at 10-20 dB SNR"
-    )
-    enable_speed_perturb: bool = _train(
-        False, "change the speed by a factor of 0.9, 1 or 1.1, sampled per utterance and epoch"
-    )
+    enable_musan: bool = _train(True, "mix noise (musan_cuts) into half the cuts, at 10-20 dB SNR")
+    enable_speed_perturb: bool = _train(False, "change the speed by a random factor: 0.9, 1, 1.1")
     enable_volume_perturb: bool = _train(False, "change the volume of half of the utterances")
     enable_reverb: bool = _train(False, "add reverberation of random rooms to half the utterances")
     enable_codec: bool = _train(False, "compress half of the utterances with MP3, Opus or GSM")
     enable_spec_aug: bool = _train(True, "apply SpecAugment")
-    spec_aug_time_warp_factor: int = _train(
-        80, "SpecAugment time warping in frames; below 1: none"
-    )
+    spec_aug_time_warp_factor: int = _train(80, "SpecAugment time warp in frames; below 1: none")
     encoder_cache_dir: Path | None = _train(
         None, "directory for caching the frozen encoders' outputs; augmentation must be off",
     )  # fmt: skip

@@ -17,12 +17,7 @@ from speechllm.data.dataset import CachedEncoderDataset, SpeechDataset, TextOpti
 from speechllm.data.encoder_cache import EncoderCache
 from speechllm.data.sampler import BatchLimit, make_sampler, with_positions
 from speechllm.data.validation import CutError, validate_cut
-from speechllm.data.workers import (
-    DiagnosticDataLoader,
-    IndexedSampler,
-    SeededDataset,
-    ShardedIterableDataset,
-)
+from speechllm.data.workers import DiagnosticDataLoader
 
 MIN_BATCHES_IN_BUCKET = 10  # --drop-last may drop one of them
 POSITIONS_PER_SECOND = 6.25  # minimum LLM positions: one encoder at the published rate
@@ -31,19 +26,16 @@ BATCHES_IN_BUFFER = 4  # per bucket, for cuts that contain their data
 
 @dataclass(frozen=True)
 class CutSource:
-    """Cuts to sample from.
+    """Cuts to sample from, with their number and duration.
 
-    Attributes:
-      num_cuts, seconds: size of `cuts`.
-      sample: for shards, a sample of the cuts for estimating buckets. Each worker on each rank then
-        reads its own part of `cuts` (see shar.py) and skips invalid cuts, as shards are not
-        scanned beforehand.
+    From shards, each worker on each rank reads its own part of `cuts` (see shar.py) and skips
+    invalid cuts, as shards are not scanned beforehand.
     """
 
     cuts: CutSet
     num_cuts: int
     seconds: float = float("inf")
-    sample: CutSet | None = None
+    sample: CutSet | None = None  # of shards, for estimating buckets
 
     @property
     def is_sharded(self) -> bool:
@@ -52,14 +44,10 @@ class CutSource:
 
 @dataclass(frozen=True)
 class EpochPosition:
-    """Epoch, rank and seed, which determine order and augmentation.
-
-    Attributes:
-      skip: number of this rank's batches already trained on; they are not loaded.
-    """
+    """Epoch, rank and seed, which determine order and augmentation."""
 
     epoch: int = 1
-    skip: int = 0
+    skip: int = 0  # number of this rank's batches already trained on; they are not loaded
     seed: int = 42
     rank: int = 0
     world_size: int = 1
@@ -67,39 +55,27 @@ class EpochPosition:
 
 @dataclass(frozen=True)
 class Extras:
-    """Optional components of a training loader.
-
-    Attributes:
-      musan: noise to mix in.
-      count_positions: returns a cut's LLM positions, for --max-batch-tokens.
-      encoder_cache: replaces features and augmentation.
-      check: returns a sharded cut's further errors.
-    """
+    """Optional components of a training loader."""
 
     text: TextOptions = TextOptions()
-    musan: CutSet | None = None
-    count_positions: Callable[[Cut], int] | None = None
-    encoder_cache: EncoderCache | None = None
-    check: Callable[[Cut], list[CutError]] | None = None
+    musan: CutSet | None = None  # noise to mix in
+    count_positions: Callable[[Cut], int] | None = None  # LLM positions, for --max-batch-tokens
+    encoder_cache: EncoderCache | None = None  # replaces features and augmentation
+    check: Callable[[Cut], list[CutError]] | None = None  # further errors of a sharded cut
 
 
 def training_loader(
     source: CutSource, config: TrainDataConfig, position: EpochPosition, extras: Extras = Extras()
 ) -> DataLoader:
-    """Return a loader of the augmented batches for one epoch and rank.
-
-    Raises (while iterating):
-      InputError: a worker returns no batch for --loader-timeout seconds, or was killed.
-    """
+    """Return a loader of an epoch's augmented batches; its InputError names a failed worker."""
     at = position
     sampler = train_sampler(source, config, at, extras.count_positions)
     dataset = _train_dataset(config, extras, source.is_sharded)
-    dataset = SeededDataset(dataset, f"{at.seed} {at.epoch} {at.rank}")
-    options = {"sampler": IndexedSampler(sampler, at.skip)}
-    if source.is_sharded:
-        dataset = ShardedIterableDataset(dataset, sampler, at.skip)
-        options = {"init": make_worker_init_fn(at.rank, at.world_size, False)}  # sets the rank
-    return DiagnosticDataLoader(dataset, config, f"epoch {at.epoch}", **options)
+    where, seed = f"epoch {at.epoch}", f"{at.seed} {at.epoch} {at.rank}"
+    init = None
+    if source.is_sharded:  # each worker on each rank reads its own shards
+        init = make_worker_init_fn(at.rank, at.world_size, False)
+    return DiagnosticDataLoader(dataset, sampler, config, where, seed, at.skip, init)
 
 
 def train_sampler(
@@ -107,13 +83,8 @@ def train_sampler(
     config: TrainDataConfig,
     position: EpochPosition,
     count_positions: Callable[[Cut], int] | None = None,
-    shuffle: bool | None = None,
 ) -> CutSampler:
-    """Return the sampler for an epoch's batches.
-
-    Args:
-      shuffle: by default `config.shuffle`.
-    """
+    """Return the sampler for an epoch's batches."""
     cuts, sample = source.cuts, source.sample
     if config.max_batch_tokens:
         cuts = with_positions(cuts, count_positions)
@@ -122,7 +93,7 @@ def train_sampler(
         cuts,
         BatchLimit(config.max_duration, max_batch_tokens=config.max_batch_tokens),
         sample=sample,
-        shuffle=config.shuffle if shuffle is None else shuffle,
+        shuffle=config.shuffle,
         seed=position.seed,
         **_sampler_sizes(source, config, position),
     )
@@ -198,10 +169,6 @@ def evaluation_loader(
 
     The ranks share the batches, which do not depend on the number of ranks: kernels round
     differently in other batches. The manifests must have been scanned.
-
-    Args:
-      num_cuts: number of cuts in `cuts`.
-      encoder_cache: batches contain its outputs instead of features.
     """
     dataset = SpeechDataset(config.on_the_fly_feats, text=text)
     if encoder_cache is not None:
@@ -215,9 +182,6 @@ def evaluation_loader(
         world_size=1,
     )
     if world_size > 1:  # longest first, so that all ranks take about the same time
-        batches = sorted(batches, key=_padded_seconds, reverse=True)[rank::world_size]
-    return DiagnosticDataLoader(dataset, config, "evaluation", sampler=batches)
-
-
-def _padded_seconds(cuts: CutSet) -> float:
-    return len(cuts) * max(cut.duration for cut in cuts)
+        in_order = sorted(batches, key=lambda cuts: -len(cuts) * max(cut.duration for cut in cuts))
+        batches = in_order[rank::world_size]
+    return DiagnosticDataLoader(dataset, batches, config, "evaluation")

@@ -10,14 +10,8 @@ A batch is a dict:
     seconds       audio in the batch, without padding
     invalid       errors found when reading skipped utterances and noise
 
-A tokenizer adds the training targets; for an LLM (see prompt.ChatTokenizer):
-
-    input_ids     (B, L) int64, left-padded
-    labels        (B, L) int64, IGNORED except for the transcript and its closing token
-    encoders      encoders of each utterance's speech groups
-    num_tokens    number of labels that are not IGNORED
-
-With an encoder cache, `features` are the outputs of all encoders, (B, T / 4, C).
+A tokenizer adds the training targets; for an LLM, see prompt.ChatTokenizer.training_batch. With an
+encoder cache, `features` are the outputs of all encoders, (B, T / 4, C).
 
 If all utterances in a batch are invalid, the batch is one second of silence with the text "" and
 without `cut_ids`: it keeps the ranks in sync and has no weight. `usable_batches` drops it.
@@ -25,7 +19,8 @@ without `cut_ids`: it keeps the ranks in sync and has no weight. `usable_batches
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from lhotse import CutSet
@@ -45,25 +40,13 @@ SILENCE = 100  # frames
 ErrorsOf = Callable[[Cut], list[CutError]]
 
 
-class BatchTokenizer(Protocol):
-    """Interface for objects that create a batch's token entries, such as prompt.ChatTokenizer."""
-
-    def training_batch(
-        self, texts: list[str], contexts: list[str] | None = None, sample: bool = False
-    ) -> dict: ...
-
-
 @dataclass(frozen=True)
 class TextOptions:
-    """Creates batch text entries: contexts and, with a tokenizer, token ids and labels.
-
-    Attributes:
-      sample_encoders: whether to sample encoders per utterance, as in MoSE.
-    """
+    """Creates batch text entries: contexts and, with a tokenizer, token ids and labels."""
 
     use_context: bool = False
-    tokenizer: BatchTokenizer | None = None
-    sample_encoders: bool = False
+    tokenizer: Any = None  # with a method like prompt.ChatTokenizer.training_batch
+    sample_encoders: bool = False  # per utterance, as in MoSE
 
     def __call__(self, texts: list[str], cuts: Iterable[Cut]) -> dict:
         """Return the entries for these cuts or, without cuts, for the batch of silence."""
@@ -85,23 +68,17 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         check: ErrorsOf | None = None,
         text: TextOptions = TextOptions(),
     ):
-        """
-        Args:
-          check: returns the errors of a cut; for manifests that were not scanned.
-        """
+        """`check` returns the errors of a cut, for manifests that were not scanned."""
         strategy = PrecomputedFeatures()
         if on_the_fly_feats:  # one by one: in a batch, the last frames would depend on other cuts
             strategy = OnTheFlyFeatures(fbank_extractor(), use_batch_extract=False)
         super().__init__(True, input_transforms=input_transforms, input_strategy=strategy)
         self.on_the_fly_feats, self.check, self.text = on_the_fly_feats, check, text
+        self.read_errors = partial(read_errors, need_features=not on_the_fly_feats)
         self.augmentations, self.augmented = cut_transforms, CutSet()
 
     def __getitem__(self, cuts: CutSet) -> dict:
-        """Return a batch; if reading it fails, its utterances are read one by one.
-
-        Raises:
-          InputError: the batch cannot be read, although every utterance can.
-        """
+        """Return a batch; if it fails, read its utterances one by one to leave out the bad ones."""
         valid, invalid = _partition(cuts, self._errors)
         for augmentations in (self.augmentations, self.augmentations, ()):  # noise may be damaged
             if not valid:
@@ -114,16 +91,13 @@ class SpeechDataset(K2SpeechRecognitionDataset):
                 reason = first_line(error)
             else:
                 return make_batch(*batch, self.text, invalid)
-            valid, unreadable = _partition(valid, self._read_errors)
+            valid, unreadable = _partition(valid, self.read_errors)
             invalid += unreadable or self._noise_errors({cut.id for cut in cuts})
         raise InputError(f"no batch can be made of cuts {valid[0].id} … {valid[-1].id}: {reason}")
 
     def _errors(self, cut: Cut) -> list[CutError]:
         errors = self.check(cut) if self.check else []
         return errors or (header_errors(cut) if self.on_the_fly_feats else [])
-
-    def _read_errors(self, cut: Cut) -> list[CutError]:
-        return read_errors(cut, not self.on_the_fly_feats)
 
     def _remember(self, cuts: CutSet) -> CutSet:
         self.augmented = cuts
@@ -133,14 +107,10 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         """Return the errors in the noise last mixed with the cuts that have these ids."""
         tracks = [track.cut for cut in self.augmented for track in getattr(cut, "tracks", ())]
         noise = [cut for cut in tracks if cut.id not in ids and not isinstance(cut, PaddingCut)]
-        return _partition(noise, self._read_errors)[1]
+        return _partition(noise, self.read_errors)[1]
 
     def _read(self, cuts: CutSet) -> tuple[Tensor, list[int], list[Cut]]:
-        """Return augmented features (B, T, 80), their valid frames, and the cut of each row.
-
-        Raises:
-          Exception: an utterance or noise cannot be read or is not finite.
-        """
+        """Return augmented features (B, T, 80), their valid frames, and the cut of each row."""
         batch = super().__getitem__(cuts)
         features, supervisions = batch["inputs"], batch["supervisions"]
         if not features.sum().isfinite():
@@ -163,9 +133,8 @@ class CachedEncoderDataset(Dataset):
         for cut in cuts.sort_by_duration(ascending=False):
             try:
                 found.append((*self.cache.read(cut), cut))
-            except KeyError:
-                message = f"the encoder cache has no outputs of cut {cut.id}"
-                invalid.append(CutError(cut.id, "not-cached", message))
+            except InputError as error:
+                invalid.append(CutError(cut.id, "not-cached", str(error)))
         if not found:
             silence = torch.zeros(1, int(encoder_out_lens(SILENCE)), sum(self.cache.dims))
             return make_batch(silence, [SILENCE], [], self.text, invalid)

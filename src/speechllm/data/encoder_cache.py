@@ -1,9 +1,8 @@
 """Cached outputs of frozen encoders: computed once, read in every epoch without augmentation.
 
-    DIR/<hash>/          hash of the encoders, the precision and this format
-      <name>/            one part, complete or absent
-        outputs.bin      (T / 4, C) for each cut in turn; C is the sum of the encoders' channels
-        index.npy        position of each cut, by the fingerprint of its input
+    DIR/<hash>/     hash of the encoders, the precision and this format
+      <xx>/<fingerprint of a cut's input>.safetensors
+                    outputs (T / 4, C), C being the sum of the encoders' channels; metadata: T
 
 A changed encoder or cut is not found in the cache and is encoded again.
 """
@@ -13,29 +12,26 @@ import json
 import os
 from collections.abc import Iterable
 from functools import cache
-from itertools import chain, islice
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
 from lhotse.cut import Cut
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from speechllm.errors import InputError
-from speechllm.io import atomic_directory, check_space
+from speechllm.io import check_space, disk_full_as_input_error
 from speechllm.models.zipformer.encoder import ZipformerEncoder, encoder_out_lens
 from speechllm.precision import autocast
 
-FORMAT = 1  # increase when the content changes for the same encoders and cuts
-OUTPUTS, INDEX = "outputs.bin", "index.npy"
-ENTRY = np.dtype([("key", "u8"), ("row", "u8"), ("frames", "u4")])  # row of the first output
+FORMAT = 2  # increase when the content changes for the same encoders and cuts
 FRAMES_PER_SECOND = 25  # encoder output
-BATCHES_IN_PART = 500  # at most these are lost when filling is interrupted
 
 
-def fingerprint(cut: Cut, on_the_fly_feats: bool = False) -> int:
-    """Return a 64-bit hash of a cut's id, its features or audio, and its supervision times.
+def fingerprint(cut: Cut, on_the_fly_feats: bool = False) -> str:
+    """Hash a cut's id, its features or audio, and its supervision times to 16 hexadecimal digits.
 
     Files are identified by path, size and modification time.
     """
@@ -49,7 +45,7 @@ def fingerprint(cut: Cut, on_the_fly_feats: bool = False) -> int:
         files += [item["source"] for item in part.get("recording", {}).get("sources", ())]
     spoken = [(supervision.start, supervision.duration) for supervision in cut.supervisions]
     text = json.dumps([source, spoken, [*map(_size_and_time, files)]], sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @cache
@@ -70,12 +66,8 @@ def hash_of_encoders(encoders: Iterable[ZipformerEncoder], *options) -> str:
         for name, value in encoder.state_dict().items():
             if not name.startswith("ctc_output."):
                 digest.update(name.encode())
-                digest.update(_as_bytes(value.cpu()))
+                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def _as_bytes(value: Tensor) -> np.ndarray:
-    return value.contiguous().flatten().view(torch.uint8).numpy()
 
 
 class EncoderCache:
@@ -88,100 +80,61 @@ class EncoderCache:
         dtype: torch.dtype = torch.float32,
         on_the_fly_feats: bool = False,
     ):
-        """
-        Raises:
-          InputError: a part in the directory is damaged.
-        """
         encoders = list(encoders)
         self.folder = directory / hash_of_encoders(encoders, FORMAT, dtype)
         self.dims = [encoder.output_dim for encoder in encoders]
         self.dtype, self.on_the_fly_feats = dtype, on_the_fly_feats
-        self.frame_bytes = sum(self.dims) * dtype.itemsize
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the indices of all complete parts."""
-        self.parts = sorted(self.folder.glob("[!.]*"))  # parts being written begin with a dot
-        indices = [self._index_of(part) for part in self.parts]
-        index = np.concatenate([np.empty(0, ENTRY), *indices])
-        order = index["key"].argsort()
-        self.keys = index["key"][order]
-        self.rows, self.frames = index["row"][order], index["frames"][order]
-        self.part_numbers = np.repeat(np.arange(len(indices)), list(map(len, indices)))[order]
-
-    def _index_of(self, part: Path) -> np.ndarray:
-        try:
-            index = np.load(part / INDEX)
-        except Exception as error:  # numpy raises different exceptions
-            raise InputError(f"{part / INDEX} cannot be read: {error}: remove {part}") from None
-        size = int(encoder_out_lens(index["frames"].astype(int)).sum()) * self.frame_bytes
-        if (there := (part / OUTPUTS).stat().st_size) != size:
-            raise InputError(f"{part / OUTPUTS} has {there} bytes, not {size}: remove {part}")
-        return index
-
-    @property
-    def gigabytes(self) -> float:
-        return sum((part / OUTPUTS).stat().st_size for part in self.parts) / 1e9
+        """List the fingerprints of the cuts in the cache."""
+        self.keys = frozenset(path.stem for path in self.folder.glob("*/*.safetensors"))
 
     def with_fingerprint(self, cut: Cut) -> Cut:
         """Return the cut with its fingerprint as id."""
-        return cut.with_id(str(fingerprint(cut, self.on_the_fly_feats)))
+        return cut.with_id(fingerprint(cut, self.on_the_fly_feats))
 
     def is_missing(self, cut: Cut) -> bool:
-        return self._position(cut) is None
+        """Return true if the cut was not in the cache when it was last listed."""
+        return fingerprint(cut, self.on_the_fly_feats) not in self.keys
+
+    def path_of(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, cut: Cut) -> tuple[Tensor, int]:
-        """Return the encoders' concatenated outputs (T / 4, C) and the number of feature frames T.
-
-        Raises:
-          KeyError: the cut is missing.
-        """
-        if (position := self._position(cut)) is None:
-            raise KeyError(cut.id)
-        frames, row = int(self.frames[position]), int(self.rows[position])
-        path = self.parts[self.part_numbers[position]] / OUTPUTS
-        size, offset = encoder_out_lens(frames) * self.frame_bytes, row * self.frame_bytes
-        data = torch.from_numpy(np.fromfile(path, np.uint8, size, offset=offset))
-        return data.view(self.dtype).view(-1, sum(self.dims)), frames
-
-    def _position(self, cut: Cut) -> int | None:
-        key = np.uint64(fingerprint(cut, self.on_the_fly_feats))
-        position = int(np.searchsorted(self.keys, key))
-        return position if key in self.keys[position : position + 1] else None
+        """Return outputs (T / 4, C) and feature frames T; raise InputError unless complete."""
+        path = self.path_of(fingerprint(cut, self.on_the_fly_feats))
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor("outputs"), int(file.metadata()["frames"])
+        except FileNotFoundError:
+            raise InputError(f"the encoder cache has no outputs of cut {cut.id}") from None
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged ({error}): remove it") from None
 
     def check_space(self, seconds: float) -> None:
-        """Check that the outputs for `seconds` of audio fit on the disk.
-
-        Raises:
-          InputError: disk space is insufficient.
-        """
+        """Raise InputError if the outputs for `seconds` of audio do not fit on the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        needed = seconds * FRAMES_PER_SECOND * self.frame_bytes
-        check_space(self.folder, needed, "the outputs of the encoders")
+        values = seconds * FRAMES_PER_SECOND * sum(self.dims)
+        check_space(self.folder, values * self.dtype.itemsize, "the outputs of the encoders")
 
     def fill(
         self, encoders: Iterable[ZipformerEncoder], batches: Iterable[dict], device: torch.device
     ) -> None:
-        """Encode and store batches of cuts `with_fingerprint`; call `refresh` to read them."""
-        encoders, batches = list(encoders), iter(batches)
-        for first in batches:
-            part = chain([first], islice(batches, BATCHES_IN_PART - 1))
-            with atomic_directory(self.folder / uuid4().hex) as folder:
-                self._write_part(folder, encoders, part, device)
-
-    def _write_part(self, folder: Path, encoders, batches: Iterable[dict], device) -> None:
-        entries, row = [], 0
-        with open(folder / OUTPUTS, "wb") as file:
+        """Encode and store batches of cuts `with_fingerprint`; call `refresh` to list them."""
+        encoders = list(encoders)
+        with disk_full_as_input_error(self.folder):
             for batch in batches:
                 outputs = encode_batch(encoders, batch, device, self.dtype)
-                for cut_id, output, frames in zip(
-                    batch["cut_ids"], outputs, batch["feature_lens"].tolist()
-                ):
-                    count = encoder_out_lens(frames)
-                    file.write(_as_bytes(output[:count]))
-                    entries.append((int(cut_id), row, frames))
-                    row += count
-        np.save(folder / INDEX, np.array(entries, ENTRY))
+                lens = batch["feature_lens"].tolist()
+                for key, output, frames in zip(batch["cut_ids"], outputs, lens, strict=True):
+                    self._write(self.path_of(key), output[: encoder_out_lens(frames)], frames)
+
+    def _write(self, path: Path, outputs: Tensor, frames: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".part-{os.getpid()}")  # complete when it is renamed
+        partial.write_bytes(save({"outputs": outputs.contiguous()}, {"frames": str(frames)}))
+        os.replace(partial, path)
 
     def cached_encoders(self, encoders: Iterable[ZipformerEncoder]) -> nn.ModuleList:
         """Return modules that replace the encoders in a SpeechLLM, with their CTC heads."""

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 from lhotse import CutSet, LilcomChunkyWriter
-from lhotse.augmentation import Speed
-from lhotse.cut import Cut
 
 from speechllm.audio.fbank import fbank_extractor
 from speechllm.data.security import check_safe
@@ -31,38 +29,24 @@ def cuts_path(manifest_dir: Path, corpus: str, part: str) -> Path:
     return Path(manifest_dir) / f"{corpus}_cuts_{part}.jsonl.gz"
 
 
-def feats_dir(cuts_file: Path) -> Path:
-    """Return the feature directory: `x/an4_cuts_dev.jsonl.gz` -> `x/an4_feats_dev`."""
-    stem = cuts_file.name.removesuffix(".jsonl.gz").replace("_cuts", "_feats")
-    return cuts_file.with_name(stem)
-
-
 def with_perturbed_speed(cuts: CutSet) -> CutSet:
     """Append copies at 0.9 and 1.1 times the speed; their ids end in `_sp0.9` and `_sp1.1`."""
     perturbed = [cut.perturb_speed(factor) for factor in SPEED_FACTORS for cut in cuts]
     return CutSet.from_cuts([*cuts, *perturbed])
 
 
-def has_perturbed_speed(cut: Cut) -> bool:
-    return any(isinstance(transform, Speed) for transform in cut.recording.transforms or ())
-
-
 def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
-    """Compute the features of `cuts` in `num_jobs` processes; write features and cut file.
+    """Compute the features of `cuts`, write them and the cut file, and return the cuts.
 
-    Returns:
-      The cuts with their features, in the order given.
-
-    Raises:
-      InputError: cuts share an id, are unsafe, or have unreadable audio; the message names
-        them. Nothing is left on disk.
+    Double ids, unsafe cuts and unreadable audio raise InputError, and nothing is left on disk.
     """
     shared = [cut_id for cut_id, n in Counter(cut.id for cut in cuts).items() if n > 1]
     if shared:
         raise InputError(f"duplicate cut ids: {', '.join(shared)}")
     for cut in cuts:
         check_safe(cut)
-    feats = feats_dir(cuts_file)
+    stem = cuts_file.name.removesuffix(".jsonl.gz").replace("_cuts", "_feats")
+    feats = cuts_file.with_name(stem)  # x/an4_cuts_dev.jsonl.gz -> x/an4_feats_dev
     cuts_file.unlink(missing_ok=True)  # as its features are removed next
     shutil.rmtree(feats, ignore_errors=True)
     feats.mkdir(parents=True)

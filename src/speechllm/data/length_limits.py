@@ -32,10 +32,7 @@ def long_enough(cut: Cut, min_frames: int) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for utterances: duration in seconds, and minimum feature frames in supervised speech.
-
-    Instances are callable and return true if a cut is within the limits.
-    """
+    """Callable limits of duration in seconds, and of feature frames in supervised speech."""
 
     min_seconds: float = 0.0
     max_seconds: float = float("inf")
@@ -58,11 +55,7 @@ class LLMPositions:
     ds_rate: int = 4
 
     def __call__(self, cut: Cut, new_tokens: int | None = None) -> int:
-        """Count the positions; decoding passes `new_tokens`, counted instead of the text.
-
-        Raises:
-          InputError: the context is not a string.
-        """
+        """Count the positions, with `new_tokens` for the text; wrong contexts raise InputError."""
         if new_tokens is None:
             text = " ".join(supervision.text or "" for supervision in cut.supervisions)
             [ids] = encode_transcripts(self.tokenizer, [self.chat.spelled(text)])
@@ -86,15 +79,11 @@ class LLMPositions:
 
 @dataclass(frozen=True)
 class TooManyPositions:
-    """Check for cuts that exceed the LLM's positions or have a non-string context.
-
-    Attributes:
-      max_new_tokens: for decoding, number of positions reserved in place of the text.
-    """
+    """Check for cuts that exceed the LLM's positions or have a non-string context."""
 
     count_positions: LLMPositions
     limit: int
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = None  # for decoding, reserved in place of the text
 
     def __call__(self, cut: Cut) -> list[CutError]:
         try:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from lhotse import CutSet
 from lhotse.cut import Cut
@@ -13,14 +14,7 @@ from lhotse.serialization import decode_json_line, deserialize_item, open_best
 
 from speechllm.data.length_limits import Limits
 from speechllm.data.security import check_safe
-from speechllm.data.validation import (
-    CutError,
-    count_reasons,
-    duplicate_id,
-    format_counts,
-    read_errors,
-    validate_cut,
-)
+from speechllm.data.validation import CutError, count_errors, read_errors, shown_id, validate_cut
 from speechllm.errors import InputError, first_line
 
 CutErrors = dict[Path, dict[int, list[CutError]]]  # by file, then by position of the cut from 0
@@ -45,7 +39,6 @@ class CutStatistics:
 
     @property
     def invalid_cuts(self) -> list[list[CutError]]:
-        """Errors of each invalid cut."""
         return [errors for of_file in self.errors.values() for errors in of_file.values()]
 
     def __str__(self) -> str:
@@ -55,7 +48,7 @@ class CutStatistics:
         )
         if not (invalid := self.invalid_cuts):
             return text
-        counts = format_counts(count_reasons(invalid))
+        counts = count_errors(errors[0] for errors in invalid)
         return f"{text}, {len(invalid)} invalid ({counts}), e.g. {invalid[0][0].message}"
 
 
@@ -63,11 +56,7 @@ class CutStatistics:
 
 
 def cuts_file(manifest_dir: Path, name: str) -> Path:
-    """Return a cut file, given by path or by name in `manifest_dir`; `.jsonl.gz` is optional.
-
-    Raises:
-      FileNotFoundError: no such file exists.
-    """
+    """Find a cut file by path or name, where .jsonl.gz is optional; or raise FileNotFoundError."""
     for candidate in (manifest_dir / name, manifest_dir / f"{name}.jsonl.gz", Path(name)):
         if candidate.is_file():
             return candidate
@@ -75,25 +64,20 @@ def cuts_file(manifest_dir: Path, name: str) -> Path:
 
 
 def read_cuts(path: Path) -> Iterator[Cut]:
-    """Read the cuts in a file one by one.
-
-    Raises:
-      InputError: the file is empty, truncated or not a cut manifest, or a cut is unsafe; the
-        message gives the number of cuts read before.
-    """
+    """Read cuts one by one; raise InputError with their number at a line that is not a cut."""
     for count, item in enumerate(read_lines(path)):
         if isinstance(item, str):
             raise InputError(f"{path} cannot be read beyond cut {count}: {item}")
         yield item
 
 
-def read_lines(path: Path) -> Iterator[Cut | str]:
-    """Yield a cut for each line, or an error message if the line is not a cut."""
+def read_lines(path: Path, kind: type = Cut) -> Iterator[Any]:
+    """Yield an item of this kind for each line, or an error message if the line is not one."""
     line = None
     try:
         with open_best(path, "r") as lines:
             for line in lines:
-                yield _parse_line(line)
+                yield _parse_line(line, kind)
     except Exception as error:  # gzip, zlib, decoders and file systems raise different exceptions
         yield first_line(error)
         return
@@ -101,16 +85,17 @@ def read_lines(path: Path) -> Iterator[Cut | str]:
         yield "the file is empty"
 
 
-def _parse_line(line: str) -> Cut | str:
+def _parse_line(line: str, kind: type) -> Any:
+    wrong = f"not a {kind.__name__.removesuffix('Segment').lower()}: "
     try:
         item = deserialize_item(decode_json_line(line))
-        return check_safe(item) if isinstance(item, Cut) else f"not a cut: {type(item).__name__}"
+        return check_safe(item) if isinstance(item, kind) else wrong + type(item).__name__
     except json.JSONDecodeError as error:
         return f"invalid JSON: {error}"
     except InputError as error:
         return str(error)
     except Exception as error:  # lhotse does not check the fields
-        return f"not a cut: {type(error).__name__}: {first_line(error)}"
+        return f"{wrong}{type(error).__name__}: {first_line(error)}"
 
 
 # ---- checking
@@ -122,17 +107,12 @@ def scan_manifests(
     *,
     need_text: bool | None = True,
     need_features: bool = True,
-    extra_check: ExtraCheck | None = None,
-    tolerate: bool = False,
+    extra_check: ExtraCheck | None = None,  # applied to cuts without other errors
+    tolerate: bool = False,  # skip and count invalid cuts
 ) -> CutStatistics:
     """Read and check every cut once, so that errors appear before the work begins.
 
     Features or audio are read only until one cut per file proves readable.
-
-    Args:
-      need_text, need_features: see `validate_cut`.
-      extra_check: applied to cuts without other errors.
-      tolerate: skip and count invalid cuts instead of raising an error.
 
     Raises:
       InputError: a file cannot be read, a cut is invalid (the message gives file, cut and value),
@@ -171,18 +151,33 @@ def checked_cuts(
     extra_check: ExtraCheck | None = None,
 ) -> Iterator[tuple[int, Cut, list[CutError]]]:
     """Yield the position, the cut and its errors for each cut in a file; see `scan_manifests`."""
-    ids: set[str] = set()
     can_be_read = False
-    for number, cut in enumerate(read_cuts(path)):
-        errors = validate_cut(cut, need_text=need_text, need_features=need_features)
-        if need_text is not None:  # the ids of noise are not used
-            errors += [duplicate_id(cut)] if str(cut.id) in ids else []
-            ids.add(str(cut.id))
+    for number, cut, errors in checked_lines(path, need_text, need_features):
+        if cut is None:
+            raise InputError(f"{path} cannot be read beyond cut {number}: {errors[0].message}")
         if not errors and extra_check:
             errors = extra_check(cut)
         if not errors and not can_be_read:
             errors = read_errors(cut, need_features)
             can_be_read = not errors
+        yield number, cut, errors
+
+
+def checked_lines(
+    path: Path, need_text: bool | None = True, need_features: bool = True
+) -> Iterator[tuple[int, Cut | None, list[CutError]]]:
+    """Yield the position, the cut and its errors in the manifest; None if the line is not a cut."""
+    ids: set[str] = set()
+    for number, cut in enumerate(read_lines(path)):
+        if isinstance(cut, str):
+            yield number, None, [CutError(None, "not-a-cut", cut)]
+            continue
+        errors = validate_cut(cut, need_text=need_text, need_features=need_features)
+        if need_text is not None:  # the ids of noise are not used
+            if str(cut.id) in ids:
+                name = shown_id(cut)
+                errors.append(CutError(name, "duplicate-id", f"cut {name} occurs twice"))
+            ids.add(str(cut.id))
         yield number, cut, errors
 
 
@@ -194,11 +189,7 @@ def cuts_within(
     limits: Limits = Limits(),
     skip: Mapping[Path, Iterable[int]] = MappingProxyType({}),
 ) -> CutSet:
-    """Return the cuts within the limits, read lazily, with the files interleaved.
-
-    Args:
-      skip: positions of the cuts to skip in each file, such as `CutStatistics.errors`.
-    """
+    """Lazily return the cuts within the limits, except positions in `skip`, files interleaved."""
     cuts = [CutSet(_CutFile(path, frozenset(skip.get(path, ())))) for path in paths]
     joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
     return joined.filter(limits)
@@ -221,5 +212,4 @@ def share_of_cuts(cuts: CutSet, rank: int, world_size: int) -> CutSet:
 
 
 def size_of_share(num_cuts: int, rank: int, world_size: int) -> int:
-    """Return the size of a rank's share of `num_cuts`."""
     return len(range(rank, num_cuts, world_size))

@@ -27,17 +27,11 @@ class EvenMix:
 
     If an epoch uses only part of a corpus, the next epoch continues after that part; if an epoch
     uses more cuts than a corpus has, the corpus is repeated.
-
-    Attributes:
-      corpora: cuts per corpus, as repeatable iterables.
-      sizes: number of cuts per corpus.
-      counts: number of cuts to use per corpus and epoch.
-      epoch: counted from 1.
     """
 
-    corpora: list[CutSet]
-    sizes: list[int]
-    counts: list[int]
+    corpora: list[CutSet]  # each can be read repeatedly
+    sizes: list[int]  # cuts per corpus
+    counts: list[int]  # cuts to use per corpus and epoch
     epoch: int = 1
 
     def __iter__(self) -> Iterator[Cut]:
@@ -113,18 +107,12 @@ def make_sampler(
     limit: BatchLimit,
     *,
     num_cuts: int,
-    num_buckets: int,
-    sample: Iterable[Cut] | None = None,
-    cuts_in_buffer: int | None = None,
+    num_buckets: int,  # an upper limit; below 2, no buckets are used
+    sample: Iterable[Cut] | None = None,  # for estimating the buckets, by default the first cuts
+    cuts_in_buffer: int | None = None,  # to read ahead, by default 7000 per bucket
     **options,
 ) -> CutSampler:
-    """Return a sampler of batches of similar lengths or, without buckets, of any lengths.
-
-    Args:
-      num_buckets: an upper limit; below 2, no buckets are used.
-      sample: cuts for estimating the buckets, by default the first of `cuts`.
-      cuts_in_buffer: number of cuts to read ahead, by default 7000 per bucket.
-    """
+    """Return a sampler of batches of similar lengths or, without buckets, of any lengths."""
     num_buckets = min(num_buckets, num_cuts // MIN_CUTS_IN_BUCKET)
     if num_buckets < 2:
         sampler = SimpleCutSampler(cuts, max_duration=limit.max_duration, **options)

@@ -31,11 +31,7 @@ def safe_cuts(cuts: CutSet) -> CutSet:
 
 
 def check_safe(cut: Cut) -> Cut:
-    """Return the cut if reading it does not execute anything.
-
-    Raises:
-      InputError: the cut is unsafe; the message gives its id and the reason.
-    """
+    """Return the cut; raise InputError with id and reason if reading it would execute code."""
     for fields in _fields_within(cut):
         if danger := _danger(fields):
             raise InputError(f"cut {cut.id} is rejected: {danger}")

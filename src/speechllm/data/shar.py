@@ -46,26 +46,14 @@ SHARDS_CHECKED = 100  # evenly spread
 
 
 def write_shards(
-    cuts: CutSet,
-    directory: Path,
-    store: str = "lilcom",
-    shard_size: int = 1000,
-    shuffle: bool = True,
+    cuts: CutSet, directory: Path, store: str = "lilcom", shard_size: int = 1000
 ) -> int:
-    """Write a directory of shards atomically; return the number of cuts.
-
-    Args:
-      store: lilcom to store features, flac or wav to store audio.
-
-    Raises:
-      InputError: the directory exists, or a cut cannot be stored; the message names the cut.
-    """
+    """Write features (lilcom) or audio (flac, wav), shuffled; count cuts or raise InputError."""
     if directory.exists():
         raise InputError(f"{directory} exists: remove it or choose another directory")
     kind = "features" if store == "lilcom" else "recording"
     durations: Counter = Counter()  # in units of 10 ms
-    if shuffle:
-        cuts = cuts.shuffle(random.Random(SHUFFLE_SEED), buffer_size=SHUFFLE_BUFFER)
+    cuts = cuts.shuffle(random.Random(SHUFFLE_SEED), buffer_size=SHUFFLE_BUFFER)
     with atomic_directory(directory) as partial:
         with SharWriter(
             str(partial), {kind: store}, shard_size=shard_size, warn_unused_fields=False
@@ -105,8 +93,6 @@ def _write_index(directory: Path, paths: dict[str, list[str]], durations: Counte
 
 @dataclass(frozen=True)
 class Shards:
-    """Shards from one or more directories."""
-
     fields: dict[str, list[str]]  # cuts, and features or recording -> paths, as in from_shar
     durations: Counter  # number of cuts by duration in units of 10 ms
 
@@ -136,11 +122,7 @@ class Shards:
         return CutSet.from_cuts(cut for cuts in files for cut in islice(cuts, size))
 
     def cuts(self, seed: int | None = None) -> CutSet:
-        """Lazily read the cuts, with data, from this rank's and worker's share of the shards.
-
-        Args:
-          seed: shuffles the shards, identically in all processes; None keeps their order.
-        """
+        """Lazily read this rank's and worker's shards, shuffled by `seed` if it is given."""
         cuts = CutSet.from_shar(
             fields=self.fields,
             split_for_dataloading=True,
@@ -157,12 +139,7 @@ class Shards:
 
 
 def read_shards(directories: list[str]) -> Shards:
-    """Read the indices of shard directories: paths or, with smart_open, URLs.
-
-    Raises:
-      FileNotFoundError: a directory has no index.
-      InputError: an index cannot be read, or a shard's size differs from the index.
-    """
+    """Read the indices of directories, paths or URLs; or raise FileNotFoundError or InputError."""
     fields: dict[str, list[str]] = {}
     durations: Counter = Counter()
     for directory in directories:
@@ -190,15 +167,13 @@ def _read_index(directory: str) -> dict:
     for name, size in shards:
         if not SHARD.fullmatch(str(name)):  # never open other paths or types
             raise InputError(f"{path} lists {name!r}, which is not a shard's name")
-        if not is_valid_url(path):  # object stores have no partially written files
-            _check_size(Path(directory, name), size)
+        if is_valid_url(path):  # object stores have no partially written files
+            continue
+        shard = Path(directory, name)
+        found = shard.stat().st_size if shard.is_file() else 0
+        if found != size:
+            raise InputError(f"{shard} has {found} bytes, not {size}")
     return index
-
-
-def _check_size(path: Path, size: int) -> None:
-    found = path.stat().st_size if path.is_file() else 0
-    if found != size:
-        raise InputError(f"{path} has {found} bytes, not {size}")
 
 
 def check_shards(
@@ -206,25 +181,15 @@ def check_shards(
     limits: Limits = Limits(),
     *,
     need_features: bool = True,
-    tolerate: bool = False,
+    tolerate: bool = False,  # accept invalid cuts unless all are; the loader counts them
 ) -> CutStatistics:
-    """Check shards by their index and the first cut in up to 199 of them; see `scan_manifests`.
-
-    Args:
-      tolerate: accept invalid cuts unless all checked cuts are invalid; the loader counts others.
-
-    Raises:
-      InputError: a cut is invalid (the message gives shard, cut and value), or every cut is
-        skipped.
-    """
-    valid = False
-    for fields in shards.spread(SHARDS_CHECKED):
-        errors = _first_cut_errors(fields, need_features)
-        valid |= not errors
-        if errors and not tolerate:
-            break
-    if errors and not (tolerate and valid):
-        raise InputError(f"{fields['cuts'][0]}: {errors[0].message}")
+    """Check shards by their index and the first cuts of up to 199; or raise InputError."""
+    checked = shards.spread(SHARDS_CHECKED)
+    errors = {one["cuts"][0]: _first_cut_errors(one, need_features) for one in checked}
+    invalid = {path: found for path, found in errors.items() if found}
+    if invalid and not (tolerate and len(invalid) < len(errors)):
+        path, [error, *_] = next(iter(invalid.items()))
+        raise InputError(f"{path}: {error.message}")
     statistics = shards.statistics(limits)
     if not statistics.kept:
         raise InputError(f"{shards.fields['cuts'][0]}: no usable cuts: {statistics}")
@@ -249,16 +214,12 @@ class EvenBatches:
     An exhausted rank would leave the others waiting for its gradients. With `drop_last`, the epoch
     ends on all ranks when the first is exhausted; otherwise, when the last is, and exhausted ranks
     start over.
-
-    Attributes:
-      loader: returns a loader that skips the first N batches.
-      skip: number of the epoch's batches already trained on.
     """
 
-    loader: Callable[[int], DataLoader]
+    loader: Callable[[int], DataLoader]  # returns a loader that skips the first N batches
     dist_env: DistEnv
     drop_last: bool
-    skip: int = 0
+    skip: int = 0  # number of the epoch's batches already trained on
 
     def __iter__(self) -> Iterator[dict]:
         batches, exhausted = iter(self.loader(self.skip)), False

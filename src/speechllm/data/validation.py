@@ -46,8 +46,6 @@ LOST = re.compile("[\ud800-\udfff\ufffd\0]")
 
 
 class CutError(NamedTuple):
-    """A problem found in a cut."""
-
     id: str
     reason: str  # one of REASONS
     message: str
@@ -85,20 +83,12 @@ def shown_id(cut: Cut) -> str:
 
 
 def context_of(cut: Cut) -> str:
-    """Join the distinct `context` custom fields of the cut's supervisions.
-
-    Raises:
-      InputError: a context is not a string; the message names the cut.
-    """
+    """Join the distinct contexts of a cut's supervisions; raise InputError unless strings."""
     found = [(supervision.custom or {}).get("context") for supervision in cut.supervisions]
     for context in found:
         if not isinstance(context, str | None):
             raise InputError(f"cut {cut.id} has a context that is not a string: {context!r}")
     return " ".join(dict.fromkeys(filter(None, found)))
-
-
-def duplicate_id(cut: Cut) -> CutError:
-    return CutError(shown_id(cut), "duplicate-id", f"cut {shown_id(cut)} occurs twice")
 
 
 def _identity_errors(cut: Cut) -> Iterator[tuple[str, str]]:
@@ -244,6 +234,11 @@ def format_counts(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reasons[reason]} {reason}" for reason in REASONS if reasons.get(reason))
 
 
+def count_errors(errors: Iterable[CutError]) -> str:
+    """Format the number of errors by reason; see `format_counts`."""
+    return format_counts(count_reasons([error] for error in errors))
+
+
 def append_errors(path: Path, errors: Iterable[CutError]) -> None:
     """Append errors to a JSON lines file (id, reason, message), without duplicates."""
     written = set(path.read_text().splitlines()) if path.exists() else set()
@@ -257,11 +252,7 @@ def append_errors(path: Path, errors: Iterable[CutError]) -> None:
 def check_invalid_fraction(
     reasons: Mapping[str, int], total: int, max_invalid_fraction: float, example: str, listing: Path
 ) -> None:
-    """Check that at most `max_invalid_fraction` of the `total` utterances are invalid.
-
-    Raises:
-      InputError: too many are invalid; the message includes `example` and `listing`.
-    """
+    """Raise InputError if more than `max_invalid_fraction` of `total` utterances are invalid."""
     invalid = sum(reasons.values())
     if invalid > max_invalid_fraction * total:
         raise InputError(

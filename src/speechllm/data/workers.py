@@ -34,22 +34,36 @@ class IndexedSampler:
     def __iter__(self) -> Iterator[tuple[int, CutSet | dict]]:
         for number, cuts in zip(count(self.start, self.step), self.sampler):
             if number < self.skip:
-                cuts = {"cut_ids": _cut_ids(cuts), "seconds": sum(cut.duration for cut in cuts)}
-            yield number, cuts
+                ids, seconds = list(cuts.ids), sum(cut.duration for cut in cuts)
+                yield number, {"cut_ids": ids, "seconds": seconds}
+            else:
+                yield number, cuts
 
 
-class SeededDataset(Dataset):
-    """Wrapper that seeds each batch by its number, independently of the worker."""
+class NumberedDataset(Dataset):
+    """Wrapper that seeds each batch by its number, independently of the worker.
+
+    In `<folder>/<pid>`, a worker writes the cuts that it is reading, for error messages.
+    """
 
     def __init__(self, dataset: Dataset, seed: str):
-        self.dataset, self.seed = dataset, seed
+        self.dataset, self.seed, self.folder = dataset, seed, Path()
 
     def __getitem__(self, numbered: tuple[int, CutSet | dict]) -> dict:
         number, cuts = numbered
         if isinstance(cuts, dict):
             return cuts
+        self._note(" ".join(cuts.ids))
         with fork_rng(self.seed, number):
-            return self.dataset[cuts]
+            batch = self.dataset[cuts]
+        self._note("")
+        return batch
+
+    def _note(self, text: str) -> None:
+        if get_worker_info() is None:  # only workers can hang unnoticed
+            return
+        with suppress(OSError):  # such as a full disk
+            (self.folder / str(os.getpid())).write_text(text, "utf-8", "replace")
 
 
 class ShardedIterableDataset(IterableDataset):
@@ -68,29 +82,6 @@ class ShardedIterableDataset(IterableDataset):
         return map(self.dataset.__getitem__, IndexedSampler(self.sampler, self.skip, *turn))
 
 
-class TracedDataset(Dataset):
-    """Wrapper that writes the cuts a worker is reading to `<folder>/<pid>`, for error messages."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset, self.folder = dataset, Path()
-
-    def __getitem__(self, item: tuple[int, CutSet | dict] | CutSet) -> dict:
-        self._note(" ".join(_cut_ids(item[1] if isinstance(item, tuple) else item)))
-        batch = self.dataset[item]
-        self._note("")
-        return batch
-
-    def _note(self, text: str) -> None:
-        if get_worker_info() is None:  # only workers can hang unnoticed
-            return
-        with suppress(OSError):  # such as a full disk
-            (self.folder / str(os.getpid())).write_text(text, "utf-8", "replace")
-
-
-def _cut_ids(cuts: CutSet | dict) -> list[str]:
-    return cuts["cut_ids"] if isinstance(cuts, dict) else [cut.id for cut in cuts]
-
-
 class DiagnosticDataLoader(DataLoader):
     """Loader of whole batches; errors name the worker that hung or died, and its cuts.
 
@@ -101,35 +92,33 @@ class DiagnosticDataLoader(DataLoader):
     def __init__(
         self,
         dataset: Dataset,
+        sampler: Iterable[CutSet],
         config: DataConfig,
-        where: str,
-        init: Callable[[int], None] | None = None,
-        **options,
+        where: str,  # for the error message, such as "epoch 3"
+        seed: str = "",
+        skip: int = 0,
+        init_shards: Callable[[int], None] | None = None,  # called in workers that read shards
     ):
-        """
-        Args:
-          where: context for the error message, such as "epoch 3".
-          init: called in each new worker with its number.
-        """
         num_workers = config.num_workers
-        self.where, self.traced = where, TracedDataset(dataset)
-        if isinstance(dataset, ShardedIterableDataset):
-            self.traced = dataset.dataset = TracedDataset(dataset.dataset)
+        self.where, self.numbered = where, NumberedDataset(dataset, seed)
+        dataset, indexed = self.numbered, IndexedSampler(sampler, skip)
+        if init_shards:
+            dataset, indexed = ShardedIterableDataset(self.numbered, sampler, skip), None
         super().__init__(
-            dataset if isinstance(dataset, ShardedIterableDataset) else self.traced,
+            dataset,
+            sampler=indexed,
             batch_size=None,
             num_workers=num_workers,
             timeout=config.loader_timeout if num_workers else 0,
             multiprocessing_context=get_all_start_methods()[0] if num_workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
-            worker_init_fn=partial(_init_worker, init=init),
-            **options,
+            worker_init_fn=partial(_init_worker, init=init_shards),
         )
 
     def __iter__(self) -> Iterator[dict]:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            self.traced.folder = Path(folder)
+            self.numbered.folder = Path(folder)
             number = 0
             try:
                 for number, batch in enumerate(super().__iter__(), start=1):
@@ -141,7 +130,7 @@ class DiagnosticDataLoader(DataLoader):
 
     def _message(self, number: int, error: str) -> str:
         """Describe the worker that died, or else the one that has been reading the longest."""
-        notes = sorted(self.traced.folder.iterdir(), key=lambda note: note.stat().st_mtime)
+        notes = sorted(self.numbered.folder.iterdir(), key=lambda note: note.stat().st_mtime)
         texts = {note.name: note.read_text("utf-8") for note in notes}
         reading = {pid: cuts for pid, cuts in texts.items() if cuts}
         dead = re.findall(r"\d+", error.partition("pid")[2])

@@ -54,7 +54,6 @@ class DecodeConfig:
 
     @property
     def out_dir(self) -> Path:
-        """Directory for result files."""
         return self.checkpoint.exp_dir / "decode"
 
 
@@ -74,12 +73,7 @@ def decode_config(
     model: ModelConfig = ONE_ENCODER,
     checkpoint: CheckpointConfig = CheckpointConfig(),
 ) -> DecodeConfig:
-    """Build the config from parsed flags, then `<exp-dir>/model.json`, then the defaults.
-
-    Raises:
-      InputError: model.json cannot be read, a value is out of range, or flags contradict each
-        other.
-    """
+    """Build the config from flags, then model.json, then the defaults; or raise InputError."""
     checkpoint = from_args(checkpoint, args)
     return DecodeConfig(
         checkpoint,

@@ -37,11 +37,7 @@ def decode_sets(dist_env: DistEnv, config: DecodeConfig) -> None:
 def prepare(
     config: DecodeConfig, program: str, dist_env: DistEnv
 ) -> tuple[list[EvalSet], TrainedModel]:
-    """Read the test sets, start the log file, and load the model.
-
-    Raises:
-      FileNotFoundError, InputError: a file is missing, or does not match the model.
-    """
+    """Read the sets, start the log, load the model; raise FileNotFoundError or InputError."""
     check_model_files(config.model)
     sets = read_eval_sets(config.evaluation.test_cuts, config.data)
     if not sets:
@@ -88,11 +84,7 @@ def decode_set(
 
 
 def result_suffix(config: DecodeConfig, search: SearchConfig, parameters_name: str) -> str:
-    """Return the part of result file names that identifies the decoding options.
-
-    Args:
-      search: resolved search.
-    """
+    """Return the part of result file names that identifies the options; `search` is resolved."""
     used, evaluation = config.checkpoint.use_encoders, config.evaluation
     dtype = autocast_dtype(config.checkpoint.use_fp16, config.checkpoint.use_bf16)
     is_default = search.max_new_tokens == SearchConfig().max_new_tokens

@@ -17,7 +17,7 @@ from speechllm.data.dataset import TextOptions, usable_batches
 from speechllm.data.encoder_cache import EncoderCache
 from speechllm.data.length_limits import frames_needed, long_enough
 from speechllm.data.manifests import checked_cuts, cuts_file
-from speechllm.data.validation import CutError, count_reasons, format_counts
+from speechllm.data.validation import CutError, count_errors
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.progress import with_progress
@@ -41,13 +41,7 @@ class EvalSet:
 
 
 def read_eval_sets(test_cuts: str, data: DataConfig) -> list[EvalSet]:
-    """Read the cut files in a comma-separated list.
-
-    Raises:
-      FileNotFoundError: a file is missing.
-      InputError: a file cannot be read, has no cut to decode, or results would be ambiguous; the
-        message gives file, cut and value.
-    """
+    """Read a comma-separated list of cut files; or raise FileNotFoundError or InputError."""
     paths = [cuts_file(data.manifest_dir, name) for name in comma_list(test_cuts)]
     sets = [read_eval_set(path, not data.on_the_fly_feats) for path in paths]
     if len({one.name for one in sets}) < len(sets):
@@ -67,7 +61,7 @@ def read_eval_set(path: Path, need_features: bool = True) -> EvalSet:
     if len(errors) == len(cuts):
         raise InputError(
             f"{path}: nothing to decode, {len(errors)} invalid cuts "
-            f"({reasons(errors.values())}), such as: {next(iter(errors.values())).message}"
+            f"({count_errors(errors.values())}), such as: {next(iter(errors.values())).message}"
         )
     return EvalSet(path, cuts, errors)
 
@@ -97,7 +91,7 @@ def decode_shard(
     recognize: Callable[[Iterable[dict]], Iterator[tuple[dict, list]]],
     data: DataConfig,
     *,
-    min_frames: int = frames_needed(),
+    min_frames: int = frames_needed(),  # shorter cuts are not decoded
     more_errors: Callable[[Cut], list[CutError]] = lambda cut: [],
     use_context: bool = False,
     dist_env: DistEnv = DistEnv(),
@@ -105,13 +99,8 @@ def decode_shard(
 ) -> dict[str, Any]:
     """Return this rank's results for a set by cut id; for invalid cuts, a CutError.
 
-    The batches depend only on the cuts, not on their order or the number of ranks.
-
-    Args:
-      recognize: yields pairs of a batch and its results for batches (see speechllm.data.dataset).
-      min_frames: shorter cuts are not decoded.
-      more_errors: returns further errors of a cut.
-      encoder_cache: batches contain its outputs instead of features.
+    The batches, described in speechllm.data.dataset, depend only on the cuts, not on their order or
+    the number of ranks; `recognize` yields each batch with its results.
     """
     results: dict[str, Any] = dict(cuts.errors)
     long_cuts = [cut for cut in cuts.cuts if cut.id not in results and long_enough(cut, min_frames)]
@@ -181,8 +170,3 @@ def score_cuts(
     if converted:
         logging.info(f"Scoring in Unicode NFC: {converted} texts were in another form")
     return scored
-
-
-def reasons(errors: Iterable[CutError]) -> str:
-    """Format error counts by reason, such as `3 no-text, 1 long-text`."""
-    return format_counts(count_reasons([error] for error in errors))

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from lhotse.cut import Cut, MonoCut
 
+from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.recognition import Recognition
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut, error_rate, score_cuts
@@ -33,12 +34,7 @@ def report_html(
     suffix: str,
     config: EvalConfig,
 ) -> str:
-    """Return the HTML page.
-
-    Args:
-      scored: scored result for each cut in `decoded`.
-      out_dir: directory of the page; links to audio files are relative to it.
-    """
+    """Return the HTML page of decoded cuts and their scores; audio links start from `out_dir`."""
     with_ctc = [one for one in decoded if one.result and one.result.ctc_text is not None]
     ctc_texts = [one.result.ctc_text for one in with_ctc]
     by_ctc = score_cuts(with_ctc, ctc_texts, config.normalize, config.error_unit)
@@ -51,7 +47,7 @@ def report_html(
     low, high = bootstrap_interval(scored)
     rate = error_rate(decoded, config.error_unit)
     units = "characters" if rate == "CER" else "words"
-    flags = Counter(flag for one in utterances for flag in one["flags"]).most_common()
+    flags = Counter(flag for one in utterances for flag in one["result"].flags).most_common()
     return page(
         "report.html",
         title=f"{set_name}, {suffix}",
@@ -80,42 +76,30 @@ def _entry(
     one: DecodedCut, scored: ScoredUtterance, ctc: ScoredUtterance | None, out_dir: Path
 ) -> dict:
     """Return an utterance's data for the page, with texts as scored, except `replaced_text`."""
-    result: Recognition | None = one.result
-    flags, errors = result.flags if result else [], scored.counts.errors
-    ctc_marks = None if ctc is None or ctc.hyp == scored.hyp else marks(ctc.pairs)
-    kinds = {"wrong": errors, "flagged": flags, "other": ctc_marks is not None}
+    result: Recognition = one.result or Recognition("", Hypothesis())
+    badges = result.flags + ["taken from CTC"] if result.source == "CTC" else result.flags
+    if one.result is None:
+        badges = [f"not decoded: {one.error.reason}" if one.error else "too short to decode"]
+    errors, is_other = scored.counts.errors, ctc is not None and ctc.hyp != scored.hyp
+    kinds = {"wrong": errors, "flagged": result.flags, "other": is_other}
     return dict(
         scored=scored,
+        result=result,
         id=scored.id,
         counts=scored.counts,
         errors=errors,
-        wer=scored.counts.wer,
         classes=" ".join(kind for kind, applies in kinds.items() if applies),  # for base.js
         seconds=one.cut.duration,
         speaker=", ".join(sorted({str(s.speaker) for s in one.cut.supervisions if s.speaker})),
-        marks=marks(scored.pairs, result.words if result else None),
-        ctc_marks=ctc_marks,
-        flags=flags,
-        badges=_badges(one),
-        replaced_text=result.replaced_text if result else None,
-        mean_log_prob=result.mean_log_prob if result else None,
+        marks=marks(scored.pairs, result.words),
+        ctc_marks=marks(ctc.pairs) if is_other else None,
+        badges=badges,
         audio=audio_link(one.cut, out_dir),
     )
 
 
-def _badges(one: DecodedCut) -> list[str]:
-    if one.error:
-        return [f"not decoded: {one.error.reason}"]
-    if one.result is None:
-        return ["too short to decode"]
-    return [*one.result.flags, *(["taken from CTC"] if one.result.source == "CTC" else [])]
-
-
 def audio_link(cut: Cut, out_dir: Path) -> str | None:
-    """Return the URL of a cut's audio file relative to `out_dir`, with a W3C media fragment.
-
-    Return None if the cut is not part of a single file, or if the file is missing.
-    """
+    """Return the URL of a cut's audio relative to `out_dir`; None unless it is part of one file."""
     if not isinstance(cut, MonoCut) or not cut.has_recording:
         return None
     sources = cut.recording.sources

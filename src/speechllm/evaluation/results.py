@@ -7,10 +7,11 @@ from pathlib import Path
 
 from lhotse.cut import Cut, MonoCut
 
+from speechllm.data.validation import count_errors
 from speechllm.decoding.hotwords import read_hotwords
 from speechllm.decoding.word_times import ctm_lines
 from speechllm.evaluation.config import EvalConfig
-from speechllm.evaluation.eval_sets import DecodedCut, error_rate, reasons, score_cuts
+from speechllm.evaluation.eval_sets import DecodedCut, error_rate, score_cuts
 from speechllm.evaluation.report import report_html
 from speechllm.io import atomic_write
 from speechllm.scoring.files import log_line, write_scores
@@ -29,7 +30,7 @@ def write_results(
     set_name: str,
     suffix: str,
     config: EvalConfig,
-    measurements: Mapping[str, str | float],
+    measurements: Mapping[str, str | float],  # further lines for wer-summary-*.txt
 ) -> ErrorCounts:
     """Write the results for a test set and return its errors.
 
@@ -38,13 +39,10 @@ def write_results(
       guard-<set>-<suffix>.jsonl: utterances flagged by hallucination detection, if any.
       nbest-<set>-<suffix>.jsonl: n-best lists with log-probabilities in nats, if any.
       ctm-<set>-<suffix>.ctm: word times in NIST CTM, if any.
-
-    Args:
-      measurements: further lines for wer-summary-*.txt.
     """
     extra = {"decoded with": suffix, **measurements}
     if invalid := [one.error for one in decoded if one.error]:
-        extra["could not be decoded"] = f"{len(invalid)} ({reasons(invalid)})"
+        extra["could not be decoded"] = f"{len(invalid)} ({count_errors(invalid)})"
     found = sorted((one for one in decoded if one.result), key=lambda one: one.cut.id)
     if weight := _best_ctc_weight([one for one in found if one.result.nbest], config):
         extra["best --ctc-weight"] = weight
@@ -59,7 +57,8 @@ def write_results(
     utterances = score_cuts(decoded, texts, config.normalize, unit)
     rate = error_rate(decoded, unit)
     if config.biasing_list:
-        words = biased_words(config.biasing_list, config.normalize)
+        phrases = map(NORMALIZERS[config.normalize], read_hotwords(config.biasing_list))
+        words = {word for phrase in phrases for word in phrase.split()}
         for errors in biased_error_counts(utterances, words):
             logging.info(log_line(set_name, errors))
             extra[errors.rate] = f"{errors.wer:.2f}% of {errors.ref_words} words"
@@ -69,12 +68,6 @@ def write_results(
     report = report_html(decoded, utterances, out_dir, set_name, suffix, config)
     _write(out_dir / f"report-{name}.html", report.encode(errors="replace"))
     return errors
-
-
-def biased_words(path: Path, normalize: str) -> set[str]:
-    """Return the normalized words in a file of phrases; raise like `read_hotwords`."""
-    function = NORMALIZERS[normalize]
-    return {word for phrase in read_hotwords(path) for word in function(phrase).split()}
 
 
 def _best_ctc_weight(decoded: list[DecodedCut], config: EvalConfig) -> str | None:

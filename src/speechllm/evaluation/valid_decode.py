@@ -25,10 +25,7 @@ def valid_decoder(
     """Return a function that decodes like decode.py by default, with the model's current weights.
 
     The function needs the model in evaluation mode, runs on all ranks, and returns `errors` and
-    `words` over all ranks.
-
-    Raises:
-      InputError: a BPE model cannot be read, or does not match its encoder.
+    `words` over all ranks. A wrong BPE model raises InputError.
     """
     config, data = training.model, training.data
     cuts = evenly_spaced(data, training.config.valid_decode)

@@ -34,43 +34,28 @@ WINDOW_CONTEXT = 2 * SAMPLING_RATE  # samples on each side
 
 
 class AudioChunk(NamedTuple):
-    """Part of a recording that is recognized independently.
+    """Part of a recording that is recognized independently."""
 
-    start: position of its first sample in the recording.
-    samples: (N,).
-    features: (T, 80); None without speech, or if too short to recognize.
-    context: text for the LLM in addition to the audio, such as names that may occur.
-    hotwords: phrases to favor, instead of the search's hotwords.
-    """
-
-    start: int
-    samples: Tensor
-    features: Tensor | None
-    context: str = ""
-    hotwords: Hotwords | None = None
+    start: int  # position of its first sample in the recording
+    samples: Tensor  # (N,)
+    features: Tensor | None  # (T, 80); None without speech, or if too short to recognize
+    context: str = ""  # text for the LLM in addition to the audio, such as names that may occur
+    hotwords: Hotwords | None = None  # phrases to favor, instead of the search's hotwords
 
 
 class Chunker:
-    """Splits recordings in pauses, and separates non-speech.
-
-    Attributes:
-      batch_seconds: seconds of audio per encoder pass, but at least one window; may be changed
-        between passes.
-    """
+    """Splits recordings in pauses, and separates non-speech."""
 
     def __init__(self, recognizer: Recognizer, config: LongformConfig):
         self.recognizer, self.config = recognizer, config
-        self.batch_seconds = config.max_duration
+        self.batch_seconds = config.max_duration  # per encoder pass, at least a window; may change
         self.fbank = fbank_extractor()
         self.detect_speech = SpeechDetector()
 
     def __call__(self, blocks: Iterable[Tensor]) -> Iterator[AudioChunk]:
-        """Split a recording into chunks of at most `max_segment_duration`, without gaps.
+        """Split blocks of 16 kHz samples (N,) into chunks of at most `max_segment_duration`.
 
         A short recording is split only if it contains non-speech.
-
-        Args:
-          blocks: 16 kHz samples (N,).
         """
         limit = round(self.config.max_segment_duration * SAMPLING_RATE)
         blocks, first, held = iter(blocks), [], 0
@@ -90,7 +75,7 @@ class Chunker:
     def _split(self, blocks: Iterable[Tensor]) -> Iterator[AudioChunk]:
         max_length = int(self.config.max_segment_duration * FRAMES_PER_SECOND)
         min_silence = round(self.config.min_silence * FRAMES_PER_SECOND)
-        state = SegmenterState(spikes=self._no_spikes())
+        state = SegmenterState(spikes=None if self.recognizer.ctc_decoder is None else [])
         held, start = torch.zeros(0), 0
         for window in chain(self._analysed(blocks), [None]):
             if window:
@@ -133,9 +118,6 @@ class Chunker:
     def _non_speech(self, recordings: list[Tensor]) -> list[np.ndarray]:
         speech = self.detect_speech(recordings)
         return [non_speech_mask(p, len(own) // FRAME) for p, own in zip(speech, recordings)]
-
-    def _no_spikes(self) -> list[CtcSpike] | None:
-        return None if self.recognizer.ctc_decoder is None else []
 
     def _spikes(self, features: list[Tensor]) -> list[list[CtcSpike] | None]:
         if self.recognizer.ctc_decoder is None:

@@ -1,36 +1,28 @@
 """LongformConfig: options for segmenting and batching recordings of any length."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from speechllm.cli import check_range, option
 
 FORMAT_SUFFIXES = {"text": "txt", "json": "json", "srt": "srt", "vtt": "vtt", "ctm": "ctm"}
 HOUR = 3600.0  # s
+_option = partial(option, group="recordings")
 
 
 @dataclass(frozen=True)
 class LongformConfig:
-    """Options of transcribe.py and serve.py.
+    """Options of transcribe.py and serve.py; values out of range raise InputError."""
 
-    Raises:
-      InputError: a value is out of range.
-    """
-
-    max_segment_duration: float = option(
-        20.0, "maximum segment length in seconds; should not exceed the longest training utterance",
-        group="recordings",
-    )  # fmt: skip
-    min_silence: float = option(
-        0.8, "seconds of silence that end a segment in a long recording", group="recordings"
+    max_segment_duration: float = _option(
+        20.0, "maximum segment length in seconds; should not exceed the longest training utterance"
     )
-    endpoint_silence: float = option(
-        0.8, "seconds of silence that end a phrase in a stream", group="recordings"
-    )
-    max_duration: float = option(200.0, "seconds of audio per batch", group="recordings")
-    dtype: str | None = option(
+    min_silence: float = _option(0.8, "seconds of silence that end a segment in a long recording")
+    endpoint_silence: float = _option(0.8, "seconds of silence that end a phrase in a stream")
+    max_duration: float = _option(200.0, "seconds of audio per batch")
+    dtype: str | None = _option(
         None, "precision of the model; auto: bfloat16 if the GPU or CPU supports it",
-        group="recordings", choices=("auto", "float32", "float16", "bfloat16"),
-        unset="by --use-fp16 and --use-bf16",
+        choices=("auto", "float32", "float16", "bfloat16"), unset="by --use-fp16 and --use-bf16",
     )  # fmt: skip
 
     def __post_init__(self):

@@ -42,10 +42,7 @@ class CtcSpike(NamedTuple):
 
 @dataclass
 class SegmenterState:
-    """Data for a recording's frames: smoothed energies (T,) in nats, spikes, non-speech mask (T,).
-
-    Without a CTC head, `spikes` is None.
-    """
+    """Smoothed energies (T,) in nats, spikes (None without a CTC head), non-speech mask (T,)."""
 
     energies: np.ndarray = field(default_factory=lambda: np.zeros(0))
     spikes: list[CtcSpike] | None = None
@@ -55,7 +52,6 @@ class SegmenterState:
         return len(self.energies)
 
     def append(self, frames: "SegmenterState") -> None:
-        """Append the next frames."""
         if self.spikes is not None:
             self.spikes += [spike.shifted(len(self)) for spike in frames.spikes]
         self.energies = np.concatenate([self.energies, frames.energies])
@@ -129,11 +125,7 @@ def smoothed_energies(features: Tensor) -> np.ndarray:
 
 
 def non_speech_mask(speech: Tensor, frames: int) -> np.ndarray:
-    """Return a mask (frames,) of stretches longer than 2 s without speech.
-
-    Args:
-      speech: speech probabilities (N,) from audio.vad.SpeechDetector.
-    """
+    """Return a mask (frames,) of over 2 s without speech, from speech probabilities (N,)."""
     centres = (np.arange(frames) + 0.5) * FRAME / WINDOW
     has_speech = speech.numpy()[centres.astype(int)] >= SPEECH
     quiet = ~binary_dilation(has_speech, iterations=MARGIN)

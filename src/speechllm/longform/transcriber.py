@@ -59,8 +59,6 @@ def load_transcriber(
 
 @dataclass
 class _Recording:
-    """A recording in progress."""
-
     name: str
     samples: int = 0  # number of samples in chunks so far
     pending: int = 0  # number of chunks being recognized
@@ -93,13 +91,7 @@ class Transcriber:
         config: LongformConfig = LongformConfig(),
         language: str | None = None,
     ):
-        """
-        Args:
-          language: language of the transcripts, such as "en"; copied to them.
-
-        Raises:
-          InputError: a segment of the maximum length exceeds the LLM's positions.
-        """
+        """Raise InputError if a segment exceeds the LLM's positions; transcripts get `language`."""
         self.recognizer, self.config, self.language = recognizer, config, language
         self.split = Chunker(recognizer, config)
         limit, needed = self._positions()
@@ -246,11 +238,7 @@ class Transcriber:
         return self.recognizer.model.chat.use_context
 
     def check_context(self, context: str) -> None:
-        """Check that the model supports this context.
-
-        Raises:
-          InputError: the model was trained without contexts, or the context is too long.
-        """
+        """Raise InputError if the model takes no contexts, or if the context is too long."""
         if not context:
             return
         if not self.takes_context:
@@ -309,10 +297,7 @@ def _segment(chunk: AudioChunk, recognition: Recognition | None = None) -> Segme
 
 
 def make_segment(start: float, end: float, recognition: Recognition | None) -> Segment:
-    """Return the segment from `start` to `end` seconds; recognition None means non-speech.
-
-    So does an empty CTC text: an LLM generates text even for a click or cough.
-    """
+    """Return a segment; recognition None or an empty CTC text, as for a click, means non-speech."""
     flags = tuple(recognition.flags) if recognition else ()
     if recognition is None or recognition.ctc_text == "":
         return Segment(start, end, "", source=NO_SPEECH, flags=flags)

@@ -40,7 +40,6 @@ def as_json(transcript: Transcript) -> str:
 
 
 def as_srt(transcript: Transcript) -> str:
-    """Format as SubRip subtitles."""
     return "".join(
         f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{text}\n\n"
         for number, (start, end, text) in enumerate(subtitles(transcript), start=1)
@@ -160,7 +159,6 @@ def _printable_name(transcript: Transcript) -> str:
 
 
 def segment_json(segment: Segment) -> dict:
-    """Return the JSON fields of a segment and its words."""
     return {
         "start": round(segment.start, 3),
         "end": round(segment.end, 3),

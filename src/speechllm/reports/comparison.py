@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,10 @@ from speechllm.errors import InputError
 from speechllm.io import atomic_write
 from speechllm.reports import page, signed
 from speechllm.reports.diff import marks
-from speechllm.reports.tables import MAX_ROWS, Row, error_name, row
+from speechllm.reports.tables import Row, row
 from speechllm.scoring.bootstrap import Difference, paired_bootstrap
 from speechllm.scoring.files import read_recogs
-from speechllm.scoring.wer import Pair, ScoredUtterance, count_pairs
+from speechllm.scoring.wer import ScoredUtterance
 
 SIGNIFICANT = 0.05  # p-value
 
@@ -37,13 +36,9 @@ class UtterancePair:
 
 
 def compare_models(a: Path, b: Path, html: Path | None = None) -> None:
-    """Print a comparison for each test set decoded in both models' directories.
+    """Compare each set in both directories, and last list the verdicts; or raise InputError.
 
-    The last lines list the verdict for each set. A set's page is written next to `html`, with the
-    set in its name.
-
-    Raises:
-      InputError: the directories have no set in common; or see `compare`.
+    A set's page is written next to `html`, with the set in its name.
     """
     of_a, of_b = newest_recogs(a), newest_recogs(b)
     sets = [name for name in of_a if name in of_b]
@@ -68,20 +63,14 @@ def newest_recogs(folder: Path) -> dict[str, Path]:
 
 
 def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
-    """Print a comparison of two recogs-*.txt files, and write its page to `html`.
-
-    Returns:
-      Both error rates, and whether B is better (see `verdict`).
-
-    Raises:
-      FileNotFoundError, InputError: a file is missing or damaged, or the utterances differ.
-    """
+    """Print a comparison, write its page, return the verdict; or raise InputError for bad files."""
     a, b = read_recogs(a_path), read_recogs(b_path)
     rate = rate_of(a_path)
     if rate_of(b_path) != rate:
         raise InputError(f"{a_path} has a {rate}, {b_path} a {rate_of(b_path)}")
     difference = paired_bootstrap(a, b)
-    utterances = differing_utterances(a, b)
+    utterances = [UtterancePair(*pair) for pair in zip(a, b) if pair[0].hyp != pair[1].hyp]
+    utterances.sort(key=lambda one: (-one.more_errors, one.a.id))
     values = {
         "a": row("A", a),
         "b": row("B", b),
@@ -92,13 +81,10 @@ def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
     }
     print(f"A: {a_path}\nB: {b_path}\n{summary(**values)}")
     if html is not None:
-        changed = changed_errors(count_pairs(a), count_pairs(b))
         text = page(
             "comparison.html",
             title=f"{a_path.stem}, {b_path.stem}",
             names=(a_path, b_path),
-            changed=changed[:MAX_ROWS],
-            left_out=len(changed[MAX_ROWS:]),
             utterances=utterances,
             marks=marks,
             **values,
@@ -107,14 +93,9 @@ def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
         with atomic_write(html) as partial:
             partial.write_text(text, encoding="utf-8")
         print(f"Wrote {html}")
-    return verdict(values["a"], values["b"], difference)
-
-
-def verdict(a: Row, b: Row, difference: Difference) -> str:
-    """Return both error rates and `B is better`, `B is worse` or `no significant difference`."""
-    change = "worse" if difference.wer > 0 else "better"
-    result = f"B is {change}" if difference.p < SIGNIFICANT else "no significant difference"
-    return f"{a.counts.wer:.2f}% → {b.counts.wer:.2f}%, {result}"
+    change = "B is worse" if difference.wer > 0 else "B is better"
+    result = change if difference.p < SIGNIFICANT else "no significant difference"
+    return f"{values['a'].counts.wer:.2f}% → {values['b'].counts.wer:.2f}%, {result}"
 
 
 def rate_of(recogs: Path) -> str:
@@ -129,18 +110,9 @@ def rate_of(recogs: Path) -> str:
     return found[1]
 
 
-def differing_utterances(
-    a: Sequence[ScoredUtterance], b: Sequence[ScoredUtterance]
-) -> list[UtterancePair]:
-    """Return utterances whose hypotheses differ, the largest increase in errors first."""
-    found = [UtterancePair(x, y) for x, y in zip(a, b, strict=True) if x.hyp != y.hyp]
-    return sorted(found, key=lambda one: (-one.more_errors, one.a.id))
-
-
 def summary(
     a: Row, b: Row, rate: str, difference: Difference, changes: Counter[str], same: int
 ) -> str:
-    """Return the summary printed by compare.py."""
     units = "characters" if rate == "CER" else "words"
     return "\n".join([
         f"{a.utterances} utterances, {a.counts.ref_words} {units}",
@@ -155,13 +127,3 @@ def summary(
         f"B is better in {changes['better']} utterances and worse in {changes['worse']}; "
         f"other {units} but as many errors in {changes['other']}, the same {units} in {same}",
     ])  # fmt: skip
-
-
-def changed_errors(a: Counter[Pair], b: Counter[Pair]) -> list[tuple[str, int, int]]:
-    """Return (error, count in A, count in B) for differing counts, largest change first."""
-    changed = [
-        (error_name(pair), a[pair], b[pair])
-        for pair in a | b
-        if pair[0] != pair[1] and a[pair] != b[pair]
-    ]
-    return sorted(changed, key=lambda one: (-abs(one[2] - one[1]), one[0]))

@@ -18,23 +18,19 @@ class Mark(NamedTuple):
 
 
 def marks(pairs: Sequence[Pair], words: Sequence[Any] | None = None) -> list[Mark]:
-    """Return marks; adjacent correct words with high confidence are joined into one mark.
-
-    Args:
-      words: a TimedWord per hypothesis word; ignored if normalization changed their number.
-    """
+    """Return marks; adjacent correct words are joined unless their confidence is low."""
+    # Normalization may change the number of hypothesis words.
     if words is None or len(words) != sum(len(hyp) for _, hyp in pairs):
         words = [None] * len(pairs)
     remaining = iter(words)
-    pieces = [_mark(ref, hyp, next(remaining) if hyp else None) for ref, hyp in pairs]
+    pieces = []
+    for ref, hyp in pairs:
+        word = next(remaining) if hyp else None
+        is_low = word and word.confidence < LOW_CONFIDENCE
+        pieces.append(Mark(" ".join(ref), " ".join(hyp), word if is_low else None))
     joined = []
     for is_plain, run in groupby(pieces, key=lambda m: m.ref == m.hyp and not m.uncertain):
         run = list(run)
         text = " ".join(mark.ref for mark in run)
         joined += [Mark(text, text)] if is_plain else run
     return joined
-
-
-def _mark(ref: tuple[str, ...], hyp: tuple[str, ...], word: Any | None) -> Mark:
-    is_low = word and word.confidence < LOW_CONFIDENCE
-    return Mark(" ".join(ref), " ".join(hyp), word if is_low else None)

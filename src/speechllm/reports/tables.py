@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from speechllm.scoring.bootstrap import bootstrap_interval
@@ -41,7 +42,6 @@ class Table:
 
 
 def row(name: str, utterances: Sequence[ScoredUtterance]) -> Row:
-    """Return the row for a group of utterances."""
     counts = word_error_counts(utterances)
     return Row(name, len(utterances), counts, *bootstrap_interval(utterances))
 
@@ -51,21 +51,14 @@ def buckets(
 ) -> dict[str, list[Item]]:
     """Group items by a value, from low to high, with names such as `5–10` and `64+`.
 
-    Args:
-      edges: lower ends of the buckets.
-      step: 1 for integers, so that the bucket before 8 is `4–7`, else 0.
+    `step` is 1 for integers, so that the bucket before 8 is `4–7`, else 0.
     """
     found = defaultdict(list)
     for item in items:
         found[bisect_right(edges, value(item)) - 1].append(item)
-    return {_bucket_name(edges, i, step): found[i] for i in sorted(found)}
-
-
-def _bucket_name(edges: Sequence[int], i: int, step: int) -> str:
-    if i + 1 == len(edges):
-        return f"{edges[i]}+"
-    first, last = edges[i], edges[i + 1] - step
-    return f"{first}–{last}" if first < last else f"{first}"
+    ranges = {i: (low, high - step) for i, (low, high) in enumerate(pairwise(edges))}
+    names = {i: f"{low}–{high}" if low < high else f"{low}" for i, (low, high) in ranges.items()}
+    return {names.get(i, f"{edges[-1]}+"): found[i] for i in sorted(found)}
 
 
 def frequent_errors(pairs: Counter[Pair]) -> list[Table]:
@@ -74,13 +67,8 @@ def frequent_errors(pairs: Counter[Pair]) -> list[Table]:
     for (ref, hyp), n in pairs.items():
         if ref != hyp:
             kind = "Insertions" if not ref else "Substitutions" if hyp else "Deletions"
-            kinds[kind].append((" → ".join(ref + hyp), error_name((ref, hyp)), n))
+            search = f"[{ref[0] if ref else '*'} → {hyp[0] if hyp else '*'}]"  # see base.js
+            kinds[kind].append((" → ".join(ref + hyp), search, n))
     for rows in kinds.values():
         rows.sort(key=lambda row: (-row[2], row[0]))
     return [Table(kind, rows[:MAX_ROWS], len(rows[MAX_ROWS:])) for kind, rows in kinds.items()]
-
-
-def error_name(pair: Pair) -> str:
-    """Return `[n → m]`, `[n → *]` or `[* → m]`, the search term in base.js."""
-    ref, hyp = (" ".join(side) or "*" for side in pair)
-    return f"[{ref} → {hyp}]"

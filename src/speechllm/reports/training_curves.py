@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -22,14 +22,6 @@ PANELS = {  # panel title: curves
     "gradient scale": ("grad_scale",),
 }
 LOGARITHMIC = ("loss", "gradient norm", "gradient scale")
-COLUMNS = {  # table column: curve; min or max for the best value, None for the last; format
-    "epoch": ("epoch", None, ".0f"),
-    "loss": ("tot_loss", None, ".4f"),
-    "best validation loss": ("valid_loss", min, ".4f"),
-    "best validation accuracy": ("valid_acc", max, ".2%"),
-    "best validation WER %": ("valid_wer", min, ".2f"),
-    "audio s/s": ("audio_seconds_per_second", None, ".1f"),
-}
 STYLES = {  # by the part of a curve's name before the _
     "valid": {"linestyle": "none", "marker": "o", "markersize": 4, "zorder": 3},
     "current": {"linewidth": 0.5, "alpha": 0.35},
@@ -90,25 +82,6 @@ def plot(trainings: dict[str, dict[str, Curve]]) -> Figure:
     return figure
 
 
-def rows(trainings: dict[str, dict[str, Curve]]) -> list[list[str]]:
-    """Return the table: column names, then one row per training."""
-    table = [["training", *COLUMNS]]
-    for training, curves in trainings.items():
-        cells = [_cell(curves.get(name, []), *kind) for name, *kind in COLUMNS.values()]
-        table.append([training, *cells])
-    return table
-
-
-def _cell(curve: Curve, choose: Callable | None, form: str) -> str:
-    """Format the last value, or the lowest or highest finite value with its step."""
-    if choose:
-        curve = [point for point in curve if math.isfinite(point[1])]
-    if not curve:
-        return "-"
-    step, value = choose(curve, key=lambda point: point[1]) if choose else curve[-1]
-    return f"{value:{form}} after {step:,}" if choose else f"{value:{form}}"
-
-
 def svg(figure: Figure) -> str:
     """Return SVG to embed in HTML: transparent, with text in the page's font and color."""
     out = io.StringIO()
@@ -120,12 +93,7 @@ def svg(figure: Figure) -> str:
 
 
 def plot_trainings(exp_dirs: list[Path], out: Path) -> None:
-    """Write a page or image with the curves of several trainings to `out`.
-
-    Raises:
-      InputError: `out` is neither *.html nor *.png.
-      FileNotFoundError: a run has no tensorboard files.
-    """
+    """Write the curves to `out`, an *.html or *.png; or raise InputError or FileNotFoundError."""
     if out.suffix not in (".html", ".png"):
         raise InputError(f"--out {out} must end in .html or .png")
     trainings = {str(exp_dir): read_curves(exp_dir) for exp_dir in exp_dirs}
@@ -136,6 +104,6 @@ def plot_trainings(exp_dirs: list[Path], out: Path) -> None:
             figure.savefig(partial, dpi=150)
         else:
             title = ", ".join(trainings)
-            text = page("training.html", title=title, rows=rows(trainings), figure=svg(figure))
+            text = page("training.html", title=title, figure=svg(figure))
             partial.write_text(text, encoding="utf-8")
     print(f"Wrote {out}")

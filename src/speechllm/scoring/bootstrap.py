@@ -14,12 +14,12 @@ from speechllm.scoring.wer import ScoredUtterance
 
 
 def bootstrap_interval(
-    utterances: Sequence[ScoredUtterance], samples: int = 1000, seed: int = 0
+    utterances: Sequence[ScoredUtterance], samples: int = 1000
 ) -> tuple[float, float]:
     """Return the 95% interval of the WER in percent; the order of utterances does not matter."""
     if not utterances:
         return 0.0, 0.0
-    errors, words = _resample(_errors_and_words(utterances), samples, seed).T
+    errors, words = _resample(_errors_and_words(utterances), samples).T
     # The quantile is one of the samples: a finite and an infinite WER cannot be interpolated.
     low, high = np.quantile(_per_100(errors, words), [0.025, 0.975], method="inverted_cdf")
     return float(low), float(high)
@@ -35,24 +35,18 @@ class Difference(NamedTuple):
 
 
 def paired_bootstrap(
-    before: Sequence[ScoredUtterance],
-    after: Sequence[ScoredUtterance],
-    samples: int = 10000,
-    seed: int = 0,
+    before: Sequence[ScoredUtterance], after: Sequence[ScoredUtterance], samples: int = 10000
 ) -> Difference:
     """Compare two decodings of the same utterances; positive if `after` has the higher WER.
 
     Each sample draws utterances as in `bootstrap_interval`, the same for both decodings. The
     two-sided p-value is twice the fraction of samples on the rarer side of 0; the data itself
-    counts as one more sample, so p is never 0.
-
-    Raises:
-      InputError: there are no utterances, or the ids or references differ.
+    counts as one more sample, so p is never 0. Other ids or references raise InputError.
     """
     _check_same_references(before, after)
     one, other = _errors_and_words(before), _errors_and_words(after)
     more, words = other[:, 0] - one[:, 0], one[:, 1]
-    differences = _per_100(*_resample(np.stack([more, words], axis=1), samples, seed).T)
+    differences = _per_100(*_resample(np.stack([more, words], axis=1), samples).T)
     low, high = np.quantile(differences, [0.025, 0.975], method="inverted_cdf")
     rarer = min((differences >= 0).sum(), (differences <= 0).sum())
     wer, p = _per_100(more.sum(), words.sum()), min(1.0, 2 * (rarer + 1) / (samples + 1))
@@ -62,7 +56,6 @@ def paired_bootstrap(
 def _check_same_references(
     before: Sequence[ScoredUtterance], after: Sequence[ScoredUtterance]
 ) -> None:
-    """Raise InputError if there are no utterances, or if their ids or references differ."""
     one, other = ({u.id: u.ref for u in utterances} for utterances in (before, after))
     if not one and not other:
         raise InputError("no utterances to compare")
@@ -84,9 +77,9 @@ def _errors_and_words(utterances: Sequence[ScoredUtterance]) -> np.ndarray:
     return np.array([(one.counts.errors, one.counts.ref_words) for one in ordered])
 
 
-def _resample(counts: np.ndarray, samples: int, seed: int) -> np.ndarray:
+def _resample(counts: np.ndarray, samples: int) -> np.ndarray:
     """Sum the counts of N utterances drawn with replacement: (N, 2) -> (samples, 2)."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     # One sample at a time: memory stays at O(N), and N is large enough to vectorize over.
     draws = (rng.integers(len(counts), size=len(counts)) for _ in range(samples))
     return np.array([counts[draw].sum(axis=0) for draw in draws])

@@ -36,12 +36,7 @@ def recogs_text(utterances: Sequence[ScoredUtterance]) -> str:
 
 
 def read_recogs(path: Path) -> list[ScoredUtterance]:
-    """Read and align the utterances in a recogs-*.txt file.
-
-    Raises:
-      FileNotFoundError: the file is missing.
-      InputError: a line is malformed, or two utterances have the same id.
-    """
+    """Read and align the utterances in a recogs-*.txt; or raise FileNotFoundError or InputError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n")

@@ -44,7 +44,6 @@ class ErrorCounts:
 
 
 def total_counts(counts: Iterable[ErrorCounts], rate: str = "WER") -> ErrorCounts:
-    """Return the error counts summed over utterances."""
     counts, fields = list(counts), ("insertions", "deletions", "substitutions", "ref_words")
     return ErrorCounts(*(sum(getattr(one, name) for one in counts) for name in fields), rate)
 
@@ -60,7 +59,6 @@ class ScoredUtterance:
 
     @cached_property
     def counts(self) -> ErrorCounts:
-        """Word error counts."""
         return _pair_counts(self.pairs)
 
     @cached_property
@@ -76,12 +74,10 @@ def align(ref: Sequence[str], hyp: Sequence[str]) -> list[Pair]:
 
 
 def align_utterance(cut_id: str, ref: Sequence[str], hyp: Sequence[str]) -> ScoredUtterance:
-    """Return the utterance with its alignment."""
     return ScoredUtterance(cut_id, list(ref), list(hyp), align(ref, hyp))
 
 
 def word_error_counts(utterances: Iterable[ScoredUtterance], rate: str = "WER") -> ErrorCounts:
-    """Return the word errors of all utterances."""
     return total_counts((one.counts for one in utterances), rate)
 
 

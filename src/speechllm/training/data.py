@@ -203,9 +203,8 @@ class TrainingData:
         source = self.source(1)
         if source.is_sharded:
             source = replace(source, cuts=source.sample, sample=None)
-        position = EpochPosition(seed=0)
-        config = self.config
-        for cuts in train_sampler(source, config, position, self.count_positions, shuffle=False):
+        position, config = EpochPosition(seed=0), replace(self.config, shuffle=False)
+        for cuts in train_sampler(source, config, position, self.count_positions):
             if config.concatenate_cuts:
                 cuts = CutConcatenate(config.gap, config.duration_factor)(cuts)
             yield cuts

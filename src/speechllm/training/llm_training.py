@@ -261,6 +261,6 @@ def fill_encoder_cache(
         )
     logging.info(
         f"Encoder cache {cache.folder}: {total - len(durations)} utterances found, "
-        f"{len(durations)} encoded, {cache.gigabytes:.2f} GB, {time.monotonic() - start:.1f} s"
+        f"{len(durations)} encoded, {time.monotonic() - start:.1f} s"
     )
     return cache

@@ -1,13 +1,10 @@
 """Hugging Face datasets on disk."""
 
-import json
 import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-
-from speechllm.data.corpora.huggingface import dataset_files
 
 
 @pytest.fixture
@@ -17,7 +14,6 @@ def dataset(tmp_path):
     def write(**columns):
         folder = tmp_path / "dataset"
         folder.mkdir()
-        (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "d.arrow"}]}))
         table = pyarrow.table(columns)
         with pyarrow.ipc.new_stream(folder / "d.arrow", table.schema) as file:
             file.write_table(table, 2)
@@ -38,21 +34,23 @@ def test_audio_paths_and_lists_of_hotwords_are_read(dataset, prepare, tmp_path, 
     assert not list((tmp_path / "out").glob("*audio*"))
 
 
-@pytest.mark.parametrize(
-    ("names", "splits"),
-    [
-        (["data/train-00000-of-00001", "data/test-00000-of-00001"], ["train", "test"]),
-        (["default/train/0000", "default/test/0000"], ["train", "test"]),  # converted by the hub
-        (["0000", "0001"], ["", ""]),
-    ],
-)
-def test_parquet_files_have_their_split_in_the_name(tmp_path, names, splits):
+def test_splits_are_named_by_files_or_folders(prepare, tmp_path, write_audio):
+    audio = [str(write_audio(tmp_path / "a.wav"))]
+    names = ("train-0-of-1-3f", "data/test-00000-of-00002", "data/test-00001-of-00002",
+             "default/dev/0000", "eval/data-00000-of-00001")  # fmt: skip
     for name in names:
-        path = tmp_path / f"{name}.parquet"
+        path = tmp_path / f"in/{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    found = {path: split for split, path in dataset_files(tmp_path)}
-    assert [found[tmp_path / f"{name}.parquet"] for name in names] == splits
+        table = pyarrow.table({"id": [name.replace("/", "-")], "audio": audio, "text": ["x"]})
+        pyarrow.parquet.write_table(table, path)
+    (tmp_path / "in/cache-1.arrow").touch()
+    _, report = prepare("--huggingface", tmp_path / "in")
+    sizes = {split: one["utterances"] for split, one in report["splits"].items()}
+    assert sizes == {"train": 1, "test": 2, "dev": 1, "eval": 1}
+    path.unlink()
+    (tmp_path / "in/data/test-00000-of-00002.parquet").unlink()
+    with pytest.raises(SystemExit, match="data has 1 of the 2 files test-…-of-00002"):
+        prepare("--huggingface", tmp_path / "in")
 
 
 def test_invalid_rows_leave_no_copies(dataset, prepare, tmp_path, write_audio):
@@ -65,7 +63,7 @@ def test_invalid_rows_leave_no_copies(dataset, prepare, tmp_path, write_audio):
 
 
 def test_other_folders_are_an_error(dataset, prepare, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="has no state.json, dataset_dict.json or "):
+    with pytest.raises(SystemExit, match=r"has no \*.arrow or "):
         prepare("--huggingface", tmp_path)
     folder = dataset(audio=["x"], words=["y"])
     with pytest.raises(SystemExit, match="d.arrow has no column for text; it has audio, words: "):

@@ -8,8 +8,8 @@ from lhotse import Recording, RecordingSet, SupervisionSegment, SupervisionSet
 
 LAYOUTS = {  # layout: transcripts, audio files, and text by split of what is read
     "librispeech": (
-        {"dev-clean/1/2/1-2.trans.txt": "1-2-0 YES SIR\n1-2-1 NO\n"},
-        ["dev-clean/1/2/1-2-0.flac", "dev-clean/1/2/1-2-1.flac"],
+        {"dev-clean/1/2/1-2.TRANS.TXT": "1-2-0 YES SIR\n1-2-1 NO\n"},
+        ["dev-clean/1/2/1-2-0.FLAC", "dev-clean/1/2/1-2-1.flac"],
         {"dev-clean": {"YES SIR", "NO"}},
     ),
     "aishell": (
@@ -91,14 +91,6 @@ def test_layouts_are_found_in_linked_folders(corpus, prepare):
     assert {cut.supervisions[0].text for cut in cuts.values()} == set.union(*expected.values())
 
 
-def test_layouts_are_found_in_capital_letters(tmp_path, prepare, write_audio):
-    folder = tmp_path / "in/DEV-CLEAN/1/2"
-    write_audio(folder / "1-2-0.FLAC")
-    (folder / "1-2.TRANS.TXT").write_text("1-2-0 YES\n")
-    _, report = prepare("--folder", tmp_path / "in")
-    assert list(report["splits"]) == ["dev-clean"]
-
-
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_audio_folders_of_hugging_face_are_tables(tmp_path, prepare, write_audio, ending):
     for split in ("train", "test"):
@@ -126,8 +118,8 @@ def test_differences_of_transcripts_and_audio_are_named(tmp_path, prepare, write
     write_audio(folder / "1-2-9.flac")
     (folder / "1-2.trans.txt").write_text("1-2-0 YES\n1-2-1 NO\n")
     cuts, report = prepare("--folder", tmp_path / "in", "--skip-invalid", "true")
-    assert list(cuts) == ["1-2-0"] and report["given"] == {"utterances": 3, "used": 1}
-    assert report["skipped"]["counts"] == {"no-audio": 1, "no-text": 1}
+    assert list(cuts) == ["1-2-0"] and (report["given"], report["used"]) == (3, 1)
+    assert [one["reason"] for one in report["skipped"]] == ["no-audio", "no-text"]
 
 
 def test_other_layouts_are_read_by_lhotse_recipes(tmp_path, prepare, write_audio, monkeypatch):

@@ -34,7 +34,6 @@ class AudioFile(NamedTuple):
 
     @property
     def duration(self) -> float:
-        """Duration in seconds."""
         return self.num_samples / self.sampling_rate
 
 
@@ -44,12 +43,7 @@ Problem = tuple[str, str]  # one of validation.REASONS, and a description
 def check_files(
     paths: Iterable[Path], copies: Path, mix: bool = False, num_jobs: int = 1
 ) -> dict[Path, AudioFile | Problem]:
-    """Decode each file from beginning to end: a header does not reveal truncation.
-
-    Args:
-      copies: folder for copies; created if needed.
-      mix: copy multi-channel files as one channel, their mean.
-    """
+    """Decode each file, as headers do not reveal truncation; `mix` copies the mean of channels."""
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(num_jobs) as executor:  # soundfile decodes outside Python's lock
         found = executor.map(partial(check_file, copies=copies, mix=mix), paths)

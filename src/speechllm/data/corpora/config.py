@@ -19,18 +19,12 @@ SIDES = {"A": 1, "B": 2}  # channel names in telephone corpora
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Options of prepare_corpus.py.
-
-    Raises:
-      InputError: a value is out of range.
-      FileNotFoundError: the source does not exist.
-    """
+    """Options of prepare_corpus.py; wrong values raise InputError or FileNotFoundError."""
 
     source: str  # one of SOURCES
     path: Path
     corpus: str = option("", "name of the corpus in file names")
     manifest_dir: Path = option(Path("data/fbank"), "output directory for cut files")
-    train_split: str = option("train", "name of the training split in the corpus")
     split: str = option("", "assign all utterances to this split, and add it to the corpus")
     layout: str = option(
         "auto", "layout of --folder: auto (recognized by its files), " + ", ".join(LAYOUTS)
@@ -72,29 +66,15 @@ class PrepareConfig:
             raise InputError(f"--{self.source} {self.path} is not a directory")
 
     @property
-    def columns(self) -> dict[str, str]:
-        """Column names given by flags, by field."""
-        given = {"text": self.text_column, "path": self.path_column}
-        return {field: name for field, name in given.items() if name}
-
-    @property
-    def mix(self) -> bool:
-        return self.channel == MIX
-
-    @property
     def channel_index(self) -> int | None:
-        """0-based channel index, 0 with `mix`; None if not set."""
-        if self.mix:
+        """0-based channel index, 0 for the mean; None if not set."""
+        if self.channel == MIX:
             return 0
         return None if self.channel is None else channel_number(self.channel or "0")
 
 
 def channel_number(text: str) -> int | None:
-    """Parse `1` or `A` as 0, the first channel, and "" as None.
-
-    Raises:
-      ValueError: the text is neither a positive number nor A or B.
-    """
+    """Parse `1` or `A` as 0, the first channel, and "" as None; else raise ValueError."""
     if not text:
         return None
     number = SIDES.get(text) or (int(text) if re.fullmatch(r"[0-9]{1,3}", text) else 0)

@@ -23,11 +23,7 @@ def audio_and_texts(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path) -> Iterator[Utterance]:
-    """Read a folder's utterances; audio without text, or text without audio, is a problem.
-
-    Raises:
-      InputError: the folder contains no audio file.
-    """
+    """Read a folder's utterances; raise InputError if it has no audio file."""
     files = audio_and_texts(folder)
     texts = {path.with_suffix(""): path for path in files if path.suffix.lower() in TEXTS}
     sounds = [path for path in files if path.suffix.lower() in SUFFIXES]

@@ -3,62 +3,50 @@
 Requires pyarrow but not datasets. Embedded audio is written to files.
 """
 
-import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from speechllm.data.corpora.utterance import Utterance, as_text, find_columns, from_fields
 from speechllm.errors import InputError, first_line
+from speechllm.io import files_below
 
 ROWS = 16  # rows read at a time: audio is large
 
 
-def dataset_files(folder: Path) -> list[tuple[str, Path]]:
-    """List (split, file) for the data files, in order; split is "" if the dataset has no splits.
+def dataset_files(folder: Path) -> list[Path]:
+    """List the data files, except caches; raise InputError if any is missing by their names."""
+    found = [path for path in files_below(folder) if path.suffix in (".arrow", ".parquet")]
+    files = [path for path in found if not path.name.startswith("cache-")]
+    if not files:
+        raise InputError(f"{folder} has no *.arrow or *.parquet")
+    numbered = [(path.parent, re.match(r"(.*)-\d+-of-(\d+)", path.stem)) for path in files]
+    counts = Counter((parent, *name.groups()) for parent, name in numbered if name)
+    for (parent, name, total), count in counts.items():
+        if count != int(total):
+            raise InputError(f"{parent} has {count} of the {int(total)} files {name}-…-of-{total}")
+    return files
 
-    Raises:
-      InputError: no files were found, or the dataset's JSON cannot be read.
+
+def _split(file: Path, folder: Path) -> str:
+    """Return the split of `train-0-of-2.parquet`, `train/0.parquet` and `train/data-0-of-2.arrow`,
+    or "" if the dataset has no splits.
     """
-    if (folder / "dataset_dict.json").is_file():
-        splits = _json(folder / "dataset_dict.json").get("splits", [])
-        return [(split, file) for split in splits for file in _arrow_files(folder / split)]
-    if (folder / "state.json").is_file():
-        return [("", file) for file in _arrow_files(folder)]
-    if parquet := sorted(folder.rglob("*.parquet")):
-        return [(_split(path, folder), path) for path in parquet]
-    raise InputError(f"{folder} has no state.json, dataset_dict.json or *.parquet")
-
-
-def _split(parquet: Path, folder: Path) -> str:
-    """Return the split of `train-00000-of-00002.parquet` or `train/0000.parquet`."""
-    name = parquet.stem.split("-")[0]
-    if not name.isdigit():
+    name = file.stem.split("-")[0]
+    if file.suffix == ".parquet" and not (name == "data" or name.isdigit()):
         return name
-    return "" if parquet.parent == folder else parquet.parent.name
+    return "" if file.parent == folder else file.parent.name
 
 
-def huggingface_files(folder: Path) -> list[Path]:
-    return [path for _, path in dataset_files(folder)]
-
-
-def read_huggingface(
-    folder: Path, copies: Path, chosen: Mapping[str, str] | None = None
-) -> Iterator[Utterance]:
-    """Read the utterances in a dataset.
-
-    Args:
-      copies: folder for embedded audio; created if needed.
-      chosen: column names given by flags, by field.
-
-    Raises:
-      InputError: pyarrow is missing, a file cannot be read, or a required column is missing.
-    """
-    rows = ((split, path, row) for split, path in dataset_files(folder) for row in _rows(path))
-    for number, (split, path, row) in enumerate(rows):
+def read_huggingface(folder: Path, copies: Path, chosen: Mapping[str, str]) -> Iterator[Utterance]:
+    """Read a dataset, with embedded audio written to `copies`; raise InputError if unreadable."""
+    rows = ((path, row) for path in dataset_files(folder) for row in _rows(path))
+    for number, (path, row) in enumerate(rows):
+        split = _split(path, folder)
         columns = find_columns(list(row), path, chosen)
         # If there is a column `audio`, `path` is only the original location.
-        is_chosen = "path" in (chosen or {})
-        audio = row["audio" if "audio" in row and not is_chosen else columns["path"]]
+        audio = row["audio" if "audio" in row and "path" not in chosen else columns["path"]]
         content = audio if isinstance(audio, dict) else {"path": audio}
         name = as_text(content.get("path"))
         fields = {k: as_text(row[column]) for k, column in columns.items() if k != "path"}
@@ -70,19 +58,6 @@ def read_huggingface(
             copy.write_bytes(content["bytes"])
             name = str(copy)
         yield from_fields(fields | {"path": name}, folder, f"{path.name} row {number}")
-
-
-def _arrow_files(folder: Path) -> list[Path]:
-    """List the data files named in state.json."""
-    names = [entry["filename"] for entry in _json(folder / "state.json").get("_data_files", [])]
-    return [folder / Path(name).name for name in names]
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _rows(path: Path) -> Iterator[dict]:

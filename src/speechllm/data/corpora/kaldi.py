@@ -6,23 +6,20 @@ files. As in Kaldi, segments may have a fifth column, the 0-based channel.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from speechllm.data.corpora.config import channel_number
 from speechllm.data.corpora.utterance import Utterance, seconds
 from speechllm.errors import InputError
 
+REQUIRED = ("wav.scp", "text")
 NAMES = ("wav.scp", "text", "segments", "utt2spk", "utt2lang", "reco2file_and_channel")
 
 
 def data_directories(folder: Path) -> dict[Path, str]:
-    """Map data directories to splits: the folder itself, with no split, or its subfolders.
-
-    Raises:
-      InputError: no data directories were found.
-    """
+    """Map the folder to no split, or its data directories to their names; or raise InputError."""
     if (folder / "wav.scp").is_file():
         return {folder: ""}
     found = {path.parent: path.parent.name for path in sorted(folder.glob("*/wav.scp"))}
@@ -36,130 +33,88 @@ def kaldi_files(folder: Path) -> list[Path]:
 
 
 def read_kaldi(folder: Path) -> Iterator[Utterance]:
-    """Read the utterances; a malformed line is a problem of its utterance only.
-
-    Raises:
-      InputError: a file is missing, or wav.scp contains a command.
-    """
+    """Read the utterances; raise InputError if a file is missing or wav.scp contains a command."""
     for directory, split in data_directories(folder).items():
         yield from _read_directory(directory, split)
 
 
-class Line(NamedTuple):
-    """A line `key value`; `repeated` is true if an earlier line has the same key."""
-
-    key: str
-    value: str
-    place: str
-    repeated: bool
-
-
-class Table(dict):
-    """Maps each key in a file to its first value; `repeated` contains keys that occur twice."""
-
-    def __init__(self, lines: list[Line]):
-        super().__init__((line.key, line.value) for line in lines if not line.repeated)
-        self.name = lines[0].place.split(" ")[0] if lines else ""
-        self.repeated = {line.key for line in lines if line.repeated}
+Table = dict[str, list[tuple[str, str]]]  # key -> its values, with places such as `text line 3`
 
 
 def _read_directory(directory: Path, split: str) -> Iterator[Utterance]:
-    audio, texts = (Table(_read(directory / name)) for name in ("wav.scp", "text"))
-    _check_commands(audio, directory / "wav.scp")
-    speakers, languages, sides = (
-        Table(_read(directory / name) if (directory / name).is_file() else [])
-        for name in ("utt2spk", "utt2lang", "reco2file_and_channel")
-    )
-    if (directory / "segments").is_file():
-        segments = _read(directory / "segments")
-    else:
-        segments = [one._replace(value=f"{one.key} 0 -1") for one in _read(directory / "wav.scp")]
-    seen = set()
-    for line in segments:
-        utt, recording = line.key, line.value.split(" ")[0]
+    tables = {name: _read(directory / name) for name in NAMES}
+    audio, texts, segments, speakers, languages, sides = tables.values()
+    for recording, [(name, _), *_] in audio.items():
+        if name.startswith("|") or name.endswith("|"):
+            raise InputError(
+                f"{directory / 'wav.scp'} has a command for {recording}, which is not supported: "
+                f"{name!r}; write its output to a file and list that"
+            )
+    if not segments:
+        segments = {key: [(f"{key} 0 -1", place)] for key, [(_, place), *_] in audio.items()}
+    for utt, segment, place in [(key, *line) for key, lines in segments.items() for line in lines]:
+        recording, *numbers = segment.split() or [""]
         one = Utterance(
             id=utt,
-            text=texts.get(utt, ""),
-            path=Path(audio.get(recording, directory)),
-            speaker=speakers.get(utt),
+            text=_first(texts, utt) or "",
+            path=Path(_first(audio, recording) or directory),
+            speaker=_first(speakers, utt),
             split=split,
-            language=languages.get(utt),
+            language=_first(languages, utt),
             recording=recording,
-            place=f"{split}/{line.place}" if split else line.place,
+            place=f"{split}/{place}" if split else place,
         )
         try:
-            one.recording, one.start, one.end, one.channel = _segment(line.value)
-            one.path = Path(audio.get(one.recording, directory))
-            if one.channel is None and one.recording in sides:
-                one.channel = _channel(one.recording, sides[one.recording])
+            one.start, one.end, one.channel = _times_and_channel(numbers)
+            if one.channel is None and recording in sides:
+                file_and_channel = sides[recording][0][0].split() or [""]
+                one.channel = channel_number(file_and_channel[-1])
         except ValueError as error:
             one.problem = "malformed", str(error)
-        one.problem = one.problem or _problem(one, audio, (texts, speakers, sides))
-        seen.add(utt)
+        one.problem = one.problem or _problem(one, tables)
         yield one
-    for utt in [utt for utt in texts if utt not in seen]:
+    for utt in [utt for utt in texts if utt not in segments]:
         problem = "no-audio", f"only in {directory / 'text'}"
-        yield Utterance(utt, texts[utt], directory, split=split, problem=problem)
+        yield Utterance(utt, texts[utt][0][0], directory, split=split, problem=problem)
 
 
-def _problem(one: Utterance, audio: Table, tables: tuple[Table, ...]) -> tuple[str, str] | None:
-    """Return the reason why an utterance cannot be used, or None."""
-    if one.recording not in audio:
+def _first(table: Table, key: str) -> str | None:
+    return table[key][0][0] if key in table else None
+
+
+def _problem(one: Utterance, tables: dict[str, Table]) -> tuple[str, str] | None:
+    if one.recording not in tables["wav.scp"]:
         return "no-audio", f"{one.recording} is not in wav.scp"
-    for table, key in ((audio, one.recording), *((table, one.id) for table in tables)):
-        if key in table.repeated:
-            return "duplicate-id", f"{table.name} has {key} twice"
+    for name in ("wav.scp", "text", "utt2spk"):
+        key = one.recording if name == "wav.scp" else one.id
+        if len(tables[name].get(key, [])) > 1:
+            return "duplicate-id", f"{name} has {key} twice"
     if re.search(r"\.ark:[0-9]+(\[.*\])?$", str(one.path)):
         what = f"{one.path} is a position in a Kaldi archive, which is not supported"
         return "no-audio", f"{what}: write it to a file (wav-copy)"
     return None
 
 
-def _check_commands(audio: Table, wav_scp: Path) -> None:
-    for recording, name in audio.items():
-        if name.startswith("|") or name.endswith("|"):
-            raise InputError(
-                f"{wav_scp} has a command for {recording}, which is not supported: {name!r}; "
-                "write its output to a file and list that"
-            )
-
-
-def _segment(segment: str) -> tuple[str, float, float | None, int | None]:
-    """Parse recording, start, end (s) and channel; end -1 means the end of the recording."""
-    recording, *numbers = segment.split()
+def _times_and_channel(numbers: list[str]) -> tuple[float, float | None, int | None]:
+    """Parse start and end (s), and the channel if given; end -1 means the end of the recording."""
     if len(numbers) not in (2, 3):
-        raise ValueError(f"{segment!r} is not `recording start end [channel]`")
-    start, end = numbers[:2]
-    channel = int(numbers[2]) if numbers[2:] and numbers[2].isdecimal() else None
-    if numbers[2:] and channel is None:
-        channel = channel_number(numbers[2])
-    return recording, seconds(start), None if float(end) == -1 else seconds(end), channel
+        raise ValueError(f"`{' '.join(numbers)}` is not `start end [channel]`")
+    start, end, channel = [*numbers, ""][:3]
+    channel = int(channel) if channel.isdecimal() else channel_number(channel)
+    return seconds(start), None if float(end) == -1 else seconds(end), channel
 
 
-def _channel(recording: str, side: str) -> int | None:
-    try:
-        _, channel = side.split()
-        return channel_number(channel)
-    except ValueError:
-        raise ValueError(
-            f"reco2file_and_channel: {recording} has {side!r}, not `file channel` with 1, 2, A or B"
-        ) from None
-
-
-def _read(path: Path) -> list[Line]:
-    """Read the lines of a file.
-
-    Raises:
-      InputError: the file is missing.
-    """
+def _read(path: Path) -> Table:
+    """Read the lines of a file; a missing optional file has none."""
     try:  # undecodable bytes become U+FFFD, reported later as an error of the utterance
         lines = path.read_text("utf-8-sig", errors="replace").split("\n")
     except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    found, keys = [], set()
+        if path.name in REQUIRED:
+            raise InputError(f"{path} is missing") from None
+        return {}
+    table = defaultdict(list)
     for number, line in enumerate(lines, start=1):
         if words := line.split(maxsplit=1):
-            key, value = words[0], words[1].strip() if words[1:] else ""
-            found.append(Line(key, value, f"{path.name} line {number}", key in keys))
-            keys.add(key)
-    return found
+            value = words[1].strip() if words[1:] else ""
+            table[words[0]].append((value, f"{path.name} line {number}"))
+    return table

@@ -23,22 +23,14 @@ from speechllm.io import files_below
 
 
 class Transcripts(NamedTuple):
-    """Layout with transcript files; audio files are found by utterance id.
+    """Layout with transcript files; audio files are found by utterance id."""
 
-    pattern: glob pattern of the transcript files.
-    root: index of the transcript's parent folder that contains the audio; 0 is its own folder.
-    separator: between id and text; None for white space.
-    speaker: returns the speaker for an id and an audio file.
-    split: returns the split for a transcript file and an audio file.
-    language: returns the language for a transcript file.
-    """
-
-    pattern: str
-    root: int
-    separator: str | None
-    speaker: Callable[[str, Path], str | None]
-    split: Callable[[Path, Path], str]
-    language: Callable[[Path], str | None] = lambda _: None
+    pattern: str  # glob pattern of the transcript files
+    root: int  # index of the transcript's parent folder with the audio; 0 is its own folder
+    separator: str | None  # between id and text; None for white space
+    speaker: Callable[[str, Path], str | None]  # id, audio file -> speaker
+    split: Callable[[Path, Path], str]  # transcript file, audio file -> split
+    language: Callable[[Path], str | None] = lambda _: None  # transcript file -> language
 
 
 TRANSCRIPTS = {
@@ -53,7 +45,9 @@ TRANSCRIPTS = {
     "mls": Transcripts(
         "**/transcripts.txt", 0, "\t", lambda utt, _: utt.split("_")[0],
         lambda transcript, _: _part(transcript.absolute().parent.name),
-        lambda transcript: _mls_language(transcript.absolute().parents[1].name),
+        lambda transcript: MLS_LANGUAGES.get(
+            transcript.absolute().parents[1].name.lower().removesuffix("_opus").removeprefix("mls_")
+        ),
     ),
     "ljspeech": Transcripts("**/metadata.csv", 0, "|", lambda *_: None, lambda *_: ""),
     "vctk": Transcripts(
@@ -66,7 +60,7 @@ TRANSCRIPTS = {
 }  # fmt: skip
 PATTERNS = {  # files that identify a layout, the most specific first
     "kaldi": ("wav.scp", "*/wav.scp"),
-    "huggingface": ("dataset_dict.json", "state.json", "**/*.parquet"),
+    "huggingface": ("**/*.arrow", "**/*.parquet"),
     "lhotse": ("*cuts*.jsonl*", "*recordings*.jsonl*"),
     "voxpopuli": ("**/asr_*.tsv",),
     "common-voice": ("**/clips/*",),
@@ -118,17 +112,8 @@ def _first_line(path: Path) -> str:
         return lines.readline()
 
 
-def _mls_language(name: str) -> str | None:
-    """Return the language code: `mls_german` and `mls_german_opus` -> `de`."""
-    return MLS_LANGUAGES.get(name.lower().removesuffix("_opus").removeprefix("mls_"))
-
-
 def layout_files(layout: str, folder: Path) -> list[Path]:
-    """List the transcript files of a layout.
-
-    Raises:
-      InputError: no transcript files were found.
-    """
+    """List the transcript files of a layout; raise InputError if there are none."""
     if layout not in TRANSCRIPTS and layout not in ("voxpopuli", "common-voice"):
         return [folder]
     found = _matching(layout, _files(folder))
@@ -144,11 +129,7 @@ def layout_files(layout: str, folder: Path) -> list[Path]:
 
 
 def read_layout(layout: str, folder: Path) -> Iterator[Utterance]:
-    """Read the utterances of a corpus in a known layout.
-
-    Raises:
-      InputError: the folder does not have this layout.
-    """
+    """Read the utterances of a corpus; raise InputError if it does not have this layout."""
     files = layout_files(layout, folder)
     if layout == "common-voice":
         for file in files:
@@ -269,11 +250,7 @@ def _read_voxpopuli(files: list[Path]) -> Iterator[Utterance]:
 
 
 def _read_recipe(name: str, folder: Path) -> Iterator[Utterance]:
-    """Read a corpus with lhotse's recipe, which logs omitted data.
-
-    Raises:
-      InputError: lhotse has no such recipe, or it failed.
-    """
+    """Read a corpus with lhotse's recipe; raise InputError if there is none, or if it fails."""
     from lhotse import recipes
 
     prepare = getattr(recipes, f"prepare_{name.replace('-', '_')}", None)

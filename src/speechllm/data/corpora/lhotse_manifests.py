@@ -4,28 +4,22 @@ Each file in a folder is a split: `an4_cuts_dev.jsonl.gz`, or `an4_recordings_de
 `an4_supervisions_dev.jsonl.gz`, is dev. Stored features are ignored.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.augmentation import Resample
 from lhotse.cut import Cut
-from lhotse.serialization import open_best
 
 from speechllm.data.corpora.utterance import Utterance
 from speechllm.data.manifests import read_lines
-from speechllm.data.security import check_safe
 from speechllm.data.validation import TOLERANCE
 from speechllm.errors import InputError, first_line
 
 
 def manifest_files(path: Path) -> list[Path]:
-    """List cut files, or else recording manifests, each followed by its supervisions.
-
-    Raises:
-      InputError: no files were found.
-    """
+    """List cut files, or else recordings and their supervisions; raise InputError without any."""
     if path.is_file():
         return _with_supervisions(path)
     for kind in ("cuts", "recordings"):
@@ -35,11 +29,7 @@ def manifest_files(path: Path) -> list[Path]:
 
 
 def read_manifests(path: Path) -> Iterator[Utterance]:
-    """Read one utterance per supervision; an unreadable line gives one with a problem.
-
-    Raises:
-      InputError: a file is missing or truncated.
-    """
+    """Read an utterance per supervision or unreadable line; raise InputError for missing files."""
     for file in manifest_files(path):
         if "supervisions" in file.name:
             continue
@@ -52,64 +42,53 @@ def read_manifests(path: Path) -> Iterator[Utterance]:
 def _with_supervisions(file: Path) -> list[Path]:
     if "recordings" not in file.name:
         return [file]
-    return [file, file.with_name(file.name.replace("recordings", "supervisions"))]
+    supervisions = file.with_name(file.name.replace("recordings", "supervisions"))
+    if not supervisions.is_file():
+        raise InputError(f"{supervisions} is missing")
+    return [file, supervisions]
+
+
+def _items(file: Path, kind: type) -> Iterator[tuple[str, Any]]:
+    """Yield each line's place, and its item or an utterance with a problem."""
+    for number, item in enumerate(read_lines(file, kind), start=1):
+        place = f"{file.name} line {number}"
+        yield place, _unusable("", place, "malformed", item) if isinstance(item, str) else item
+
+
+def _unusable(name: str, place: str, reason: str, message: str) -> Utterance:
+    return Utterance(name, "", Path(), place=place, problem=(reason, message))
 
 
 def _read_cuts(file: Path, split: str) -> Iterator[Utterance]:
-    for number, cut in enumerate(read_lines(file), start=1):
-        place = f"{file.name} line {number}"
-        if isinstance(cut, str):
-            yield Utterance("", "", Path(), place=place, problem=("malformed", cut))
+    for place, cut in _items(file, Cut):
+        if isinstance(cut, Utterance):
+            yield cut
         elif not cut.supervisions:
-            problem = "no-text", "no supervision"
-            yield Utterance(cut.id, "", Path(), place=place, problem=problem)
+            yield _unusable(cut.id, place, "no-text", "no supervision")
         else:
             yield from (_utterance(cut, one, split, place) for one in cut.supervisions)
 
 
 def _read_recordings(file: Path, split: str) -> Iterator[Utterance]:
     """Yield an utterance per supervision of a recording manifest, and per invalid recording."""
-    _, supervisions = _with_supervisions(file)
-    recordings, unread = {}, {}
-    for number, one in _items(file, Recording):
-        if isinstance(one, str):
-            unread[number] = "malformed", one
+    recordings = {}
+    for place, one in _items(file, Recording):
+        if isinstance(one, Utterance):
+            yield one
         elif recordings.setdefault(one.id, one) != one:
-            unread[number] = "duplicate-id", f"another recording has the id {one.id}"
-    for number, problem in unread.items():
-        yield Utterance("", "", Path(), place=f"{file.name} line {number}", problem=problem)
-    for number, one in _items(supervisions, SupervisionSegment):
-        place = f"{supervisions.name} line {number}"
-        if isinstance(one, str):
-            yield Utterance("", "", Path(), place=place, problem=("malformed", one))
+            message = f"another recording has the id {one.id}"
+            yield _unusable("", place, "duplicate-id", message)
+    for place, one in _items(_with_supervisions(file)[1], SupervisionSegment):
+        if isinstance(one, Utterance):
+            yield one
         elif one.recording_id not in recordings:
-            problem = "no-audio", f"its recording {one.recording_id} is not in {file.name}"
-            yield Utterance(one.id, "", Path(), place=place, problem=problem)
+            message = f"its recording {one.recording_id} is not in {file.name}"
+            yield _unusable(one.id, place, "no-audio", message)
         else:
             recording = recordings[one.recording_id]
             channel = one.channel if isinstance(one.channel, int) else recording.channel_ids[0]
             cut = MonoCut(one.id, 0.0, recording.duration, channel, recording=recording)
             yield _utterance(cut, one, split, place)
-
-
-def _items(file: Path, kind: type) -> Iterator[tuple[int, object]]:
-    """Yield each line's number and its recording or supervision, or an error message."""
-    try:
-        with open_best(file, "r") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield number, _item(line, kind)
-    except Exception as error:  # gzip, zlib, decoders and file systems raise different exceptions
-        raise InputError(f"{file} cannot be read: {first_line(error)}") from None
-
-
-def _item(line: str, kind: type) -> object:
-    try:
-        item = kind.from_dict(json.loads(line))
-        return check_safe(item) if kind is Recording else item
-    except InputError as error:
-        return str(error)
-    except Exception as error:  # lhotse does not check the fields
-        return f"not a {kind.__name__}: {first_line(error)}"
 
 
 def _utterance(cut: Cut, supervision: SupervisionSegment, split: str, place: str) -> Utterance:
@@ -119,7 +98,7 @@ def _utterance(cut: Cut, supervision: SupervisionSegment, split: str, place: str
     except TypeError as error:  # lhotse does not check the fields
         problem = "malformed", first_line(error)
     if problem:
-        return Utterance(supervision.id, "", Path(), place=place, problem=problem)
+        return _unusable(supervision.id, place, *problem)
     source = cut.recording.sources[0]
     if isinstance(channel, int):
         source = next(one for one in cut.recording.sources if channel in one.channels)
@@ -150,7 +129,6 @@ def _time_problem(cut: Cut, supervision: SupervisionSegment) -> tuple[str, str] 
 
 
 def _problem(cut: Cut, channel: int | list[int] | None) -> tuple[str, str] | None:
-    """Return the reason why a cut's audio cannot be used, or None."""
     recording = getattr(cut, "recording", None)
     if recording is None:
         return "no-audio", "not a cut of one recording"

@@ -14,14 +14,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from os.path import isfile  # false for names that are too long
 from pathlib import Path
+from types import MappingProxyType
 
-from speechllm.data.corpora.utterance import (
-    SPLITS,
-    Utterance,
-    as_text,
-    find_columns,
-    from_fields,
-)
+from speechllm.data.corpora.utterance import SPLITS, Utterance, as_text, find_columns, from_fields
 from speechllm.errors import InputError, first_line
 from speechllm.io import files_below
 
@@ -36,11 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def table_files(path: Path) -> list[Path]:
-    """List the table itself, or a folder's tables named after splits, or else metadata files.
-
-    Raises:
-      InputError: the folder contains no such table.
-    """
+    """List the table, a folder's tables named after splits, or metadata; or raise InputError."""
     if path.is_file():
         return [path]
     found = [one for one in _tables(path) if _split(one)]
@@ -57,17 +48,9 @@ def _tables(folder: Path) -> list[Path]:
 
 
 def read_table(
-    path: Path, audio_dir: Path | None = None, chosen: Mapping[str, str] | None = None
+    path: Path, audio_dir: Path | None = None, chosen: Mapping[str, str] = MappingProxyType({})
 ) -> list[Utterance]:
-    """Read the utterances in a table, or in the tables of a folder.
-
-    Args:
-      audio_dir: audio folder, by default the table's folder.
-      chosen: column names given by flags, by field.
-
-    Raises:
-      InputError: a file is not a table, or a required column is missing.
-    """
+    """Read a table or a folder's tables, with audio in `audio_dir` or next to them."""
     tables = table_files(path)
     if path.is_dir() and (others := [one.name for one in _tables(path) if one not in tables]):
         logger.info("tables without the name of a split are ignored: %s", ", ".join(others))
@@ -75,7 +58,7 @@ def read_table(
     utterances, has_ids = [], False
     for table in tables:
         header, rows = _json_lines(table) if table.suffix.lower() in JSON else _cells(table)
-        columns = find_columns(header, table, chosen or {})
+        columns = find_columns(header, table, chosen)
         prefix = f"{table.relative_to(path)} " if len(tables) > 1 else ""
         has_ids = has_ids or "id" in columns
         utterances += [

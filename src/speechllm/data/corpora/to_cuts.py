@@ -5,7 +5,7 @@ import unicodedata
 
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
-from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
+from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.data.corpora.audio_files import AudioFile, Problem
 from speechllm.data.corpora.utterance import Utterance
 from speechllm.data.security import check_safe
@@ -23,21 +23,14 @@ OVERSHOOT = 0.5  # s by which a segment may exceed its file, as in Kaldi
 def to_cut(
     utterance: Utterance, file: AudioFile | Problem, language: str | None, channel: int | None
 ) -> MonoCut | CutError:
-    """Convert an utterance to a cut at 16 kHz, or to its first error.
-
-    Args:
-      language: default for utterances without a language.
-      channel: default in multi-channel files, for utterances without one.
-    """
+    """Convert an utterance to a 16 kHz cut or its error; `language` and `channel` are defaults."""
     problem = utterance.problem or _field_problem(utterance)
-    if not problem and not isinstance(file, AudioFile):
-        problem = file
-    if not problem:
-        channel = channel if utterance.channel is None else utterance.channel
-        if file.channels == 1:  # Kaldi and lhotse may give its number in the conversation
-            channel = 0
-        problem = _segment_problem(utterance, file, channel)
-    if problem:
+    if problem or not isinstance(file, AudioFile):
+        return utterance_error(utterance, *(problem or file))
+    channel = channel if utterance.channel is None else utterance.channel
+    if file.channels == 1:  # Kaldi and lhotse may give its number in the conversation
+        channel = 0
+    if problem := _segment_problem(utterance, file, channel):
         return utterance_error(utterance, *problem)
     cut = _cut(utterance, file, language, channel)
     try:
@@ -91,11 +84,6 @@ def _segment_problem(utterance: Utterance, file: AudioFile, channel: int | None)
     if (seconds := min(end, file.duration) - utterance.start) < MIN_DURATION:
         return "malformed", f"{seconds:.3f} s of {file.path} are fewer than {MIN_DURATION:g} s"
     return None
-
-
-def is_late(utterance: Utterance, file: AudioFile) -> bool:
-    """Return true if the utterance ends more than a feature frame after its audio."""
-    return utterance.end is not None and utterance.end > file.duration + FRAME_SHIFT
 
 
 def _cut(utterance: Utterance, file: AudioFile, language: str | None, channel: int) -> MonoCut:

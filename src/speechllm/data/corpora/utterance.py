@@ -1,10 +1,10 @@
 """Utterance: the common result of all corpus readers, including its problem if there is one."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from speechllm.data.corpora.config import channel_number
 from speechllm.data.validation import shown_id
@@ -31,14 +31,7 @@ SPLITS = ("train", "training", "dev", "val", "valid", "validation", "eval", "tes
 
 @dataclass
 class Utterance:
-    """Utterance as given by its source; fields that the source lacks are None.
-
-    start, end: seconds in the file; end None means the end of the file.
-    channel: 0-based index of the channel in a multi-channel file.
-    recording: id of the recording; None if the utterance is the whole recording.
-    place: location in the source, such as `line 5`.
-    problem: (one of validation.REASONS, description), found while reading the source.
-    """
+    """Utterance as given by its source; fields that the source lacks are None."""
 
     id: str
     text: str
@@ -47,12 +40,12 @@ class Utterance:
     split: str = ""
     language: str | None = None
     context: str | None = None
-    channel: int | None = None
-    start: float = 0.0
-    end: float | None = None
-    recording: str | None = None
-    place: str = ""
-    problem: tuple[str, str] | None = None
+    channel: int | None = None  # 0-based index in a multi-channel file
+    start: float = 0.0  # s
+    end: float | None = None  # s; None is the end of the file
+    recording: str | None = None  # id; None if the utterance is the whole recording
+    place: str = ""  # location in the source, such as `line 5`
+    problem: tuple[str, str] | None = None  # one of validation.REASONS, and a description
 
     def __str__(self) -> str:
         name = shown_id(self) if self.id else "(no id)"
@@ -60,29 +53,21 @@ class Utterance:
 
 
 def find_columns(
-    header: list[str], source: Path, chosen: Mapping[str, str] | None = None
+    header: list[str], source: Path, chosen: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
-    """Map fields to column names; names in `chosen`, given by flags, take precedence.
-
-    Raises:
-      InputError: a required column is missing, or a column in use occurs twice.
-    """
-    by_name = {name.strip().lower(): name for name in header}  # `Path`, ` text`
-    found = {
-        field: by_name[next(name for name in names if name in by_name)]
-        for field, names in COLUMNS.items()
-        if set(names) & set(by_name)
-    }
-    counts = Counter(name.strip().lower() for name in header)
-    for field, name in found.items():
-        if counts[name.strip().lower()] > 1 and field not in (chosen or {}):
-            raise InputError(f"{source} has several columns {name.strip().lower()}")
-    for field, name in (chosen or {}).items():
+    """Map fields to columns; `chosen` ones come first, missing or double ones raise InputError."""
+    for field, name in chosen.items():
         if name not in header:
             raise InputError(
                 f"{source} has no column {name} (--{field}-column); it has {', '.join(header)}"
             )
-        found[field] = name
+    found, plain = dict(chosen), [name.strip().lower() for name in header]  # `Path`, ` text`
+    for field, names in COLUMNS.items():
+        name = next((name for name in names if name in plain), None)
+        if name and field not in found:
+            if plain.count(name) > 1:
+                raise InputError(f"{source} has several columns {name}")
+            found[field] = header[plain.index(name)]
     if missing := [field for field in REQUIRED if field not in found]:
         flags = " and ".join(f"--{field}-column" for field in missing)
         raise InputError(
@@ -100,11 +85,7 @@ def as_text(value: object) -> str:
 
 
 def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
-    """Build the utterance for a row; its path is relative to `base`.
-
-    Args:
-      fields: cells, by field name (see COLUMNS).
-    """
+    """Build an utterance from cells by field (see COLUMNS); its path is relative to `base`."""
     path, problem, times = fields["path"].strip().replace("\\", "/"), None, {}  # from Windows
     fields = {field: " ".join(text.split()) for field, text in fields.items()}
     try:
@@ -135,11 +116,7 @@ def from_fields(fields: Mapping[str, str], base: Path, place: str) -> Utterance:
 
 
 def seconds(text: str) -> float:
-    """Parse a time in seconds.
-
-    Raises:
-      ValueError: the text is not a non-negative number.
-    """
+    """Parse a time in seconds; raise ValueError if the text is not a non-negative number."""
     if not re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", text):
         raise ValueError(f"{text!r} is not a time in seconds")
     return float(text)
