@@ -8,6 +8,7 @@ from peft.tuners import lora
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from speechllm.errors import InputError
+from speechllm.models import lora as lora_module
 from speechllm.models.config import ONE_ENCODER, ModelConfig
 from speechllm.models.llm import load_llm, prepare_llm
 from speechllm.models.lora import LoraLinear, LoraMLP, _sample_mask
@@ -92,6 +93,40 @@ def test_dropout_of_the_feed_forward_module(llm):
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(torch.autograd.grad(found.square().sum(), given), wanted):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_matrices_are_cast_by_layer_with_the_same_result(llm, monkeypatch, checkpointed):
+    reference = copy.deepcopy(llm)
+    for layer in reference.get_base_model().model.layers:
+        layer._forward_pre_hooks.clear()  # each matrix is cast on its own
+    cast, calls = lora_module._cast, []
+    monkeypatch.setattr(lora_module, "_cast", lambda *args: calls.append(args) or cast(*args))
+    found = []
+    for model in (llm, reference):
+        if checkpointed:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(gradients(model.train(), IDS))
+    assert len(calls) == 2 * llm.config.num_hidden_layers  # matrices and gradients
+    for name, gradient in found[1].items():
+        assert torch.equal(found[0][name], gradient), name
+
+
+def test_matrices_cast_for_a_failed_step_are_not_used_in_validation(llm):
+    first = llm.get_base_model().model.layers[0]
+    fails = first.self_attn.register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ZeroDivisionError):
+            llm(IDS)
+        fails.remove()
+        with torch.no_grad():
+            for layer in layers(llm):
+                layer.lora_B["default"].weight.zero_()
+            found = llm(IDS).logits
+            with llm.disable_adapter():
+                assert torch.equal(found, llm(IDS).logits)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -4,7 +4,8 @@ For the backward pass, peft's layer stores both the input after dropout and the 
 input's dtype, and it scales and adds tensors of the output's width. Here the input itself is
 stored with a mask of one byte per element, tensors of LoRA's rank are scaled, and the update is
 added in place. The feed-forward module stores only the gate and up projections and recomputes their
-product. Each norm is a single kernel. Parameters have peft's names.
+product. Each norm is a single kernel, and autocast's conversions of LoRA matrices are one for each
+decoder layer. Parameters have peft's names.
 """
 
 import warnings
@@ -46,6 +47,8 @@ def with_lora(llm: nn.Module, config: ModelConfig = ONE_ENCODER) -> PeftModel:
             module.__class__ = LoraMLP
         elif type(module) is Qwen2RMSNorm:
             module.__class__ = FusedRMSNorm
+    for layer in llm.get_base_model().get_decoder().layers:
+        layer.register_forward_pre_hook(_cast_matrices)
     return llm
 
 
@@ -77,6 +80,11 @@ class LoraLinear(lora.Linear):
         """True if `forward` uses peft's code, which torch.compile can fuse."""
         return self.disable_adapters or self.merged or torch.compiler.is_compiling()
 
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (R, N) and B (M, R)."""
+        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
             return super().forward(x)
@@ -86,7 +94,9 @@ class LoraLinear(lora.Linear):
 
     def update_of(self, dtype: torch.dtype) -> tuple:
         """Return A and B in `dtype`, the scale, and the dropout probability."""
-        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        # Only training's are current: what an error left behind, validation must not use.
+        cast = self.__dict__.pop("cast", None) if torch.is_grad_enabled() else None
+        a, b = cast or self.matrices
         p = getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
         return a.to(dtype), b.to(dtype), self.scaling[ADAPTER], p
 
@@ -110,6 +120,43 @@ class FusedRMSNorm(Qwen2RMSNorm):
         if x.dtype != self.weight.dtype:
             return super().forward(x)
         return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def _cast_matrices(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Convert all LoRA matrices of a decoder layer to autocast's dtype before its forward pass.
+
+    They are too small for a kernel each. Per layer, not per model: DDP sends the gradients of the
+    last layers during the backward pass of the first ones.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    parts = [part for part in layer.modules() if isinstance(part, LoraLinear) and not part.plain]
+    matrices = [matrix for part in parts for matrix in part.matrices]
+    dtype = autocast_dtype_of(inputs[0])
+    if matrices and matrices[0].dtype != dtype:
+        cast = iter(_Cast.apply(dtype, *matrices))
+        for part in parts:
+            part.cast = next(cast), next(cast)
+
+
+class _Cast(torch.autograd.Function):
+    """Converts tensors to `dtype` with one kernel, and their gradients back with another."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.dtype = tensors[0].dtype
+        return _cast(tensors, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return None, *_cast(grads, ctx.dtype)
+
+
+def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(x, dtype=dtype) for x in tensors)
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 class _Linear(torch.autograd.Function):
