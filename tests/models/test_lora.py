@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft.tuners import lora
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from speechllm.errors import InputError
@@ -55,6 +56,25 @@ def test_logits_and_gradients_equal_pefts(llm):
     assert ours.keys() == theirs.keys() and len(ours) == 2 * len(layers(llm))
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_rotary_embedding_equals_qwens(llm, dtype, tolerance):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(2, 5, 1, 8).transpose(1, 2)
+    angles = torch.randn(2, 5, 4).repeat(1, 1, 2)
+    found = []
+    for rotate, dtype in (
+        (lora_module.QWEN_ROTARY, torch.float32),
+        (modeling_qwen2.apply_rotary_pos_emb, dtype),  # `with_lora` replaced it
+    ):
+        given = [x.to(dtype, copy=True).requires_grad_() for x in (q, k)]
+        outputs = rotate(*given, angles.cos().to(dtype), angles.sin().to(dtype))
+        grads = torch.autograd.grad(outputs, given, [x.to(dtype).flip(-1) for x in (q, k)])
+        found.append([x.float() for x in (*outputs, *grads)])
+    assert modeling_qwen2.apply_rotary_pos_emb is not lora_module.QWEN_ROTARY
+    for expected, ours in zip(*found):
+        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_dropout_acts_on_the_input_of_a(llm):
