@@ -129,7 +129,8 @@ def test_matrices_are_cast_by_layer_with_the_same_result(llm, monkeypatch, check
         torch.manual_seed(3)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found.append(gradients(model.train(), IDS))
-    assert len(calls) == 2 * llm.config.num_hidden_layers  # matrices and gradients
+    num_gradients = [dtype for _, dtype in calls].count(torch.float32)
+    assert num_gradients == llm.config.num_hidden_layers < len(calls)
     for name, gradient in found[1].items():
         assert torch.equal(found[0][name], gradient), name
 
