@@ -7,9 +7,10 @@ position; loss and accuracy from all of them, copied to the CPU at once. Both us
 import torch
 from peft.tuners import lora
 from torch import Tensor
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
-from speechllm.models.lora import FusedRMSNorm, LoraLinear, LoraMLP
+from speechllm.models.lora import QWEN_ROTARY, FusedRMSNorm, LoraLinear, LoraMLP, apply_rotary
 from speechllm.models.prompt import IGNORED, training_ids
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.precision import autocast
@@ -51,6 +52,8 @@ def step_loss(name: str, model: SpeechLLM, batch: dict, used: list, dtype: torch
         for classes in OUR_CLASSES.items():
             if type(module) in classes:
                 module.__class__ = classes[name == "published"]
+    rotary = QWEN_ROTARY if name == "published" else apply_rotary
+    modeling_qwen2.apply_rotary_pos_emb = rotary
     with autocast(batch["features"].device, dtype):
         return LOSSES[name](model, batch, used)
 

@@ -7,8 +7,8 @@ Runs a step in bfloat16 on the device "meta", where tensors have no data. A kern
 of: its FLOPs at 75 % of 790 TFLOP/s, its bytes at 80 % of 4.8 TB/s, and 4 µs to launch it. `ratio`
 is the published computation's time by ours. Attention is flash attention in both, and our norms are
 counted as layer_norm, one kernel, since "meta" has no fused RMSNorm. Our LoRA matrices are float32
-and cast as in training; the published ones are bfloat16, which spares them 784 kernels. Launches
-overlap with long kernels on a real GPU, and waits for the device are not modelled.
+and cast as in training; the published ones are bfloat16. Launches overlap with long kernels on a
+real GPU, and waits for the device are not modelled.
 """
 
 import argparse

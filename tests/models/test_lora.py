@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from peft.tuners import lora
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from speechllm.errors import InputError
+from speechllm.models import lora as lora_module
 from speechllm.models.config import ONE_ENCODER, ModelConfig
 from speechllm.models.llm import load_llm, prepare_llm
 from speechllm.models.lora import LoraLinear, LoraMLP, _sample_mask
@@ -56,6 +58,25 @@ def test_logits_and_gradients_equal_pefts(llm):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_rotary_embedding_equals_qwens(llm, dtype, tolerance):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(2, 5, 1, 8).transpose(1, 2)
+    angles = torch.randn(2, 5, 4).repeat(1, 1, 2)
+    found = []
+    for rotate, dtype in (
+        (lora_module.QWEN_ROTARY, torch.float32),
+        (modeling_qwen2.apply_rotary_pos_emb, dtype),  # `with_lora` replaced it
+    ):
+        given = [x.to(dtype, copy=True).requires_grad_() for x in (q, k)]
+        outputs = rotate(*given, angles.cos().to(dtype), angles.sin().to(dtype))
+        grads = torch.autograd.grad(outputs, given, [x.to(dtype).flip(-1) for x in (q, k)])
+        found.append([x.float() for x in (*outputs, *grads)])
+    assert modeling_qwen2.apply_rotary_pos_emb is not lora_module.QWEN_ROTARY
+    for expected, ours in zip(*found):
+        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+
+
 def test_dropout_acts_on_the_input_of_a(llm):
     """The backward pass uses the same mask."""
     layer = layers(llm.train())[0]
@@ -92,6 +113,41 @@ def test_dropout_of_the_feed_forward_module(llm):
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(torch.autograd.grad(found.square().sum(), given), wanted):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_matrices_are_cast_by_layer_with_the_same_result(llm, monkeypatch, checkpointed):
+    reference = copy.deepcopy(llm)
+    for layer in reference.get_base_model().model.layers:
+        layer._forward_pre_hooks.clear()  # each matrix is cast on its own
+    cast, calls = lora_module._cast, []
+    monkeypatch.setattr(lora_module, "_cast", lambda *args: calls.append(args) or cast(*args))
+    found = []
+    for model in (llm, reference):
+        if checkpointed:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(gradients(model.train(), IDS))
+    num_gradients = [dtype for _, dtype in calls].count(torch.float32)
+    assert num_gradients == llm.config.num_hidden_layers < len(calls)
+    for name, gradient in found[1].items():
+        assert torch.equal(found[0][name], gradient), name
+
+
+def test_matrices_cast_for_a_failed_step_are_not_used_in_validation(llm):
+    first = llm.get_base_model().model.layers[0]
+    fails = first.self_attn.register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ZeroDivisionError):
+            llm(IDS)
+        fails.remove()
+        with torch.no_grad():
+            for layer in layers(llm):
+                layer.lora_B["default"].weight.zero_()
+            found = llm(IDS).logits
+            with llm.disable_adapter():
+                assert torch.equal(found, llm(IDS).logits)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -4,7 +4,8 @@ For the backward pass, peft's layer stores both the input after dropout and the 
 input's dtype, and it scales and adds tensors of the output's width. Here the input itself is
 stored with a mask of one byte per element, tensors of LoRA's rank are scaled, and the update is
 added in place. The feed-forward module stores only the gate and up projections and recomputes their
-product. Each norm is a single kernel. Parameters have peft's names.
+product. Each norm is a single kernel, a rotary embedding is three, and autocast's conversions of
+LoRA matrices are one for each decoder layer. Parameters have peft's names.
 """
 
 import warnings
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from torch import Tensor, nn
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
 from speechllm.cli import comma_list
@@ -22,6 +24,7 @@ from speechllm.models.config import LORA_TARGETS, ONE_ENCODER, ModelConfig
 from speechllm.precision import autocast_dtype_of
 
 ADAPTER = "default"
+QWEN_ROTARY = modeling_qwen2.apply_rotary_pos_emb
 
 
 def with_lora(llm: nn.Module, config: ModelConfig = ONE_ENCODER) -> PeftModel:
@@ -46,6 +49,9 @@ def with_lora(llm: nn.Module, config: ModelConfig = ONE_ENCODER) -> PeftModel:
             module.__class__ = LoraMLP
         elif type(module) is Qwen2RMSNorm:
             module.__class__ = FusedRMSNorm
+    for layer in llm.get_base_model().get_decoder().layers:
+        layer.register_forward_pre_hook(_cast_matrices)
+    modeling_qwen2.apply_rotary_pos_emb = apply_rotary  # a function, so for all Qwen2 LLMs
     return llm
 
 
@@ -77,6 +83,11 @@ class LoraLinear(lora.Linear):
         """True if `forward` uses peft's code, which torch.compile can fuse."""
         return self.disable_adapters or self.merged or torch.compiler.is_compiling()
 
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (R, N) and B (M, R)."""
+        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
             return super().forward(x)
@@ -86,7 +97,9 @@ class LoraLinear(lora.Linear):
 
     def update_of(self, dtype: torch.dtype) -> tuple:
         """Return A and B in `dtype`, the scale, and the dropout probability."""
-        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        # Only training's are current: what an error left behind, validation must not use.
+        cast = self.__dict__.pop("cast", None) if torch.is_grad_enabled() else None
+        a, b = cast or self.matrices
         p = getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
         return a.to(dtype), b.to(dtype), self.scaling[ADAPTER], p
 
@@ -110,6 +123,75 @@ class FusedRMSNorm(Qwen2RMSNorm):
         if x.dtype != self.weight.dtype:
             return super().forward(x)
         return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys (B, H, L, C) by cos and sin (B, L, C), as Qwen2's function does."""
+    if torch.compiler.is_compiling():
+        return QWEN_ROTARY(q, k, cos, sin)
+    cos, sin = cos[:, None], sin[:, None, :, : sin.size(-1) // 2]  # both halves are the same
+    rotate = _Rotary.apply if torch.is_grad_enabled() else _rotate
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def _cast_matrices(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Convert all LoRA matrices of a decoder layer to autocast's dtype before its forward pass.
+
+    They are too small for a kernel each. Per layer, not per model: DDP sends the gradients of the
+    last layers during the backward pass of the first ones.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    parts = [part for part in layer.modules() if isinstance(part, LoraLinear) and not part.plain]
+    matrices = [matrix for part in parts for matrix in part.matrices]
+    dtype = autocast_dtype_of(inputs[0])
+    if matrices and matrices[0].dtype != dtype:
+        cast = iter(_Cast.apply(dtype, *matrices))
+        for part in parts:
+            part.cast = next(cast), next(cast)
+
+
+class _Cast(torch.autograd.Function):
+    """Converts tensors to `dtype` with one kernel, and their gradients back with another."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.dtype = tensors[0].dtype
+        return _cast(tensors, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return None, *_cast(grads, ctx.dtype)
+
+
+def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(x, dtype=dtype) for x in tensors)
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotates x (B, H, L, C) in 3 kernels and its gradient back in 3, instead of 5 and about 7."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return _rotate(grad, *ctx.saved_tensors, -1.0), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
+    """Rotate pairs of channels (i, i + C / 2); `sign` -1 for the inverse rotation."""
+    result = x * cos
+    (first, second), (low, high) = x.chunk(2, dim=-1), result.chunk(2, dim=-1)
+    low.addcmul_(second, sin, value=-sign)
+    high.addcmul_(first, sin, value=sign)
+    return result
 
 
 class _Linear(torch.autograd.Function):

@@ -105,9 +105,10 @@ class SpeechEncoders(nn.Module):
         """Return the speech embeddings (S, D) per utterance and encoder, in the given order."""
         by_encoder: list[dict[int, Tensor]] = []
         for projector, (rows, encoder_out, lens) in zip(self.encoder_projector, outputs):
-            embeddings = projector(encoder_out)
+            # `unbind` has one gradient, each index would add one of the whole tensor
+            embeddings = projector(encoder_out).unbind()
             counts = (lens // self.ds_rate).tolist()
-            by_encoder.append({b: embeddings[i, : counts[i]] for i, b in enumerate(rows)})
+            by_encoder.append({b: one[:n] for b, one, n in zip(rows, embeddings, counts)})
         speech = [[by_encoder[k][b] for k in used] for b, used in enumerate(encoders)]
         in_use = {k for used in encoders for k in used}
         unused = [table[0][:0] for k, table in enumerate(by_encoder) if k not in in_use]

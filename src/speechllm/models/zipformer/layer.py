@@ -116,7 +116,10 @@ class AttentionWeights(nn.Module):
         r = self.linear_pos(pos_emb).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)
         scores = q @ k.transpose(-1, -2) + relative_shift(p @ r)  # r (H, head dim, L + 2T)
         scores = torch.where(frames.sources[:, None], scores, -1000.0)
-        return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+        if scores.requires_grad:  # the gradient of nearly uniform weights needs float32
+            return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+        # The same result in one kernel, which computes in float32; `softmax` is cast by autocast.
+        return torch._softmax(scores, dim=-1, half_to_float=False)
 
 
 class SelfAttention(nn.Module):
