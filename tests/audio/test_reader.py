@@ -80,6 +80,7 @@ def test_video_may_be_longer_than_audio(tmp_path, name):
     assert len(samples_of(tmp_path / name)) == pytest.approx(2 * RATE, abs=0.1 * RATE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["flac", "webm", "mp4"])
 def test_truncated_files_are_named_with_the_time(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
