@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install what the tests need into .venv and run them with pytest.
 #   bash local/test.sh                                all tests, on two workers
-#   bash local/test.sh --fast                         only tests of one process that take under 3 s
+#   bash local/test.sh --fast                         only tests of one process, of about 0.3 s or less
 #   bash local/test.sh tests/models/zipformer -k ids  arguments go to pytest
 set -eou pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,7 +10,7 @@ requirements=(requirements.txt tests/requirements.txt)
 options=(-rs)
 if [ "${1:-}" = --fast ]; then
   shift
-  options+=(-m "not slow and not ranks and not browser" --durations 10 --durations-min 3)
+  options+=(-m "not slow and not ranks and not browser" --durations 10 --durations-min 1)
 else
   requirements+=(tests/requirements-full.txt local/requirements-deepspeed.txt)
 fi

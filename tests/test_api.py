@@ -107,6 +107,7 @@ def test_wrong_samples_are_named(asr, clips, samples, message):
     assert re.search(message, wrong.error) and good.text
 
 
+@pytest.mark.slow
 def test_hotwords_change_the_transcript(tiny_exp, clips):
     asr = speechllm.load(tiny_exp, epoch=1, avg=1, method="beam", hotword_score=500.0)
     plain, changed = (asr.transcribe(clips[0], hotwords=some) for some in ((), ["c a b"]))

@@ -16,9 +16,10 @@ from speechllm.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 GREEDY = "decode-greedy-epoch-2-avg-2"
+one_and_two_encoders = pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@one_and_two_encoders
 def test_average_decode_and_score(copies, run_decode, test_cuts, n):
     exp_dir = copies(n)
     run_decode(exp_dir, n=n)
@@ -59,6 +60,7 @@ def test_decode_mose_has_four_encoders_by_default(monkeypatch):
     assert configs[0].checkpoint.exp_dir.name == "asr_librispeech_zipformer_mose_qwen2_1.5B"
 
 
+@pytest.mark.slow
 def test_checkpoint_by_name(copies, run_decode):
     """Also with the unused keys of a published one."""
     exp_dir = copies()
@@ -72,7 +74,7 @@ def test_checkpoint_by_name(copies, run_decode):
     assert hypotheses(exp_dir, "decode-greedy-best-train-loss") != hypotheses(exp_dir, GREEDY)
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@one_and_two_encoders
 def test_drafts_and_word_times_are_the_default_with_a_ctc_head(
     copies, run_decode, tiny_encoder_dir, n
 ):
@@ -90,6 +92,7 @@ def test_drafts_and_word_times_are_the_default_with_a_ctc_head(
     assert sorted(words) == sorted(found) != []
 
 
+@pytest.mark.slow
 def test_names_of_results_tell_the_precision(copies, run_decode):
     exp_dir = copies()
     for flags, suffix in (((), GREEDY), (("--use-bf16", "true"), f"{GREEDY}-bfloat16")):

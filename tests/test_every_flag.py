@@ -353,6 +353,7 @@ def test_a_flag_changes_something(
     assert before != change.seen(run(*change.context, flag, change.value))
 
 
+@pytest.mark.slow
 def test_weights_are_held_in_the_dtype_of_training_unless_they_are_trained(reached):
     def dtype(*flags):
         return reached(*flags).model.llm.get_input_embeddings().weight.dtype

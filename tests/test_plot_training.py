@@ -47,6 +47,7 @@ def test_a_resumed_training_is_one_curve(tmp_path):
     assert curves["valid_loss"] == [(1, 1.0), (3, 1.0)]
 
 
+@pytest.mark.slow
 def test_html(exp, tmp_path, capsys):
     out = tmp_path / "new" / "x.html"
     plot_training.main([str(exp), "--out", str(out)])
@@ -59,6 +60,7 @@ def test_html(exp, tmp_path, capsys):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_folder_names_are_escaped(tmp_path):
     names = ["<script>alert(1)<", "a&b", "--><b>c"]
     for name in names:

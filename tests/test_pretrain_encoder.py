@@ -185,6 +185,7 @@ def test_two_ranks_train_one_encoder(flags, tmp_path):
     assert weights(tmp_path, "pretrained.pt").keys() == weights(tmp_path).keys()
 
 
+@pytest.mark.slow
 def test_the_first_batches_use_the_flat_start_loss(flags, resumable, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(

@@ -92,6 +92,7 @@ def test_other_lora_matrices_are_trained_decoded_and_exported(tiny_train_argv, t
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_the_learning_rate_ends_with_the_training(tiny_train_argv, tmp_path):
     flags = ["--lr-schedule", "linear", "--warmup-batches", "1", "--log-interval", "1"]
     train.main([*tiny_train_argv(tmp_path), *flags, "--label-smoothing", "0.1"])
@@ -106,6 +107,7 @@ def files_under(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 @one_and_two_encoders
 def test_a_dry_run_prints_what_the_training_then_has(
     request, exp, n, tiny_train_argv, tmp_path, capsys
@@ -126,6 +128,7 @@ def test_a_dry_run_prints_what_the_training_then_has(
     assert printed.endswith("Nothing was written.\n")
 
 
+@pytest.mark.slow
 def test_a_dry_run_finds_the_checkpoint_and_changes_nothing(
     tiny_train_argv, tiny_exp, tmp_path, capsys
 ):

@@ -92,6 +92,7 @@ def stereo_wav(rate, subtype="PCM_16"):
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_a_stream_is_recognized_while_it_arrives(run, monkeypatch, tiny_encoder_dir):
     flags = ("--speech-encoder-bpe-path", tiny_encoder_dir / "bpe.model", "--stream", "-")
     wav = stereo_wav(16000)

@@ -73,6 +73,7 @@ def test_musan_is_mixed_into_half_of_the_utterances(many, tiny_corpus):
 # ---- evaluation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"bucketing_sampler": False}])
 def test_evaluation_has_every_cut_once_without_warnings(many, options):
     cuts = cuts_within([many])

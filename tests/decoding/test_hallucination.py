@@ -200,6 +200,7 @@ def test_as_many_copies_are_kept_as_in_the_ctc_text(recognize, search, ctc_text)
     assert [word.word for word in answer.words] == answer.text.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ctc_weight", [0.0, 0.3])
 @pytest.mark.parametrize("end", [19.9, 18.0])
 def test_beam_search_returns_no_loop(recognize, end, ctc_weight):

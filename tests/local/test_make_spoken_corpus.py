@@ -61,6 +61,7 @@ def test_espeak_has_every_accent_and_variant(espeak):
         espeak.synthesize(spoken.Speaker("xx", "f2", 160, 50, 50), "yes")
 
 
+@pytest.mark.slow
 def test_table_and_word_times_describe_the_audio(corpus):
     with (corpus / "transcripts.tsv").open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t"))

@@ -51,6 +51,7 @@ def log(tmp_path):
     return (tmp_path / "log").read_text().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signals_stop_the_ranks_and_requeue_the_job(job, tmp_path, number):
     job.send_signal(number)
@@ -64,6 +65,7 @@ def test_signals_stop_the_ranks_and_requeue_the_job(job, tmp_path, number):
     ]
 
 
+@pytest.mark.slow
 def test_a_failed_training_is_not_requeued(job, tmp_path):
     (tmp_path / "training").unlink()
     assert job.wait(30) == 3

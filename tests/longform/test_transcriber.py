@@ -162,6 +162,7 @@ def test_words_are_in_their_segments_in_order(recognizers):
         assert segment.start <= times[0] + 1e-6 and times[-1] <= segment.end + 1e-6
 
 
+@pytest.mark.slow
 def test_recordings_in_one_batch_are_kept_apart(recognizer, caplog):
     recordings = [[bursts(2.0, 1)], [bursts(25.0, 2)], [], [bursts(0.1)], [bursts(3.0, 3)]]
     options = {"max_segment_duration": 5.0}

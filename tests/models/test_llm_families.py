@@ -47,7 +47,12 @@ def tiny_llm(family, vocab_size):
     return llm.eval()
 
 
-@pytest.fixture(params=FAMILIES)
+QUICK = ("Qwen2", "Gemma3")  # in a fast run, too
+
+
+@pytest.fixture(
+    params=[pytest.param(one, marks=[pytest.mark.slow] * (one not in QUICK)) for one in FAMILIES]
+)
 def built(request, tiny_tokenizer, tiny_encoder_dir, encoder_size, tmp_path):
     """A model whose LLM has no spare embedding rows, its tokenizer and configuration."""
     llm_dir = tmp_path / "llm"

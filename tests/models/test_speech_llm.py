@@ -136,6 +136,7 @@ def test_labels_are_smoothed_in_training_only(make_model, features):
     assert loss(0.5, training=True) > loss(0.0, training=True)
 
 
+@pytest.mark.slow
 def test_training_draws_the_chunks_of_a_batch_for_all_encoders(make_model, features):
     model, chunkings, seen = make_model(2), (Chunking(8, 16), OFFLINE), []
     for encoder in model.encoder:

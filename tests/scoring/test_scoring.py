@@ -161,6 +161,7 @@ def test_paired_bootstrap_uses_the_pairing():
     assert (turned.wer, turned.low, turned.p) == (1.0, -difference.high, difference.p)
 
 
+@pytest.mark.slow
 def test_paired_bootstrap_p_is_two_sided():
     """10 utterances better and 10 worse: no difference; 10 and 3: a sign test gives 0.09."""
     even = bootstrap.paired_bootstrap(errors_at(range(10)), errors_at(range(10, 20)))

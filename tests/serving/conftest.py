@@ -1,5 +1,7 @@
 """A tiny model to serve."""
 
+import functools
+import ssl
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +16,15 @@ from speechllm.longform.config import LongformConfig
 from speechllm.longform.transcriber import load_transcriber
 from speechllm.models.config import load_model_config
 from speechllm.serving.service import Service
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_are_read_once():
+    """Keep the SSL context that each of httpx's clients creates, also for http://, in 30 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        create = functools.cache(ssl.create_default_context)
+        patch.setattr(ssl, "create_default_context", create)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+import pytest
 import uvicorn
 
 from speechllm.serving.app import create_app
@@ -36,8 +37,7 @@ def running(service: Service):
 
 
 def client_of(url: str, token: str = "none"):
-    import openai  # not installed for --fast
-
+    openai = pytest.importorskip("openai")  # not installed for --fast
     return openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0)
 
 

@@ -42,6 +42,7 @@ def test_capitals_are_kept(client, alone, clip, monkeypatch, form):
     assert text in str(getattr(response, "text", response))
 
 
+@pytest.mark.slow
 def test_verbose_json_has_segments_and_words(client, alone, long_clip):
     expected = alone(long_clip)
     granularities = ["segment", "word"]
@@ -60,6 +61,7 @@ def test_verbose_json_has_segments_and_words(client, alone, long_clip):
     assert [word.start for word in response.words] == pytest.approx(starts, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_non_speech_has_no_speech_prob_1(client, clip, tmp_path):
     samples, rate = soundfile.read(clip)
     silence = np.zeros(12 * rate)
@@ -72,6 +74,7 @@ def test_non_speech_has_no_speech_prob_1(client, clip, tmp_path):
     assert response.text == f"{first.text} {last.text}" and first.text and last.text
 
 
+@pytest.mark.slow
 def test_streamed_deltas_join_to_the_text(client, alone, long_clip):
     *deltas, done = transcribed(client, long_clip, stream=True)
     assert {one.type for one in deltas} == {"transcript.text.delta"} and len(deltas) > 2
@@ -79,6 +82,7 @@ def test_streamed_deltas_join_to_the_text(client, alone, long_clip):
     assert "".join(one.delta for one in deltas) == done.text == alone(long_clip).text
 
 
+@pytest.mark.slow
 def test_a_verbose_stream_has_words_and_subtitles(client, long_clip):
     *deltas, done = transcribed(client, long_clip, stream=True, **VERBOSE)
     starts = [word["start"] for one in deltas for word in one.words]
@@ -89,6 +93,7 @@ def test_a_verbose_stream_has_words_and_subtitles(client, long_clip):
     assert re.match(r"WEBVTT\n\n00:00:0\d\.\d{3} --> 00:00:0\d\.\d{3}\n\S", vtt)
 
 
+@pytest.mark.slow
 def test_segments_are_streamed_before_the_next_is_recognized(held, long_clip):
     service = held()
     service.worker.max_samples = 3 * SAMPLING_RATE  # a chunk per batch
@@ -116,6 +121,7 @@ def raw_response(client, clip, **options):
         return create(model="tiny", file=file, **options)
 
 
+@pytest.mark.slow
 def test_the_prompt_is_the_context_of_a_model_with_contexts(transcriber, client, clip, monkeypatch):
     assert raw_response(client, clip, prompt="7").headers["x-ignored"] == "prompt"
     model = transcriber.recognizer.model
@@ -199,6 +205,7 @@ def test_requests_of_several_clients_share_batches(held, alone, tiny_corpus, lon
     assert len(set(worker.batches[0])) > 2
 
 
+@pytest.mark.slow
 def test_metrics_count_requests_and_audio(transcriber, clip):
     service = service_of(transcriber)
     with running(service) as url:
@@ -213,6 +220,7 @@ def test_metrics_count_requests_and_audio(transcriber, clip):
     assert "process_resident_memory_bytes" in text
 
 
+@pytest.mark.slow
 def test_stopping_answers_accepted_requests_and_rejects_new_ones(held, clip):
     service = held()
     with ThreadPoolExecutor() as pool:

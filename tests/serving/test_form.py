@@ -86,6 +86,7 @@ def test_ignored_fields_are_named(send):
     assert sorted(names) == ["keywords", "seed", "timestamp_granularities", "vad_filter"]
 
 
+@pytest.mark.slow
 def test_hotwords_are_those_of_the_request(send, transcriber, monkeypatch):
     found, recognize = [], transcriber.recognize
     monkeypatch.setattr(
@@ -133,6 +134,7 @@ def test_proxies_do_not_buffer_streams(send):
     assert headers["cache-control"] == "no-cache" and headers["x-accel-buffering"] == "no"
 
 
+@pytest.mark.slow
 def test_a_file_without_a_name_is_read(url, clip, tmp_path):
     large = tmp_path / "large.wav"  # above the parser's limit for text
     soundfile.write(large, np.tile(soundfile.read(clip)[0], 40), 16000, subtype="FLOAT")
@@ -160,6 +162,7 @@ def test_a_body_that_is_not_a_form_is_400(url, clip):
         assert response.status_code == 400 and response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_what_precedes_damage_is_transcribed_with_a_warning(send, monkeypatch):
     def damaged(stream, name):
         yield torch.from_numpy(soundfile.read(stream)[0]).float()
@@ -188,6 +191,7 @@ def test_other_origins_are_not_allowed_by_default(url, send):
         assert not [name for name in response.headers if name.startswith("access-control")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", [PAGE, f"http://localhost, {PAGE}/", "*"])
 def test_allowed_origins_can_read_answers_and_errors(transcriber, send, allowed):
     with running(service_of(transcriber, "secret", allow_origin=allowed)) as url:

@@ -59,6 +59,7 @@ def test_an_endless_upload_is_rejected_soon_after_the_limit(transcriber):
     assert 1_000_000 < sent < 100_000_000
 
 
+@pytest.mark.slow
 def test_too_much_queued_audio_is_503(held, long_clip, clip):
     service = held(max_queued_seconds=soundfile.info(long_clip).duration + 0.1)
     with running(service) as url, ThreadPoolExecutor() as pool:
@@ -74,6 +75,7 @@ def test_too_much_queued_audio_is_503(held, long_clip, clip):
     assert service.admission.seconds == 0
 
 
+@pytest.mark.slow
 def test_too_many_requests_are_429(held, clip):
     service = held(max_concurrent_requests=2)
     with running(service) as url, ThreadPoolExecutor() as pool:
@@ -118,6 +120,7 @@ def test_a_client_that_sends_single_bytes_is_408(transcriber, monkeypatch):
         assert eventually(lambda: not service.admission.slots)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [b"false", b"true"])
 def test_a_disconnected_client_frees_its_slot(held, clip, stream):
     service = held()

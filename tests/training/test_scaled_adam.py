@@ -56,7 +56,9 @@ def test_golden_trajectory():
     assert trajectory_error(golden) <= 1e-6
 
 
-@pytest.mark.parametrize("pause", [7, 10, 57, 100])
+@pytest.mark.parametrize(
+    "pause", [7, *(pytest.param(one, marks=pytest.mark.slow) for one in (10, 57, 100))]
+)
 def test_resuming_continues_bit_for_bit(pause):
     """Resume from a file read with weights_only, at any phase of size and clipping."""
     uninterrupted = random_params()
@@ -79,6 +81,7 @@ def test_resuming_continues_bit_for_bit(pause):
     assert_same(resumed, uninterrupted)
 
 
+@pytest.mark.slow
 def test_stacking_and_order_change_nothing(monkeypatch):
     params = random_params()
     all_grads = random_grads(params, steps=60)

@@ -38,6 +38,7 @@ def test_the_loss_falls_and_the_files_are_written(tmp_path, caplog):
         assert torch.equal(checkpoint["model"][name], value)
 
 
+@pytest.mark.slow
 def test_a_finished_training_writes_nothing(tmp_path, caplog):
     run(tmp_path, tensorboard=True)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -53,6 +54,7 @@ LINE = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_log_lines_have_icefalls_format(tmp_path, caplog):
     run(tmp_path, num_epochs=1)
     assert LINE.match(logged(caplog, "batch 50,")[0])
@@ -127,6 +129,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path, caplog):
     torch.testing.assert_close(model.linear.weight, expected.linear.weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_autocast_applies_in_training_and_validation(tmp_path, caplog, dtype):
     dtypes = set()

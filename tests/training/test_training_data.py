@@ -238,6 +238,7 @@ def test_augmented_audio_keeps_its_transcript(data_config, option):
     assert content(resumed[2:]) == content(found[2:])
 
 
+@pytest.mark.slow
 def test_perturbed_speed_keeps_the_limits(data_config):
     config = data_config(on_the_fly_feats=True, enable_speed_perturb=True, drop_last=False)
     found = batches(config)
@@ -262,7 +263,7 @@ def test_augmented_audio_needs_audio(data_config, many, tmp_path, option):
 # ---- shards
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_shards_have_the_cuts_of_the_cut_file(data_config, tiny_shards, num_workers):
     config = data_config(drop_last=False, num_workers=num_workers)
     sharded = replace(config, shar_dir=str(tiny_shards), train_cuts="none")

@@ -38,6 +38,7 @@ def wers(exp_dir):
     return [float(wer) for wer in re.findall(r"validation: .* wer=([\d.]+),", log(exp_dir))]
 
 
+@pytest.mark.slow
 def test_the_wer_is_that_of_decode_py_and_training_is_the_same(argv, tiny_argv, tiny_exp, tmp_path):
     exp_dir = tmp_path / "exp"
     train.main(argv(exp_dir))
@@ -59,6 +60,7 @@ def test_the_wer_is_that_of_decode_py_and_training_is_the_same(argv, tiny_argv, 
     assert ours["lowest_valid_wer"] == pytest.approx(min(found), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_decoding_reads_the_encoder_cache(argv, tmp_path):
     quiet = ("--enable-musan", "false", "--enable-spec-aug", "false", "--encoder-feature-mask",
              "false", "--num-epochs", "1")  # fmt: skip

@@ -41,6 +41,7 @@ def still(tiny_train_argv):
     return flags
 
 
+@pytest.mark.slow
 def test_a_second_stage_in_the_same_directory_adds_lora(still, tmp_path):
     exp_dir = tmp_path / "exp"
     train.main(still(exp_dir, "--unfreeze-llm", "false", "--use-lora", "false"))
@@ -104,6 +105,7 @@ def test_an_export_gives_projector_and_merged_llm_to_new_lora(
     assert load_model_config(tmp_path / "new").llm_path == str(exported)
 
 
+@pytest.mark.slow
 def test_a_frozen_projector_stays_and_is_saved(
     tiny_exp, tiny_train_argv, tiny_argv, still, tmp_path
 ):

@@ -13,7 +13,7 @@ from speechllm.models.zipformer.config import OFFLINE, SIZES, Chunking, parse_ch
 from speechllm.models.zipformer.encoder import ZipformerEncoder
 
 CAUSAL = pytest.mark.parametrize("config", [True], indirect=True, ids=["causal"])
-CHUNKINGS = [Chunking(4, 4), Chunking(8, 24), Chunking(16, 20), Chunking(32, 8)]
+SMALL, LARGE = [Chunking(4, 4), Chunking(8, 24), Chunking(16, 20)], Chunking(32, 8)
 
 
 def stream(chunks: ChunkEncoder, features: list, starts: list[int]) -> list[torch.Tensor]:
@@ -41,16 +41,18 @@ def stream(chunks: ChunkEncoder, features: list, starts: list[int]) -> list[torc
 
 
 @CAUSAL
-@pytest.mark.parametrize("chunking", CHUNKINGS, ids=str)
+@pytest.mark.parametrize(
+    "chunking", [*(pytest.param(one, marks=pytest.mark.slow) for one in SMALL), LARGE], ids=str
+)
 @torch.no_grad()
 def test_chunk_by_chunk_equals_the_mask(encoder, chunking):
     encoder.eval()
-    lens = torch.tensor([9, 10, 30, 71, 77, 78, 79, 200, 333])
+    lens = torch.tensor([9, 10, 30, 71, 77, 78, 79, 150])
     features = [5 * torch.randn(n, 20) for n in lens.tolist()]
     masked, masked_lens = encoder(pad_sequence(features, batch_first=True), lens, chunking=chunking)
     chunks = ChunkEncoder(encoder, chunking)
     together = stream(chunks, features, [0] * len(lens))
-    joined_later = stream(chunks, features, [3, 0, 2, 2, 0, 1, 4, 1, 0])
+    joined_later = stream(chunks, features, [3, 0, 2, 2, 0, 1, 4, 0])
     for i, n in enumerate(masked_lens.tolist()):
         for found in (together[i], joined_later[i]):
             torch.testing.assert_close(found, masked[i, :n], atol=1e-4, rtol=1e-4)
@@ -59,7 +61,7 @@ def test_chunk_by_chunk_equals_the_mask(encoder, chunking):
 
 
 @CAUSAL
-@pytest.mark.parametrize("chunking", CHUNKINGS, ids=str)
+@pytest.mark.parametrize("chunking", [*SMALL, LARGE], ids=str)
 @torch.no_grad()
 def test_no_frame_sees_a_later_chunk(encoder, chunking):
     encoder.eval()

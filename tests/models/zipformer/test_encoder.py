@@ -37,7 +37,7 @@ def test_golden_utterances_on_a_gpu(monkeypatch):
 @CAUSAL
 def test_an_utterance_is_the_same_alone_and_in_a_batch(encoder, autocast):
     encoder.eval()
-    lens = torch.cat([torch.arange(9, 25), torch.randint(25, 90, (6,)), torch.tensor([90])])
+    lens = torch.cat([torch.arange(9, 18), torch.randint(18, 90, (4,)), torch.tensor([90])])
     lens = lens[torch.randperm(len(lens))]
     features = 5 * torch.randn(len(lens), 93, 20)  # also in the padding
     tolerance = 0.1 if autocast else 1e-4
