@@ -121,6 +121,7 @@ CHANGES = {
     "--weight-decay": Change("0.5", option_of_optimizer("weight_decay"), ADAMW),
     "--max-grad-norm": Change("1", lambda r: r.engine.max_grad_norm, ADAMW),
     "--label-smoothing": Change("0.1", lambda r: r.model.label_smoothing),
+    "--token-ctc-weight": Change("1", lambda r: r.model.token_ctc_weight),
     "--freeze-projector": Change(
         "true", lambda r: len(r.engine.optimizer.param_groups[0]["params"]),
         ("--pretrained-model-path", "{tmp}/exp/epoch-1.pt"),

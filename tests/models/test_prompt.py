@@ -65,6 +65,7 @@ def test_qwen2_gets_the_published_ids(qwen2):
         after=(151_645, 198, 151_644, 77_091, 198),
         end=151_645,
         pad=151_643,
+        space=220,
     )
 
 

@@ -21,6 +21,7 @@ class BuildOptions:
     encoder_dtype: torch.dtype = torch.float32  # dtype of frozen encoders
     encoder_feature_mask: bool = True  # in training
     label_smoothing: float = 0.0  # in training
+    token_ctc_weight: float = 0.0  # in training
     freeze_projector: bool = False
     use_flash_attn: bool = False
     device: str = "cpu"  # "meta": shapes without weights
@@ -49,6 +50,7 @@ def build_model(
             ds_rate=config.encoder_projector_ds_rate,
             encoder_feature_mask=options.encoder_feature_mask,
             label_smoothing=options.label_smoothing,
+            token_ctc_weight=options.token_ctc_weight,
         )
     model.encoder_projector.requires_grad_(not options.freeze_projector)
     return model, tokenizer

@@ -52,6 +52,7 @@ class ChatTemplate:
     instruction: tuple[int, ...] = ()
     use_context: bool = False  # append each utterance's context to the instruction
     lowercase: bool = True  # transcripts are in lower case
+    space: int = 0  # token of a space
 
     def spelled(self, text: str) -> str:
         """Return a transcript in the letter case used in training."""
@@ -107,6 +108,7 @@ def build_chat_template(
         instruction=tuple(encode_transcripts(tokenizer, [instruction])[0]),
         use_context=use_context,
         lowercase=lowercase,
+        space=tokenizer.encode(" ", add_special_tokens=False)[-1],
     )
 
 

@@ -14,6 +14,7 @@ from transformers import Cache
 from speechllm.models.chunked_cross_entropy import cap_logits, chunked_cross_entropy
 from speechllm.models.prompt import IGNORED, ChatTemplate, prompt_ids
 from speechllm.models.speech_encoders import EncoderOutput, SpeechEncoders, to_device
+from speechllm.models.token_ctc import token_ctc_loss
 from speechllm.models.zipformer.encoder import ZipformerEncoder
 
 
@@ -36,15 +37,18 @@ class SpeechLLM(SpeechEncoders):
         ds_rate: int = 4,
         encoder_feature_mask: bool = True,
         label_smoothing: float = 0.0,
+        token_ctc_weight: float = 0.0,
     ):
         """Initialize from the arguments of SpeechEncoders, plus:
 
         Args:
           label_smoothing: label smoothing of the training loss.
+          token_ctc_weight: weight of the token CTC loss in the training loss.
         """
         llm_dim = llm.get_input_embeddings().embedding_dim
         super().__init__(encoders, llm_dim, chat, ds_rate, encoder_feature_mask)
         self.llm, self.label_smoothing = llm, label_smoothing
+        self.token_ctc_weight = token_ctc_weight
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "SpeechLLM":
@@ -193,7 +197,7 @@ class SpeechLLM(SpeechEncoders):
         labels: Tensor,
         encoders: list[list[int]],
     ) -> dict[str, Tensor]:
-        """Compute the summed cross entropy of a batch, without synchronizing with the device.
+        """Compute the summed loss of a batch, without synchronizing with the device.
 
         Args:
           features: (B, T, 80); feature_lens: (B,), on the CPU.
@@ -202,15 +206,29 @@ class SpeechLLM(SpeechEncoders):
           encoders: encoders of each utterance's speech groups, in order.
 
         Returns:
-          Sums over the labels: `loss` (nats) and `correct` (number predicted correctly).
+          Sums over the labels: `loss` (nats), `correct` (number predicted correctly) and, with a
+          weight, `ctc_loss` (nats per encoder); in evaluation `loss` is the cross entropy.
         """
         speech = self.speech_embeddings(features, feature_lens, encoders)
-        embeds, _, labels = self.merge(input_ids, labels, speech)
-        hidden, targets = self.label_hidden_states(embeds, labels)
+        embeds, _, merged_labels = self.merge(input_ids, labels, speech)
+        hidden, targets = self.label_hidden_states(embeds, merged_labels)
         weight = self.base_llm.get_output_embeddings().weight
         smoothing = self.label_smoothing if self.training else 0.0
         loss, correct = chunked_cross_entropy(hidden, weight, targets, self.logit_cap, smoothing)
-        return {"loss": loss, "correct": correct}
+        if not self.token_ctc_weight:
+            return {"loss": loss, "correct": correct}
+        ctc_loss = self._token_ctc_loss(speech, labels)
+        if self.training:
+            loss = loss + self.token_ctc_weight * ctc_loss
+        return {"loss": loss, "correct": correct, "ctc_loss": ctc_loss.detach()}
+
+    def _token_ctc_loss(self, speech: list[list[Tensor]], labels: Tensor) -> Tensor:
+        """Return the CTC loss of all speech embeddings; the closing token is not spoken."""
+        texts = [row[row != IGNORED][:-1].tolist() for row in labels]
+        parts = [part for parts in speech for part in parts]
+        targets = [text for parts, text in zip(speech, texts) for _ in parts]
+        embeddings = self.llm.get_input_embeddings().weight
+        return token_ctc_loss(parts, targets, embeddings, self.chat.space)
 
     def label_hidden_states(self, embeds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the hidden states (N, D) that predict the N labels, and the labels (N,).

@@ -71,6 +71,9 @@ class TrainConfig:
         0.0, "with adamw: clip the gradient norm to this value; 0: no clipping")
     label_smoothing: float = _optimizer(
         0.0, "fraction of each label's probability to spread over all tokens, in training only")
+    token_ctc_weight: float = _optimizer(
+        0.0, "weight of a CTC loss over the LLM's tokens, which aligns speech and text embeddings; "
+        "useful with little training data, such as 1")
     lr_schedule: str = _optimizer(
         "fixed", "learning rate schedule; linear and cosine reach 0 at the end of training",
         choices=("fixed", "eden", "linear", "cosine"))
@@ -119,7 +122,8 @@ class TrainConfig:
                      "keep_last_k"):
             check_range(name, getattr(self, name), 1)
         for name in ("save_every_n", "save_every_minutes", "max_skipped_steps", "base_lr",
-                     "weight_decay", "max_grad_norm", "valid_decode", "patience"):
+                     "weight_decay", "max_grad_norm", "token_ctc_weight", "valid_decode",
+                     "patience"):
             check_range(name, getattr(self, name), 0)
         for name in ("lr_batches", "lr_epochs", *LR_FACTORS):
             check_range(name, getattr(self, name), 0, above=True)

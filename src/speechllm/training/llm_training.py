@@ -174,6 +174,7 @@ def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[Spe
             encoder_dtype=dtype,
             encoder_feature_mask=config.encoder_feature_mask,
             label_smoothing=config.label_smoothing,
+            token_ctc_weight=config.token_ctc_weight,
             freeze_projector=config.freeze_projector,
             use_flash_attn=config.use_flash_attn,
             device=device,

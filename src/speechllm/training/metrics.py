@@ -12,11 +12,11 @@ from speechllm.distributed import DistEnv
 from speechllm.progress import progress_bar
 
 RESET_INTERVAL = 200  # batches after which tot_loss has decayed to 1/e
-SUMS = ("loss", "correct", "tokens", "errors", "words", "frames")
+SUMS = ("loss", "ctc_loss", "correct", "tokens", "errors", "words", "frames")
 
 
 class Metrics:
-    """Sums over batches: `loss` and `correct` over `tokens`, `errors` over `words`, and `frames`.
+    """Sums over batches: losses and `correct` over `tokens`, `errors` over `words`, and `frames`.
 
     Only loss, tokens and frames are always present. The sums are tensors that stay on their device
     until a line is logged.
@@ -37,7 +37,7 @@ class Metrics:
         )
 
     def table(self) -> Tensor:
-        """Return (6, 2) float64 on the CPU: each sum in the order of SUMS, and 1 if present."""
+        """Return (7, 2) float64 on the CPU: each sum in the order of SUMS, and 1 if present."""
         rows = [[float(self.sums.get(name, 0.0)), float(name in self.sums)] for name in SUMS]
         return torch.tensor(rows, dtype=torch.float64)
 
@@ -51,9 +51,11 @@ class Metrics:
         return Metrics.from_table(dist_env.sum(self.table()))
 
     def means(self) -> dict[str, float]:
-        """Return `loss` and, if counted, `acc` per token and `wer` in percent."""
+        """Return `loss` and, if counted, `ctc_loss` and `acc` per token and `wer` in percent."""
         sums = {name: float(value) for name, value in self.sums.items()}
         means = {"loss": sums["loss"] / max(sums["tokens"], 1.0)}
+        if "ctc_loss" in sums:
+            means["ctc_loss"] = sums["ctc_loss"] / max(sums["tokens"], 1.0)
         if "correct" in sums:
             means["acc"] = sums["correct"] / max(sums["tokens"], 1.0)
         if "words" in sums:

@@ -19,7 +19,9 @@ class CtcHead(nn.Sequential):
         return self[1].out_features
 
 
-def ctc_loss(log_probs: Tensor, lens: Tensor, targets: list[list[int]]) -> Tensor:
+def ctc_loss(
+    log_probs: Tensor, lens: Tensor, targets: list[list[int]], blank: int = BLANK
+) -> Tensor:
     """Return the summed CTC loss of a batch, in nats.
 
     Args:
@@ -33,7 +35,7 @@ def ctc_loss(log_probs: Tensor, lens: Tensor, targets: list[list[int]]) -> Tenso
         flat.to(log_probs.device),
         lens,
         torch.tensor([len(target) for target in targets]),
-        blank=BLANK,
+        blank=blank,
         reduction="sum",
         zero_infinity=True,
     )
