@@ -6,9 +6,9 @@ The result loads like a downloaded Qwen2 (`AutoTokenizer`, `AutoModelForCausalLM
 pre-tokenizer, ChatML tokens, and spare embedding rows for the speech tokens.
 
 The model is trained to answer with a lower-case transcript, in the recipe's chat format. In 90% of
-the chats, the user's turn contains the words of the answer, with pauses: speech recognition with a
-frozen LLM relies on its ability to repeat the prompt, which instruct models of the usual size have.
-Most of these turns consist of random words, so that copying is more useful than guessing.
+the chats, the user's turn contains the tokens of the answer, lengthened and noisy like speech:
+speech recognition with a frozen LLM relies on its ability to repeat the prompt, which instruct
+models of the usual size have. Most answers are random words, so that copying pays, not guessing.
 """
 
 import json
@@ -33,10 +33,12 @@ SIZES = {  # field of Qwen2Config: flag, default
 }
 VOCAB_SIZE = 1000
 BATCH_SIZE = 32
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-3  # of AdamW
+MUON_LEARNING_RATE = 5e-3
 WARMUP_STEPS = 50
 REPEAT_PROB = 0.9  # fraction of user turns that contain the words of the answer
-RANDOM_PROB = 0.9  # fraction of these turns that consist of random words
+RANDOM_PROB = 0.8  # fraction of these turns that consist of random words
+NOISE = 0.3  # largest standard deviation of noise on prompts, relative to that of the embeddings
 
 Example = tuple[list[int], list[int]]  # ids and labels of one chat, of equal length
 
@@ -95,18 +97,31 @@ def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
     )
 
 
-def encode_example(tokenizer, answer: str, user: str = "") -> Example:
-    """Encode a chat with `user` and `answer`; labels cover the answer and its closing id."""
-    from speechllm.models.prompt import IGNORED, IM_END, chat_prompt
+def encode_example(tokenizer, answer: str, rng: random.Random | None = None) -> Example:
+    """Encode a chat whose user's turn has the answer's tokens, lengthened by `rng`, or nothing.
 
-    prompt = tokenizer(chat_prompt(user)).input_ids
-    closed_answer = tokenizer(answer + IM_END).input_ids
-    return prompt + closed_answer, [IGNORED] * len(prompt) + closed_answer
+    The labels cover the answer and its closing id.
+    """
+    from speechllm.models.prompt import IGNORED, IM_END, SPEECH, chat_prompt
+
+    before, after = (tokenizer(part).input_ids for part in chat_prompt(SPEECH).split(SPEECH))
+    ids, closing = tokenizer(answer).input_ids, tokenizer(IM_END).input_ids
+    user = lengthened(ids, *tokenizer(" ").input_ids, rng) if rng else []
+    prompt = before + user + after
+    return prompt + ids + closing, [IGNORED] * len(prompt) + ids + closing
 
 
-def with_pauses(words: list[str], rng: random.Random) -> str:
-    """Put one to four spaces before each word, as speech embeddings outnumber text tokens."""
-    return "".join(" " * rng.randint(1, 4) + word for word in words)
+def lengthened(ids: list[int], space: int, rng: random.Random) -> list[int]:
+    """Put spaces between ids and repeat some, like the output of a CTC head with spaces as blanks.
+
+    Speech embeddings outnumber text tokens, and are trained to look so (see models/token_ctc.py).
+    """
+    mean_gap, out = rng.choice([0.5, 1.5, 3.0]), []
+    for token in ids:
+        is_repeated = out[-1:] == [token]
+        out += [space] * max(int(rng.expovariate(1 / mean_gap)), is_repeated)
+        out += [token] * rng.choice([1, 1, 1, 2])
+    return out + [space] * int(rng.expovariate(1 / mean_gap))
 
 
 def training_examples(tokenizer, transcripts: list[str]) -> Iterator[Example]:
@@ -118,10 +133,9 @@ def training_examples(tokenizer, transcripts: list[str]) -> Iterator[Example]:
             if rng.random() >= REPEAT_PROB:
                 yield encode_example(tokenizer, transcript)
                 continue
-            words = transcript.split()
             if rng.random() < RANDOM_PROB:
-                words = rng.choices(all_words, k=len(words))
-            yield encode_example(tokenizer, " ".join(words), with_pauses(words, rng))
+                transcript = " ".join(rng.choices(all_words, k=len(transcript.split())))
+            yield encode_example(tokenizer, transcript, rng)
 
 
 # ---- model
@@ -146,7 +160,7 @@ def build_model(tokenizer, sizes: dict[str, int]):
 
 
 def mean_loss(model, examples: list[Example]):
-    """Return the mean negative log-likelihood (nats) per label."""
+    """Return the mean negative log-likelihood (nats) per label; in training with noisy prompts."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -154,26 +168,39 @@ def mean_loss(model, examples: list[Example]):
 
     ids, labels = ([torch.tensor(one) for one in column] for column in zip(*examples))
     padded = pad_sequence(ids, True, model.config.pad_token_id)
-    return model(input_ids=padded, labels=pad_sequence(labels, True, IGNORED)).loss
+    labels = pad_sequence(labels, True, IGNORED)
+    embeds = model.get_input_embeddings()(padded)
+    if model.training:
+        level = NOISE * embeds.detach().std() * torch.rand(len(ids), 1, 1)
+        embeds = embeds + (labels == IGNORED)[..., None] * level * torch.randn_like(embeds)
+    return model(inputs_embeds=embeds, labels=labels).loss
 
 
 def train(model, examples: Iterator[Example], max_steps: int) -> None:
-    """Train with AdamW, with a warm-up and a linear decay to 0."""
+    """Train with Muon, and AdamW for embeddings and vectors; with warm-up and linear decay to 0."""
     import torch
 
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1
+    layers = model.get_decoder().layers
+    matrices = [p for p in layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    muon = torch.optim.Muon(
+        matrices, lr=MUON_LEARNING_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1 - step / max_steps)
-    )
+    adamw = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1 - step / max_steps)
+        )
+        for optimizer in (muon, adamw)
+    ]
     for step in range(max_steps):
         loss = mean_loss(model, list(islice(examples, BATCH_SIZE)))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for schedule in schedules:
+            schedule.optimizer.step()
+            schedule.step()
         if step % 50 == 49:
             print(f"step {step + 1}: loss {loss.item():.3f}")
 
@@ -193,9 +220,7 @@ def make_llm(transcripts: list[str], max_steps: int, sizes: dict[str, int]) -> t
     model = build_model(tokenizer, sizes)
     train(model, training_examples(tokenizer, training), max_steps)
     rng = random.Random(0)
-    examples = [
-        encode_example(tokenizer, text, with_pauses(text.split(), rng)) for text in held_out
-    ]
+    examples = [encode_example(tokenizer, text, rng) for text in held_out]
     with torch.no_grad():
         perplexity = math.exp(mean_loss(model.eval(), examples))
     print(f"{model.num_parameters()} parameters, held-out perplexity {perplexity:.2f} per token")
