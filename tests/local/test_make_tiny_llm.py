@@ -90,6 +90,7 @@ def test_it_learns_to_repeat_the_words_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "BATCH_SIZE", 16)
     names = [f"call {a} {b}" for a in "abcdefg" for b in "abcdefg"]
     table = write_table(tmp_path / "names.tsv", names)
-    tokenizer, model = make(table, tmp_path / "llm", "--max-steps 200 --num-layers 2 --hidden-size 64")
-    examples = [tiny.encode_example(tokenizer, "call a b", random.Random(0))]
+    flags = "--max-steps 300 --num-layers 2 --hidden-size 64 --num-kv-heads 2"
+    tokenizer, model = make(table, tmp_path / "llm", flags)
+    examples = [tiny.encode_example(tokenizer, name, random.Random(0)) for name in names]
     assert tiny.mean_loss(model, examples) < 0.5 < math.log(7)
