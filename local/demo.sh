@@ -62,36 +62,22 @@ quietly() {
   "$@" >"$file" 2>&1 || { tail -n 20 "$file" >&2; echo "failed; see $file" >&2; exit 1; }
 }
 
-# in_halves LOG EPOCHS HARDER… -- PROGRAM…: add the flags HARDER in the second half of the epochs.
-in_halves() {
-  local log=$1 epochs=$2 half=$((($2 + 1) / 2)) harder=()
-  shift 2
-  while [ "$1" != -- ]; do harder+=("$1"); shift; done
-  shift
-  [ ${#harder[@]} -gt 0 ] || half=$epochs
-  quietly "$log.log" "$@" --num-epochs "$half"
-  [ "$half" -eq "$epochs" ] || quietly "$log-harder.log" "$@" --num-epochs "$epochs" \
-    "${harder[@]}"
-}
-
 # Models this small gain little from a second thread: two trainings run in parallel, one core each.
 # Each has its own process group (set -m), which is killed with this script.
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
-# Human speech varies more than espeak-ng's voices: small corpora need SpecAugment and concatenated
-# utterances. Without them the encoders' outputs are the same in every epoch, and are cached.
+# Human speech varies more than espeak-ng's voices: the encoders need SpecAugment in the second half
+# of their training, and spelled letters twice as many speech embeddings per second.
 if [ -z "$table" ]; then
-  speed_perturb=false dropout=0 llm_steps=600 masked=() joined=()
-  cached=(--encoder-feature-mask false --encoder-cache-dir "$exp/encoder_outputs")
+  speed_perturb=false dropout=0 unmasked_epochs=$encoder_epochs llm_steps=400 ds_rate=4
 else
-  speed_perturb=true dropout=0.1 llm_steps=1500 masked=(--enable-spec-aug true) cached=()
-  joined=(--bucketing-sampler false --concatenate-cuts true --duration-factor 2 --gap 0.1
-    --max-duration 20)
+  speed_perturb=true dropout=0.1 unmasked_epochs=$(((encoder_epochs + 1) / 2))
+  llm_steps=1500 ds_rate=2
 fi
 corpus=(--manifest-dir "$data/fbank" --min-duration 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
-model=(--llm-path "$exp/llm" --speech-encoder-type tiny)
+model=(--llm-path "$exp/llm" --speech-encoder-type tiny --encoder-projector-ds-rate $ds_rate)
 one=(--speech-encoder-path "$exp/encoder1/pretrained.pt"
   --speech-encoder-bpe-path "$exp/encoder1/bpe.model")
 two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained.pt"
@@ -102,10 +88,22 @@ batches=(--world-size 1 --use-fp16 false --num-buckets 8 --enable-spec-aug false
 encoder=(--encoder-size tiny --max-duration 15
   --avg $(((encoder_epochs + 1) / 2)) --lr-epochs 3 --warmup-batches 100 --dropout $dropout
   --encoder-feature-mask false)
-llm=(--max-duration 12 --base-lr 0.05 --lr-schedule eden --lr-epochs 2 --warmup-batches 50)
-avg=$(((llm_epochs + 1) / 2))
+llm=(--max-duration 12 --optimizer adamw --max-grad-norm 1 --lr-schedule cosine
+  --warmup-batches 50 --token-ctc-weight 1 --encoder-feature-mask false
+  --encoder-cache-dir "$exp/encoder_outputs" --num-epochs $llm_epochs)
+avg=$(((llm_epochs + 2) / 3))
 decoding=(--epoch $llm_epochs --avg $avg --max-duration 120 --max-new-tokens 100
   --manifest-dir "$data/fbank" --num-workers 0)
+
+# train_encoder N: train encoder N, an initial part of the epochs without SpecAugment.
+train_encoder() {
+  local run=("$python" src/pretrain_encoder.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}"
+    "${encoder[@]}" --test-cuts "${name}_cuts_test" --vocab-size $((300 - 100 * $1)) --seed "$1"
+    --exp-dir "$exp/encoder$1")
+  quietly "encoder$1.log" "${run[@]}" --num-epochs "$unmasked_epochs"
+  [ "$unmasked_epochs" -eq "$encoder_epochs" ] || quietly "encoder$1-masked.log" "${run[@]}" \
+    --num-epochs "$encoder_epochs" --enable-spec-aug true
+}
 
 # decode_twice EXP PROGRAM FLAGS…: decode greedily, and with beam search rescored by CTC.
 decode_twice() {
@@ -145,17 +143,14 @@ if due 3 "a tiny LLM of the transcripts"; then
   rm -rf "$exp/llm"
   quietly llm.log $python local/make_tiny_llm.py --out "$exp/llm" \
     --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps $llm_steps \
-    --hidden-size 192 --num-layers 3 --num-heads 3 --num-kv-heads 1 --intermediate-size 512 &
+    --hidden-size 192 --num-layers 3 --num-heads 6 --num-kv-heads 6 --intermediate-size 512 &
   llm_job=$!
 fi
 
 if due 4 "two tiny encoders with CTC, at the same time"; then
   fresh 4 "$exp"/encoder[12]
   for n in 1 2; do
-    in_halves encoder$n $encoder_epochs "${masked[@]}" -- \
-      $python src/pretrain_encoder.py "${corpus[@]}" "${cuts[@]}" "${batches[@]}" \
-      "${encoder[@]}" --test-cuts "${name}_cuts_test" \
-      --vocab-size $((300 - 100 * n)) --seed $n --exp-dir "$exp/encoder$n" &
+    train_encoder $n &
     jobs[n]=$!
   done
   for n in 1 2; do wait "${jobs[n]}"; done
@@ -168,14 +163,13 @@ fi
 
 if due 5 "train.py on the first encoder, then train_mose.py on both from its model"; then
   fresh 5 "$exp/llm_asr" "$exp/mose" "$exp/encoder_outputs"
-  training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}"
-    "${cached[@]}")
-  in_halves train $llm_epochs "${joined[@]}" -- \
-    $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr"
+  training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}")
+  quietly train.log $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr" \
+    --base-lr 0.001
   # A high learning rate would destroy what the first training learned.
-  in_halves train_mose $llm_epochs "${joined[@]}" -- \
-    $python src/train_mose.py "${training[@]}" "${two[@]}" --exp-dir "$exp/mose" \
-    --pretrained-model-path "$exp/llm_asr/epoch-$llm_epochs.pt" --base-lr 0.012
+  quietly train_mose.log $python src/train_mose.py "${training[@]}" "${two[@]}" \
+    --exp-dir "$exp/mose" --base-lr 0.0005 \
+    --pretrained-model-path "$exp/llm_asr/epoch-$llm_epochs.pt"
   finished 5
 fi
 
