@@ -12,7 +12,7 @@ set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-table="" name=demo stage=7 stop_stage=7 encoder_epochs=6 llm_epochs=12
+table="" name=demo stage=7 stop_stage=7 encoder_epochs=6 llm_epochs=8
 refuse() { echo "$*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   [ "$1" != --help ] || { sed -n '2,10s/^# \{0,1\}//p' local/demo.sh; exit 0; }

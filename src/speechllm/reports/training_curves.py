@@ -14,6 +14,7 @@ from speechllm.reports import page
 
 PANELS = {  # panel title: curves
     "loss": ("tot_loss", "valid_loss", "current_loss"),
+    "CTC loss": ("tot_ctc_loss", "valid_ctc_loss", "current_ctc_loss"),
     "accuracy": ("tot_acc", "valid_acc", "current_acc"),
     "WER %": ("valid_wer",),
     "learning rate": ("learning_rate",),
@@ -21,7 +22,7 @@ PANELS = {  # panel title: curves
     "gradient norm": ("grad_norm",),
     "gradient scale": ("grad_scale",),
 }
-LOGARITHMIC = ("loss", "gradient norm", "gradient scale")
+LOGARITHMIC = ("loss", "CTC loss", "gradient norm", "gradient scale")
 STYLES = {  # by the part of a curve's name before the _
     "valid": {"linestyle": "none", "marker": "o", "markersize": 4, "zorder": 3},
     "current": {"linewidth": 0.5, "alpha": 0.35},
