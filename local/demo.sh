@@ -91,7 +91,7 @@ encoder=(--encoder-size tiny --max-duration 15
 llm=(--max-duration 12 --optimizer adamw --max-grad-norm 1 --lr-schedule cosine
   --warmup-batches 50 --token-ctc-weight 1 --encoder-feature-mask false
   --encoder-cache-dir "$exp/encoder_outputs" --num-epochs $llm_epochs)
-avg=$(((llm_epochs + 2) / 3))
+avg=1 # the learning rate ends at 0, so averaging earlier epochs does not help
 decoding=(--epoch $llm_epochs --avg $avg --max-duration 120 --max-new-tokens 100
   --manifest-dir "$data/fbank" --num-workers 0)
 
