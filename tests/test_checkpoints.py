@@ -2,10 +2,14 @@
 
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from exp_dirs import equal
+from packaging.version import Version
 
 from speechllm.checkpoints import (
     UNREADABLE,
@@ -51,16 +55,34 @@ def test_bare_state_dicts_and_the_format_of_torch_before_1_6_load(tmp_path, zipp
     assert equal(load_checkpoint(path)["model"], state)
 
 
-def test_code_in_the_format_of_torch_before_1_6_is_refused(tmp_path):
+@pytest.mark.slow
+def test_objects_in_the_format_of_torch_before_1_6_are_refused_with_a_conversion(tmp_path):
+    path = tmp_path / "x.pt"
+    saved = {"model": {"a": torch.ones(2)}, "path": Path("x"), "version": Version("1")}
+    torch.save(saved, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match="packaging.version.Version.* it: python -c") as error:
+        load_checkpoint(path)
+    code = str(error.value).partition('python -c "')[2].removesuffix('"')
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert equal(load_checkpoint(tmp_path / "x-model.pt")["model"], saved["model"])
+
+
+def test_code_in_the_format_of_torch_before_1_6_is_refused_without_a_conversion(tmp_path):
     class Command:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/ran",)
 
-    saved = {"model": {"a": torch.ones(2)}, "command": Command()}
+    saved = {"model": {"a": torch.ones(2)}, "path": Path("x"), "command": Command()}
     torch.save(saved, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(InputError, match="more than tensors and plain values$"):
+    with pytest.raises(InputError, match=r"it contains posix\.system$"):
         load_checkpoint(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_paths_in_the_format_of_torch_before_1_6_are_ignored(tmp_path):
+    saved = {"model": {"a": torch.ones(2)}, "path": Path("x")}
+    torch.save(saved, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    assert equal(load_checkpoint(tmp_path / "x.pt")["model"], saved["model"])
 
 
 def test_flipped_bits_and_truncation_are_detected(tmp_path):

@@ -2,8 +2,10 @@
 
 import logging
 import mmap
+import pickletools
 import sys
 from pathlib import Path
+from typing import BinaryIO
 from zipfile import ZipFile
 
 import torch
@@ -21,6 +23,7 @@ CONVERT = (
     "torch.save({{'model': torch.load('{path}', weights_only=False)['model']}}, '{out}')\""
 )
 UNREADABLE = "cannot be read as a checkpoint of tensors"
+OLD_FORMAT = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # torch before 1.6
 
 
 def copy_to_cpu(value: Tensor) -> Tensor:
@@ -72,6 +75,7 @@ def state_difference(state: dict[str, Tensor], expected: dict[str, Tensor]) -> s
 
 
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
+    """Write a checkpoint file atomically."""
     with atomic_write(path) as partial, open(partial, "wb") as file:
         torch.save(checkpoint, file)  # with a path, torch would hide the cause of a failure
 
@@ -86,19 +90,30 @@ def _load_checked(path: str | Path) -> object:
       Exception: from zipfile or torch, if the file was not written by torch.save.
     """
     with open(path, "rb") as file, _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content[:2] != b"PK":  # possibly the format of torch before 1.6, without checksums
-            return torch.load(path, map_location="cpu", weights_only=True)
-        with ZipFile(content) as archive:
-            if damaged := archive.testzip():
-                raise RuntimeError(f"wrong checksum of {damaged}")
-        content.seek(0)
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+        is_old = content[: len(OLD_FORMAT)] == OLD_FORMAT  # without checksums
+        if is_old:
+            names = _old_globals(file)
+        else:
+            with ZipFile(content) as archive:
+                if damaged := archive.testzip():
+                    raise RuntimeError(f"wrong checksum of {damaged}")
+            content.seek(0)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(content)
         if refused := [name for name in names if name.split(".")[0] not in HARMLESS]:
             reason = f"it contains {min(refused)}{_advice(path, refused)}"
             raise InputError(f"{path} {UNREADABLE}: {reason}")
+        unused = [(_Unused, name) for name in names]
         content.seek(0)
-        with torch.serialization.safe_globals([(_Unused, name) for name in names]):
-            return torch.load(content, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(unused):
+            return torch.load(path if is_old else content, map_location="cpu", weights_only=True)
+
+
+def _old_globals(file: BinaryIO) -> list[str]:
+    """Return the globals in the old format's four pickles, except those needed for tensors."""
+    parts = [list(pickletools.genops(file)) for _ in range(4)]
+    names = {arg for part in parts for code, arg, _ in part if code.name == "GLOBAL"}
+    found = (name.replace(" ", ".") for name in names)
+    return sorted(name for name in found if name.split(".")[0] not in ("torch", "collections"))
 
 
 def _advice(path: str | Path, names: list[str]) -> str:
