@@ -7,6 +7,7 @@ written by export.py, model.json has a `checkpoint` entry and paths relative to 
 import argparse
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -225,6 +226,8 @@ def save_model_config(config: ModelConfig, folder: Path) -> None:
 def check_same_model(config: ModelConfig, exp_dir: Path) -> None:
     """Check that training resumes with the model it was started with, if model.json exists.
 
+    A file with neither content nor hash left to compare gives only a warning.
+
     Raises:
       InputError: a flag differs from model.json.
     """
@@ -235,6 +238,13 @@ def check_same_model(config: ModelConfig, exp_dir: Path) -> None:
             f"{flag} {spelled(now)}: the training in {exp_dir} was started with "
             f"{flag} {spelled(then)}"
         )
+    for name in HASHES:
+        if _same_content(name, config, before) is None:
+            logging.warning(
+                f"{flag_name(name)} {getattr(config, name)} cannot be compared with "
+                f"{getattr(before, name)}, which the training in {exp_dir} was started with and "
+                "which is missing: it must be the same model"
+            )
 
 
 def is_same_model(config: ModelConfig, exp_dir: Path) -> bool:
@@ -253,10 +263,19 @@ def _differing(config: ModelConfig, before: ModelConfig) -> Iterator[str]:
     for name, now in dataclasses.asdict(config).items():
         if now == getattr(before, name) or name in MAY_CHANGE:
             continue
-        then = getattr(before, name)
-        saved = name in HASHES and (getattr(before, HASHES[name]) or content_hashes(then))
-        if not saved or saved != content_hashes(now):
+        if name not in HASHES or _same_content(name, config, before) is False:
             yield name
+
+
+def _same_content(name: str, config: ModelConfig, before: ModelConfig) -> bool | None:
+    """Return whether the files are identical; None if the earlier content is unknown."""
+    now, then = getattr(config, name), getattr(before, name)
+    if now == then:
+        return True
+    saved = getattr(before, HASHES[name]) or content_hashes(then)
+    if not saved and len(comma_list(now)) == len(comma_list(then)):
+        return None
+    return saved == content_hashes(now)
 
 
 def check_model_files(config: ModelConfig) -> None:
