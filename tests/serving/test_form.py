@@ -29,7 +29,7 @@ def send(url, clip):
     return send
 
 
-@pytest.mark.parametrize("name", ["en", "en-US", "en_GB", "EN", "English", "auto", ""])
+@pytest.mark.parametrize("name", ["en", "en-US", "en_GB", "EN", "eng", "English", "auto", ""])
 def test_spellings_of_the_models_language_are_accepted(send, name):
     response = send(f"language={name}")
     assert response.status_code == 200 and "x-ignored" not in response.headers

@@ -32,6 +32,17 @@ UNSUPPORTED = {
     "known_speaker_references": "speakers are not recognized",
 }
 ONLY = {"chunking_strategy": "auto", "task": "transcribe"}  # the only supported value
+THREE_LETTERS = {  # ISO 639-1 codes -> ISO 639-2 and 639-3 codes
+    "ar": "ara", "bg": "bul", "ca": "cat", "cs": "ces cze", "da": "dan", "de": "deu ger",
+    "el": "ell gre", "en": "eng", "es": "spa", "et": "est", "fa": "fas per", "fi": "fin",
+    "fr": "fra fre", "he": "heb", "hi": "hin", "hr": "hrv", "hu": "hun", "id": "ind", "it": "ita",
+    "ja": "jpn", "ko": "kor", "lt": "lit", "lv": "lav", "nl": "nld dut", "no": "nor", "pl": "pol",
+    "pt": "por", "ro": "ron rum", "ru": "rus", "sk": "slk slo", "sl": "slv", "sv": "swe",
+    "th": "tha", "tr": "tur", "uk": "ukr", "vi": "vie", "zh": "zho chi cmn",
+}  # fmt: skip
+LANGUAGE_CODES = TO_LANGUAGE_CODE | {
+    three: two for two, codes in THREE_LETTERS.items() for three in codes.split()
+}
 
 
 def _split(values: list) -> list[str]:
@@ -197,9 +208,9 @@ def check_language(language: str, languages: list[str], of_model: str | None) ->
 
 
 def language_code(name: str) -> str:
-    """Return the two-letter code: `en-US`, `EN` or `English` -> `en`."""
+    """Return the two-letter code: `en-US`, `EN`, `eng` or `English` -> `en`."""
     name = re.split(r"[-_]", name.strip().lower())[0]
-    return TO_LANGUAGE_CODE.get(name, name)
+    return LANGUAGE_CODES.get(name, name)
 
 
 def _check_format(form: TranscriptionForm, asked: bool, transcriber: Transcriber) -> list[str]:
