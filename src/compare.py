@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare two decodings of the same sets: is B better than A, or is the difference chance?
+"""Compare two decodings of the same sets: is B better than A, or is it due to chance?
 
     python src/compare.py exp/x/decode/recogs-my_test-A.txt exp/y/decode/recogs-my_test-B.txt
     python src/compare.py A B --html a-b.html
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("a", type=Path, metavar="A", help="recogs-*.txt of a decoding, or a model's directory")
-    add("b", type=Path, metavar="B", help="the same for B, with the same normalization")
+    add("b", type=Path, metavar="B", help="the same, for B; normalized in the same way")
     add(
         "--html", type=Path, metavar="FILE",
         help="write a page with the differences; for directories, one per set: FILE-<set>",

@@ -4,8 +4,8 @@
     python src/plot_training.py exp/x --out training.html
     python src/plot_training.py exp/x exp/y --out training.png
 
-The HTML page also contains a table of the best and last values. A resumed training is one curve:
-values written after resuming replace earlier values for the same steps.
+The HTML page also contains a table of the best and last values. A resumed run is one curve: values
+written after resuming replace earlier values for the same steps.
 """
 
 from pathlib import Path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decode sets with many combinations of options and one loaded model; print WER and speed.
+"""Decode test sets with many combinations of options; print WER and speed.
 
     python src/sweep.py --epoch 10 --avg 5 --manifest-dir data/fbank --exp-dir exp/x \\
       --test-cuts my_cuts_dev --sweep draft-accept-prob 1 0.5 0.1 \\
@@ -7,9 +7,9 @@
     python src/sweep.py ... --sweep beam-size 1 2 4
     python src/sweep.py ... --sweep use-encoders 1 1,2 1,2,3 1,2,3,4
 
-Accepts decode.py's flags, and tries all combinations of the --sweep values. The model, with any
-number of encoders, is described by `<exp-dir>/model.json`. Writes decode.py's files for each
-combination to `<exp-dir>/decode/`, and a table to sweep-<set>-<parameters>-<flags>.tsv.
+Accepts decode.py's flags, and tries all combinations of the --sweep values. The model, described by
+`<exp-dir>/model.json`, is loaded once and may have any number of encoders. Writes decode.py's files
+for each combination to `<exp-dir>/decode/`, and a table: sweep-<set>-<parameters>-<flags>.tsv.
 """
 
 import argparse

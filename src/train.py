@@ -31,7 +31,7 @@ def main(
     exp_dir: Path = TrainConfig.exp_dir,
     description: str | None = __doc__,
 ) -> None:
-    """Parse the flags and train; `model` and `exp_dir` are the defaults."""
+    """Parse the flags and train; `model` and `exp_dir` provide the defaults."""
     default = TrainConfig(exp_dir=exp_dir)
     parser = Parser(description, epilog=TRAINING_EXIT_CODES)
     add_options(parser, default)

@@ -8,12 +8,12 @@
 
 Reads audio files, folders (including subfolders) and standard input (-), in any format supported by
 soundfile or PyAV; channels are averaged, and audio is resampled to 16 kHz. Long recordings are
-split in pauses; segments of all recordings are recognized in joint batches. Writes to standard
-output, or with --out to one file per recording and format. Unreadable recordings are reported at
+split at pauses; segments of all recordings are recognized in shared batches. Writes to standard
+output or, with --out, one file per recording and format. Unreadable recordings are reported at
 the end, after all others have been transcribed; the exit code is then 1.
 
-With --stream, standard input is recognized while it arrives: 16-bit WAV, or 16-bit PCM at 16 kHz.
-Events are written as JSON lines: `partial` texts from CTC, and a `final` segment in each pause.
+With --stream, standard input is recognized as it arrives: 16-bit WAV, or 16-bit PCM at 16 kHz.
+Events are written as JSON lines: `partial` texts from CTC, and a `final` segment at each pause.
 
 The JSON fields are described in speechllm/longform/transcript.py, the Python API in
 speechllm/api.py.
@@ -50,7 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--context", default="",
         help="text for the LLM in addition to the audio, such as names; for models trained with "
              "--use-context")  # fmt: skip
-    add("--stream", action="store_true", help="recognize standard input while it arrives")
+    add("--stream", action="store_true", help="recognize standard input as it arrives")
     for config in (LongformConfig, CheckpointConfig, SearchConfig, ModelConfig):
         add_options(parser, config)
     return parser
@@ -181,7 +181,7 @@ def transcribe(transcriber, names: list[str], context: str, formats: list[str], 
 
 
 def transcribe_stream(transcriber, context: str) -> None:
-    """Recognize standard input while it arrives, and print events as JSON lines."""
+    """Recognize standard input as it arrives, and print events as JSON lines."""
     from speechllm.streaming.pcm import open_pcm
     from speechllm.streaming.stream import Streamer, event_json
 

@@ -45,7 +45,7 @@ def test_the_number_of_processes_is_checked(monkeypatch):
         num_processes(0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert num_processes(None) == 2
-    with pytest.raises(InputError, match="--world-size 4 needs 4 GPUs, there are 2"):
+    with pytest.raises(InputError, match="--world-size 4 needs 4 GPUs, found 2"):
         num_processes(4)
 
 

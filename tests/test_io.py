@@ -76,5 +76,5 @@ def test_check_space_compares_with_the_free_space(small_disk):
     check_space(folder, 1_900_000, "checkpoints")
     with pytest.raises(InputError) as error:
         check_space(folder, 1_900_000_000, "checkpoints")
-    assert str(error.value) == f"{folder} needs 1.90 GB more for checkpoints, 0.00 GB are free"
+    assert str(error.value) == f"{folder} needs 1.90 GB more for checkpoints; 0.00 GB are free"
     assert not folder.exists()

@@ -17,7 +17,7 @@ from speechllm.errors import InputError, first_line
 from speechllm.io import atomic_write
 
 DEFAULT_AVG = 5  # number of epochs or checkpoints averaged by default
-HARMLESS = ("pathlib", "argparse", "datetime", "numpy", "icefall", "lhotse", "k2")  # packages
+HARMLESS = ("pathlib", "argparse", "datetime", "numpy", "icefall", "lhotse", "k2")  # see _Unused
 CONVERT = (
     "; if you trust the file, convert it: python -c \"import torch; "
     "torch.save({{'model': torch.load('{path}', weights_only=False)['model']}}, '{out}')\""
@@ -50,7 +50,7 @@ def load_checkpoint(path: str | Path) -> dict:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # unreadable or damaged
         raise InputError(f"{path} {UNREADABLE}: {first_line(error)}") from None
-    except Exception:  # unpickling raises any class, with torch's advice to trust the file
+    except Exception:  # unpickling can raise anything; torch's text advises trusting the file
         raise InputError(
             f"{path} {UNREADABLE}: it is empty, truncated, not written by torch.save, or contains "
             "more than tensors and plain values"
@@ -117,14 +117,14 @@ def _old_globals(file: BinaryIO) -> list[str]:
 
 
 def _advice(path: str | Path, names: list[str]) -> str:
-    """Return advice on converting a file with these classes; "" for classes in Python itself."""
+    """Return advice on converting a file with these classes; "" for standard-library classes."""
     if any(name.split(".")[0] in sys.stdlib_module_names for name in names):
         return ""
     return CONVERT.format(path=path, out=Path(path).with_name(f"{Path(path).stem}-model.pt"))
 
 
 class _Unused:
-    """Placeholder for an object in icefall's `epoch-N.pt`, such as a path; its code never runs."""
+    """Placeholder for a harmless object in a checkpoint, such as a path; its code never runs."""
 
     def __init__(self, *args):
         pass
@@ -178,7 +178,7 @@ def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
     epoch = epoch or max(found)
     avg = avg or next((k for k in range(1, DEFAULT_AVG) if epoch - k not in found), DEFAULT_AVG)
     if avg < 1:
-        raise InputError(f"--avg {avg} must be at least 1")
+        raise InputError(f"--avg {avg} must be at least 0")
     first, flags = epoch - avg + 1, f"--epoch {epoch} --avg {avg}"
     if first < 1:
         raise InputError(f"{flags} begins before epoch 1")
@@ -199,7 +199,7 @@ def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path
       InputError: avg is negative.
     """
     if avg < 0:
-        raise InputError(f"--avg {avg} must be at least 1")
+        raise InputError(f"--avg {avg} must be at least 0")
     found = numbered_files(exp_dir, "checkpoint")
     needed = [path for number, path in found.items() if number <= iteration][: avg or DEFAULT_AVG]
     if iteration not in found or len(needed) < avg:
@@ -218,7 +218,7 @@ def average(paths: list[Path], out: Path) -> tuple[dict[str, Tensor], Path]:
     """Average the models in several checkpoints element-wise, and write the result to `out`.
 
     Returns:
-      The state dict and its file. A single checkpoint is returned unchanged, without writing.
+      The state dict and its file. A single checkpoint is returned as it is, and nothing is written.
 
     Raises:
       FileNotFoundError, InputError: a file cannot be read, or keys or shapes differ.

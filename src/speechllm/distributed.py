@@ -88,7 +88,7 @@ def num_processes(world_size: int | None) -> int:
     if world_size < 1:
         raise InputError(f"--world-size {world_size} must be at least 1")
     if 0 < gpus < world_size:
-        raise InputError(f"--world-size {world_size} needs {world_size} GPUs, there are {gpus}")
+        raise InputError(f"--world-size {world_size} needs {world_size} GPUs, found {gpus}")
     return world_size
 
 
@@ -248,5 +248,5 @@ def _join_group(backend: str, rank: int, world_size: int) -> None:
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"--master-port {os.environ['MASTER_PORT']} cannot be used, possibly because another "
-            f"training uses it: {reason}"
+            f"run uses it: {reason}"
         ) from None

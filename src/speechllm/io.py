@@ -1,6 +1,6 @@
 """Atomic writes: after any failure, a file or directory is either complete or unchanged.
 
-Also listing of files, and checks of disk space.
+Also file listings and checks of disk space.
 """
 
 import errno
@@ -76,7 +76,7 @@ def check_space(path: Path, num_bytes: float, content: str) -> None:
     """
     if (free := free_bytes(path)) < num_bytes:
         raise InputError(
-            f"{path} needs {num_bytes / 1e9:.2f} GB more for {content}, "
+            f"{path} needs {num_bytes / 1e9:.2f} GB more for {content}; "
             f"{free / 1e9:.2f} GB are free"
         )
 

@@ -32,7 +32,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def autocast_dtype_of(x: Tensor) -> torch.dtype:
-    """Return the dtype used by autocast for products with x; without autocast, x's own dtype."""
+    """Return the dtype used by autocast for products with x; without autocast, x's dtype."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

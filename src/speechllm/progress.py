@@ -42,7 +42,7 @@ class _TerminalHandler(logging.StreamHandler):
 
 
 def progress_bar(name: str, seconds: float, enabled: bool = True):
-    """Return a tqdm bar over seconds of audio, with speed and time left; only in a terminal."""
+    """Return a tqdm bar over seconds of audio, shown only in a terminal."""
     from tqdm import tqdm
 
     return tqdm(

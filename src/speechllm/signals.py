@@ -25,7 +25,7 @@ class StopRequested(Exception):
 
 @contextmanager
 def on_signals(call: Callable[[int], None]) -> Iterator[None]:
-    """Call a function with the signal number, instead of ending this process."""
+    """Call `call` with the number of each stop signal, which would otherwise end the process."""
     previous = {number: signal.signal(number, lambda n, _: call(n)) for number in SIGNALS}
     try:
         yield
