@@ -152,7 +152,7 @@ def test_unusable_cut_files(message, copies, tiny_corpus, tmp_path):
     exp_dir, path = copies(), tmp_path / "cuts.jsonl.gz"
     whole = tiny_corpus / "tiny_cuts_test.jsonl.gz"
     flags = ("--test-cuts", path)
-    assert message(exp_dir, "--test-cuts", ",") == "--test-cuts ',' names no cut file"
+    assert message(exp_dir, "--test-cuts", ",") == "--test-cuts ',' is empty: expected cut files"
     assert message(exp_dir, *flags) == f"cut file {path} is missing"
     path.write_bytes(whole.read_bytes()[:-30])
     assert message(exp_dir, *flags).startswith(f"{path} cannot be read beyond cut ")

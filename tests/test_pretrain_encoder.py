@@ -141,7 +141,7 @@ def test_flags_select_the_case_of_the_pieces(flags, tiny_corpus, tmp_path, reach
 
 def test_one_case_can_be_selected(flags, tmp_path):
     message = error_of(flags, tmp_path, **{"--uppercase": "true", "--lowercase": "true"})
-    assert message == "--uppercase true and --lowercase true exclude each other"
+    assert message == "--uppercase true and --lowercase true are mutually exclusive"
 
 
 # ---- resuming

@@ -68,7 +68,7 @@ def test_initial_parameters_come_from_another_model(tiny_exp, tiny_train_argv, t
     train.main([*argv, "--pretrained-model-path", str(tmp_path / "epoch-2-avg-1.pt")])
     assert validation_losses(tmp_path / "exp")[0] == validation_losses(tiny_exp)[-1]
     assert re.search(
-        r"Initialized from .*avg-1.pt: .*LoRA; starts fresh: nothing; ignored: prompt_embedding.we",
+        r"Initialized from .*avg-1.pt: .*LoRA; not loaded: nothing; ignored: prompt_embedding.we",
         log(tmp_path / "exp"),
     )
 
@@ -234,7 +234,7 @@ def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dr
     assert error("--lora-targets", "q_proj,c_attn").startswith(message)
     message = "--encoder-lr 0.1: this part of the model is not trained"
     assert error("--encoder-lr", 0.1) == message
-    message = "--warmup-batches 500 must be below the 6 steps of this training (--lr-schedule cosi"
+    message = "--warmup-batches 500 must be below the 6 steps of this run (--lr-schedule cosi"
     assert error("--lr-schedule", "cosine").startswith(message)
     assert error("--lr-schedule", "linear", "--shar-dir", tiny_shards) == (
         "--lr-schedule linear needs a known number of steps, which shards "
@@ -243,8 +243,8 @@ def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dr
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--optimizer", "adamw"], "was written with another optimizer than AdamW: see --optimizer"),
-    (["--lora-lr", "2"], "epoch-1.pt was written with other values of --projector-lr, --lora-lr"),
+    (["--optimizer", "adamw"], "was not written with the optimizer AdamW: see --optimizer"),
+    (["--lora-lr", "2"], "epoch-1.pt was written with different values of --projector-lr, "),
     (["--lora-r", "8"], r"epoch-1.pt .*lora_A.default.weight has shape \(64, \d+\), not \(8, "),
     (["--unfreeze-llm", "false"], r"unexpected key.* epoch-1.pt|epoch-1.pt.*unexpected key"),
     (["--unfreeze-encoder", "true"], r"missing key.*epoch-1.pt|epoch-1.pt.*missing key"),

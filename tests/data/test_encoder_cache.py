@@ -218,7 +218,7 @@ def test_interrupted_filling_keeps_what_was_encoded(encoders, cuts, tmp_path):
         ("cache", ("--shar-dir", "x"), "needs cut files, not shards (--shar-dir x)"),
         ("cache", ("--chunk-size", "16,-1"),
          "needs one --chunk-size and one --left-context-frames"),
-        ("file", (), "cannot be a directory: File exists"),
+        ("file", (), "cannot be created: File exists"),
     ],
 )  # fmt: skip
 def test_flags_that_do_not_fit_the_cache_are_errors(trained, tmp_path, directory, flags, message):

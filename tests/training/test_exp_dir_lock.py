@@ -28,7 +28,7 @@ def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path, child)
     with pytest.raises(InputError) as error, exclusive(tmp_path / "exp"):
         pass
     assert str(error.value).startswith(
-        f"--exp-dir {tmp_path}/exp is in use by another training (process {first.pid} on "
+        f"--exp-dir {tmp_path}/exp is in use by another run (process {first.pid} on "
         f"{socket.gethostname()}): "
     )
     first.kill()

@@ -43,9 +43,9 @@ WORDY = CutSet.from_cuts([cut(1.0, "a" * 30), cut(1.1)])
 def test_the_largest_batches_are_found():
     largest = largest_batches([WIDE, LONG, WORDY], lambda cut: len(cut.supervisions[0].text))
     assert largest == {
-        "the longest utterance": LONG, "most audio": WIDE, "most LLM positions": WORDY
+        "the longest utterance": LONG, "the most audio": WIDE, "the most LLM positions": WORDY
     }  # fmt: skip
-    assert largest_batches([WORDY]).keys() == {"the longest utterance", "most audio"}
+    assert largest_batches([WORDY]).keys() == {"the longest utterance", "the most audio"}
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_silent_batches_have_the_sizes_of_real_ones(scanned, options):
         assert sorted(silence["texts"]) == sorted(batch["texts"])
         sizes.append(batch["features"].numel())
     largest = largest_batches(data.sample_batches())
-    assert silent_batch(largest["most audio"], data)["features"].numel() >= 0.9 * max(sizes)
+    assert silent_batch(largest["the most audio"], data)["features"].numel() >= 0.9 * max(sizes)
 
 
 class LittleMemory:

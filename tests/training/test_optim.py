@@ -126,7 +126,7 @@ def test_linear_and_cosine_equal_transformers(name, reference, warmup):
 
 
 def test_a_training_within_the_warmup_is_an_error():
-    sentence = "^--warmup-batches 20 must be below the 20 steps of this training .--lr-schedule li"
+    sentence = "^--warmup-batches 20 must be below the 20 steps of this run .--lr-schedule li"
     with pytest.raises(InputError, match=sentence):
         lr_factor(TrainConfig(lr_schedule="linear", warmup_batches=20), num_steps=20)
 

@@ -90,7 +90,7 @@ def test_the_seed_determines_the_training(tmp_path):
 
 
 def test_an_epoch_without_batches_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="epoch 1 had no batch: --max-duration, --drop-last or"):
+    with pytest.raises(InputError, match="epoch 1 has no batches: check --max-duration, --drop-"):
         run(tmp_path, batches=0)
     assert list(tmp_path.iterdir()) == []
 

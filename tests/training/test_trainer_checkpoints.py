@@ -154,7 +154,7 @@ def test_the_model_with_the_lowest_wer_is_kept_and_patience_counts_validations(t
     assert (state.lowest_valid_wer, state.validations_without_gain) == (20, 3)
     assert steps_of(tmp_path / "best-valid-wer.pt") == 30  # in the middle of an epoch
     assert load_checkpoint(tmp_path / "best-valid-wer.pt")["lowest_valid_wer"] == 20
-    assert logged(caplog, "Stopped early: 3 of --patience 3 validations without gain")
+    assert logged(caplog, "Stopped early: no improvement in 3 validations (--patience 3)")
     assert "wer=22, " in logged(caplog, "validation:")[-1]
     caplog.clear()
     options = {"batches": 20, "valid_interval": 10, "num_epochs": 9}

@@ -52,9 +52,9 @@ def ids_of(batches):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_cuts": " , "}, "--train-cuts ' , ' names no cut file"),
+        ({"train_cuts": " , "}, "--train-cuts ' , ' is empty: expected"),
         ({"train_cuts": "tiny_cuts_x"}, "tiny_cuts_x is missing"),
-        ({"shar_dir": ","}, "--shar-dir ',' names no directory"),
+        ({"shar_dir": ","}, "--shar-dir ',' is empty: expected"),
         ({"shar_dir": "/none"}, "/none/index.json is missing"),
         ({"max_utterance_duration": 0.35}, "no usable cuts: 0 utterances"),
     ],

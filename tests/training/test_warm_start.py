@@ -52,7 +52,7 @@ def test_a_second_stage_in_the_same_directory_adds_lora(still, tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in first.items())
     assert loaded.keys() - first.keys() and all("lora_" in k for k in loaded.keys() - first.keys())
     assert re.search(
-        r"epoch-1.pt: projector 1; starts fresh: LoRA \(not in the checkpoint\); ignored: nothing",
+        r"epoch-1.pt: projector 1; not loaded: LoRA \(not in the checkpoint\); ignored: nothing",
         log(exp_dir),
     )
     assert model_of(exp_dir / "former-1" / "epoch-1.pt").keys() == first.keys()
@@ -78,7 +78,7 @@ def test_the_projector_of_one_encoder_goes_to_the_same_encoder_of_several(
     one, two = "encoder_projector.proj.1.weight", "encoder_projector.1.proj.1.weight"
     assert torch.equal(loaded[two], first[one])
     assert not torch.equal(loaded[two.replace("1", "0", 1)], first[one])
-    assert "epoch-2.pt: projector 2 (from projector 1), LoRA; starts fresh: projector 1" in log(
+    assert "epoch-2.pt: projector 2 (from projector 1), LoRA; not loaded: projector 1" in log(
         tmp_path / "exp"
     )
 
@@ -138,7 +138,7 @@ def test_a_frozen_projector_has_no_dropout():
 def test_lora_of_another_scale_starts_fresh(tiny_exp, still, tmp_path):
     start = tiny_exp / "epoch-2.pt"
     train.main(still(tmp_path / "exp", "--pretrained-model-path", start, "--lora-alpha", "32"))
-    assert "projector 1; starts fresh: LoRA (trained with --lora-alpha 16)" in log(tmp_path / "exp")
+    assert "projector 1; not loaded: LoRA (trained with --lora-alpha 16)" in log(tmp_path / "exp")
 
 
 def test_parts_have_numbers():

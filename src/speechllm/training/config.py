@@ -134,7 +134,7 @@ class TrainConfig:
                 f"--start-epoch {self.start_epoch} is beyond --num-epochs {self.num_epochs}")
         if self.pretrained_model_path and self.start_epoch > 1:
             raise InputError(
-                f"--start-epoch {self.start_epoch} resumes this training and cannot be combined "
+                f"--start-epoch {self.start_epoch} resumes this run and cannot be combined "
                 f"with --pretrained-model-path {self.pretrained_model_path}")
         if self.freeze_projector and self.start_epoch == 1 and not self.pretrained_model_path:
             raise InputError(
@@ -205,7 +205,7 @@ class EncoderConfig:
     dropout: float = _encoder(0.1, "dropout in the encoder and before the CTC head")
     flat_start_batches: int = _encoder(
         400, "number of initial batches trained on evenly spaced tokens instead of with CTC")
-    avg: int = _encoder(5, "number of last epochs to average into pretrained.pt")
+    avg: int = _encoder(5, "number of final epochs to average into pretrained.pt")
     test_cuts: str | None = _encoder(
         None, "cut files to decode with greedy CTC and score at the end")
 
@@ -218,11 +218,11 @@ class EncoderConfig:
             for chunking in self.chunkings:
                 chunking.check(self.size)
         if self.uppercase and self.lowercase:
-            raise InputError("--uppercase true and --lowercase true exclude each other")
+            raise InputError("--uppercase true and --lowercase true are mutually exclusive")
 
     @property
     def size(self) -> ZipformerConfig:
-        """The encoder's sizes."""
+        """The encoder's dimensions."""
         return replace(SIZES[self.encoder_size], causal=self.causal)
 
     @property

@@ -39,7 +39,7 @@ BPE_FILE = "bpe.model"
 
 @dataclass(frozen=True)
 class CtcTokenizer:
-    """Converts texts to BPE ids, in the case of the pieces; picklable, for data loader workers."""
+    """Converts texts to BPE ids, in the case of the pieces; picklable, for dataloader workers."""
 
     bpe: sentencepiece.SentencePieceProcessor
 
@@ -76,7 +76,7 @@ class CtcModel(nn.Module):
 
 
 class CtcLoss:
-    """CTC loss in nats, with encoder frames as tokens; in validation, also greedy CTC word errors.
+    """CTC loss in nats, counted per encoder frame; in validation, also greedy CTC word errors.
 
     The first `flat_start_batches` training steps use the loss of flat_start.py instead.
     """

@@ -145,7 +145,7 @@ class TrainingData:
     # ---- loaders
 
     def train_loader(self, dist_env: DistEnv) -> Callable:
-        """Return a function (epoch, batches to skip) -> this rank's batches in the epoch.
+        """Return a function: (epoch, batches to skip) -> this rank's batches in the epoch.
 
         Raises:
           InputError: there are fewer shards than processes reading them.
@@ -189,7 +189,7 @@ class TrainingData:
         return batches
 
     def report_unread(self, unread: list[CutError], prefix: str, total: int, exp_dir: Path) -> None:
-        """Log and list unreadable utterances.
+        """Log unreadable utterances, and append them to invalid-cuts.jsonl.
 
         Raises:
           InputError: their number exceeds --max-invalid-fraction of `total`.
@@ -199,7 +199,7 @@ class TrainingData:
         report_invalid(unread, reasons, total, limit, listing, prefix)
 
     def sample_batches(self) -> Iterator[CutSet]:
-        """Yield all ranks' batches of cuts, as in an epoch; for shards, from a sample."""
+        """Yield all ranks' batches of cuts in an epoch or, for shards, in a sample of the cuts."""
         source = self.source(1)
         if source.is_sharded:
             source = replace(source, cuts=source.sample, sample=None)
@@ -270,7 +270,7 @@ def scan_training_data(
         train = scan_manifests(_train_paths(config), limits, **options, extra_check=check)
         if empty := [path for path, (kept, _) in train.files.items() if not kept]:
             invalid = [errors[0].message for errors in train.errors[empty[0]].values()]
-            reason = invalid[0] if invalid else "see --min-duration and others"
+            reason = invalid[0] if invalid else "see --min-duration, for example"
             raise InputError(f"{empty[0]}: no usable cuts: {reason}")
     valid_paths = _paths(config.manifest_dir, "--valid-cuts", config.valid_cuts)
     valid_limits = Limits(min_frames=min_frames)
@@ -321,13 +321,13 @@ def _train_paths(config: TrainDataConfig) -> list[Path | str]:
 
 def _paths(manifest_dir: Path, flag: str, names: str) -> list[Path]:
     if not comma_list(names):
-        raise InputError(f"{flag} {names!r} names no cut file")
+        raise InputError(f"{flag} {names!r} is empty: expected cut files")
     return [cuts_file(manifest_dir, name) for name in comma_list(names)]
 
 
 def _shards(config: TrainDataConfig) -> Shards:
     if not comma_list(config.shar_dir):
-        raise InputError(f"--shar-dir {config.shar_dir!r} names no directory")
+        raise InputError(f"--shar-dir {config.shar_dir!r} is empty: expected directories")
     return read_shards(comma_list(config.shar_dir))
 
 

@@ -28,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, of the same 
 
 
 def deepspeed_config(path: Path | None, dtype: torch.dtype) -> dict | None:
-    """Read the --deepspeed file; None if the flag is not given.
+    """Read the --deepspeed file; return None without the flag.
 
     Raises:
       FileNotFoundError, InputError: the precision is float16, DeepSpeed is not installed, or the
@@ -84,8 +84,8 @@ class ZeroEngine(Engine):
     ):
         """
         Args:
-          model: owned by DeepSpeed afterwards.
-          optimizer: with all trainable parameters in one group, in order.
+          model: managed by DeepSpeed from then on.
+          optimizer: contains all trainable parameters in one group, in order.
           config: as returned by `deepspeed_config`.
         """
         self.module, self.optimizer, self.dist_env, self.dtype = model, optimizer, dist_env, dtype
@@ -123,7 +123,7 @@ class ZeroEngine(Engine):
         return torch.tensor(True)
 
     def step(self) -> bool:
-        """Take a step; return false if DeepSpeed skipped it for non-finite gradients."""
+        """Take a step; return false if DeepSpeed skipped it because of non-finite gradients."""
         self.model.step()
         return not self.model.optimizer.overflow
 
@@ -182,7 +182,7 @@ class ZeroEngine(Engine):
         if self.stage < 3:
             safe_set_full_optimizer_state(parameter, whole, name)
             return
-        # DeepSpeed's function for whole tensors fails if the ranks do not divide their size.
+        # DeepSpeed's function for whole tensors fails unless the ranks divide their size.
         size = parameter.ds_tensor.numel()
         padded = pad(whole.flatten(), (0, size * self.dist_env.world_size - whole.numel()))
         mine = padded.split(size)[self.dist_env.rank]
@@ -209,7 +209,7 @@ def whole_config(config: dict, dtype: torch.dtype) -> dict:
 
 
 def _ready_deepspeed(dist_env: DistEnv):
-    """Import DeepSpeed with settings that replace MPI and a compiler."""
+    """Import DeepSpeed with settings that avoid MPI and a compiler."""
     cpu = dist_env.device.type == "cpu"
     os.environ.setdefault("LOCAL_RANK", str(dist_env.rank if cpu else dist_env.device.index))
     if not dist.is_initialized():  # DeepSpeed needs a process group even for one process

@@ -71,7 +71,7 @@ def describe_training(
 def _memory_line(
     training: Training, model: nn.Module, loss: Loss, batches: list[CutSet], stage: int
 ) -> str:
-    """Return the estimate for the batch that needs most, and the device's memory per rank."""
+    """Return the estimate for the most demanding batch, and the device's memory per rank."""
     ranks, found = num_processes(training.config.world_size), []
     for name, cuts in largest_batches(batches, training.data.count_positions).items():
         batch = silent_batch(cuts, training.data)

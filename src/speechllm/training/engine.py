@@ -16,7 +16,7 @@ from speechllm.precision import autocast
 class Engine:
     """Model and optimizer of one rank, with DDP, autocast and a gradient scaler."""
 
-    # True if validation and reading parameters or optimizer state involve all ranks.
+    # True if validating and reading parameters or optimizer state involve all ranks.
     is_sharded = False
 
     def __init__(
@@ -74,7 +74,7 @@ class Engine:
             self.model().backward()
 
     def gradients_finite(self) -> Tensor:
-        """Return a tensor () on the device: true if gradients are finite, or with fp16's scaler."""
+        """Return a tensor (): true if all gradients are finite, and always with fp16's scaler."""
         gradients = [p.grad for p in trained(self.module) if p.grad is not None]
         if self.scaler.is_enabled():
             gradients = []

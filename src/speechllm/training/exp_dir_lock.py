@@ -16,7 +16,7 @@ LOCK = ".lock"  # never removed; contains the last run's process and host
 
 @contextmanager
 def exclusive(exp_dir: Path) -> Iterator[None]:
-    """Lock an experiment directory until this process ends, in whatever way.
+    """Lock an experiment directory within the context; the lock also ends with the process.
 
     Raises:
       InputError: another process holds the lock.
@@ -33,7 +33,7 @@ def exclusive(exp_dir: Path) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "unknown process"
                 raise InputError(
-                    f"--exp-dir {exp_dir} is in use by another training ({holder}): wait for it, "
+                    f"--exp-dir {exp_dir} is in use by another run ({holder}): wait for it, "
                     "or choose another directory"
                 ) from None
         file.seek(0)

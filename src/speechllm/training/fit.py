@@ -47,7 +47,7 @@ from speechllm.training.validate import BatchLoss
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that determines a run; picklable, to be sent to its processes.
+    """Everything that determines a run; picklable, so that ranks can receive it.
 
     zero: DeepSpeed configuration; None for DDP.
     """
@@ -108,7 +108,7 @@ def launch_training(
 
 
 def begin(training: Training, dist_env: DistEnv) -> Start:
-    """Set up logging and random numbers, and read the checkpoint to resume from."""
+    """Set up logging and random seeds, and read the checkpoint to resume from."""
     config = training.config
     setup_logging(config.exp_dir / "log" / "log-train", dist_env)
     logging.info(f"Training started: {training.model}, {training.data.config}, {config}")

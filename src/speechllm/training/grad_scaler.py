@@ -4,11 +4,11 @@ import logging
 
 import torch
 
-GROW_BELOW = ((400, 32.0), (100, 8.0), (25, 2.0))  # every N batches, double smaller scales
+GROW_BELOW = ((400, 32.0), (100, 8.0), (25, 2.0))  # (N, limit): checked every N batches
 
 
 def adjust_grad_scale(scaler: torch.amp.GradScaler, batch_idx: int) -> None:
-    """Quickly increase a small gradient scale, and fail if it is tiny.
+    """Double a gradient scale that is below its limit, and fail if it is tiny.
 
     Raises:
       RuntimeError: the scale is below 1e-5.

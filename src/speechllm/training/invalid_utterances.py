@@ -27,15 +27,15 @@ def report_invalid(
     listing: Path,
     prefix: str = "Skipped",
 ) -> None:
-    """Log and list new errors, and check the fraction of invalid utterances by reason in `total`.
+    """Log and list new errors, and check the fraction of invalid utterances in `total`.
 
     Raises:
-      InputError: too many are invalid.
+      InputError: too many utterances are invalid.
     """
     for error in errors:
         logging.warning(f"{prefix} ({error.reason}): {error.message}")
     append_errors(listing, errors)
-    example = errors[0].message if errors else "see the listing"  # found on another rank
+    example = errors[0].message if errors else "one on another rank"
     check_invalid_fraction(reasons, total, max_invalid_fraction, example, listing)
 
 
@@ -54,7 +54,7 @@ class InvalidUtteranceTracker:
         dist_env: DistEnv,
         invalid_cuts: list[list[CutError]] = (),
     ):
-        """Start from the scan's errors of each invalid utterance, which `total` includes."""
+        """Start from the invalid utterances found by the scan; `total` includes them."""
         self.listing, self.total, self.max_invalid_fraction = listing, total, max_invalid_fraction
         self.dist_env, self.from_scan = dist_env, count_reasons(invalid_cuts)
         self.start_epoch()

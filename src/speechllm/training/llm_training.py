@@ -45,7 +45,7 @@ from speechllm.training.warm_start import initialize
 
 
 class LlmLoss:
-    """Cross entropy over transcript tokens; see `BatchLoss`."""
+    """Cross entropy over transcript tokens; a `BatchLoss`."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -131,7 +131,7 @@ def _check_options(model: ModelConfig, data: TrainDataConfig, config: TrainConfi
             "nothing to train"
         )
     if config.activation_checkpointing and not model.unfreeze_llm:
-        raise InputError("--activation-checkpointing true needs an LLM that is trained")
+        raise InputError("--activation-checkpointing true needs a trainable LLM")
     if data.encoder_cache_dir:
         _check_encoder_cache(model, data, config)
     return deepspeed_config(config.deepspeed, autocast_dtype(config.use_fp16, config.use_bf16))
@@ -160,7 +160,7 @@ def _check_encoder_cache(model: ModelConfig, data: TrainDataConfig, config: Trai
         if not config.dry_run:
             data.encoder_cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{flag} cannot be a directory: {error.strerror}") from None
+        raise InputError(f"{flag} cannot be created: {error.strerror}") from None
 
 
 def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[SpeechLLM, Training]:
@@ -258,7 +258,7 @@ def fill_encoder_cache(
     if len(cache.keys) + len(unread) < expected:
         raise InputError(
             f"{cache.folder} has {len(cache.keys)} of {expected} utterances: "
-            "it must be one directory for all ranks"
+            "all ranks must share the directory"
         )
     logging.info(
         f"Encoder cache {cache.folder}: {total - len(durations)} utterances found, "

@@ -38,13 +38,13 @@ STATE_PER_PARAMETER = 8  # bytes, for ScaledAdam (delta, v) and AdamW (exp_avg, 
 def largest_batches(
     batches: Iterable[CutSet], count_positions: Callable[[Cut], int] | None = None
 ) -> dict[str, CutSet]:
-    """Return the batches with the longest utterance, most padded audio, and most LLM positions."""
+    """Return the batches with the longest utterance, the most padded audio and LLM positions."""
     largest: dict[str, tuple[float, CutSet]] = {}
     for cuts in batches:
         longest = max(cut.duration for cut in cuts)
-        sizes = {"the longest utterance": longest, "most audio": longest * len(cuts)}
+        sizes = {"the longest utterance": longest, "the most audio": longest * len(cuts)}
         if count_positions:
-            sizes["most LLM positions"] = max(map(count_positions, cuts)) * len(cuts)
+            sizes["the most LLM positions"] = max(map(count_positions, cuts)) * len(cuts)
         for name, size in sizes.items():
             if name not in largest or size > largest[name][0]:
                 largest[name] = size, cuts

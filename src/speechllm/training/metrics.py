@@ -51,7 +51,7 @@ class Metrics:
         return Metrics.from_table(dist_env.sum(self.table()))
 
     def means(self) -> dict[str, float]:
-        """Return `loss` and, if counted, `ctc_loss` and `acc` per token and `wer` in percent."""
+        """Return `loss` and, if counted, `ctc_loss` and `acc`, per token, and `wer` in percent."""
         sums = {name: float(value) for name, value in self.sums.items()}
         means = {"loss": sums["loss"] / max(sums["tokens"], 1.0)}
         if "ctc_loss" in sums:

@@ -27,7 +27,7 @@ FROM_FLAGS = ("initial_lr", "betas", "weight_decay")  # group options not taken 
 
 
 def param_groups(config: TrainConfig, model: nn.Module) -> list[dict]:
-    """Return the trainable parameters, in order, with one group per learning rate.
+    """Return the trainable parameters, in order, in one group per learning rate.
 
     Raises:
       InputError: a learning rate is given for a part that is not trainable.
@@ -133,7 +133,7 @@ def lr_factor(config: TrainConfig, num_steps: int | None = None) -> Factor:
     if "num_steps" in names and num_steps <= config.warmup_batches:
         raise InputError(
             f"--warmup-batches {config.warmup_batches:g} must be below the {num_steps} steps of "
-            f"this training (--lr-schedule {config.lr_schedule})"
+            f"this run (--lr-schedule {config.lr_schedule})"
         )
     return partial(function, **{name: values[name] for name in names})
 
@@ -141,8 +141,7 @@ def lr_factor(config: TrainConfig, num_steps: int | None = None) -> Factor:
 class Schedule:
     """Sets the learning rate of each group to its initial rate times a factor.
 
-    A group's initial rate is its `initial_lr` if set (torch saves it with the optimizer's state),
-    else its `lr`.
+    A group's initial rate is its `initial_lr` if set, else its `lr`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Factor = fixed):
@@ -168,7 +167,7 @@ class Schedule:
         return {"batch": self.batch, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue from a `state_dict()`; the optimizer's, loaded before, has the initial rates."""
+        """Continue from a `state_dict()`; the optimizer's must be loaded before."""
         self.batch, self.epoch = state_dict["batch"], state_dict["epoch"]
         self._set_lr()
 

@@ -71,7 +71,7 @@ class OptimizerStep:
         return metrics
 
     def _skip(self, reason: str, status: Tensor, batches: list[dict]) -> None:
-        """Skip the step on all ranks; without a reason, DeepSpeed has already skipped it."""
+        """Skip the step on all ranks; if `reason` is empty, DeepSpeed has already skipped it."""
         state, engine = self.state, self.engine
         self.last_skip = describe(reason or GRADIENTS, status, batches, engine.module)
         if reason:

@@ -77,7 +77,7 @@ class TrainState:
 
 
 def restore_state(checkpoint: dict) -> TrainState:
-    """Return a checkpoint's progress; averages and published files have only defaults."""
+    """Return a checkpoint's progress; for averages and published files, the defaults."""
     defaults = asdict(TrainState())
     return TrainState(**{name: checkpoint.get(name, value) for name, value in defaults.items()})
 
@@ -131,7 +131,7 @@ def archive_later_checkpoints(exp_dir: Path, state: TrainState) -> Path | None:
         path.rename(folder / path.name)
     if (exp_dir / MODEL_FILE).is_file():
         shutil.copyfile(exp_dir / MODEL_FILE, folder / MODEL_FILE)
-    logging.warning(f"Moved later checkpoints of an earlier training to {folder}")
+    logging.warning(f"Moved later checkpoints of an earlier run to {folder}")
     return folder
 
 
@@ -139,7 +139,7 @@ def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> i
     """Check that the disk has room for checkpoints, and return the estimated size of one in bytes.
 
     Args:
-      num_files: number of checkpoints in the whole run; room for fewer gives a warning.
+      num_files: number of checkpoints in the whole run; if not all fit, a warning is logged.
 
     Raises:
       InputError: two checkpoints do not fit on the disk.
@@ -251,13 +251,13 @@ def check_optimizer(start: Start, optimizer: torch.optim.Optimizer) -> None:
     saved, groups = start.checkpoint["optimizer"]["param_groups"], optimizer.param_groups
     if saved[0].keys() - {*groups[0], "initial_lr"}:
         raise InputError(
-            f"{start.path} was written with another optimizer than {type(optimizer).__name__}: "
+            f"{start.path} was not written with the optimizer {type(optimizer).__name__}: "
             "see --optimizer"
         )
     if [len(one["params"]) for one in saved] != [len(one["params"]) for one in groups]:
         flags = ", ".join(map(flag_name, LR_FACTORS))
         raise InputError(
-            f"{start.path} was written with other values of {flags} or --freeze-projector"
+            f"{start.path} was written with different values of {flags} or --freeze-projector"
         )
 
 
@@ -276,8 +276,8 @@ def warn_if_order_changed(order: dict[str, str], start: Start) -> None:
     ]
     if changed and start.state.batches_in_epoch:
         logging.warning(
-            f"Epoch {start.state.epoch} resumes with another order of batches, skipping the first "
-            f"{start.state.batches_in_epoch}, which may not be those that were trained on: "
+            f"Epoch {start.state.epoch} resumes with a different order of batches, skipping the "
+            f"first {start.state.batches_in_epoch}, which may not be those already trained on: "
             f"{'; '.join(changed)}"
         )
 

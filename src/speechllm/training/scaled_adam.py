@@ -185,7 +185,7 @@ def _add_adam_step(values: dict[str, Tensor], grad: Tensor, t: int, group: dict)
     correction = 1 - beta2 ** (t + 1)
     if correction >= 0.99 and grad.shape[1] > 1:
         correction = 1.0
-    # In the recipe rms * grad / (root / sqrt(correction) + eps); this has an operation less on M.
+    # The recipe has rms * grad / (root / sqrt(correction) + eps): one more operation on (N, M).
     inverse = values["rms"].clamp(min=MIN_RMS).reciprocal()
     root = torch.addcmul(group["eps"] * inverse, root, inverse, value=correction**-0.5)
     values["delta"].addcdiv_(grad, root, value=-(1 - beta1) * group["lr"])
@@ -197,7 +197,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 
 def _stack_state(states: list[dict], key: str) -> Tensor:
-    """Return N states as (N, M). They become views of a stack, which the next step finds."""
+    """Return N states as (N, M). They become views of a stack, which the next step reuses."""
     stack = states[0][key]._base
     if stack is None or len(stack) != len(states) or any(s[key]._base is not stack for s in states):
         stack = torch.stack([s[key] for s in states])

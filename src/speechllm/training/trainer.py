@@ -95,7 +95,7 @@ class Trainer:
         if state.batches_in_epoch:
             self.epoch_sums, self.recent = map(Metrics.from_table, self.sums[dist_env.rank])
         elif state.epoch and dist_env.is_main:
-            copy_best(config.exp_dir, state)  # in case training was killed before it could
+            copy_best(config.exp_dir, state)  # in case training was killed before
         self.first_epoch = state.next_epoch
         if self.first_epoch > config.num_epochs:
             logging.info(f"Already trained for {config.num_epochs} epochs")
@@ -167,8 +167,8 @@ class Trainer:
         self.meter.bar.close()
         if not state.batches_in_epoch:
             raise InputError(
-                f"epoch {state.epoch} had no batch: --max-duration, --drop-last or the cuts leave "
-                "none"
+                f"epoch {state.epoch} has no batches: check --max-duration, --drop-last and the "
+                "cuts"
             )
         if metrics and batch_idx % self.config.log_interval:
             self._log_batch(batch_idx, batches, metrics)
@@ -201,7 +201,7 @@ class Trainer:
         return metrics
 
     def _agree(self, batches: list[dict]) -> tuple[int, bool, bool]:
-        """Return the same on all ranks: tokens in this step, whether to stop, whether to save."""
+        """Return the step's tokens over all ranks, and the common decisions to stop and to save."""
         tokens = sum(map(self.step.num_tokens, batches))
         minutes = (time.monotonic() - self.saved) / 60
         is_main = self.engine.dist_env.is_main
@@ -257,7 +257,7 @@ class Trainer:
         number, limit = self.state.validations_without_gain, self.config.patience
         if not 0 < limit <= number:
             return False
-        logging.info(f"Stopped early: {number} of --patience {limit} validations without gain")
+        logging.info(f"Stopped early: no improvement in {number} validations (--patience {limit})")
         return True
 
     def _stop(self) -> None:

@@ -64,12 +64,12 @@ def initialize(model: SpeechLLM, config: ModelConfig, path: Path) -> None:
             f"the checkpoint has {', '.join(unused) or 'nothing else'}"
         )
     logging.info(
-        f"Initialized from {path}: {', '.join(loaded)}; starts fresh: "
+        f"Initialized from {path}: {', '.join(loaded)}; not loaded: "
         f"{', '.join(fresh) or 'nothing'}; ignored: {', '.join(unused) or 'nothing'}"
     )
     if trained := [part for part in unused if part not in IGNORED_KEYS]:
         logging.warning(
-            f"{path} also holds {', '.join(trained)}, which this training does not use: export "
+            f"{path} also has {', '.join(trained)}, which this run does not use: export "
             "that model and start from the directory to keep them"
         )
 
