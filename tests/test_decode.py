@@ -183,7 +183,7 @@ def test_cuts_beyond_the_llm_positions(run_decode, copies, tiny_llm_dir, tmp_pat
     run_decode(exp_dir, "--llm-path", llm)
     assert empty(exp_dir) == ["short", "test-1"]
     assert "could not be decoded: 1 (1 positions)" in result_text(exp_dir, "wer-summary")
-    assert "cut test-1 of 2.2 s needs 35 positions, the LLM has 33" in log_of(exp_dir)
+    assert "cut test-1 of 2.2 s needs 35 positions; the LLM has 33" in log_of(exp_dir)
 
 
 def test_invalid_cuts_are_deletions_and_reported(run_decode, copies, tiny_corpus, tmp_path):

@@ -185,7 +185,7 @@ def test_utterances_that_cannot_be_encoded_are_skipped(trained, tiny_corpus, tmp
     exp_dir = trained("exp", *flags, "--max-invalid-fraction", 0.2)
     text = log(exp_dir)
     assert f"skips (unreadable-features): the features of cut {cuts[number].id} cannot" in text
-    assert f"(not-cached): the encoder cache has no outputs of cut {cuts[number].id}" in text
+    assert f"(not-cached): the encoder cache has no outputs for cut {cuts[number].id}" in text
     lines = (exp_dir / "invalid-cuts.jsonl").read_text().splitlines()
     assert [(error["id"], error["reason"]) for error in map(json.loads, lines)] == [
         (cuts[number].id, "unreadable-features"), (cuts[number].id, "not-cached"),
@@ -231,7 +231,7 @@ def test_flags_that_do_not_fit_the_cache_are_errors(trained, tmp_path, directory
 
 def test_missing_and_damaged_outputs_are_errors(encoders, cuts, tmp_path):
     cache = filled(tmp_path, encoders, cuts)
-    with pytest.raises(InputError, match="the encoder cache has no outputs of cut other"):
+    with pytest.raises(InputError, match="the encoder cache has no outputs for cut other"):
         cache.read(cuts[1].with_id("other"))
     path = cache.path_of(cache.with_fingerprint(cuts[1]).id)
     os.truncate(path, path.stat().st_size - 4)

@@ -119,7 +119,7 @@ def test_cuts_with_too_many_positions_or_a_wrong_context_are_errors(tiny_llm_dir
     [error] = TooManyPositions(count, needed - 1)(cut)
     assert (error.reason, error.message) == (
         "positions",
-        f"cut 1 of 8.0 s needs {needed} positions, the LLM has {needed - 1}",
+        f"cut 1 of 8.0 s needs {needed} positions; the LLM has {needed - 1}",
     )
     [error] = TooManyPositions(count, needed, max_new_tokens=200)(cut)
     assert f"needs {count.before_text(8.0) + 200} positions" in error.message

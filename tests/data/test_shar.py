@@ -95,7 +95,7 @@ def test_damaged_shards_are_named(copy, tiny_corpus, tmp_path):
     assert "has no audio" in error_of(copy, need_features=False)
     assert "no usable cuts: 0 utterances" in error_of(copy, limits=Limits(max_seconds=0.1))
     written(tiny_corpus, tmp_path / "audio", "--audio", "wav")
-    assert f"{tmp_path}/audio and {copy} hold different kinds of data" in error_of(
+    assert f"{tmp_path}/audio and {copy} contain different kinds of data" in error_of(
         copy, tmp_path / "audio"
     )
     tar = copy / "features.000003.tar"

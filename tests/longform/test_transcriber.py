@@ -261,7 +261,7 @@ def test_segments_are_yielded_while_the_recording_is_read(recognizer):
     [
         ("max_segment_duration", 2.0, "--max-segment-duration 2 must be from 3 to 3600"),
         ("min_silence", 0.0, "--min-silence 0 must be"),
-        ("max_segment_duration", 3000.0, r"-duration 3000 needs \d+ positions, the LLM has \d+"),
+        ("max_segment_duration", 3000.0, r"-duration 3000 needs \d+ positions; the LLM has \d+"),
     ],
 )
 def test_invalid_options_are_named(recognizers, option, value, message):

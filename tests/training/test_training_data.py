@@ -145,7 +145,7 @@ def test_files_are_spread_evenly_over_the_epoch(data_config, weights, share):
 
 
 @pytest.mark.parametrize("weights, message", [
-    ("1", "has 1 values, --train-cuts 2 files"), ("1,x", "must be numbers such as"),
+    ("1", "has 1 values for 2 --train-cuts files"), ("1,x", "must be numbers such as"),
     ("1,0", "each weight must be above 0"), ("1,nan", "each weight must be above 0"),
 ])  # fmt: skip
 def test_invalid_corpus_weights_are_named(data_config, weights, message):
@@ -171,11 +171,11 @@ def test_replay_is_a_share_of_each_part_of_the_epoch(data_config):
 
 
 @pytest.mark.parametrize("replay, message", [
-    ("many", "must be cut files with shares, such as old_cuts_train:0.2"),
-    (":0.2", "must be cut files with shares"),
-    ("many:x", "must be cut files with shares"),
-    ("many:0", "shares must be above 0, and their sum below 1"),
-    ("many:nan", "shares must be above 0"),
+    ("many", "must be cut files with fractions: old_cuts_train:0.2"),
+    (":0.2", "must be cut files with fractions"),
+    ("many:x", "must be cut files with fractions"),
+    ("many:0", "fractions must be above 0, and their sum below 1"),
+    ("many:nan", "fractions must be above 0"),
     ("many:0.5,dev:0.5", "and their sum below 1"),
     ("none:0.2", "cut file .*none is missing"),
     ("tiny_cuts_train:0.2", "is also in --train-cuts tiny_cuts_train"),

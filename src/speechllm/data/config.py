@@ -60,7 +60,7 @@ class TrainDataConfig(DataConfig):
         "<exp-dir>/invalid-cuts.jsonl",
     )
     concatenate_cuts: bool = _train(False, "concatenate short utterances to reduce padding")
-    duration_factor: float = _train(1.0, "maximum length of joined cuts relative to the longest")
+    duration_factor: float = _train(1.0, "maximum concatenated length relative to the longest cut")
     gap: float = _train(1.0, "with --concatenate-cuts: seconds of silence between cuts")
     enable_musan: bool = _train(True, "mix noise (musan_cuts) into half the cuts, at 10-20 dB SNR")
     enable_speed_perturb: bool = _train(False, "change the speed by a random factor: 0.9, 1, 1.1")
@@ -115,11 +115,11 @@ class TrainDataConfig(DataConfig):
         except ValueError:
             shares = {}
         if not shares or "" in shares:
-            raise InputError(f"{flag} must be cut files with shares, such as old_cuts_train:0.2")
+            raise InputError(f"{flag} must be cut files with fractions: old_cuts_train:0.2")
         if self.shar_dir:
             raise InputError(f"{flag} needs cut files, not shards (--shar-dir {self.shar_dir})")
         if not (all(share > 0 for share in shares.values()) and sum(shares.values()) < 1):
-            raise InputError(f"{flag}: shares must be above 0, and their sum below 1")
+            raise InputError(f"{flag}: fractions must be above 0, and their sum below 1")
 
     def _check_weights(self, num_files: int) -> None:
         flag = f"--corpus-weights {self.corpus_weights}"
@@ -130,6 +130,6 @@ class TrainDataConfig(DataConfig):
         if self.shar_dir:
             raise InputError(f"{flag} needs cut files, not shards (--shar-dir {self.shar_dir})")
         if len(weights) != num_files:
-            raise InputError(f"{flag} has {len(weights)} values, --train-cuts {num_files} files")
+            raise InputError(f"{flag} has {len(weights)} values for {num_files} --train-cuts files")
         if not all(0 < weight < math.inf for weight in weights):
             raise InputError(f"{flag}: each weight must be above 0")

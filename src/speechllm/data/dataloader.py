@@ -67,7 +67,7 @@ class Extras:
 def training_loader(
     source: CutSource, config: TrainDataConfig, position: EpochPosition, extras: Extras = Extras()
 ) -> DataLoader:
-    """Return a loader of an epoch's augmented batches; its InputError names a failed worker."""
+    """Return a loader of an epoch's augmented batches; see DiagnosticDataLoader for errors."""
     at = position
     sampler = train_sampler(source, config, at, extras.count_positions)
     dataset = _train_dataset(config, extras, source.is_sharded)
@@ -167,8 +167,8 @@ def evaluation_loader(
 ) -> DataLoader:
     """Return a loader for evaluation: every cut once, in batches of similar durations.
 
-    The ranks share the batches, which do not depend on the number of ranks: kernels round
-    differently in other batches. The manifests must have been scanned.
+    The ranks share the batches, which do not depend on the number of ranks: rounding depends on
+    the batch. The manifests must have been scanned.
     """
     dataset = SpeechDataset(config.on_the_fly_feats, text=text)
     if encoder_cache is not None:

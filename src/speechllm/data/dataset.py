@@ -42,7 +42,7 @@ ErrorsOf = Callable[[Cut], list[CutError]]
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Creates batch text entries: contexts and, with a tokenizer, token ids and labels."""
+    """Creates a batch's text entries: contexts and, with a tokenizer, token ids and labels."""
 
     use_context: bool = False
     tokenizer: Any = None  # with a method like prompt.ChatTokenizer.training_batch
@@ -58,7 +58,7 @@ class TextOptions:
 
 
 class SpeechDataset(K2SpeechRecognitionDataset):
-    """lhotse's dataset, with the batches described at the top of this file."""
+    """lhotse's dataset, returning the batches described at the top of this file."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
         self.augmentations, self.augmented = cut_transforms, CutSet()
 
     def __getitem__(self, cuts: CutSet) -> dict:
-        """Return a batch; if it fails, read its utterances one by one to leave out the bad ones."""
+        """Return a batch; if reading fails, read utterances one by one and skip unreadable ones."""
         valid, invalid = _partition(cuts, self._errors)
         for augmentations in (self.augmentations, self.augmentations, ()):  # noise may be damaged
             if not valid:
@@ -93,7 +93,7 @@ class SpeechDataset(K2SpeechRecognitionDataset):
                 return make_batch(*batch, self.text, invalid)
             valid, unreadable = _partition(valid, self.read_errors)
             invalid += unreadable or self._noise_errors({cut.id for cut in cuts})
-        raise InputError(f"no batch can be made of cuts {valid[0].id} … {valid[-1].id}: {reason}")
+        raise InputError(f"cuts {valid[0].id} … {valid[-1].id} cannot be batched: {reason}")
 
     def _errors(self, cut: Cut) -> list[CutError]:
         errors = self.check(cut) if self.check else []

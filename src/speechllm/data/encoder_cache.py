@@ -1,10 +1,10 @@
-"""Cached outputs of frozen encoders: computed once, read in every epoch without augmentation.
+"""Cached outputs of frozen encoders, computed once and read in every epoch (no augmentation).
 
     DIR/<hash>/     hash of the encoders, the precision and this format
       <xx>/<fingerprint of a cut's input>.safetensors
                     outputs (T / 4, C), C being the sum of the encoders' channels; metadata: T
 
-A changed encoder or cut is not found in the cache and is encoded again.
+Cuts are encoded again if they or an encoder have changed.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ def fingerprint(cut: Cut, on_the_fly_feats: bool = False) -> str:
 
 @cache
 def _size_and_time(path: str) -> tuple[int, int] | None:
-    """Return a file's size and modification time; None for URLs etc."""
+    """Return a file's size and modification time; None for URLs and missing files."""
     try:
         found = os.stat(path)
     except OSError:
@@ -108,7 +108,7 @@ class EncoderCache:
             with safe_open(path, "pt") as file:
                 return file.get_tensor("outputs"), int(file.metadata()["frames"])
         except FileNotFoundError:
-            raise InputError(f"the encoder cache has no outputs of cut {cut.id}") from None
+            raise InputError(f"the encoder cache has no outputs for cut {cut.id}") from None
         except SafetensorError as error:
             raise InputError(f"{path} is damaged ({error}): remove it") from None
 

@@ -38,7 +38,7 @@ def with_perturbed_speed(cuts: CutSet) -> CutSet:
 def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
     """Compute the features of `cuts`, write them and the cut file, and return the cuts.
 
-    Double ids, unsafe cuts and unreadable audio raise InputError, and nothing is left on disk.
+    Duplicate ids, unsafe cuts and unreadable audio raise InputError; no files are left behind.
     """
     shared = [cut_id for cut_id, n in Counter(cut.id for cut in cuts).items() if n > 1]
     if shared:
@@ -47,7 +47,7 @@ def compute_fbank(cuts: CutSet, cuts_file: Path, num_jobs: int = 1) -> CutSet:
         check_safe(cut)
     stem = cuts_file.name.removesuffix(".jsonl.gz").replace("_cuts", "_feats")
     feats = cuts_file.with_name(stem)  # x/an4_cuts_dev.jsonl.gz -> x/an4_feats_dev
-    cuts_file.unlink(missing_ok=True)  # as its features are removed next
+    cuts_file.unlink(missing_ok=True)  # before its features are removed
     shutil.rmtree(feats, ignore_errors=True)
     feats.mkdir(parents=True)
     try:

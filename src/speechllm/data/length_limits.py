@@ -20,7 +20,7 @@ def frames_needed(ds_rate: int = 4) -> int:
 
 
 def speech_embeddings(frames: int, ds_rate: int = 4) -> int:
-    """Return the number of speech embeddings for `frames` feature frames (6.25 per second)."""
+    """Return the number of speech embeddings for feature frames (by default, 6.25 per second)."""
     return encoder_out_lens(frames) // ds_rate
 
 
@@ -55,7 +55,7 @@ class LLMPositions:
     ds_rate: int = 4
 
     def __call__(self, cut: Cut, new_tokens: int | None = None) -> int:
-        """Count the positions, with `new_tokens` for the text; wrong contexts raise InputError."""
+        """Count positions, with `new_tokens` for the text; invalid contexts raise InputError."""
         if new_tokens is None:
             text = " ".join(supervision.text or "" for supervision in cut.supervisions)
             [ids] = encode_transcripts(self.tokenizer, [self.chat.spelled(text)])
@@ -91,7 +91,7 @@ class TooManyPositions:
         except InputError as error:
             return [CutError(cut.id, "malformed", str(error))]
         message = (
-            f"cut {cut.id} of {cut.duration:.1f} s needs {needed} positions, "
+            f"cut {cut.id} of {cut.duration:.1f} s needs {needed} positions; "
             f"the LLM has {self.limit}"
         )
         return [CutError(cut.id, "positions", message)] if needed > self.limit else []

@@ -1,4 +1,4 @@
-"""Cut files: locating, reading, checking, selecting cuts within limits, sharing among ranks."""
+"""Cut files: finding, reading, checking and filtering them, and sharing cuts among ranks."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -56,7 +56,7 @@ class CutStatistics:
 
 
 def cuts_file(manifest_dir: Path, name: str) -> Path:
-    """Find a cut file by path or name, where .jsonl.gz is optional; or raise FileNotFoundError."""
+    """Find a cut file by path or name (.jsonl.gz is optional), or raise FileNotFoundError."""
     for candidate in (manifest_dir / name, manifest_dir / f"{name}.jsonl.gz", Path(name)):
         if candidate.is_file():
             return candidate
@@ -64,7 +64,7 @@ def cuts_file(manifest_dir: Path, name: str) -> Path:
 
 
 def read_cuts(path: Path) -> Iterator[Cut]:
-    """Read cuts one by one; raise InputError with their number at a line that is not a cut."""
+    """Read cuts one by one; raise InputError at a line that is not a cut."""
     for count, item in enumerate(read_lines(path)):
         if isinstance(item, str):
             raise InputError(f"{path} cannot be read beyond cut {count}: {item}")
@@ -72,7 +72,7 @@ def read_cuts(path: Path) -> Iterator[Cut]:
 
 
 def read_lines(path: Path, kind: type = Cut) -> Iterator[Any]:
-    """Yield an item of this kind for each line, or an error message if the line is not one."""
+    """Yield an item of this kind for each line, or an error message for an invalid line."""
     line = None
     try:
         with open_best(path, "r") as lines:
@@ -110,7 +110,7 @@ def scan_manifests(
     extra_check: ExtraCheck | None = None,  # applied to cuts without other errors
     tolerate: bool = False,  # skip and count invalid cuts
 ) -> CutStatistics:
-    """Read and check every cut once, so that errors appear before the work begins.
+    """Read and check every cut once, so that errors are found before the work begins.
 
     Features or audio are read only until one cut per file proves readable.
 
@@ -166,7 +166,7 @@ def checked_cuts(
 def checked_lines(
     path: Path, need_text: bool | None = True, need_features: bool = True
 ) -> Iterator[tuple[int, Cut | None, list[CutError]]]:
-    """Yield the position, the cut and its errors in the manifest; None if the line is not a cut."""
+    """Yield the position, the cut (None if invalid) and its manifest errors for each line."""
     ids: set[str] = set()
     for number, cut in enumerate(read_lines(path)):
         if isinstance(cut, str):
@@ -189,7 +189,7 @@ def cuts_within(
     limits: Limits = Limits(),
     skip: Mapping[Path, Iterable[int]] = MappingProxyType({}),
 ) -> CutSet:
-    """Lazily return the cuts within the limits, except positions in `skip`, files interleaved."""
+    """Lazily return interleaved cuts from all files, within the limits and not in `skip`."""
     cuts = [CutSet(_CutFile(path, frozenset(skip.get(path, ())))) for path in paths]
     joined = CutSet.mux(*cuts) if len(cuts) > 1 else cuts[0]
     return joined.filter(limits)

@@ -18,7 +18,7 @@ from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 MIN_CUTS_IN_BUCKET = 20  # small sets get fewer buckets
 CUTS_IN_BUFFER = 7000  # per bucket
 CUTS_FOR_BINS = 10_000  # cuts used to estimate the buckets
-QUANTILE = 0.999  # longer cuts have a bucket of their own
+QUANTILE = 0.999  # longer cuts have a separate bucket
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def make_sampler(
 def _bins(cuts: Iterable[Cut], num_buckets: int, limit: BatchLimit) -> list[float]:
     """Return the upper ends of buckets of similar total duration, plus one for rare long cuts.
 
-    Without their own bucket, long cuts would make the batches of the last bucket small.
+    Without a separate bucket, long cuts would make the batches of the last bucket small.
     """
     seen = list(islice(cuts, CUTS_FOR_BINS))
     bins = estimate_duration_buckets(seen, num_buckets, limit)

@@ -53,7 +53,7 @@ def _fields_within(value: object) -> Iterator[dict]:
 
 
 def _danger(fields: dict) -> str:
-    """Describe the danger of reading an audio source, features or an array; "" if safe."""
+    """Return why reading an audio source, features or an array is unsafe; "" if it is safe."""
     if "source" in fields and "channels" in fields and fields.get("type") not in AUDIO:
         return f"its audio comes from a {fields.get('type')}, {fields['source']!r}"
     if fields.get("storage_type", "shar") not in STORAGES:

@@ -48,7 +48,7 @@ SHARDS_CHECKED = 100  # evenly spread
 def write_shards(
     cuts: CutSet, directory: Path, store: str = "lilcom", shard_size: int = 1000
 ) -> int:
-    """Write features (lilcom) or audio (flac, wav), shuffled; count cuts or raise InputError."""
+    """Write shuffled cuts with features (lilcom) or audio (flac, wav); return their number."""
     if directory.exists():
         raise InputError(f"{directory} exists: remove it or choose another directory")
     kind = "features" if store == "lilcom" else "recording"
@@ -67,7 +67,7 @@ def write_shards(
 
 def _write_cut(writer: SharWriter, cut: Cut, kind: str) -> None:
     if not isinstance(cut, MonoCut):
-        raise InputError(f"cut {cut.id} is a {type(cut).__name__}: shards hold plain cuts only")
+        raise InputError(f"cut {cut.id} is a {type(cut).__name__}: shards can only have MonoCuts")
     try:
         if kind == "recording":
             writer.write(cut.drop_features())
@@ -93,6 +93,8 @@ def _write_index(directory: Path, paths: dict[str, list[str]], durations: Counte
 
 @dataclass(frozen=True)
 class Shards:
+    """Shards of a corpus, as listed in one or several indices."""
+
     fields: dict[str, list[str]]  # cuts, and features or recording -> paths, as in from_shar
     durations: Counter  # number of cuts by duration in units of 10 ms
 
@@ -139,13 +141,13 @@ class Shards:
 
 
 def read_shards(directories: list[str]) -> Shards:
-    """Read the indices of directories, paths or URLs; or raise FileNotFoundError or InputError."""
+    """Read the index of each directory or URL; raise FileNotFoundError or InputError on failure."""
     fields: dict[str, list[str]] = {}
     durations: Counter = Counter()
     for directory in directories:
         index = _read_index(directory)
         if fields and fields.keys() != index["shards"].keys():
-            raise InputError(f"{directory} and {directories[0]} hold different kinds of data")
+            raise InputError(f"{directory} and {directories[0]} contain different kinds of data")
         for name, listed in index["shards"].items():
             fields.setdefault(name, []).extend(f"{directory}/{file}" for file, _ in listed)
         durations.update({int(length): n for length, n in index["durations"].items()})
@@ -183,7 +185,7 @@ def check_shards(
     need_features: bool = True,
     tolerate: bool = False,  # accept invalid cuts unless all are; the loader counts them
 ) -> CutStatistics:
-    """Check shards by their index and the first cuts of up to 199; or raise InputError."""
+    """Check the first cuts of up to 199 shards; raise InputError if unusable."""
     checked = shards.spread(SHARDS_CHECKED)
     errors = {one["cuts"][0]: _first_cut_errors(one, need_features) for one in checked}
     invalid = {path: found for path, found in errors.items() if found}
@@ -233,5 +235,5 @@ class EvenBatches:
                 batches = iter(self.loader(max(0, self.skip - done)))
                 batch = next(batches, None)
             if batch is None:
-                raise InputError(f"rank {self.dist_env.rank} has no batch in its shards")
+                raise InputError(f"rank {self.dist_env.rank} has no batches in its shards")
             yield batch

@@ -46,6 +46,8 @@ LOST = re.compile("[\ud800-\udfff\ufffd\0]")
 
 
 class CutError(NamedTuple):
+    """Reason why a cut cannot be used."""
+
     id: str
     reason: str  # one of REASONS
     message: str
@@ -83,7 +85,7 @@ def shown_id(cut: Cut) -> str:
 
 
 def context_of(cut: Cut) -> str:
-    """Join the distinct contexts of a cut's supervisions; raise InputError unless strings."""
+    """Join the distinct contexts of a cut's supervisions; raise InputError for non-strings."""
     found = [(supervision.custom or {}).get("context") for supervision in cut.supervisions]
     for context in found:
         if not isinstance(context, str | None):

@@ -43,7 +43,7 @@ class IndexedSampler:
 class NumberedDataset(Dataset):
     """Wrapper that seeds each batch by its number, independently of the worker.
 
-    In `<folder>/<pid>`, a worker writes the cuts that it is reading, for error messages.
+    For error messages, a worker writes the ids of the cuts it is reading to `<folder>/<pid>`.
     """
 
     def __init__(self, dataset: Dataset, seed: str):
@@ -83,10 +83,10 @@ class ShardedIterableDataset(IterableDataset):
 
 
 class DiagnosticDataLoader(DataLoader):
-    """Loader of whole batches; errors name the worker that hung or died, and its cuts.
+    """Loader of ready-made batches; errors name the worker that hung or died, and its cuts.
 
-    It does not use torch's global generator. Even in a spawned rank, workers start with the
-    platform's default method: torch would spawn them, with all imports repeated in every epoch.
+    It does not use torch's global generator. Even in a spawned rank, workers are started by the
+    platform's default method: torch would spawn them and repeat all imports in every epoch.
     """
 
     def __init__(

@@ -97,7 +97,7 @@ class Transcriber:
         limit, needed = self._positions()
         if needed > limit:
             raise InputError(
-                f"--max-segment-duration {config.max_segment_duration:g} needs {needed} positions, "
+                f"--max-segment-duration {config.max_segment_duration:g} needs {needed} positions; "
                 f"the LLM has {limit}"
             )
 

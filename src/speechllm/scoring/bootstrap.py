@@ -41,7 +41,7 @@ def paired_bootstrap(
 
     Each sample draws utterances as in `bootstrap_interval`, the same for both decodings. The
     two-sided p-value is twice the fraction of samples on the rarer side of 0; the data itself
-    counts as one more sample, so p is never 0. Other ids or references raise InputError.
+    counts as one more sample, so p is never 0. Different ids or references raise InputError.
     """
     _check_same_references(before, after)
     one, other = _errors_and_words(before), _errors_and_words(after)

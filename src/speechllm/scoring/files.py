@@ -36,7 +36,7 @@ def recogs_text(utterances: Sequence[ScoredUtterance]) -> str:
 
 
 def read_recogs(path: Path) -> list[ScoredUtterance]:
-    """Read and align the utterances in a recogs-*.txt; or raise FileNotFoundError or InputError."""
+    """Read and align the utterances in a recogs-*.txt, or raise FileNotFoundError or InputError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
@@ -118,7 +118,7 @@ def write_scores(
     extra: Mapping[str, str | float] | None = None,
     rate: str = "WER",
 ) -> ErrorCounts:
-    """Write recogs-, errs- and wer-summary-<name>-<suffix>.txt, or raise like `sort_by_id`."""
+    """Write recogs-, errs- and wer-summary-<name>-<suffix>.txt; raise like `sort_by_id`."""
     errs, counts = errs_text(utterances, rate)
     contents = {
         "recogs": recogs_text(utterances).encode(),

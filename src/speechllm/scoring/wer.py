@@ -37,7 +37,7 @@ class ErrorCounts:
 
     @property
     def wer(self) -> float:
-        """Errors per 100 reference words; without any, 0, or infinity if there are errors."""
+        """Errors per 100 reference words; if there are none, 0, or infinity with insertions."""
         if self.ref_words == 0:
             return float("inf") if self.errors else 0.0
         return 100.0 * self.errors / self.ref_words
@@ -124,7 +124,7 @@ NO_SPACES = frozenset(  # ISO 639 codes, and the names in lhotse's recipes
 
 
 def by_characters(language: str | None, error_unit: str = "auto") -> bool:
-    """Return true if an utterance is scored by characters; with `auto`, `zh-CN` but not `en`."""
+    """Return true if an utterance is scored by characters; with `auto`, for zh-CN but not en."""
     code = re.split(r"[^a-z]", str(language or "").lower(), maxsplit=1)[0]
     return error_unit == "characters" or (error_unit == "auto" and code in NO_SPACES)
 

@@ -133,7 +133,7 @@ def test_other_layouts_are_read_by_lhotse_recipes(tmp_path, prepare, write_audio
     write_audio(tmp_path / "in/a.wav")
     cuts, report = prepare("--folder", tmp_path / "in", "--layout", "toy")
     assert list(cuts) == ["u"] and list(report["splits"]) == ["dev"]
-    with pytest.raises(SystemExit, match="lhotse's recipe of toy failed: .*b.wav"):
+    with pytest.raises(SystemExit, match="lhotse's recipe for toy failed: .*b.wav"):
         (tmp_path / "in/a.wav").rename(tmp_path / "in/b.wav")
         monkeypatch.setattr(lhotse.recipes, "prepare_toy", lambda corpus_dir: open("b.wav"))
         prepare("--folder", tmp_path / "in", "--layout", "toy")

@@ -1,1 +1,1 @@
-"""Reading of corpora in common formats as utterances, and conversion to cuts."""
+"""Readers for corpora in common formats, and conversion of their utterances to cuts."""

@@ -1,7 +1,7 @@
 """Full decoding of a corpus's audio files, and copies of files that lhotse cannot read.
 
-Files that soundfile cannot read completely and at any offset (m4a, joined mp3, GSM, …), and files
-for which lhotse starts a shell, are copied to FLAC.
+Files that soundfile cannot read completely and at any offset (M4A, concatenated MP3, GSM, …), and
+files for which lhotse starts a shell, are copied to FLAC.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ Problem = tuple[str, str]  # one of validation.REASONS, and a description
 def check_files(
     paths: Iterable[Path], copies: Path, mix: bool = False, num_jobs: int = 1
 ) -> dict[Path, AudioFile | Problem]:
-    """Decode each file, as headers do not reveal truncation; `mix` copies the mean of channels."""
+    """Decode each file, as headers do not reveal truncation; `mix` averages the channels."""
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(num_jobs) as executor:  # soundfile decodes outside Python's lock
         found = executor.map(partial(check_file, copies=copies, mix=mix), paths)
@@ -74,7 +74,7 @@ def check_file(path: Path, copies: Path, mix: bool = False) -> AudioFile | Probl
 
 
 def _in_any_form(path: Path) -> Path:
-    """Return the path in the Unicode form of the file name: macOS decomposes names."""
+    """Return the path in the Unicode form that exists on disk: macOS decomposes names."""
     forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
     return next(filter(os.path.isfile, (path, *forms)), path)
 

@@ -19,7 +19,7 @@ SIDES = {"A": 1, "B": 2}  # channel names in telephone corpora
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Options of prepare_corpus.py; wrong values raise InputError or FileNotFoundError."""
+    """Options of prepare_corpus.py; invalid values raise InputError or FileNotFoundError."""
 
     source: str  # one of SOURCES
     path: Path

@@ -16,7 +16,7 @@ ROWS = 16  # rows read at a time: audio is large
 
 
 def dataset_files(folder: Path) -> list[Path]:
-    """List the data files, except caches; raise InputError if any is missing by their names."""
+    """List the data files, except caches; raise InputError if their names show a missing one."""
     found = [path for path in files_below(folder) if path.suffix in (".arrow", ".parquet")]
     files = [path for path in found if not path.name.startswith("cache-")]
     if not files:

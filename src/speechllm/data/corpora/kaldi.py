@@ -19,7 +19,7 @@ NAMES = ("wav.scp", "text", "segments", "utt2spk", "utt2lang", "reco2file_and_ch
 
 
 def data_directories(folder: Path) -> dict[Path, str]:
-    """Map the folder to no split, or its data directories to their names; or raise InputError."""
+    """Map data directories to splits: the folder itself to "", or its subfolders to their names."""
     if (folder / "wav.scp").is_file():
         return {folder: ""}
     found = {path.parent: path.parent.name for path in sorted(folder.glob("*/wav.scp"))}
@@ -105,7 +105,7 @@ def _times_and_channel(numbers: list[str]) -> tuple[float, float | None, int | N
 
 
 def _read(path: Path) -> Table:
-    """Read the lines of a file; a missing optional file has none."""
+    """Read a file's lines by key; a missing optional file gives an empty table."""
     try:  # undecodable bytes become U+FFFD, reported later as an error of the utterance
         lines = path.read_text("utf-8-sig", errors="replace").split("\n")
     except FileNotFoundError:

@@ -250,7 +250,7 @@ def _read_voxpopuli(files: list[Path]) -> Iterator[Utterance]:
 
 
 def _read_recipe(name: str, folder: Path) -> Iterator[Utterance]:
-    """Read a corpus with lhotse's recipe; raise InputError if there is none, or if it fails."""
+    """Read a corpus with lhotse's recipe; raise InputError if it does not exist or fails."""
     from lhotse import recipes
 
     prepare = getattr(recipes, f"prepare_{name.replace('-', '_')}", None)
@@ -263,7 +263,7 @@ def _read_recipe(name: str, folder: Path) -> Iterator[Utterance]:
         try:
             prepared = prepare(folder, **options)
         except Exception as error:  # recipes raise different exceptions
-            raise InputError(f"lhotse's recipe of {name} failed: {first_line(error)}") from None
+            raise InputError(f"lhotse's recipe for {name} failed: {first_line(error)}") from None
         for split, parts in _parts(prepared):
             target = Path(manifests, "written")
             target.mkdir(exist_ok=True)

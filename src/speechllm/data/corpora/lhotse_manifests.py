@@ -19,7 +19,7 @@ from speechllm.errors import InputError, first_line
 
 
 def manifest_files(path: Path) -> list[Path]:
-    """List cut files, or else recordings and their supervisions; raise InputError without any."""
+    """List cut files, or recordings and supervisions; raise InputError if there are none."""
     if path.is_file():
         return _with_supervisions(path)
     for kind in ("cuts", "recordings"):
@@ -49,7 +49,7 @@ def _with_supervisions(file: Path) -> list[Path]:
 
 
 def _items(file: Path, kind: type) -> Iterator[tuple[str, Any]]:
-    """Yield each line's place, and its item or an utterance with a problem."""
+    """Yield each line's location, and its item or an utterance with a problem."""
     for number, item in enumerate(read_lines(file, kind), start=1):
         place = f"{file.name} line {number}"
         yield place, _unusable("", place, "malformed", item) if isinstance(item, str) else item

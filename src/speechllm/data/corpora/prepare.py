@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 def prepare(config: PrepareConfig) -> tuple[str, list[str]]:
     """Prepare a corpus, unless already done; return the report and the names of all splits.
 
-    The report's JSON is written after each split, so that an interrupted run is continued.
+    The JSON report is written after each split, so that an interrupted run can be resumed.
 
     Raises:
       InputError: the source cannot be read or has invalid utterances, or a split exists that was
@@ -178,7 +178,7 @@ def read_corpus(config: PrepareConfig, copies: Path) -> tuple[dict[str, CutSet],
     """Read and check a corpus; audio that lhotse cannot read is copied to `copies`.
 
     Raises:
-      InputError: utterances are invalid and --skip-invalid is false, or no utterance is valid.
+      InputError: utterances are invalid and --skip-invalid is false, or all are invalid.
     """
     utterances = list(_read(config, copies))
     for one in utterances:
@@ -190,13 +190,13 @@ def read_corpus(config: PrepareConfig, copies: Path) -> tuple[dict[str, CutSet],
     valid, errors = _to_cuts(utterances, files, config)
     _report_invalid(errors, config.skip_invalid)
     if not valid:
-        raise InputError(f"{config.path} has no usable utterance")
+        raise InputError(f"{config.path} has no usable utterances")
     splits = {split: CutSet.from_cuts(cuts) for split, cuts in assign_splits(valid).items()}
     train = [one for one in splits if is_training(one)]
     for split in train if config.speed_perturb else ():
         splits[split] = with_perturbed_speed(splits[split])
     if config.speed_perturb and not train and not config.split:
-        logger.warning("no split is named %s: no speed perturbation", TRAIN)
+        logger.warning("no split is named %s: speed perturbation is skipped", TRAIN)
     _report_late([one for one, _ in valid], files)
     return splits, errors
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def table_files(path: Path) -> list[Path]:
-    """List the table, a folder's tables named after splits, or metadata; or raise InputError."""
+    """List the table, or a folder's tables named after splits or metadata, or raise InputError."""
     if path.is_file():
         return [path]
     found = [one for one in _tables(path) if _split(one)]
@@ -39,7 +39,7 @@ def table_files(path: Path) -> list[Path]:
     if not found:
         others = ", ".join(one.name for one in _tables(path))
         hint = f": name one of {others} by --table, and its --split" if others else ""
-        raise InputError(f"{path} has no table with the name of a split, such as train.tsv{hint}")
+        raise InputError(f"{path} has no table named after a split, such as train.tsv{hint}")
     return found
 
 
@@ -53,7 +53,7 @@ def read_table(
     """Read a table or a folder's tables, with audio in `audio_dir` or next to them."""
     tables = table_files(path)
     if path.is_dir() and (others := [one.name for one in _tables(path) if one not in tables]):
-        logger.info("tables without the name of a split are ignored: %s", ", ".join(others))
+        logger.info("tables not named after a split are ignored: %s", ", ".join(others))
     folder = audio_dir or (path if path.is_dir() else path.parent)
     utterances, has_ids = [], False
     for table in tables:
@@ -68,7 +68,7 @@ def read_table(
 
 
 def _with_ids_of_paths(utterances: list[Utterance], folder: Path) -> list[Utterance]:
-    """Use the paths in the ids of files that share a name: `anna/1.wav` and `ben/1.wav`."""
+    """Put the paths into the ids of files that share a name: `anna/1.wav` and `ben/1.wav`."""
     paths = defaultdict(set)
     for one in utterances:
         paths[one.path.stem].add(one.path)
@@ -131,7 +131,7 @@ def _cells(table: Path) -> tuple[list[str], list[Row]]:
 
 
 def _encoding(table: Path) -> str:
-    """Return UTF-16 (Excel's "Unicode text") if the file begins with its mark, else UTF-8."""
+    """Return UTF-16 (Excel's "Unicode text") if the file has its byte order mark, else UTF-8."""
     with open(table, "rb") as file:
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     return "utf-16" if is_utf16 else "utf-8-sig"

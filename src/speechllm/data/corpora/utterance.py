@@ -55,7 +55,7 @@ class Utterance:
 def find_columns(
     header: list[str], source: Path, chosen: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
-    """Map fields to columns; `chosen` ones come first, missing or double ones raise InputError."""
+    """Map fields to columns, first those `chosen`; missing or ambiguous ones raise InputError."""
     for field, name in chosen.items():
         if name not in header:
             raise InputError(
@@ -78,7 +78,7 @@ def find_columns(
 
 
 def as_text(value: object) -> str:
-    """Convert a cell to text; datasets and JSON also have numbers, null and lists of hotwords."""
+    """Convert a cell to text; in datasets and JSON, it may be a number, null or a list of texts."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ", ".join(value)
     return "" if value is None else str(value)
