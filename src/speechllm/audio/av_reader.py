@@ -20,7 +20,7 @@ ESTIMATES = ("avi", *FILE_LENGTH)
 UNTIMED = ("aac", "ac3", "eac3", "mp3")  # ffmpeg counts or guesses the times
 SHORT_LAST_PACKET = ("wav", "caf")  # ffmpeg marks a short last packet as corrupt
 LOSSLESS = ("flac", "wavpack", "tta")  # checksummed formats: errors sound like loud noise
-AMR, AMR_QUALITY = ("amrnb", "amrwb"), 4  # a bit of whole frames
+AMR, AMR_QUALITY = ("amrnb", "amrwb"), 4  # bit set in intact frames
 MPEG_AUDIO = ("mp1float", "mp2", "mp3float")
 FORMATS = (  # the only formats allowed: a playlist would name further files to read
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,webm,mov,mp4,m4a,3gp,mp3,"
@@ -129,7 +129,7 @@ def _timed_blocks(container, stream, clock: _Clock) -> Iterator[np.ndarray]:
 
 
 def _stream_seconds(path: str | Path, container, stream) -> tuple[float, str | None]:
-    """Return the duration of the audio stream (0 if unknown), and a sentence about damage."""
+    """Return the duration of the audio stream (0 if unknown), and an error message or None."""
     if container.format.name == "mp3":
         return xing_seconds(path, stream.rate), None
     if container.format.name == "ogg":
@@ -233,5 +233,5 @@ class _Converter:
 
 
 def reason(error: Exception) -> str:
-    """Return the error message without the path and error number added by ffmpeg."""
+    """Return the error message without the path and error number added by PyAV."""
     return getattr(error, "strerror", None) or first_line(error)

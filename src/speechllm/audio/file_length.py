@@ -27,7 +27,7 @@ XING_OFFSETS = (4 + 32, 4 + 17, 4 + 9)  # stereo, mono, MPEG-2 mono
 
 
 def size_fault(path: str | Path) -> str | None:
-    """Return a sentence if the file is shorter than its own size fields, else None."""
+    """Return an error message if the file is shorter than its size fields, else None."""
     with open(path, "rb") as file:
         head, size = file.read(200).ljust(200, b"\0"), file.seek(0, os.SEEK_END)
         end = _end(file, head, size)
@@ -94,7 +94,7 @@ def id3_size(head: bytes) -> int:
 
 
 def xing_seconds(path: str | Path, rate: int) -> float:
-    """Return an MP3's minimum duration by its Xing or Info header, in seconds; 0 without one."""
+    """Return an MP3's minimum duration in seconds from its Xing or Info header; 0 without one."""
     with open(path, "rb") as file:
         head = file.read(10)
         if head[:3] == b"ID3":
@@ -111,7 +111,7 @@ def xing_seconds(path: str | Path, rate: int) -> float:
 
 
 def ogg_length(path: str | Path) -> tuple[int, str | None]:
-    """Return an Ogg file's last granule position, and a sentence if the file is damaged or
+    """Return an Ogg file's last granule position, and an error message if it is damaged or
     truncated. The position is 0 for several streams or a missing beginning.
     """
     granule, starts, numbers, is_whole, flags, fault = 0, 0, {}, True, 0, None
@@ -139,7 +139,7 @@ def ogg_length(path: str | Path) -> tuple[int, str | None]:
 
 
 def wav_fault(path: str | Path) -> str | None:
-    """Return STREAM if a WAV's data size is unknown, a sentence if it is wrong, else None."""
+    """Return STREAM if a WAV's data size is unknown, an error message if wrong, else None."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)

@@ -24,7 +24,7 @@ SUFFIXES = (  # files in a folder with these suffixes are audio
     ".w64", ".wav", ".webm", ".wma", ".wmv", ".wv",
 )  # fmt: skip
 BLOCK_SECONDS = 10
-INEXACT_BY_SOUNDFILE = ("OGG", "MP3", "MPEG")  # soundfile stops at the first link or Xing length
+INEXACT_BY_SOUNDFILE = ("OGG", "MP3", "MPEG")  # it stops after the first Ogg link or Xing length
 SMALL = 10_000  # bytes: a larger file must contain audio
 LOUDEST = 1000.0  # float samples above this are probably scaled like int16
 
@@ -91,7 +91,7 @@ def _sound(path: str | Path, rate: int, channels: int, blocks: Iterator[np.ndarr
 
 
 def _has_second_flac(path: str | Path) -> bool:
-    """Return true if several FLAC files were joined into this one."""
+    """Return true if the file consists of several FLAC files."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(b"fLaC\0\0\0\x22", 4) >= 0
 
@@ -126,7 +126,7 @@ def _rest_by_av(path: str | Path, read: int) -> Iterator[np.ndarray]:
 
 
 def _checked(path: str | Path, blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """Yield the blocks; raise InputError, with the time, at samples out of the float range."""
+    """Yield the blocks; raise InputError, with the time, at non-finite or too large samples."""
     read = 0
     for block in blocks:
         if not np.isfinite(block).all():

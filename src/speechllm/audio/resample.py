@@ -55,7 +55,7 @@ def audio_blocks(path: str | Path) -> Iterator[Tensor]:
 
 
 def stream_blocks(stream: BinaryIO, name: str) -> Iterator[Tensor]:
-    """Read a stream like `audio_blocks`, from a copy, as formats may seek; errors have `name`."""
+    """Read a stream like `audio_blocks`, from a copy, as decoders seek; errors contain `name`."""
     with tempfile.NamedTemporaryFile(prefix="transcribe-") as file:
         shutil.copyfileobj(stream, file)
         file.flush()
@@ -84,7 +84,7 @@ def mono_samples(samples: np.ndarray | Tensor) -> Tensor:
 
 
 def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator[Tensor]:
-    """Resample blocks (N,) to 16 kHz as if at once; raise InputError for an unsupported rate."""
+    """Resample blocks (N,) to 16 kHz as one signal; raise InputError for an unsupported rate."""
     resample = StreamResampler(rate, name)
     for block in blocks:
         yield resample(block)
@@ -92,7 +92,7 @@ def resampled(blocks: Iterable[Tensor], rate: int, name: str | Path) -> Iterator
 
 
 class StreamResampler:
-    """Resamples a stream to 16 kHz by lhotse, block by block, with a delay of 10 ms."""
+    """Resamples a stream to 16 kHz with lhotse, block by block, with a delay of 10 ms."""
 
     def __init__(self, rate: int, name: str | Path = "stream"):
         """Raise InputError, beginning with `name`, if the rate is unsupported."""

@@ -1,4 +1,4 @@
-"""Voice activity detection by Silero VAD, whose package includes the model."""
+"""Voice activity detection with Silero VAD, whose package includes the model."""
 
 import torch
 from torch import Tensor, nn

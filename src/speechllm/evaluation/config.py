@@ -33,7 +33,7 @@ class EvalConfig:
         choices=("auto", "words", "characters"),
     )  # fmt: skip
     biasing_list: Path | None = _eval(
-        None, "file of phrases: also score their words (B-WER) and all other words (U-WER) alone",
+        None, "file of phrases: score their words (B-WER) and all other words (U-WER) separately",
         unset="--hotwords",
     )  # fmt: skip
     world_size: int | None = _eval(

@@ -25,7 +25,7 @@ from speechllm.scoring.wer import ErrorCounts
 
 
 def decode_sets(dist_env: DistEnv, config: DecodeConfig) -> None:
-    """Decode all test sets with one search; runs in every process; raises like `prepare`."""
+    """Decode all test sets with one search, in every process; raises like `prepare`."""
     sets, model = prepare(config, "decode", dist_env)
     recognizer = model.recognizer(config.search)
     suffix = result_suffix(config, recognizer.search, model.parameters_name)
@@ -41,7 +41,8 @@ def prepare(
     check_model_files(config.model)
     sets = read_eval_sets(config.evaluation.test_cuts, config.data)
     if not sets:
-        raise InputError(f"--test-cuts {config.evaluation.test_cuts!r} names no cut file")
+        test_cuts = config.evaluation.test_cuts
+        raise InputError(f"--test-cuts {test_cuts!r} is empty: expected cut files")
     for path in filter(None, (config.evaluation.biasing_list, config.search.hotwords)):
         read_hotwords(path)  # fails before the model is loaded
     parameters, name = read_parameters(config.checkpoint, config.model.checkpoint, dist_env)

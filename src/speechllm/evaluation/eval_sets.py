@@ -41,7 +41,7 @@ class EvalSet:
 
 
 def read_eval_sets(test_cuts: str, data: DataConfig) -> list[EvalSet]:
-    """Read a comma-separated list of cut files; or raise FileNotFoundError or InputError."""
+    """Read comma-separated cut files; raise FileNotFoundError or InputError on failure."""
     paths = [cuts_file(data.manifest_dir, name) for name in comma_list(test_cuts)]
     sets = [read_eval_set(path, not data.on_the_fly_feats) for path in paths]
     if len({one.name for one in sets}) < len(sets):

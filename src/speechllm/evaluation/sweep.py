@@ -1,4 +1,4 @@
-"""Decoding of test sets with many searches and one loaded model, with a table of WER and RTFx."""
+"""Decoding of test sets with one model and many searches, with a table of WER and RTFx."""
 
 import itertools
 import logging
@@ -18,7 +18,7 @@ Variant = tuple[dict[str, str], DecodeConfig]  # swept flags and values; all opt
 
 
 def sweep_sets(dist_env: DistEnv, variants: list[Variant]) -> None:
-    """Decode all sets with all variants and write the tables; runs in every process."""
+    """Decode all sets with all variants, in every process, and write the tables."""
     values, configs = zip(*variants)
     first = configs[0]
     sets, model = prepare(first, "sweep", dist_env)

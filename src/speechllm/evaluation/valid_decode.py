@@ -1,4 +1,4 @@
-"""--valid-decode: word errors on validation utterances during the training of an LLM."""
+"""--valid-decode: word errors on validation utterances during LLM training."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from speechllm.training.fit import Training
 def valid_decoder(
     model: SpeechLLM, training: Training, dist_env: DistEnv
 ) -> Callable[[], dict[str, Tensor]]:
-    """Return a function that decodes like decode.py by default, with the model's current weights.
+    """Return a function that decodes like decode.py's default, with the model's current weights.
 
     The function needs the model in evaluation mode, runs on all ranks, and returns `errors` and
-    `words` over all ranks. A wrong BPE model raises InputError.
+    `words` over all ranks. A mismatched BPE model raises InputError.
     """
     config, data = training.model, training.data
     cuts = evenly_spaced(data, training.config.valid_decode)

@@ -34,7 +34,7 @@ WINDOW_CONTEXT = 2 * SAMPLING_RATE  # samples on each side
 
 
 class AudioChunk(NamedTuple):
-    """Part of a recording that is recognized independently."""
+    """Part of a recording, recognized independently."""
 
     start: int  # position of its first sample in the recording
     samples: Tensor  # (N,)
@@ -44,7 +44,7 @@ class AudioChunk(NamedTuple):
 
 
 class Chunker:
-    """Splits recordings in pauses, and separates non-speech."""
+    """Splits recordings at pauses, and separates non-speech."""
 
     def __init__(self, recognizer: Recognizer, config: LongformConfig):
         self.recognizer, self.config = recognizer, config

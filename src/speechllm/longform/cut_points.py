@@ -1,11 +1,11 @@
-"""Choice of cut points in long recordings: in pauses, between words.
+"""Choice of cut points in long recordings: at pauses, between words.
 
 A pause is quieter than the average around it and, with a CTC head, lies between the last token of a
 word and the first token of the next word. Neither criterion suffices: there is silence within
-words, and CTC spikes do not show a word's duration. Here a frame is an encoder output frame, 40 ms.
+words, and CTC spikes do not show a word's duration. A frame is an encoder output frame, 40 ms.
 
 Non-speech is audio of over 2 s without speech, according to voice activity detection. It becomes a
-segment of its own, because an LLM would hallucinate words for it.
+separate segment, because an LLM would hallucinate words for it.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Transcription of recordings: their chunks are recognized in joint batches, then reassembled."""
+"""Transcription of recordings: their chunks are recognized in shared batches, then reassembled."""
 
 import logging
 import math
@@ -91,7 +91,11 @@ class Transcriber:
         config: LongformConfig = LongformConfig(),
         language: str | None = None,
     ):
-        """Raise InputError if a segment exceeds the LLM's positions; transcripts get `language`."""
+        """Raise InputError if a segment could exceed the LLM's positions.
+
+        Args:
+          language: language of the transcripts.
+        """
         self.recognizer, self.config, self.language = recognizer, config, language
         self.split = Chunker(recognizer, config)
         limit, needed = self._positions()
@@ -177,7 +181,7 @@ class Transcriber:
                     yield batch["chunks"], recognitions
                 break
             except Exception as error:
-                logging.warning(f"a batch failed, its chunks are tried alone: {first_line(error)}")
+                logging.warning(f"a batch failed, retrying each chunk alone: {first_line(error)}")
             while started:
                 for one in started.popleft()["chunks"]:
                     yield [one], [self._recognize_alone(*one)]
@@ -225,7 +229,7 @@ class Transcriber:
                     yield recording, chunk
             recording.ended = True
 
-    # ---- what the model supports
+    # ---- features of the model
 
     @property
     def has_word_times(self) -> bool:
@@ -238,7 +242,7 @@ class Transcriber:
         return self.recognizer.model.chat.use_context
 
     def check_context(self, context: str) -> None:
-        """Raise InputError if the model takes no contexts, or if the context is too long."""
+        """Raise InputError if the model does not support contexts, or the context is too long."""
         if not context:
             return
         if not self.takes_context:
@@ -264,7 +268,7 @@ class Transcriber:
 def _until_error(
     batches: Iterable[dict], started: deque[dict], errors: list[Exception]
 ) -> Iterator[dict]:
-    """Yield batches and append them to `started`; an exception ends them, appended to `errors`."""
+    """Yield batches, appending them to `started`; an exception ends them and goes to `errors`."""
     try:
         for batch in batches:
             started.append(batch)
@@ -292,7 +296,7 @@ def _times(chunk: AudioChunk) -> tuple[float, float]:
 
 
 def _segment(chunk: AudioChunk, recognition: Recognition | None = None) -> Segment:
-    """Return the segment for a chunk; None for non-speech."""
+    """Return the segment for a chunk; without a recognition, it is non-speech."""
     return make_segment(*_times(chunk), recognition)
 
 

@@ -98,7 +98,7 @@ def subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
 
 
 def _lengthen(words: list[Word], before: list[Word], limit: float, space: str) -> None:
-    """Move words from the previous subtitle to this one, while its time up to `limit` is short."""
+    """Move words from the previous subtitle to this one while it is too short before `limit`."""
     while (
         before
         and before[-1].end > limit - MIN_SUBTITLE_SECONDS
@@ -124,7 +124,7 @@ def _joins(words: list[Word], later: list[Word], space: str) -> bool:
 
 
 def _with_times(segment: Segment, characters: bool) -> Iterator[Word]:
-    """Split into words or characters; times that several of them share are divided by letters."""
+    """Split into words or characters; times shared by several are divided by length."""
     for word in segment.words or [Word(segment.start, segment.end, segment.text, 0.0)]:
         texts, start = units(word.text, characters), word.start
         letter = (word.end - start) / max(1, len("".join(texts)))

@@ -82,7 +82,7 @@ class CausalEncoding:
             stream.encoded += FEATURES_PER_FRAME * n
 
     def embed(self, phrases: list[Phrase], contexts: list[str]) -> EncodedBatch:
-        """Return the LLM prompts for phrases, reusing their encoder outputs."""
+        """Embed the LLM prompts for phrases, reusing their encoder outputs."""
         lens = torch.tensor([phrase.end - phrase.start for phrase in phrases])
         outputs = [
             EncoderOutput(list(range(len(phrases))), pad_sequence(parts, batch_first=True), lens)
@@ -127,7 +127,7 @@ class Reencoding:
             stream.phrase.outputs, stream.phrase.best = [out[b, :n] for out in outputs], best[b, :n]
 
     def embed(self, phrases: list[Phrase], contexts: list[str]) -> EncodedBatch:
-        """Return the LLM prompts for phrases, encoded like offline recordings."""
+        """Embed the LLM prompts for phrases, encoded like offline recordings."""
         features, lens = _collate(phrases)
         batch = {"features": features, "feature_lens": lens, "contexts": contexts}
         return self.recognizer.encode(batch)

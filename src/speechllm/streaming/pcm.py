@@ -33,7 +33,7 @@ def open_pcm(stream: BufferedReader, name: str) -> tuple[int, Iterator[Tensor]]:
     others = [other for first, other in OTHER_FORMATS.items() if head.startswith(first)]
     if others or head[4:] == b"ftyp":
         raise InputError(
-            f"{name} is {(others or ['MP4'])[0]}, a stream must be 16-bit WAV or PCM: convert it "
+            f"{name} is {(others or ['MP4'])[0]}; a stream must be 16-bit WAV or PCM: convert it "
             "with ffmpeg -i - -c:a pcm_s16le -f wav -"
         )
     if not head.startswith(b"RIFF"):
@@ -43,7 +43,7 @@ def open_pcm(stream: BufferedReader, name: str) -> tuple[int, Iterator[Tensor]]:
     except (wave.Error, EOFError) as error:
         raise InputError(f"{name}: not a WAV file of 16-bit PCM: {error}") from None
     if header.getsampwidth() != 2:
-        raise InputError(f"{name}: {8 * header.getsampwidth()}-bit samples, 16 bits are supported")
+        raise InputError(f"{name}: {8 * header.getsampwidth()}-bit samples, expected 16 bits")
     return header.getframerate(), _blocks(stream, header.getnchannels())
 
 

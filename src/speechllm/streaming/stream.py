@@ -7,7 +7,7 @@
             print(event)
     print(stream.finish())
 
-A phrase ends in a pause; then the LLM verifies its CTC text. All data before the open phrase is
+A phrase ends at a pause; then the LLM verifies its CTC text. All data before the open phrase is
 discarded, so memory use does not grow. `Streamer.advance` runs many streams in shared batches:
 
     for stream, samples in zip(streams, blocks):
@@ -132,7 +132,7 @@ class Streamer:
     def advance(self, streams: list["Stream"]) -> list[list[Event]]:
         """Encode a chunk of each stream that is ready, and return the events of each stream.
 
-        After an exception, it can be called again with fewer streams: no phrase is lost.
+        After an exception, it can be called again with fewer streams; no phrase is lost.
         """
         for stream in streams:  # first, so that the result does not depend on block sizes
             stream.find_phrases()
@@ -168,7 +168,7 @@ class Streamer:
         ]
 
     def _has_speech(self, phrases: list[Phrase]) -> list[bool]:
-        """Return false for noise and too short phrases, for which CTC may also emit words."""
+        """Return false for noise and phrases that are too short; CTC may emit words for both."""
         shortest = self.recognizer.model.ds_rate
         long = [one.samples for one in phrases if one.end - one.start >= shortest]
         found = iter(self.detect_speech(long) if long else ())
