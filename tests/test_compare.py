@@ -57,8 +57,8 @@ def test_summary(recogs, capsys, tmp_path):
     assert lines[5].startswith("B − A: 0.00, 95% interval −")
     assert lines[5].endswith(f"p = {difference.p:.4f} (paired bootstrap)")
     assert lines[6] == (
-        "B is better in 1 utterances and worse in 1; other words but as many errors in 1, "
-        "the same words in 9"
+        "B is better in 1 utterances and worse in 1; different words but equally many errors "
+        "in 1, the same words in 9"
     )
     assert sorted(tmp_path.iterdir()) == [a, b], "a page needs --html"
 

@@ -230,7 +230,7 @@ def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dr
 
     assert error("--lora-r", 0) == "--lora-r 0 must be at least 1"
     assert error("--projector-lr", -1) == "--projector-lr -1 must be above 0"
-    message = "--lora-targets q_proj,c_attn: the LLM has no linear layer c_attn inside, but down_"
+    message = "--lora-targets q_proj,c_attn: LoRA cannot be added to c_attn, only to down_"
     assert error("--lora-targets", "q_proj,c_attn").startswith(message)
     message = "--encoder-lr 0.1: this part of the model is not trained"
     assert error("--encoder-lr", 0.1) == message

@@ -197,7 +197,7 @@ def test_a_phrase_without_tokens_is_refused(recognizer, phrase):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(b"", "has no phrase"), (b" \n", "has no phrase"), (b"\xff", "not UTF-8")]
+    "content, message", [(b"", "no phrases"), (b" \n", "no phrases"), (b"\xff", "not UTF-8")]
 )
 def test_a_file_without_phrases_is_refused(tmp_path, content, message):
     (tmp_path / "a.txt").write_bytes(content)

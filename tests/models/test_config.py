@@ -58,7 +58,7 @@ def test_one_size_applies_to_all_encoders():
     ("values", "sentence"),
     [
         ({"speech_encoder_path": "a,b", "speech_encoder_type": "tiny,tiny,tiny"},
-         "--speech-encoder-type names 3 encoders, --speech-encoder-path 2"),
+         "--speech-encoder-type names 3 encoders, but --speech-encoder-path 2"),
         ({"speech_encoder_type": "huge"},
          "unknown encoder size 'huge': choose from auto, tiny, small, medium, large"),
         ({"encoder_projector_ds_rate": 0}, "--encoder-projector-ds-rate 0 must be at least 1"),
@@ -183,4 +183,4 @@ def test_resuming_with_another_model_is_an_error(tmp_path):
     with pytest.raises(InputError) as error:
         check_same_model(other, tmp_path)
     flag = "--encoder-projector-ds-rate"
-    assert str(error.value) == f"{flag} 2: the training in {tmp_path} was started with {flag} 4"
+    assert str(error.value) == f"{flag} 2: the run in {tmp_path} was started with {flag} 4"

@@ -175,7 +175,7 @@ def test_rank_scale_dropout_and_layers_are_those_given(tiny_llm_dir, dropout):
 @pytest.mark.parametrize("unknown", ["wqkv", "lm_head"])
 def test_a_target_that_the_llm_lacks_is_an_error(tiny_llm_dir, unknown):
     sentence = (
-        f"^--lora-targets q_proj,{unknown}: the LLM has no linear layer {unknown} inside, but "
+        f"^--lora-targets q_proj,{unknown}: LoRA cannot be added to {unknown}, only to "
         "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj$"
     )
     with pytest.raises(InputError, match=sentence):

@@ -49,7 +49,7 @@ def test_spellings_of_the_models_language_are_accepted(send, name):
         ("response_format=diarized_json", "response_format: .*not 'diarized_json'"),
         ("timestamp_granularities=syllable", "timestamp_granularities: .*not 'syllable'"),
         ("stream=perhaps", "stream: .*not 'perhaps'"),
-        ("model=big", "model 'big' does not exist, this server has 'tiny'"),
+        ("model=big", "model 'big' does not exist; this server has 'tiny'"),
     ],
 )
 def test_unsupported_values_are_refused(send, field, message):

@@ -183,7 +183,7 @@ def test_vllm_client(url, segments_of, speech):
             assert all(event["delta"] for event in deltas)
             assert done["text"] == expected
         send(socket, "session.update", model="big")
-        assert receive(socket)["error"] == "model 'big' does not exist, this server has 'tiny'"
+        assert receive(socket)["error"] == "model 'big' does not exist; this server has 'tiny'"
 
 
 @pytest.mark.slow
@@ -214,9 +214,9 @@ def test_a_trained_model_writes_while_somebody_speaks():
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
-        ("{", "expected a message of JSON text"),
-        (b"\0\0", "expected a message of JSON text"),
-        ("[" * 100_000, "expected a message of JSON text"),
+        ("{", "expected a text message in JSON"),
+        (b"\0\0", "expected a text message in JSON"),
+        ("[" * 100_000, "expected a text message in JSON"),
         ("[1]", 'expected a JSON object with a "type"'),
         ({"type": "response.create"}, "type 'response.create': expected session.update, "),
         ({"type": "input_audio_buffer.commit"}, "the buffer has no audio to commit"),

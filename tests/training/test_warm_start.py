@@ -177,7 +177,7 @@ def test_models_are_the_same_by_content(files, tmp_path):
     moved = shutil.move(files["a"], tmp_path / "moved")
     llm = shutil.copytree(tmp_path / "llm", tmp_path / "copy")
     check_same_model(config(str(moved), llm_path=str(llm)), folder)
-    with pytest.raises(InputError, match="--speech-encoder-path .*/b: the training in .* /.*|b: "):
+    with pytest.raises(InputError, match="--speech-encoder-path .*/b: the run in .* /.*|b: "):
         check_same_model(config(files["b"], llm_path=str(llm)), folder)
 
 
@@ -186,6 +186,6 @@ def test_models_of_unknown_content_are_assumed_to_be_the_same(files, tmp_path, c
     save_model_config(config("gone.pt", llm_path="gone"), tmp_path)
     check_same_model(config(files["b"], llm_path="gone"), tmp_path)
     assert [one.getMessage().split(",")[0] for one in caplog.records] == [
-        f"--speech-encoder-path {files['b']} cannot be compared with gone.pt"]  # fmt: skip
+        f"--speech-encoder-path {files['b']} must be the same model as gone.pt"]  # fmt: skip
     with pytest.raises(InputError, match="--speech-encoder-path"):
         check_same_model(config(files["a"], files["b"], llm_path="gone"), tmp_path)

@@ -11,9 +11,9 @@ from speechllm.vllm.exported import check_encoders
 
 REFUSED = {
     "int8": "{} has int8 weights: export with --int8 false for vLLM",
-    "old": "{0} was exported before vLLM was supported, complete it: "
+    "old": "{0} was exported before vLLM was supported; complete it: "
     "python src/export.py --exp-dir {0} --out {0}-vllm",
-    "altered": "{}/encoders: a file was changed after the export",
+    "altered": "{}/encoders: a file has changed since the export",
     "missing": "encoder {}/encoders/1/model.safetensors is missing (see local/download_models.sh)",
 }
 

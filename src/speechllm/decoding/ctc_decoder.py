@@ -15,7 +15,7 @@ from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, c
 
 
 class BpeTokenizer:
-    """BPE tokenizer for texts in any case, if all of its pieces are in one case."""
+    """BPE tokenizer that accepts texts in any case if its pieces are all in one case."""
 
     def __init__(self, bpe: sentencepiece.SentencePieceProcessor, lowercase: bool = True):
         """
@@ -27,7 +27,7 @@ class BpeTokenizer:
         self.is_space = [not bpe.decode([i]).strip() for i in range(bpe.vocab_size())]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text's pieces, without unknown pieces (commas, for example)."""
+        """Return the ids of a text's pieces, without unknown pieces (such as commas)."""
         return self.encode_words([text])[0]
 
     def encode_words(self, words: list[str]) -> list[list[int]]:
@@ -96,7 +96,7 @@ def find_ctc_decoder(model: SpeechEncoders, bpe_paths: list[str]) -> CtcDecoder 
     n = len(model.encoder)
     if len(bpe_paths) not in (0, 1, n):
         raise InputError(
-            f"--speech-encoder-bpe-path names {len(bpe_paths)} files, the model has {n} encoders"
+            f"--speech-encoder-bpe-path names {len(bpe_paths)} files for {n} encoders"
         )
     if len(bpe_paths) == 1:
         bpe_paths = bpe_paths * n
@@ -109,7 +109,7 @@ def find_ctc_decoder(model: SpeechEncoders, bpe_paths: list[str]) -> CtcDecoder 
             continue
         bpe = read_bpe(path)
         if bpe.vocab_size() != head.vocab_size:
-            pieces = f"{bpe.vocab_size()} pieces, encoder {k + 1}'s CTC head {head.vocab_size}"
+            pieces = f"{bpe.vocab_size()} pieces; encoder {k + 1}'s CTC head {head.vocab_size}"
             raise InputError(f"{path} has {pieces}")
         return CtcDecoder(model, k, BpeTokenizer(bpe, model.chat.lowercase))
     return None

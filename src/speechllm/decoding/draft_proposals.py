@@ -37,8 +37,7 @@ class AcceptanceRates:
     """
 
     def __init__(self):
-        # [right, all] predictions, by whether the previous one was right. The initial rates are
-        # low.
+        # [right, all] predictions, by whether the previous one was right; initially few are.
         self.counts = {True: [1.0, 2.0], False: [0.25, 1.0]}
 
     def begin(self) -> "AcceptanceRates":

@@ -31,7 +31,7 @@ def read_hotwords(path: Path) -> list[str]:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      InputError: the file is not UTF-8 or contains no phrase.
+      InputError: the file is not UTF-8 or contains no phrases.
     """
     if not path.is_file():
         raise FileNotFoundError(f"hotwords: {path} does not exist")
@@ -41,7 +41,7 @@ def read_hotwords(path: Path) -> list[str]:
         raise InputError(f"hotwords: {path} is not UTF-8: {error}") from None
     phrases = [line for line in lines if line.strip()]
     if not phrases:
-        raise InputError(f"hotwords: {path} has no phrase")
+        raise InputError(f"hotwords: {path} contains no phrases")
     return phrases
 
 
@@ -85,7 +85,7 @@ class Hotwords:
         self.pieces, self.lens = pad_pieces(self.entries)
 
     def possible(self, ratios: Tensor) -> list[Hotword]:
-        """Return phrases whose pieces, in any order, average high `ratios` (T, V)."""
+        """Return the phrases whose pieces, in any order, have high average `ratios` (T, V)."""
         best = ratios.max(dim=0).values[self.pieces.clamp(min=0)].masked_fill(self.pieces < 0, 0)
         passed = torch.nonzero(best.sum(dim=1) >= LEAST_RATIO * self.lens).flatten()
         return [self.entries[i] for i in passed.tolist()]

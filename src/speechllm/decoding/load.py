@@ -50,7 +50,7 @@ def read_parameters(
 
 
 class TrainedModel:
-    """A trained SpeechLLM with its tokenizer; `recognizer` returns recognizers that use it.
+    """A trained SpeechLLM with its tokenizer; `recognizer` creates recognizers that share it.
 
     Attributes:
       parameters_name: name of the checkpoint or average, such as `epoch-10-avg-5`.

@@ -191,7 +191,7 @@ class Recognizer:
 
     @torch.no_grad()
     def decode_ctc(self, features: Tensor, lens: Tensor) -> list[CtcOutput]:
-        """Return only CTC outputs, for features (B, T, 80) with lens (B,) on the CPU."""
+        """Return CTC outputs without LLM prompts; features (B, T, 80), lens (B,) on the CPU."""
         encoder = self.model.encoder[self.ctc_decoder.encoder]
         with autocast(self.device, self.dtype):
             return self.ctc_decoder(*encoder(features.to(self.device), lens))

@@ -15,7 +15,7 @@ from speechllm.models.zipformer.encoder import ZipformerEncoder
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options that do not change what the model computes in evaluation, up to rounding."""
+    """Options that do not change the model's results in evaluation, up to rounding."""
 
     llm_dtype: torch.dtype = torch.float32
     encoder_dtype: torch.dtype = torch.float32  # dtype of frozen encoders

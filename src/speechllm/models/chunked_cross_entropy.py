@@ -8,7 +8,7 @@ one chunk is in memory at a time.
 import torch
 from torch import Tensor
 
-CHUNK_SIZE = 256  # fewer read the weights of a large head more often than products take
+CHUNK_SIZE = 256  # with smaller chunks, reading the weights of a large head dominates
 
 
 def cap_logits(logits: Tensor, cap: float | None) -> Tensor:

@@ -107,7 +107,7 @@ class ModelConfig:
             raise InputError("--speech-encoder-path is empty")
         if len(sizes) not in (1, len(paths)):
             raise InputError(
-                f"--speech-encoder-type names {len(sizes)} encoders, "
+                f"--speech-encoder-type names {len(sizes)} encoders, but "
                 f"--speech-encoder-path {len(paths)}"
             )
         for size in sizes:
@@ -226,7 +226,7 @@ def save_model_config(config: ModelConfig, folder: Path) -> None:
 def check_same_model(config: ModelConfig, exp_dir: Path) -> None:
     """Check that training resumes with the model it was started with, if model.json exists.
 
-    A file with neither content nor hash left to compare gives only a warning.
+    A missing file without a saved hash gives only a warning.
 
     Raises:
       InputError: a flag differs from model.json.
@@ -235,15 +235,15 @@ def check_same_model(config: ModelConfig, exp_dir: Path) -> None:
     for name in _differing(config, before):
         flag, now, then = flag_name(name), getattr(config, name), getattr(before, name)
         raise InputError(
-            f"{flag} {spelled(now)}: the training in {exp_dir} was started with "
+            f"{flag} {spelled(now)}: the run in {exp_dir} was started with "
             f"{flag} {spelled(then)}"
         )
     for name in HASHES:
         if _same_content(name, config, before) is None:
             logging.warning(
-                f"{flag_name(name)} {getattr(config, name)} cannot be compared with "
-                f"{getattr(before, name)}, which the training in {exp_dir} was started with and "
-                "which is missing: it must be the same model"
+                f"{flag_name(name)} {getattr(config, name)} must be the same model as "
+                f"{getattr(before, name)}, with which the run in {exp_dir} was started; this "
+                "cannot be checked, as the file is missing"
             )
 
 
@@ -253,7 +253,7 @@ def is_same_model(config: ModelConfig, exp_dir: Path) -> bool:
 
 
 def with_hashes(config: ModelConfig) -> ModelConfig:
-    """Return a config that includes the hashes of the LLM and the encoders."""
+    """Return the config with the hashes of the LLM and the encoders."""
     hashes = {entry: content_hashes(getattr(config, name)) for name, entry in HASHES.items()}
     return dataclasses.replace(config, **hashes)
 

@@ -77,7 +77,7 @@ def add_embedding_rows(llm: nn.Module, rows: int) -> None:
 def prepare_llm(
     llm: nn.Module, unfreeze: bool, use_lora: bool, config: ModelConfig = ONE_ENCODER
 ) -> nn.Module:
-    """Make none of the LLM's parameters, all of them, or only LoRA matrices trainable.
+    """Make all or none of the LLM's parameters trainable, or only LoRA matrices.
 
     Args:
       config: describes the LoRA matrices, which are in float32.

@@ -4,8 +4,8 @@ For the backward pass, peft's layer stores both the input after dropout and the 
 input's dtype, and it scales and adds tensors of the output's width. Here the input itself is
 stored with a mask of one byte per element, tensors of LoRA's rank are scaled, and the update is
 added in place. The feed-forward module stores only the gate and up projections and recomputes their
-product. Each norm is a single kernel, a rotary embedding is three, and autocast's conversions of
-LoRA matrices are one for each decoder layer. Parameters have peft's names.
+product. A norm takes one kernel, a rotary embedding three, and one converts all LoRA matrices of a
+decoder layer to autocast's dtype. Parameters have peft's names.
 """
 
 import warnings
@@ -51,7 +51,7 @@ def with_lora(llm: nn.Module, config: ModelConfig = ONE_ENCODER) -> PeftModel:
             module.__class__ = FusedRMSNorm
     for layer in llm.get_base_model().get_decoder().layers:
         layer.register_forward_pre_hook(_cast_matrices)
-    modeling_qwen2.apply_rotary_pos_emb = apply_rotary  # a function, so for all Qwen2 LLMs
+    modeling_qwen2.apply_rotary_pos_emb = apply_rotary  # module-level: for all Qwen2 LLMs
     return llm
 
 
@@ -66,7 +66,7 @@ def _targets(llm: nn.Module, names: str) -> list[str]:
     if unknown := sorted(set(comma_list(names)) - existing):
         if names != LORA_TARGETS:
             raise InputError(
-                f"--lora-targets {names}: the LLM has no linear layer {unknown[0]} inside, but "
+                f"--lora-targets {names}: LoRA cannot be added to {unknown[0]}, only to "
                 f"{', '.join(sorted(existing))}"
             )
     return comma_list(names)
@@ -97,7 +97,7 @@ class LoraLinear(lora.Linear):
 
     def update_of(self, dtype: torch.dtype) -> tuple:
         """Return A and B in `dtype`, the scale, and the dropout probability."""
-        # Only training's are current: what an error left behind, validation must not use.
+        # Only in training: validation must not use stale copies left by an error.
         cast = self.__dict__.pop("cast", None) if torch.is_grad_enabled() else None
         a, b = cast or self.matrices
         p = getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
@@ -137,8 +137,8 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 def _cast_matrices(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Convert all LoRA matrices of a decoder layer to autocast's dtype before its forward pass.
 
-    They are too small for a kernel each. Per layer, not per model: DDP sends the gradients of the
-    last layers during the backward pass of the first ones.
+    They are too small for one kernel each. Per layer, not per model: DDP sends the gradients of
+    the last layers during the backward pass of the first ones.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return

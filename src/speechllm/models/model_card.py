@@ -64,7 +64,7 @@ def model_card(
     rows = error_rates(exp_dir, name)
     table = ["| set | error rate | errors | decoded with |", "|---|---|---|---|", *rows]
     if int8:
-        table = ["Measured before the LLM's weights became int8:", "", *table]
+        table = ["Measured before quantizing the LLM to int8:", "", *table]
     return CARD.format(
         language=f"language: {config.language}\n" if config.language else "",
         name=name,

@@ -7,7 +7,7 @@ The chat for one utterance with n encoders (`⏎` is a line break):
 
 All utterances share an instruction, and each may have a context; published models use neither. The
 model replaces each `<speech>` with the speech embeddings of one encoder. Only the transcript and
-the closing token have labels. This module contains all template text in the project.
+the closing token have labels. This module contains all of the project's template text.
 
 `ChatTokenizer` runs in the data loader, so the training process and the model handle only ids.
 """

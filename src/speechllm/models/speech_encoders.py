@@ -105,7 +105,7 @@ class SpeechEncoders(nn.Module):
         """Return the speech embeddings (S, D) per utterance and encoder, in the given order."""
         by_encoder: list[dict[int, Tensor]] = []
         for projector, (rows, encoder_out, lens) in zip(self.encoder_projector, outputs):
-            # `unbind` has one gradient, each index would add one of the whole tensor
+            # `unbind` has a single gradient; each index would add one of the whole tensor's size
             embeddings = projector(encoder_out).unbind()
             counts = (lens // self.ds_rate).tolist()
             by_encoder.append({b: one[:n] for b, one, n in zip(rows, embeddings, counts)})

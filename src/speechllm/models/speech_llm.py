@@ -64,7 +64,7 @@ class SpeechLLM(SpeechEncoders):
         for encoder in self.encoder:
             if not encoder.frozen:
                 encoder.checkpoint_activations()
-        llm = self.base_llm  # the new name came with transformers 5.23
+        llm = self.base_llm  # the method was renamed in transformers 5.23
         new = getattr(llm, "activation_checkpointing_enable", None)
         (new or llm.gradient_checkpointing_enable)({"use_reentrant": False})
 

@@ -15,8 +15,8 @@ def token_ctc_loss(
 ) -> Tensor:
     """Return the summed CTC loss (nats) of speech embeddings that predict the transcript's tokens.
 
-    The scores are cosines to the LLM's token embeddings. So the projector learns when each token
-    is spoken, and its outputs resemble the embeddings of a text, which the LLM can repeat.
+    The scores are cosines to the LLM's token embeddings. Thus the projector learns when each token
+    is spoken, and its outputs resemble text embeddings, which the LLM can repeat.
     Utterances with too few speech embeddings for their tokens add 0.
 
     Args:

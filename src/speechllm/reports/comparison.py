@@ -36,7 +36,7 @@ class UtterancePair:
 
 
 def compare_models(a: Path, b: Path, html: Path | None = None) -> None:
-    """Compare each set in both directories, and last list the verdicts; or raise InputError.
+    """Compare each common test set, then list the verdicts; raise InputError without one.
 
     A set's page is written next to `html`, with the set in its name.
     """
@@ -63,11 +63,11 @@ def newest_recogs(folder: Path) -> dict[str, Path]:
 
 
 def compare(a_path: Path, b_path: Path, html: Path | None = None) -> str:
-    """Print a comparison, write its page, return the verdict; or raise InputError for bad files."""
+    """Print a comparison, write its page, return the verdict; raise InputError for bad files."""
     a, b = read_recogs(a_path), read_recogs(b_path)
     rate = rate_of(a_path)
     if rate_of(b_path) != rate:
-        raise InputError(f"{a_path} has a {rate}, {b_path} a {rate_of(b_path)}")
+        raise InputError(f"{a_path} has a {rate}, but {b_path} a {rate_of(b_path)}")
     difference = paired_bootstrap(a, b)
     utterances = [UtterancePair(*pair) for pair in zip(a, b) if pair[0].hyp != pair[1].hyp]
     utterances.sort(key=lambda one: (-one.more_errors, one.a.id))
@@ -125,5 +125,6 @@ def summary(
         f"B − A: {signed(difference.wer)}, 95% interval {signed(difference.low)} to "
         f"{signed(difference.high)}, p = {difference.p:.4f} (paired bootstrap)",
         f"B is better in {changes['better']} utterances and worse in {changes['worse']}; "
-        f"other {units} but as many errors in {changes['other']}, the same {units} in {same}",
+        f"different {units} but equally many errors in {changes['other']}, the same {units} in "
+        f"{same}",
     ])  # fmt: skip

@@ -59,7 +59,7 @@ def one_curve(points: Iterable[tuple[int, float]]) -> Curve:
 
 
 def plot(trainings: dict[str, dict[str, Curve]]) -> Figure:
-    """Plot each panel that has a curve, with one color per training; `trainings` are by name."""
+    """Plot each panel that has a curve, with one color per run; `trainings` maps run names."""
     found = {name for curves in trainings.values() for name in curves}
     drawn = [title for title, names in PANELS.items() if found & set(names)]
     height = max(1, math.ceil(len(drawn) / 2))
@@ -94,7 +94,7 @@ def svg(figure: Figure) -> str:
 
 
 def plot_trainings(exp_dirs: list[Path], out: Path) -> None:
-    """Write the curves to `out`, an *.html or *.png; or raise InputError or FileNotFoundError."""
+    """Write the curves to `out`, *.html or *.png; raise InputError or FileNotFoundError."""
     if out.suffix not in (".html", ".png"):
         raise InputError(f"--out {out} must end in .html or .png")
     trainings = {str(exp_dir): read_curves(exp_dir) for exp_dir in exp_dirs}

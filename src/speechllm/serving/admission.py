@@ -1,4 +1,4 @@
-"""API errors, and admission control: limits on requests in progress and on their audio."""
+"""API errors, and admission control: limits on concurrent requests and on their audio."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,7 +121,7 @@ class Slot:
             if queued + samples / SAMPLING_RATE > limit:
                 raise ApiError(
                     503,
-                    f"{queued:.0f} s of audio are queued, the maximum is {limit:g} s: "
+                    f"{queued:.0f} s of audio are queued; the maximum is {limit:g} s: "
                     "try again later",
                 )
             self.samples += samples

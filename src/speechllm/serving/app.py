@@ -44,7 +44,7 @@ EXPOSED_HEADERS = ("Retry-After", "X-Ignored", "X-Warnings")  # to scripts from 
 
 
 def create_app(service: Service) -> ASGIApp:
-    """Return the app with its routes; the service stops when the app shuts down."""
+    """Return the app with its routes; the service is stopped when the app shuts down."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI):
@@ -137,7 +137,7 @@ async def _response(service: Service, slot: Slot, form: TranscriptionForm) -> Re
 
 
 async def _events(service: Service, slot: Slot, verbose: bool) -> AsyncIterator[str]:
-    """Yield a delta per segment, then the whole text; `verbose` adds words and, last, SRT."""
+    """Yield a delta per segment, then the text; `verbose` adds segments, words and a final SRT."""
     segments, text, space = [], "", word_separator(service.transcriber.language)
     try:
         async for segment in slot.job.results():

@@ -71,7 +71,7 @@ class Job(Results[Segment]):
 
 
 class LiveJob(Results[Event]):
-    """A stream; to be submitted again after each change.
+    """A stream; it must be submitted again after each change.
 
     Attributes:
       blocks: samples (N,) to be pushed to the stream.
@@ -111,7 +111,7 @@ class LiveJob(Results[Event]):
 
 
 class Worker:
-    """Alternates between jobs, so that a long recording does not block short ones.
+    """Model thread that alternates between jobs, so that a long recording does not block short ones.
 
     Streams have priority: while any is open, recordings are split and recognized in small batches.
     """
@@ -202,7 +202,7 @@ class Worker:
     def _run_batch(
         self, jobs: Sequence[Results], inputs: list, run: Callable[[list], list[list]]
     ) -> None:
-        """Put the results of a batch; if it fails, retry each input alone: only one job fails."""
+        """Put the results of a batch; if it fails, retry each input, so that only one job fails."""
         try:
             found = run(inputs)
         except Exception as error:

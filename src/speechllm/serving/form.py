@@ -67,7 +67,7 @@ class CommonFields(BaseModel):
 
 
 class TranscriptionForm(CommonFields):
-    """Fields of a transcription request, in which `prompt` and `keywords` are hotwords, too."""
+    """Fields of a transcription request; `prompt` and `keywords` also serve as hotwords."""
 
     file: Any
     model: str
@@ -166,7 +166,7 @@ def check_model(name: str, served: str) -> None:
       ApiError: 404, the model is not served.
     """
     if name not in (served, *ALIASES):
-        raise ApiError(404, f"model {name!r} does not exist, this server has {served!r}", "model")
+        raise ApiError(404, f"model {name!r} does not exist; this server has {served!r}", "model")
 
 
 def _validated(fields: dict[str, list]) -> TranscriptionForm:

@@ -80,7 +80,7 @@ class AdmissionMiddleware:
         origin, allowed = headers.get("origin"), self.service.config.origins
         if origin and urlsplit(origin).netloc != headers.get("host"):
             if "*" not in allowed and origin not in allowed:
-                raise ApiError(403, f"pages of {origin} are not allowed: see --allow-origin")
+                raise ApiError(403, f"pages from {origin} are not allowed: see --allow-origin")
 
 
 class LimitedBody:

@@ -36,7 +36,7 @@ from speechllm.streaming.stream import Event, Stream
 SUBPROTOCOL = "realtime"
 MAX_MESSAGE_BYTES = 1 << 20  # 16 s of audio at 24 kHz
 BURST_SECONDS = 5.0  # time in which a client may exceed the maximum speed
-MIN_EVENT_SECONDS = 0.005  # seconds of audio that any event counts as, at least
+MIN_EVENT_SECONDS = 0.005  # seconds of audio for which an event counts, at least
 MAX_WAITING_SECONDS = 30.0  # of queued audio; more is not read from the connection
 SEND_TIMEOUT = 30.0  # s, for clients that do not read
 TRY_AGAIN_LATER, POLICY_VIOLATION = 1013, 1008  # close codes
@@ -324,12 +324,12 @@ def parse_event(message: dict) -> dict:
     """Return the event in a WebSocket message, a dict with a `type`.
 
     Raises:
-      ApiError: 400, the message is not such an event.
+      ApiError: 400, the message is not an event.
     """
     try:
         event = json.loads(message.get("text") or "")
     except (ValueError, RecursionError):
-        raise ApiError(400, "expected a message of JSON text") from None
+        raise ApiError(400, "expected a text message in JSON") from None
     if not isinstance(event, dict) or not isinstance(event.get("type"), str):
         raise ApiError(400, 'expected a JSON object with a "type"', "type")
     return event
@@ -339,7 +339,7 @@ def read_audio(text: object) -> torch.Tensor:
     """Return the samples (N,) in base64-encoded 16-bit little-endian PCM.
 
     Raises:
-      ApiError: 400, the text is not such audio.
+      ApiError: 400, the text is not valid.
     """
     try:
         data = base64.b64decode(text, validate=True)

@@ -38,7 +38,7 @@ def exported_config(folder: str) -> ModelConfig:
         raise InputError(f"{folder} has int8 weights: export with --int8 false for vLLM")
     if not (path / INDEX_FILE).is_file() or not config.encoder_hashes:
         command = f"python src/export.py --exp-dir {folder} --out {folder}-vllm"
-        raise InputError(f"{folder} was exported before vLLM was supported, complete it: {command}")
+        raise InputError(f"{folder} was exported before vLLM was supported; complete it: {command}")
     return config
 
 
@@ -51,7 +51,7 @@ def check_encoders(folder: str) -> None:
     config = exported_config(folder)
     check_model_files(config)
     if content_hashes(config.speech_encoder_path) != config.encoder_hashes:
-        raise InputError(f"{folder}/encoders: a file was changed after the export")
+        raise InputError(f"{folder}/encoders: a file has changed since the export")
 
 
 @cache

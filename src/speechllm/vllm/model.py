@@ -144,7 +144,7 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
         config = stt_params.model_config
         trained = exported_config(config.model).language
         if stt_params.task_type != "transcribe":
-            raise ValueError("this model transcribes, it does not translate")
+            raise ValueError("this model transcribes; it does not translate")
         if trained and stt_params.language not in (None, trained):
             raise ValueError(f"language {stt_params.language!r}: this model is for {trained!r}")
         context = " ".join(filter(None, (stt_params.request_prompt, stt_params.hotwords)))

@@ -1,4 +1,4 @@
-"""Letter case of a BPE model: upper in published models, else that of the training texts."""
+"""Letter case of BPE models: upper case in published ones, else that of the training texts."""
 
 from collections.abc import Callable
 

@@ -33,7 +33,7 @@ class Downsample(nn.Module):
         self.bias = nn.Parameter(torch.zeros(factor))
 
     def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Downsample; each utterance's last group is filled up with its own last frame."""
+        """Downsample; each utterance's last group is padded with the utterance's last frame."""
         factor = self.bias.numel()
         groups = (x.size(1) + factor - 1) // factor
         index = torch.arange(groups * factor, device=x.device)

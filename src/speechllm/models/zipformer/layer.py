@@ -74,7 +74,7 @@ def positional_embedding(num_frames: int, dim: int, device=None, left: int = 0) 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # the cached result may also be used in training
 def _embeddings(size: int, dim: int, device: torch.device | None) -> Tensor:
-    """Return embeddings of the offsets -(N - 1) to N; N = `size` is a power of 2 to cache few."""
+    """Return embeddings of offsets -(N - 1) to N; N = `size` is a power of 2, so few are cached."""
     offsets = torch.arange(1 - size, size + 1, device=device, dtype=torch.float32)
     length = math.sqrt(dim)
     compressed = length * offsets.sign() * ((offsets.abs() + length) / length).log()
@@ -106,7 +106,7 @@ class AttentionWeights(nn.Module):
         self.linear_pos = scaled_linear(pos_dim, heads * pos_head_dim, 0.05, bias=False)
 
     def forward(self, x: Tensor, pos_emb: Tensor, frames: Frames) -> Tensor:
-        """Return weights for x (B, T, C), pos_emb (L + 2T, pos_dim), 0 outside `frames.sources`."""
+        """Return weights (0 outside `frames.sources`); x (B, T, C), pos_emb (L + 2T, pos_dim)."""
         q, k, p = self.in_proj(x).split(self.sizes, dim=-1)
         k = frames.with_history(k)
         q, k, p = (
