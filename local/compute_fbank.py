@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     if not present or not {*args.parts} <= {*present}:
         missing = ", ".join(part for part in args.parts if part not in present)
         raise FileNotFoundError(
-            f"no manifests of {missing or 'any part of LibriSpeech'} in {args.manifest_dir}: run "
+            f"no manifests for {missing or 'any part of LibriSpeech'} in {args.manifest_dir}: run "
             "local/prepare.sh --stage 1"
         )
     for part in args.parts or present:

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
                 inputs = cut.resample(SAMPLING_RATE).load_audio()[0], manifests.context_of(cut)
                 prompts[cut.id] = processor.generation_prompt(args.exp_dir, tokenizer, *inputs)
         for name, answer in zip(prompts, llm.generate([*prompts.values()], sampling)):
-            # vLLM's own text omits an incomplete last character.
+            # vLLM's text omits an incomplete last character.
             text = tokenizer.decode(answer.outputs[0].token_ids, skip_special_tokens=True)
             found[name] = Recognition(text.strip(), Hypothesis())
         seconds = sum(cut.duration for cut in one.cuts if cut.id in prompts)

@@ -37,7 +37,7 @@ source local/venv.sh requirements.txt
 python=.venv/bin/python data=data/$name exp=exp/$name
 mkdir -p "$data/fbank" "$exp/log"
 
-# A changed table is another corpus: start from stage 1.
+# A changed table is a new corpus: start from stage 1.
 if [ -n "$table" ] && ! cksum <"$table" | cmp -s - "$exp/.table"; then
   stage=1
   cksum <"$table" >"$exp/.table"
@@ -62,7 +62,7 @@ quietly() {
   "$@" >"$file" 2>&1 || { tail -n 20 "$file" >&2; echo "failed; see $file" >&2; exit 1; }
 }
 
-# Models this small gain little from a second thread: two trainings run in parallel, one core each.
+# Models this small gain little from a second thread: two are trained in parallel, one core each.
 # Each has its own process group (set -m), which is killed with this script.
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
@@ -139,7 +139,7 @@ if due 2 "features of $table"; then
   finished 2
 fi
 
-if due 3 "a tiny LLM of the transcripts"; then
+if due 3 "a tiny LLM for the transcripts"; then
   rm -rf "$exp/llm"
   quietly llm.log $python local/make_tiny_llm.py --out "$exp/llm" \
     --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps $llm_steps \
@@ -166,7 +166,7 @@ if due 5 "train.py on the first encoder, then train_mose.py on both from its mod
   training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}")
   quietly train.log $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr" \
     --base-lr 0.001
-  # A high learning rate would destroy what the first training learned.
+  # A high learning rate would destroy what the first run has learned.
   quietly train_mose.log $python src/train_mose.py "${training[@]}" "${two[@]}" \
     --exp-dir "$exp/mose" --base-lr 0.0005 \
     --pretrained-model-path "$exp/llm_asr/epoch-$llm_epochs.pt"

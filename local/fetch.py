@@ -71,7 +71,7 @@ def fetch(url: str, size: int, etag: str, dest: Path) -> None:
             http_get(url, to, resume_size=to.tell(), expected_size=size)
     if not matches(part, size, etag):
         part.unlink()
-        raise InputError(f"{url} differs in size or hash from the published ones: removed")
+        raise InputError(f"{url}: size or hash differs from the published one; file removed")
     os.replace(part, dest)
     print(f"{dest}: {size} bytes, hash checked")
 
@@ -88,7 +88,7 @@ def fetch_all(mirror: str, files: dict[str, tuple[str, str]], root: Path) -> Non
             missing.append((url, found.size, found.etag, dest))
         elif not matches(dest, found.size, found.etag):
             raise InputError(
-                f"{dest} differs from {url}: move it away to download that, or leave out its group"
+                f"{dest} differs from {url}: move it to download that file, or omit its group"
             )
     for one in missing:
         fetch(*one)
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("groups", nargs="+", choices=GROUPS, metavar="GROUP", help=" ".join(GROUPS))
     add("--mirror", default=os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
-        help="address to download from; by default HF_ENDPOINT or huggingface.co")  # fmt: skip
+        help="base URL to download from; by default HF_ENDPOINT or huggingface.co")  # fmt: skip
     add("--root", type=Path, default=ROOT, help="directory that contains models/ and exp/")
     args = parser.parse_args(argv)
     mirror, files = args.mirror.rstrip("/"), {}

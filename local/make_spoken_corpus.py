@@ -2,7 +2,7 @@
 
   python local/make_spoken_corpus.py --out data/demo_corpus
 
-Needs no audio and no network: the package espeakng-loader contains espeak-ng. Writes
+Needs neither audio nor a network: the package espeakng-loader contains espeak-ng. Writes
 
   <out>/wav/<speaker>/<utt_id>.flac   16 kHz, 16 bit
   <out>/transcripts.tsv    utt_id, speaker, split, text, path, duration_s: for prepare_corpus.py
@@ -105,7 +105,7 @@ Utterance = tuple[str, str, Speaker, str]  # id, split, speaker, text
 
 
 def draw_speakers(split: str, rng: random.Random) -> list[Speaker]:
-    """Sample accents and speaking styles for each variant in the split, in random order."""
+    """Sample a split's speakers: accents and speaking styles for each variant, shuffled."""
     speakers = [
         Speaker(accent, variant, rng.randint(170, 220), rng.randint(35, 65), rng.randint(30, 70))
         for variant in VARIANTS[split]
@@ -115,7 +115,7 @@ def draw_speakers(split: str, rng: random.Random) -> list[Speaker]:
 
 
 def plan_corpus(sizes: dict[str, int]) -> list[Utterance]:
-    """Sample `sizes` utterances per split, evenly distributed over its speakers.
+    """Sample `sizes[split]` utterances per split, evenly distributed over its speakers.
 
     Sentences are unique. Every second training utterance is a short phrase, which may be repeated.
     """

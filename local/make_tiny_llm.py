@@ -8,7 +8,7 @@ pre-tokenizer, ChatML tokens, and spare embedding rows for the speech tokens.
 The model is trained to answer with a lower-case transcript, in the recipe's chat format. In 90% of
 the chats, the user's turn contains the tokens of the answer, lengthened and noisy like speech:
 speech recognition with a frozen LLM relies on its ability to repeat the prompt, which instruct
-models of the usual size have. Most answers are random words, so that copying pays, not guessing.
+models of the usual size have. Most answers are random words, which reward copying, not guessing.
 """
 
 import json
@@ -59,7 +59,7 @@ def read_transcripts(path: Path) -> list[str]:
     normal = (" ".join(text.lower().split()) for text in texts)
     transcripts = list(dict.fromkeys(filter(None, normal)))
     if len(transcripts) < 2:
-        raise InputError(f"{path} has {len(transcripts)} distinct training transcripts, not 2")
+        raise InputError(f"{path} has {len(transcripts)} distinct training transcripts, needs 2")
     return transcripts
 
 
@@ -98,7 +98,7 @@ def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
 
 
 def encode_example(tokenizer, answer: str, rng: random.Random | None = None) -> Example:
-    """Encode a chat whose user's turn has the answer's tokens, lengthened by `rng`, or nothing.
+    """Encode a chat whose user's turn has the answer's tokens, lengthened; without `rng`, none.
 
     The labels cover the answer and its closing id.
     """
@@ -114,7 +114,7 @@ def encode_example(tokenizer, answer: str, rng: random.Random | None = None) -> 
 def lengthened(ids: list[int], space: int, rng: random.Random) -> list[int]:
     """Put spaces between ids and repeat some, like the output of a CTC head with spaces as blanks.
 
-    Speech embeddings outnumber text tokens, and are trained to look so (see models/token_ctc.py).
+    Speech embeddings outnumber text tokens, and are trained to look like it (models/token_ctc.py).
     """
     mean_gap, out = rng.choice([0.5, 1.5, 3.0]), []
     for token in ids:
@@ -160,7 +160,7 @@ def build_model(tokenizer, sizes: dict[str, int]):
 
 
 def mean_loss(model, examples: list[Example]):
-    """Return the mean negative log-likelihood (nats) per label; in training with noisy prompts."""
+    """Return the mean negative log-likelihood (nats) per label; prompts are noisy in training."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -177,7 +177,7 @@ def mean_loss(model, examples: list[Example]):
 
 
 def train(model, examples: Iterator[Example], max_steps: int) -> None:
-    """Train with Muon, and AdamW for embeddings and vectors; with warm-up and linear decay to 0."""
+    """Train with Muon, and AdamW for embeddings and vectors, with warm-up and linear decay to 0."""
     import torch
 
     layers = model.get_decoder().layers
@@ -231,7 +231,7 @@ def make_llm(transcripts: list[str], max_steps: int, sizes: dict[str, int]) -> t
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--text", type=Path, required=True, help="cut file, or table (its split train is used)")
+    add("--text", type=Path, required=True, help="cut file, or table (its train split is used)")
     add("--out", type=Path, required=True, help="output directory")
     for field, (flag, default) in SIZES.items():
         add(flag, type=int, dest=field, default=default, help=f"{field} of Qwen2Config")

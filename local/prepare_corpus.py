@@ -6,8 +6,8 @@
   --table PATH        TSV or CSV with a header, or JSON lines, or a folder with one table per split;
                       audio paths are relative to the table
   --folder DIR        a corpus whose --layout is recognized: LibriSpeech, Common Voice, AISHELL,
-                      MLS, LJSpeech, VCTK, TED-LIUM, VoxPopuli, or another layout listed here; else
-                      a text file per audio file: [train/][anna/]1.wav, [train/][anna/]1.txt
+                      MLS, LJSpeech, VCTK, TED-LIUM, VoxPopuli, or one of those below; otherwise a
+                      text file per audio file: [train/][anna/]1.wav, [train/][anna/]1.txt
   --kaldi DIR         wav.scp, text, [segments, utt2spk, utt2lang, reco2file_and_channel]
   --huggingface DIR   a dataset written by save_to_disk, or its parquet files (needs pyarrow)
   --lhotse PATH       a cut file, or a folder of cut files or of recordings and supervisions

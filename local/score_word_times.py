@@ -43,7 +43,7 @@ def read_words(path: Path) -> dict[str, list[Timed]]:
 
 
 def time_errors(found: list[Timed], true: list[Timed]) -> list[tuple[float, float]]:
-    """Return the errors of start and end, in ms, for each pair of equal words."""
+    """Return the start and end errors, in ms, for each pair of equal words."""
     from speechllm.scoring.wer import align
 
     pairs = align([word for word, _, _ in true], [word for word, _, _ in found])
@@ -58,17 +58,17 @@ def time_errors(found: list[Timed], true: list[Timed]) -> list[tuple[float, floa
 def report(ctm: dict[str, list[Timed]], truth: dict[str, list[Timed]]) -> str:
     """Return a table with statistics over the recordings in the CTM file."""
     if unknown := [recording for recording in ctm if recording not in truth]:
-        raise InputError(f"recordings of the CTM have no reference: {', '.join(unknown[:5])}")
+        raise InputError(f"recordings in the CTM have no reference: {', '.join(unknown[:5])}")
     errors = [pair for recording in ctm for pair in time_errors(ctm[recording], truth[recording])]
     if not errors:
-        raise InputError("no word of the CTM can be compared")
+        raise InputError("no word in the CTM matches the reference")
     num_found = sum(map(len, ctm.values()))
     num_true = sum(len(truth[recording]) for recording in ctm)
     columns = ("words", "median", "90%", "bias", *(f"<={limit}" for limit in WITHIN))
     lines = [
         f"{len(ctm)} recordings: {num_true} reference words, {num_found} in the CTM; "
         f"{len(errors)} compared, {num_true - len(errors)} and {num_found - len(errors)} unmatched",
-        "median and 90% quantile of absolute errors, mean of signed ones, in ms; share within ms",
+        "median and 90% quantile of absolute errors, mean signed error, in ms; share within ms",
         " " * 5 + "".join(f"{column:>8}" for column in columns),
     ]
     for name, signed in zip(("start", "end"), np.array(errors).T):

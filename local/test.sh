@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the tests need into .venv and run them with pytest.
+# Install the tests' requirements into .venv and run the tests with pytest.
 #   bash local/test.sh                                all tests, on two workers
 #   bash local/test.sh --fast                         only tests of one process, of about 0.3 s or less
 #   bash local/test.sh tests/models/zipformer -k ids  arguments go to pytest

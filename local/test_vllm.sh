@@ -8,13 +8,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ ! -f .venv-vllm/installed ]; then
   "${PYTHON_BIN:-python3}" -m venv .venv-vllm
   .venv-vllm/bin/python -m pip install --quiet -r local/requirements-vllm.txt ./src
-  # Those of the package index do not load beside torch+cpu, which breaks `import vllm`.
+  # The versions on PyPI do not load with torch+cpu, which breaks `import vllm`.
   .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
   touch .venv-vllm/installed
 fi
-# The installed package has the entry point, the code is that of the working tree.
+# The installed package provides the entry point; the code is that of the working tree.
 export PYTHONPATH=$PWD/src OMP_WAIT_POLICY=passive
-# torch.compile links and vLLM preloads libraries of the environment: its path must have no space.
+# torch.compile and vLLM load the environment's libraries by path, which must not contain spaces.
 link=$(mktemp -d)/venv
 ln -s "$PWD/.venv-vllm" "$link"
 trap 'rm -r "${link%/*}"' EXIT

@@ -17,5 +17,5 @@ for requirements in "$@"; do
     cp "$requirements" "$stamp"
   fi
 done
-# Idle threads sleep instead of spinning: several trainings may share a few cores.
+# Idle threads sleep instead of spinning: several runs may share a few cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

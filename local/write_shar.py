@@ -5,7 +5,7 @@
   python src/train.py --shar-dir data/shar/librispeech,data/shar/big ...
 
 A shard consists of a file with texts and a tar file with data, both read sequentially. The cuts are
-shuffled; training itself only shuffles the shards. Each dataloader worker reads its own shards, so
+shuffled here; training only shuffles the shards. Each dataloader worker reads its own shards, so
 there should be many more shards than GPUs × workers. The directory is written atomically; several
 directories can be written in parallel for one corpus.
 """

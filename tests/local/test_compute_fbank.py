@@ -18,10 +18,10 @@ def compute(manifests, out, corpus: str, *flags: str) -> None:
 
 
 def test_missing_manifests_are_an_error_before_any_work(tmp_path):
-    with pytest.raises(SystemExit, match="no manifests of any part of LibriSpeech"):
+    with pytest.raises(SystemExit, match="no manifests for any part of LibriSpeech"):
         compute(tmp_path, tmp_path / "fbank", "librispeech")
     write_recording(tmp_path, "librispeech", "dev-clean", "1-2-0003", 0.4)
-    with pytest.raises(SystemExit, match="no manifests of dev-other in .*: run local.*--stage 1"):
+    with pytest.raises(SystemExit, match="no manifests for dev-other in .*: run local.*--stage 1"):
         compute(tmp_path, tmp_path / "fbank", "librispeech", "--parts", "dev-clean,dev-other")
     with pytest.raises(SystemExit, match="musan_recordings_music"):
         compute(tmp_path, tmp_path / "fbank", "musan")

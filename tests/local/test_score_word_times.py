@@ -44,7 +44,7 @@ def test_report_has_quantiles_bias_and_shares(score):
     """
     expected = """\
 2 recordings: 4 reference words, 4 in the CTM; 3 compared, 1 and 1 unmatched
-median and 90% quantile of absolute errors, mean of signed ones, in ms; share within ms
+median and 90% quantile of absolute errors, mean signed error, in ms; share within ms
         words  median     90%    bias    <=20    <=50   <=100   <=200
 start       3     200     336    -187   33.3%   33.3%   33.3%   66.7%
 end         3      10     202     -83   66.7%   66.7%   66.7%   66.7%
@@ -56,8 +56,8 @@ end         3      10     202     -83   66.7%   66.7%   66.7%   66.7%
     ("ctm", "message"),
     [
         ("u1 1 0.1 one\n", "x.ctm, line 1: 'u1 1 0.1 one' is not CTM"),
-        ("u9 1 0 1 six\n", "recordings of the CTM have no reference: u9"),
-        ("u1 1 0 1 six\n", "no word of the CTM can be compared"),
+        ("u9 1 0 1 six\n", "recordings in the CTM have no reference: u9"),
+        ("u1 1 0 1 six\n", "no word in the CTM matches the reference"),
     ],
 )
 def test_malformed_input_is_an_error(score, ctm, message):

@@ -111,7 +111,7 @@ class LiveJob(Results[Event]):
 
 
 class Worker:
-    """Model thread that alternates between jobs, so that a long recording does not block short ones.
+    """Model thread, alternating between jobs so that a long recording does not block short ones.
 
     Streams have priority: while any is open, recordings are split and recognized in small batches.
     """
