@@ -41,7 +41,7 @@ def librispeech_cuts(manifest_dir: Path, part: str, perturb_speed: bool) -> "Cut
 
 
 def musan_cuts(manifest_dir: Path) -> "CutSet":
-    """Return MUSAN in windows of 10 s, except for final windows of up to 5 s."""
+    """Return MUSAN in windows of 10 s, without final windows of up to 5 s."""
     from lhotse import CutSet, combine, load_manifest
 
     parts = ("music", "speech", "noise")

@@ -45,7 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = parser.add_argument_group("input and output").add_argument
     add("recordings", nargs="+", metavar="FILE", help="audio file, folder of audio files, or -")
-    add("--format", default="text", help=f"{', '.join(FORMAT_SUFFIXES)}; or comma-separated")
+    add("--format", default="text", help=f"{', '.join(FORMAT_SUFFIXES)}, or a comma-separated list")
     add("--out", type=Path, help="output folder (default: standard output)")
     add("--context", default="",
         help="text for the LLM in addition to the audio, such as names; for models trained with "

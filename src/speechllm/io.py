@@ -33,7 +33,7 @@ def files_below(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[Pat
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path; without an error, the file is then synced and renamed to `path`.
+    """Yield a temporary path; the file is synced and renamed to `path` unless an error occurs.
 
     Raises:
       InputError: the disk is full.
@@ -50,7 +50,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory, which is then renamed to `path`; `path` must not exist.
+    """Yield a temporary directory, renamed to `path` at the end; `path` must not exist.
 
     Raises:
       InputError: the disk is full.

@@ -114,7 +114,7 @@ def test_an_interrupted_download_resumes(mirror, tmp_path):
 
 def test_a_wrong_hash_is_an_error_and_leaves_nothing(mirror, tmp_path):
     mirror.corrupt = True
-    with pytest.raises(SystemExit, match="pretrained.pt differs in size or hash"):
+    with pytest.raises(SystemExit, match="pretrained.pt: size or hash differs"):
         download(mirror, tmp_path, "encoder")
     assert files_in(tmp_path) == {}
 

@@ -79,7 +79,7 @@ def _blocks(path: str | Path, container, stream) -> Iterator[np.ndarray]:
 
 
 class _Clock:
-    """Number of samples so far, gaps in the frame times, and damage with its time."""
+    """Counts samples, and collects gaps in the frame times and reports of damage."""
 
     def __init__(self, container, rate: int, expected: float):
         self.rate, self.samples, self.gaps, self.faults = rate, 0, [], []

@@ -25,8 +25,8 @@ def windows(
 ) -> Iterator[tuple[Tensor, int, int]]:
     """Yield (samples, before, length): the window is `samples[before : before + length]`.
 
-    Windows have `length` samples, the last one up to `context` more or less, and up to `context`
-    samples on both sides, at most half of `length`.
+    Windows have `length` samples, the last one at most `context` more, and up to `context` samples
+    on each side. `context` is at most half of `length`.
     """
     held, before = torch.zeros(0), 0
     for block in blocks:

@@ -20,7 +20,7 @@ class DataConfig:
     """Options of programs that read cut files, as in icefall; invalid values raise InputError."""
 
     manifest_dir: Path = _data(Path("data/fbank"), "directory of the cut files")
-    max_duration: float = _data(200.0, "seconds of audio per batch and process")
+    max_duration: float = _data(200.0, "maximum seconds of audio per batch and process")
     bucketing_sampler: bool = _data(True, "batch cuts of similar duration")
     num_buckets: int = _data(30, "duration buckets; use fewer for a small corpus")
     num_workers: int = _data(2, "dataloader worker processes")
@@ -48,10 +48,10 @@ class TrainDataConfig(DataConfig):
     valid_cuts: str = _train(
         "librispeech_cuts_dev-clean,librispeech_cuts_dev-other", "cut files, comma-separated"
     )
-    shar_dir: str | None = _train(None, "directories of Shar shards, replacing --train-cuts")
+    shar_dir: str | None = _train(None, "directories of Shar shards, used instead of --train-cuts")
     shuffle: bool = _train(True, "reorder the cuts in each epoch")
     drop_last: bool = _train(True, "drop the last, incomplete batch of each bucket")
-    max_batch_tokens: int = _train(0, "LLM positions per batch, with padding; 0: no limit")
+    max_batch_tokens: int = _train(0, "maximum padded LLM positions per batch; 0: no limit")
     min_duration: float = _train(1.0, "minimum utterance duration in seconds")
     max_utterance_duration: float = _train(20.0, "maximum utterance duration in seconds")
     max_invalid_fraction: float = _train(

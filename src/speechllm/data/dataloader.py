@@ -165,7 +165,7 @@ def evaluation_loader(
     world_size: int = 1,
     encoder_cache: EncoderCache | None = None,
 ) -> DataLoader:
-    """Return a loader for evaluation: every cut once, in batches of similar durations.
+    """Return a loader for evaluation: every cut once, in batches of similar duration.
 
     The ranks share the batches, which do not depend on the number of ranks: rounding depends on
     the batch. The manifests must have been scanned.

@@ -32,7 +32,7 @@ def long_enough(cut: Cut, min_frames: int) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """Callable limits of duration in seconds, and of feature frames in supervised speech."""
+    """Limits on a cut's duration in seconds, and on the feature frames of its supervised part."""
 
     min_seconds: float = 0.0
     max_seconds: float = float("inf")

@@ -72,7 +72,7 @@ def read_cuts(path: Path) -> Iterator[Cut]:
 
 
 def read_lines(path: Path, kind: type = Cut) -> Iterator[Any]:
-    """Yield an item of this kind for each line, or an error message for an invalid line."""
+    """Yield an item of type `kind` for each line, or an error message for an invalid line."""
     line = None
     try:
         with open_best(path, "r") as lines:

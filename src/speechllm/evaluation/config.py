@@ -73,7 +73,7 @@ def decode_config(
     model: ModelConfig = ONE_ENCODER,
     checkpoint: CheckpointConfig = CheckpointConfig(),
 ) -> DecodeConfig:
-    """Build the config from flags, then model.json, then the defaults; or raise InputError."""
+    """Build the config from flags, then model.json, then defaults; raise InputError if invalid."""
     checkpoint = from_args(checkpoint, args)
     return DecodeConfig(
         checkpoint,

@@ -142,7 +142,7 @@ def _ctm(recognized: list[DecodedCut]) -> Iterable[str]:
 
 
 def _position(cut: Cut) -> tuple[str, str, float]:
-    """Return recording, channel and start; a cut of several recordings is its own recording."""
+    """Return recording, channel and start; a cut of several recordings counts as a recording."""
     if not isinstance(cut, MonoCut):
         return "_".join(cut.id.split()), "1", 0.0
     return "_".join(cut.recording_id.split()), str(cut.channel + 1), cut.start

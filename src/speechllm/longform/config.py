@@ -19,7 +19,7 @@ class LongformConfig:
     )
     min_silence: float = _option(0.8, "seconds of silence that end a segment in a long recording")
     endpoint_silence: float = _option(0.8, "seconds of silence that end a phrase in a stream")
-    max_duration: float = _option(200.0, "seconds of audio per batch")
+    max_duration: float = _option(200.0, "maximum seconds of audio per batch")
     dtype: str | None = _option(
         None, "precision of the model; auto: bfloat16 if the GPU or CPU supports it",
         choices=("auto", "float32", "float16", "bfloat16"), unset="by --use-fp16 and --use-bf16",

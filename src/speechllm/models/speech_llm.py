@@ -207,7 +207,7 @@ class SpeechLLM(SpeechEncoders):
 
         Returns:
           Sums over the labels: `loss` (nats), `correct` (number predicted correctly) and, with a
-          weight, `ctc_loss` (nats per encoder); in evaluation `loss` is the cross entropy.
+          weight, `ctc_loss` (nats, all encoders); in evaluation `loss` is the cross entropy.
         """
         speech = self.speech_embeddings(features, feature_lens, encoders)
         embeds, _, merged_labels = self.merge(input_ids, labels, speech)

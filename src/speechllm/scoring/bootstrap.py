@@ -37,7 +37,7 @@ class Difference(NamedTuple):
 def paired_bootstrap(
     before: Sequence[ScoredUtterance], after: Sequence[ScoredUtterance], samples: int = 10000
 ) -> Difference:
-    """Compare two decodings of the same utterances; positive if `after` has the higher WER.
+    """Return the WER of `after` minus that of `before`, for the same utterances.
 
     Each sample draws utterances as in `bootstrap_interval`, the same for both decodings. The
     two-sided p-value is twice the fraction of samples on the rarer side of 0; the data itself

@@ -111,7 +111,7 @@ def character_error_counts(utterances: Iterable[ScoredUtterance]) -> ErrorCounts
 
 
 def count_pairs(utterances: Iterable[ScoredUtterance]) -> Counter[Pair]:
-    """Count how often each reference word or gap is aligned to each hypothesis word or gap."""
+    """Count how often each reference word (or gap) is aligned to each hypothesis word (or gap)."""
     return Counter(pair for one in utterances for pair in one.pairs)
 
 

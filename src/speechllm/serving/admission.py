@@ -77,7 +77,7 @@ class AdmissionController:
 
     @contextmanager
     def open_stream(self) -> Iterator[None]:
-        """Count a stream.
+        """Count a stream while it is open.
 
         Raises:
           ApiError: 429, too many streams are open; 503, the server is shutting down.

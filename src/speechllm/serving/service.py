@@ -120,7 +120,7 @@ def decode_upload(file: BinaryIO, name: str, max_audio_seconds: float, slot: Slo
 
 
 class Metrics:
-    """Prometheus metrics of a server."""
+    """Prometheus metrics of the server."""
 
     def __init__(self, admission: AdmissionController):
         self.registry = CollectorRegistry()

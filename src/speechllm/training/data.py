@@ -210,7 +210,7 @@ class TrainingData:
             yield cuts
 
     def count_batches(self, world_size: int) -> int:
-        """Count the batches per rank in the first epoch; later epochs have about as many."""
+        """Count the batches per rank in the first epoch, about the same number as in later ones."""
         position = EpochPosition(seed=self.seed, world_size=world_size)
         sampler = train_sampler(self.source(1), self.config, position, self.count_positions)
         return sum(1 for _ in sampler)

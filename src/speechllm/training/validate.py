@@ -15,8 +15,8 @@ from speechllm.training.metrics import Metrics
 class BatchLoss(Protocol):
     """Interface for the loss of a batch.
 
-    Calls return sums over the batch as scalar tensors: `loss`, `frames`, and optionally `correct`
-    or `errors` and `words`. `num_tokens` returns the number of terms in the loss.
+    Calls return sums over the batch as scalar tensors: `loss`, `frames`, and optionally `correct`,
+    `ctc_loss`, or `errors` and `words`. `num_tokens` returns the number of terms in the loss.
     """
 
     def __call__(self, model: nn.Module, batch: dict) -> dict[str, Tensor]: ...

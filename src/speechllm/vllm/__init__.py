@@ -6,7 +6,7 @@ See src/README.md. vLLM finds `register` by the entry point in src/pyproject.tom
 
 
 def register() -> None:
-    """Register the model and its check; vLLM calls this function in each of its processes."""
+    """Register the model and its check; vLLM calls this function in each process."""
     from pathlib import Path
 
     from vllm import ModelRegistry
