@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--num-jobs", type=int, default=4, help="processes that compute features")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    import torch  # heavy imports come after the flags are read
+    import torch  # heavy imports only after parsing the flags
 
     from speechllm.data.features import compute_fbank, cuts_path
 

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     source = next(name for name in SOURCES if getattr(args, name) is not None)
     config = from_args(PrepareConfig, args, source=source, path=getattr(args, source))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # heavy imports come after the flags are read
+    # heavy imports only after parsing the flags
     import torch
 
     from speechllm.data.corpora.prepare import is_training, prepare

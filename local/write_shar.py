@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         help="store audio instead of features, for --on-the-fly-feats")  # fmt: skip
     args = parser.parse_args(argv)
     check_range("shard_size", args.shard_size, 1)
-    # heavy imports come after the flags are read
+    # heavy imports only after parsing the flags
     import torch
 
     from speechllm.data.manifests import Limits, cuts_file, cuts_within, scan_manifests

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         help="write a page with the differences; for directories, one per set: FILE-<set>",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    # heavy imports come after the flags are read
+    # heavy imports only after parsing the flags
     from speechllm.reports.comparison import compare, compare_models
 
     (compare_models if args.a.is_dir() else compare)(args.a, args.b, args.html)

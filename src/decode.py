@@ -28,7 +28,7 @@ def get_parser(model=ONE_ENCODER, checkpoint=CheckpointConfig(), description=__d
 def main(argv=None, model=ONE_ENCODER, checkpoint=CheckpointConfig(), description=__doc__) -> None:
     args = get_parser(model, checkpoint, description).parse_args(argv)
     config = decode_config(args, model, checkpoint)
-    with heavy_imports():  # after the flags are read
+    with heavy_imports():  # after parsing the flags
         from speechllm.distributed import launch
         from speechllm.evaluation.decode_set import decode_sets
 

@@ -81,7 +81,7 @@ def push(folder: Path, name: str) -> None:
     api = HfApi()
     try:
         repository = api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=folder)  # with the user's name
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder)  # with the user name
     except Exception as error:  # errors of the hub and of the connection
         raise InputError(
             f"exported to {folder}, but the upload to {name} failed: {first_line(error)}"
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     export, checkpoint = from_args(ExportConfig, args), from_args(CheckpointConfig, args)
     config = model_config(args, checkpoint.exp_dir)
     check_options(export, config)
-    name = export_model(export, checkpoint, config)  # heavy imports are in here
+    name = export_model(export, checkpoint, config)  # contains the heavy imports
     print(f"exported {name} to {export.out}")
     if export.push_to_hub:
         push(export.out, export.push_to_hub)

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     add("exp_dirs", nargs="+", type=Path, metavar="EXP_DIR", help="--exp-dir of a run")
     add("--out", type=Path, required=True, help="output file, *.html or *.png")
     args = parser.parse_args(argv)
-    # heavy imports come after the flags are read
+    # heavy imports only after parsing the flags
     from speechllm.reports.training_curves import plot_trainings
 
     plot_trainings(args.exp_dirs, args.out)

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     encoder, data = from_args(EncoderConfig, args), from_args(TrainDataConfig, args)
     config = from_args(DEFAULTS, args)
-    with heavy_imports():  # after the flags are read
+    with heavy_imports():  # after parsing the flags
         from speechllm.distributed import is_first_process
         from speechllm.evaluation.ctc import decode_with_ctc
         from speechllm.evaluation.eval_sets import read_eval_sets

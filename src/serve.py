@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if token is None and server.host not in LOOPBACK:
         logging.warning(f"--host {server.host} without --token-file: anyone can use the server")
-    with heavy_imports():  # after the flags are read
+    with heavy_imports():  # after parsing the flags
         import uvicorn
 
         from speechllm.longform.transcriber import load_transcriber

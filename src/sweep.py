@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     variants = [(values, with_values(args, values)) for values in combinations(args.sweep)]
     evaluation = variants[0][1].evaluation
-    # heavy imports come after the flags are read
+    # heavy imports only after parsing the flags
     from speechllm.distributed import launch
     from speechllm.evaluation.sweep import sweep_sets
 

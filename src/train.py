@@ -44,7 +44,7 @@ def main(
         from_args(TrainDataConfig, args),
         from_args(default, args),
     )
-    with heavy_imports():  # after the flags are read
+    with heavy_imports():  # after parsing the flags
         from speechllm.evaluation.valid_decode import valid_decoder
         from speechllm.training.llm_training import train_llm
 

@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     files = output_files(names, args.out, formats) if args.out else {}
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with heavy_imports():  # after the flags are read
+    with heavy_imports():  # after parsing the flags
         from speechllm.longform.transcriber import load_transcriber
 
     transcriber = load_transcriber(model, checkpoint, search, longform)

@@ -29,7 +29,7 @@ from speechllm.longform.cut_points import (
 )
 from speechllm.models.zipformer.ctc_head import BLANK
 
-WINDOW = 16 * SAMPLING_RATE  # samples per window in the encoder passes that look for cuts
+WINDOW = 16 * SAMPLING_RATE  # samples per window in the encoder passes that find cut points
 WINDOW_CONTEXT = 2 * SAMPLING_RATE  # samples on each side
 
 

@@ -202,7 +202,7 @@ def _describe(training: Training) -> list[str]:
         return list(_description(training))
     except (FileNotFoundError, InputError):
         raise
-    except Exception as error:  # depends on what an unknown architecture lacks
+    except Exception as error:  # unknown architectures fail in many ways
         raise InputError(
             f"--llm-path {training.model.llm_path} cannot be trained: a forward and backward pass "
             f"on its shapes fails with {type(error).__name__}: {first_line(error)}"

@@ -109,7 +109,7 @@ class ScaledAdam(torch.optim.Optimizer):
             group["clip_norms"][t % CLIP_PERIOD] = norm
             if t in EARLY_CLIP_STEPS or t % CLIP_PERIOD == 0:
                 group["clip_threshold"] = self._new_threshold(group, t)
-        # Before the first threshold, inf / inf is NaN: the gradients become zero.
+        # An infinite norm before the first threshold gives inf / inf = NaN, and the factor 0.
         return (group["clip_threshold"] / norm).clamp(max=1.0).nan_to_num(nan=0.0)
 
     def _new_threshold(self, group: dict, t: int) -> float:

@@ -95,7 +95,7 @@ class Trainer:
         if state.batches_in_epoch:
             self.epoch_sums, self.recent = map(Metrics.from_table, self.sums[dist_env.rank])
         elif state.epoch and dist_env.is_main:
-            copy_best(config.exp_dir, state)  # in case training was killed before
+            copy_best(config.exp_dir, state)  # if training was killed before copying
         self.first_epoch = state.next_epoch
         if self.first_epoch > config.num_epochs:
             logging.info(f"Already trained for {config.num_epochs} epochs")
