@@ -88,7 +88,7 @@ def fetch_all(mirror: str, files: dict[str, tuple[str, str]], root: Path) -> Non
             missing.append((url, found.size, found.etag, dest))
         elif not matches(dest, found.size, found.etag):
             raise InputError(
-                f"{dest} differs from {url}: move it to download that file, or omit its group"
+                f"{dest} differs from {url}: move it away to download that, or omit its group"
             )
     for one in missing:
         fetch(*one)

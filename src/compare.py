@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare two decodings of the same sets: is B better than A, or is it due to chance?
+"""Compare two decodings of the same sets: is B better than A, or is the difference due to chance?
 
     python src/compare.py exp/x/decode/recogs-my_test-A.txt exp/y/decode/recogs-my_test-B.txt
     python src/compare.py A B --html a-b.html

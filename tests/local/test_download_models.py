@@ -98,7 +98,7 @@ def test_groups_are_downloaded_and_existing_files_are_kept(mirror, tmp_path):
 def test_a_different_file_is_not_overwritten(mirror, tmp_path, content):
     (tmp_path / BPE).parent.mkdir(parents=True)
     (tmp_path / BPE).write_bytes(content)
-    with pytest.raises(SystemExit, match=f"{BPE} differs from http.*: move it to"):
+    with pytest.raises(SystemExit, match=f"{BPE} differs from http.*move it away"):
         download(mirror, tmp_path, "encoder")
     assert files_in(tmp_path) == {BPE: content} and mirror.requests == []
 

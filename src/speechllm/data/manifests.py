@@ -166,7 +166,7 @@ def checked_cuts(
 def checked_lines(
     path: Path, need_text: bool | None = True, need_features: bool = True
 ) -> Iterator[tuple[int, Cut | None, list[CutError]]]:
-    """Yield the position, the cut (None if invalid) and its manifest errors for each line."""
+    """Yield each line's position, cut (None if it is not a cut) and errors in the manifest."""
     ids: set[str] = set()
     for number, cut in enumerate(read_lines(path)):
         if isinstance(cut, str):

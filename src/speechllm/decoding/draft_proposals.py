@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 CPU_FORWARD_COST = 64  # tokens: measured in float32 for LLMs of 0.5B
-# At 75% of 790 TFLOP/s and 80% of 4.8 TB/s, an H200 reads 16-bit weights in the time of 154 tokens.
+# At 75% of 790 TFLOP/s and 80% of 4.8 TB/s, an H200 computes 154 tokens while reading the weights.
 GPU_READ_COST, GPU_FLOPS = 154, 590e12
 GPU_LAYER_LAUNCH = 30 * 4e-6  # s: launches of a layer's kernels
 

@@ -167,7 +167,7 @@ class Schedule:
         return {"batch": self.batch, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue from a `state_dict()`; load the optimizer's state before."""
+        """Continue from a `state_dict()`; load the optimizer's state first."""
         self.batch, self.epoch = state_dict["batch"], state_dict["epoch"]
         self._set_lr()
 
