@@ -180,7 +180,7 @@ def test_the_disk_needs_room_for_two_checkpoints(tmp_path, monkeypatch, caplog):
     assert caplog.text == ""
     check(9.9 * size)
     assert "needs 0.12 GB more for 10 checkpoints; 0.12 GB are free" in caplog.text
-    with pytest.raises(InputError, match="needs 0.02 GB more for two checkpoints, 0.01 GB are"):
+    with pytest.raises(InputError, match="needs 0.02 GB more for two checkpoints; 0.01 GB are"):
         check(1.2 * size)
 
 
