@@ -30,6 +30,11 @@ def test_means_and_text(sums, means, text):
     assert str(found.reduced(DistEnv())) == str(found)
 
 
+def test_sums_in_checkpoints_without_the_ctc_loss_are_read():
+    table = torch.tensor([[6.0, 1], [0, 0], [4, 1], [1, 1], [5, 1], [9, 1]], dtype=torch.float64)
+    assert Metrics.from_table(table).means() == {"loss": 1.5, "wer": 20.0}
+
+
 def test_throughput_excludes_audio_before_resuming_and_pauses(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

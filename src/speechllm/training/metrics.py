@@ -12,7 +12,8 @@ from speechllm.distributed import DistEnv
 from speechllm.progress import progress_bar
 
 RESET_INTERVAL = 200  # batches after which tot_loss has decayed to 1/e
-SUMS = ("loss", "ctc_loss", "correct", "tokens", "errors", "words", "frames")
+# Checkpoints contain the sums in this order, without the last ones if they are older.
+SUMS = ("loss", "correct", "tokens", "errors", "words", "frames", "ctc_loss")
 
 
 class Metrics:
