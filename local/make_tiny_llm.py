@@ -38,6 +38,7 @@ MUON_LEARNING_RATE = 5e-3
 WARMUP_STEPS = 50
 REPEAT_PROB = 0.9  # fraction of user turns that contain the words of the answer
 RANDOM_PROB = 0.8  # fraction of these turns that consist of random words
+COPIES = (1, 1, 2)  # of the answer in such a turn, drawn at random: several encoders give several
 NOISE = 0.3  # largest standard deviation of noise on prompts, relative to that of the embeddings
 
 Example = tuple[list[int], list[int]]  # ids and labels of one chat, of equal length
@@ -106,7 +107,9 @@ def encode_example(tokenizer, answer: str, rng: random.Random | None = None) -> 
 
     before, after = (tokenizer(part).input_ids for part in chat_prompt(SPEECH).split(SPEECH))
     ids, closing = tokenizer(answer).input_ids, tokenizer(IM_END).input_ids
-    user = lengthened(ids, *tokenizer(" ").input_ids, rng) if rng else []
+    copies = rng.choice(COPIES) if rng else 0
+    [space] = tokenizer(" ").input_ids
+    user = [token for _ in range(copies) for token in lengthened(ids, space, rng)]
     prompt = before + user + after
     return prompt + ids + closing, [IGNORED] * len(prompt) + ids + closing
 
