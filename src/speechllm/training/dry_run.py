@@ -12,6 +12,7 @@ from speechllm.io import free_bytes
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.training.engine import trained
 from speechllm.training.fit import Training
+from speechllm.training.loader import sample_batches
 from speechllm.training.memory import estimate_memory, largest_batches, silent_batch
 from speechllm.training.optim import make_optimizer, param_groups
 from speechllm.training.resume import Start, check_optimizer, check_room
@@ -38,7 +39,7 @@ def describe_training(
     yield f"Training cuts: {data.train}"
     yield from data.describe_corpora()
     yield f"Validation cuts: {data.valid}"
-    batches = list(data.sample_batches())  # a sample for shards
+    batches = list(sample_batches(data))  # a sample for shards
     seconds = sum(cut.duration for cuts in batches for cut in cuts)
     number = max(1, round(len(batches) * data.epoch_seconds / seconds))
     steps = max(1, number // (ranks * config.grad_accum))

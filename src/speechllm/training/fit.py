@@ -20,6 +20,7 @@ from speechllm.training.deepspeed import ZeroEngine
 from speechllm.training.engine import Engine, check_outputs_finite
 from speechllm.training.exp_dir_lock import exclusive
 from speechllm.training.invalid_utterances import INVALID_CUTS, InvalidUtteranceTracker
+from speechllm.training.loader import TrainLoader
 from speechllm.training.memory import scan_memory
 from speechllm.training.optim import (
     Factor,
@@ -70,7 +71,8 @@ class Training:
         """
         config, num_steps = self.config, None
         if needs_num_steps(config):
-            steps = -(-self.data.count_batches(world_size) // config.grad_accum)
+            loader = TrainLoader(self.data, DistEnv(world_size=world_size))
+            steps = -(-loader.count_batches() // config.grad_accum)
             num_steps = config.num_epochs * steps
             logging.info(f"Learning rate: {config.lr_schedule} over about {num_steps} steps")
         return lr_factor(config, num_steps)
@@ -162,13 +164,11 @@ def fit(
     if torch.cuda.is_available() if config.scan_oom is None else config.scan_oom:
         with fork_rng("memory"):  # concatenated cuts get random ids
             scan_memory(engine, loss, data)
-    loaders = Loaders(
-        data.train_loader(dist_env), data.valid_loader(dist_env, config.exp_dir), data.epoch_seconds
-    )
+    train, valid = TrainLoader(data, dist_env), data.valid_loader(dist_env, config.exp_dir)
     Trainer(
-        config=config, engine=engine, schedule=schedule, loss=loss, loaders=loaders,
-        model_state=model_state, state=start.state, sums=sums, order=order, invalid=tracker,
-        decode=decode,
+        config=config, engine=engine, schedule=schedule, loss=loss,
+        loaders=Loaders(train, valid, data.epoch_seconds), model_state=model_state,
+        state=start.state, sums=sums, order=order, invalid=tracker, decode=decode,
     ).run()  # fmt: skip
     return engine
 

@@ -30,6 +30,7 @@ from speechllm.errors import InputError
 from speechllm.models.zipformer.encoder import encoder_out_lens
 from speechllm.training.data import TrainingData
 from speechllm.training.engine import Engine, trained
+from speechllm.training.loader import sample_batches
 from speechllm.training.validate import BatchLoss
 
 STATE_PER_PARAMETER = 8  # bytes, for ScaledAdam (delta, v) and AdamW (exp_avg, exp_avg_sq)
@@ -70,7 +71,7 @@ def scan_memory(engine: Engine, loss: BatchLoss, data: TrainingData) -> None:
     if engine.is_sharded:
         logging.info("--scan-oom skipped: it does not cover DeepSpeed's communication")
         return
-    largest = largest_batches(data.sample_batches(), data.count_positions)
+    largest = largest_batches(sample_batches(data), data.count_positions)
     loss = copy.copy(loss)  # the loss may count its batches
     engine.model.train()
     # After the first step the optimizer's state has two values per parameter.
