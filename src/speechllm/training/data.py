@@ -29,10 +29,15 @@ from speechllm.data.manifests import (
 )
 from speechllm.data.sampler import EvenMix
 from speechllm.data.shar import Shards, check_shards, read_shards
-from speechllm.data.validation import CutError, append_errors, check_invalid_fraction, count_reasons
+from speechllm.data.validation import CutError
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
-from speechllm.training.invalid_utterances import INVALID_CUTS, report_invalid
+from speechllm.training.invalid_utterances import (
+    INVALID_CUTS,
+    append_errors,
+    check_invalid_fraction,
+    report_invalid,
+)
 
 
 @dataclass(frozen=True)
@@ -158,20 +163,10 @@ class TrainingData:
                 encoder_cache=self.encoder_cache,
             )
             yield from usable_batches(loader, unread)
-            if unread:
-                self.report_unread(unread, "Validation skips", self.valid.kept, exp_dir)
+            limit, listing = self.config.max_invalid_fraction, exp_dir / INVALID_CUTS
+            report_invalid(unread, self.valid.kept, limit, listing, "Validation skips")
 
         return batches
-
-    def report_unread(self, unread: list[CutError], prefix: str, total: int, exp_dir: Path) -> None:
-        """Log unreadable utterances, and append them to invalid-cuts.jsonl.
-
-        Raises:
-          InputError: their number exceeds --max-invalid-fraction of `total`.
-        """
-        reasons = count_reasons([error] for error in unread)
-        limit, listing = self.config.max_invalid_fraction, exp_dir / INVALID_CUTS
-        report_invalid(unread, reasons, total, limit, listing, prefix)
 
     def check_invalid(self, exp_dir: Path, write: bool) -> None:
         """Check the fraction of invalid cuts in each scan; with `write`, list them.
@@ -179,15 +174,14 @@ class TrainingData:
         Raises:
           InputError: more than --max-invalid-fraction of the cuts in a scan are invalid.
         """
-        listing = exp_dir / INVALID_CUTS
+        listing, limit = exp_dir / INVALID_CUTS, self.config.max_invalid_fraction
         scans = [scan for scan in (self.train, self.valid, self.noise) if scan]
         if write:
             cuts = chain.from_iterable(scan.invalid_cuts for scan in scans)
             append_errors(listing, chain.from_iterable(cuts))
         for scan in scans:
-            if invalid := scan.invalid_cuts:
-                reasons, limit = count_reasons(invalid), self.config.max_invalid_fraction
-                check_invalid_fraction(reasons, scan.total, limit, invalid[0][0].message, listing)
+            first_errors = [errors[0] for errors in scan.invalid_cuts]
+            check_invalid_fraction(first_errors, scan.total, limit, listing)
 
 
 def scan_training_data(
@@ -228,7 +222,7 @@ def scan_training_data(
     return TrainingData(config, train, valid, noise, min_frames, seed, check)
 
 
-def with_llm_positions(
+def limit_llm_positions(
     data: TrainingData, count_positions: LLMPositions, limit: int
 ) -> TrainingData:
     """Exclude utterances that need more than `limit` LLM positions.
