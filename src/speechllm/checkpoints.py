@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from speechllm.cli import check_range
 from speechllm.errors import InputError, first_line
 from speechllm.io import atomic_write
 
@@ -172,13 +173,12 @@ def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
       FileNotFoundError: an epoch is missing; the message lists the existing ones.
       InputError: avg is negative, or the range begins before epoch 1.
     """
+    check_range("avg", avg, 0)
     found = numbered_files(exp_dir, "epoch")
     if not found:
         raise FileNotFoundError(f"{exp_dir} has no epoch-N.pt (see --checkpoint for other files)")
     epoch = epoch or max(found)
     avg = avg or next((k for k in range(1, DEFAULT_AVG) if epoch - k not in found), DEFAULT_AVG)
-    if avg < 1:
-        raise InputError(f"--avg {avg} must be at least 0")
     first, flags = epoch - avg + 1, f"--epoch {epoch} --avg {avg}"
     if first < 1:
         raise InputError(f"{flags} begins before epoch 1")
@@ -198,8 +198,7 @@ def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path
       FileNotFoundError: a checkpoint is missing; the message lists the existing ones.
       InputError: avg is negative.
     """
-    if avg < 0:
-        raise InputError(f"--avg {avg} must be at least 0")
+    check_range("avg", avg, 0)
     found = numbered_files(exp_dir, "checkpoint")
     needed = [path for number, path in found.items() if number <= iteration][: avg or DEFAULT_AVG]
     if iteration not in found or len(needed) < avg:

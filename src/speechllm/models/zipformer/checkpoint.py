@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speechllm.checkpoints import copy_to_cpu, load_checkpoint, write_checkpoint
+from speechllm.checkpoints import (
+    copy_to_cpu,
+    load_checkpoint,
+    state_difference,
+    write_checkpoint,
+)
 from speechllm.errors import InputError
 from speechllm.models.zipformer.config import (
     AUTO,
@@ -108,15 +113,8 @@ def _difference(
     """Return the first key or shape that differs from the encoder of `config`, or ""."""
     with torch.device("meta"):
         encoder = ZipformerEncoder(config, vocab_size)
-    expected, found = (
-        {key: tuple(value.shape) for key, value in tensors.items() if key.startswith(prefix)}
-        for tensors in (encoder.state_dict(), state)
+    found, expected = (
+        {key: value for key, value in tensors.items() if key.startswith(prefix)}
+        for tensors in (state, encoder.state_dict())
     )
-    for key in expected:
-        if found.get(key, expected[key]) != expected[key]:
-            return f"{key} has shape {found[key]} in the file and {expected[key]} in this size"
-    missing, unexpected = expected.keys() - found, found.keys() - expected
-    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
-        if keys:
-            return f"{len(keys)} {kind} key{'s' * (len(keys) > 1)}, e.g. {min(keys)}"
-    return ""
+    return state_difference(found, expected)
