@@ -136,7 +136,7 @@ def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
     check_epochs(config, options.avg, start.state)
     bpe = prepare_bpe(training, start, dist_env)
     encoder = make_encoder(options, bpe.vocab_size(), start)
-    logging.info(f"Number of model parameters: {count(encoder)}")
+    logging.info(f"Number of model parameters: {count(encoder.parameters())}")
     model = CtcModel(encoder, config.encoder_feature_mask).to(dist_env.device)
     loss = CtcLoss(bpe, dist_env.device, options.flat_start_batches, start.state)
     text = TextOptions(tokenizer=CtcTokenizer(bpe))

@@ -102,14 +102,15 @@ class TrainingData:
         files = zip(self.epoch_counts, self.train.files.values())
         return sum(count * seconds / kept for count, (kept, seconds) in files)
 
-    def describe_corpora(self) -> list[str]:
-        """Return a line with the cuts per file in an epoch, if there are several files."""
+    def describe(self) -> list[str]:
+        """Return lines with the statistics of the cuts and, if there are several files, of each."""
         counts, files = self.epoch_counts, self.train.files.items()
-        shares = [
+        shares = ", ".join(
             f"{count} from {path.name} (of {kept}, {count / sum(counts):.1%})"
             for count, (path, (kept, _)) in zip(counts, files)
-        ]
-        return [f"Training cuts per epoch: {', '.join(shares)}"] if len(shares) > 1 else []
+        )
+        several = [f"Training cuts per epoch: {shares}"] if len(files) > 1 else []
+        return [f"Training cuts: {self.train}", *several, f"Validation cuts: {self.valid}"]
 
     def valid_cuts(self) -> CutSet:
         """Lazily return the validation cuts without errors."""

@@ -1,7 +1,7 @@
 """--dry-run: report on trainable parameters, data, steps, memory and disk space."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from lhotse import CutSet
@@ -23,22 +23,16 @@ Loss = Callable[[nn.Module, dict], Tensor]  # (model, batch) -> scalar
 def describe_training(
     training: Training, model: nn.Module, loss: Loss, start: Start
 ) -> Iterator[str]:
-    """Yield lines that describe the training of any model.
-
-    Args:
-      model: on the device "meta".
-      loss: runs the forward pass of a step.
+    """Yield lines that describe the training of any model, which is on the device "meta".
 
     Raises:
       InputError: the disk has no room for two checkpoints.
     """
     data, config, ranks = training.data, training.config, num_processes(training.config.world_size)
     stage = training.zero["zero_optimization"]["stage"] if training.zero else 0
-    total, num_trained = count(model), sum(p.numel() for p in trained(model))
+    total, num_trained = count(model.parameters()), count(trained(model))
     yield f"Parameters: {total:,}, trainable: {num_trained:,} ({num_trained / total:.2%})"
-    yield f"Training cuts: {data.train}"
-    yield from data.describe_corpora()
-    yield f"Validation cuts: {data.valid}"
+    yield from data.describe()
     batches = list(sample_batches(data))  # a sample for shards
     seconds = sum(cut.duration for cuts in batches for cut in cuts)
     number = max(1, round(len(batches) * data.epoch_seconds / seconds))
@@ -96,21 +90,18 @@ def model_lines(model: SpeechLLM, training: Training) -> Iterator[str]:
     config = training.model
     for number, (encoder, (path, name)) in enumerate(zip(model.encoder, config.encoder_files), 1):
         yield f"Encoder {number}: {name}, {_parameters(encoder)}: {path}"
-    projectors, rate = model.encoder_projector, config.encoder_projector_ds_rate
-    yield (
-        f"Projectors: {len(projectors)}, {_parameters(projectors)}, {rate} encoder frames per "
-        "speech embedding"
-    )
+    projectors, rate = model.encoder_projector, f"{config.encoder_projector_ds_rate} encoder frames"
+    yield f"Projectors: {len(projectors)}, {_parameters(projectors)}, {rate} per speech embedding"
     lora = f", LoRA of rank {config.lora_r}" if config.use_lora and config.unfreeze_llm else ""
     yield f"LLM: {_parameters(model.llm)}{lora}: {config.llm_path}"
 
 
 def _parameters(module: nn.Module) -> str:
-    return f"{count(module):,} parameters, {sum(p.numel() for p in trained(module)):,} trainable"
+    return f"{count(module.parameters()):,} parameters, {count(trained(module)):,} trainable"
 
 
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def size(num_bytes: float) -> str:

@@ -98,10 +98,7 @@ def launch_training(
     writes = is_first_process() and not config.dry_run
     with exclusive(config.exp_dir) if writes else nullcontext():
         data.check_invalid(config.exp_dir, write=writes)
-        lines = [f"Training cuts: {data.train}", *data.describe_corpora()]
-        lines.append(f"Validation cuts: {data.valid}")
-        if config.dry_run:
-            lines = list(describe(training))
+        lines = list(describe(training)) if config.dry_run else data.describe()
         if is_first_process():
             print("\n".join(lines))
         if not config.dry_run:

@@ -104,8 +104,8 @@ def run_llm_training(dist_env: DistEnv, training: Training, make_decoder: MakeDe
         trained_model = replace(with_hashes(training.model), longest_utterance=longest)
         save_model_config(trained_model, config.exp_dir)
     model.to(dist_env.device)
-    logging.info(f"Number of model parameters: {count(model)}")
-    logging.info(f"Number of trainable parameters: {sum(p.numel() for p in trained(model))}")
+    logging.info(f"Number of model parameters: {count(model.parameters())}")
+    logging.info(f"Number of trainable parameters: {count(trained(model))}")
     if training.data.config.encoder_cache_dir:
         cache = fill_encoder_cache(model.encoder, training, dist_env)
         model.encoder = cache.cached_encoders(model.encoder)

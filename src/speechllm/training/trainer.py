@@ -16,8 +16,7 @@ from speechllm.errors import InputError
 from speechllm.seeding import seed_everything
 from speechllm.signals import EXIT_CODE, Preempted, StopRequested, stop_signal
 from speechllm.training.config import TrainConfig
-from speechllm.training.engine import Engine
-from speechllm.training.grad_scaler import adjust_grad_scale
+from speechllm.training.engine import Engine, adjust_grad_scale
 from speechllm.training.invalid_utterances import InvalidUtteranceTracker
 from speechllm.training.metrics import RESET_INTERVAL, Metrics, TensorBoard, ThroughputMeter
 from speechllm.training.optim import Schedule
