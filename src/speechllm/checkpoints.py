@@ -169,9 +169,7 @@ def numbered_files(exp_dir: Path, kind: str) -> dict[int, Path]:
 def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
     """Return the last `avg` (0: up to 5) epoch-N.pt files up to N = `epoch` (0: the newest).
 
-    Raises:
-      FileNotFoundError: an epoch is missing; the message lists the existing ones.
-      InputError: avg is negative, or the range begins before epoch 1.
+    Missing epochs raise FileNotFoundError, a range that begins before epoch 1 InputError.
     """
     check_range("avg", avg, 0)
     found = numbered_files(exp_dir, "epoch")
@@ -194,9 +192,7 @@ def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
 def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path]:
     """Return the last `avg` (0: up to 5) checkpoint-B.pt files up to B = `iteration`.
 
-    Raises:
-      FileNotFoundError: a checkpoint is missing; the message lists the existing ones.
-      InputError: avg is negative.
+    Missing checkpoints raise FileNotFoundError.
     """
     check_range("avg", avg, 0)
     found = numbered_files(exp_dir, "checkpoint")

@@ -170,10 +170,9 @@ class TrainingData:
         return batches
 
     def check_invalid(self, exp_dir: Path, write: bool) -> None:
-        """Check the fraction of invalid cuts in each scan; with `write`, list them.
+        """Raise InputError if more than --max-invalid-fraction of the cuts in a scan are invalid.
 
-        Raises:
-          InputError: more than --max-invalid-fraction of the cuts in a scan are invalid.
+        With `write`, list them.
         """
         listing, limit = exp_dir / INVALID_CUTS, self.config.max_invalid_fraction
         scans = [scan for scan in (self.train, self.valid, self.noise) if scan]

@@ -23,11 +23,7 @@ Loss = Callable[[nn.Module, dict], Tensor]  # (model, batch) -> scalar
 def describe_training(
     training: Training, model: nn.Module, loss: Loss, start: Start
 ) -> Iterator[str]:
-    """Yield lines that describe the training of any model, which is on the device "meta".
-
-    Raises:
-      InputError: the disk has no room for two checkpoints.
-    """
+    """Yield lines that describe the training of any model, which is on the device "meta"."""
     data, config, ranks = training.data, training.config, num_processes(training.config.world_size)
     stage = training.zero["zero_optimization"]["stage"] if training.zero else 0
     total, num_trained = count(model.parameters()), count(trained(model))

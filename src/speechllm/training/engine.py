@@ -128,10 +128,9 @@ class DDPWrapper(nn.Module):
 
 
 def adjust_grad_scale(scaler: torch.amp.GradScaler, batch_idx: int) -> None:
-    """Double a gradient scale that is below its limit, as the published recipe does.
+    """Double a gradient scale that is below its limit, as in the published recipe.
 
-    Raises:
-      RuntimeError: the scale is below 1e-5.
+    A scale below 1e-5 raises RuntimeError.
     """
     if not scaler.is_enabled() or batch_idx % 25:
         return

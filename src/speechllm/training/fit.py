@@ -64,11 +64,7 @@ class Training:
         return autocast_dtype(self.config.use_fp16, self.config.use_bf16)
 
     def lr_factor(self, world_size: int) -> Factor:
-        """Return the learning rate schedule as a function.
-
-        Raises:
-          InputError: training ends before the warm-up does.
-        """
+        """Return the learning rate schedule as a function; see `optim.lr_factor`."""
         config, num_steps = self.config, None
         if needs_num_steps(config):
             loader = TrainLoader(self.data, DistEnv(world_size=world_size))
@@ -83,12 +79,7 @@ def launch_training(
     training: Training,
     describe: Callable[[Training], Iterable[str]],
 ) -> bool:
-    """Train in all processes and return True, or describe the run and return False (--dry-run).
-
-    Raises:
-      InputError: another run uses --exp-dir, too many cuts are invalid, the schedule does not
-        support the data, or `run` raised it.
-    """
+    """Train in all processes and return True, or describe the run and return False (--dry-run)."""
     data, config = training.data, training.config
     if needs_num_steps(config) and data.config.shar_dir:
         raise InputError(
@@ -133,7 +124,6 @@ def fit(
       decode: see `Trainer`.
 
     Raises:
-      InputError: the data, the checkpoint or the device is unsuitable.
       Preempted: a stop signal was received, and a checkpoint was saved.
     """
     data, config = training.data, training.config
@@ -188,7 +178,6 @@ def _make_engine(
 
 
 def _prepare_exp_dir(model: nn.Module, start: Start, config: TrainConfig) -> None:
-    """Clean up --exp-dir, and check that there is room for the checkpoints."""
     remove_partial_checkpoints(config.exp_dir)
     if config.resume == "never":
         archive_later_checkpoints(config.exp_dir, start.state)

@@ -95,8 +95,7 @@ class InvalidUtteranceTracker:
     def check(self) -> None:
         """Sum the counts over ranks, and log and list new errors; all ranks must call this.
 
-        Raises:
-          InputError: too many utterances are invalid; raised on all ranks.
+        Too many invalid utterances raise InputError on all ranks.
         """
         own = Counter(error.reason for error in self.new)
         totals = self.dist_env.sum(torch.tensor([own[reason] for reason in REASONS]))

@@ -78,9 +78,6 @@ def train_llm(
 
     Args:
       make_decoder: used with --valid-decode; picklable.
-
-    Raises:
-      FileNotFoundError, InputError: a file is missing or invalid, or options contradict each other.
     """
     zero = _check_options(model, data, config)
     if starts_new_stage(model, config):
@@ -194,11 +191,7 @@ def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[Spe
 
 
 def _describe(training: Training) -> list[str]:
-    """Return the lines of --dry-run, after a forward and backward pass on the model's shapes.
-
-    Raises:
-      InputError: the LLM is not supported, or training would raise it.
-    """
+    """Return the lines of --dry-run, after a forward and backward pass on the model's shapes."""
     try:
         return list(_description(training))
     except (FileNotFoundError, InputError):

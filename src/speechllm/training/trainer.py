@@ -150,7 +150,6 @@ class Trainer:
             ) from None
 
     def _train_epoch(self) -> None:
-        """Train on the remaining batches in an epoch."""
         state, accumulate = self.state, self.config.grad_accum
         seconds, dist_env = self.loaders.epoch_seconds, self.engine.dist_env
         self.meter = ThroughputMeter(f"epoch {state.epoch}", seconds, dist_env)
@@ -230,7 +229,6 @@ class Trainer:
         return metrics
 
     def _abort(self) -> None:
-        """Save a checkpoint and end training after too many skipped steps."""
         self._save_checkpoint()
         limit, dtype = self.config.max_skipped_steps, self.engine.dtype
         raise InputError(abort_message(self.state, self.step.last_skip, limit, dtype))

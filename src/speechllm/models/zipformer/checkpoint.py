@@ -79,11 +79,7 @@ def _read_config(
 def encoder_from_state(
     state: dict[str, Tensor], config: ZipformerConfig, dropout: float = 0.1
 ) -> ZipformerEncoder:
-    """Build an encoder from an icefall state dict.
-
-    Raises:
-      InputError: a parameter is missing, unexpected or has a different shape.
-    """
+    """Build an encoder from an icefall state dict; raise InputError if keys or shapes differ."""
     vocab_size = state[CTC_WEIGHT].size(0) if CTC_WEIGHT in state else None
     used = {k: v for k, v in state.items() if k.split(".")[0] not in UNUSED_HEADS}
     if problem := _difference(used, config, vocab_size):
@@ -110,7 +106,6 @@ def describe_unused(state: dict[str, Tensor]) -> str:
 def _difference(
     state: dict[str, Tensor], config: ZipformerConfig, vocab_size: int | None, prefix: str = ""
 ) -> str:
-    """Return the first key or shape that differs from the encoder of `config`, or ""."""
     with torch.device("meta"):
         encoder = ZipformerEncoder(config, vocab_size)
     found, expected = (
