@@ -65,9 +65,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def state_difference(state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
     """Return the first difference from the expected keys and shapes, or ""."""
-    for key in sorted(expected.keys() & state.keys()):
-        if state[key].shape != expected[key].shape:
-            return f"{key} has shape {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+    for key, value in expected.items():
+        if key in state and state[key].shape != value.shape:
+            return f"{key} has shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
