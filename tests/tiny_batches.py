@@ -1,24 +1,19 @@
 """Batches of the tiny corpus."""
 
+from dataclasses import replace
+
 import torch
-from lhotse import CutSet, load_manifest, load_manifest_lazy
 
 from speechllm.data.config import DataConfig, TrainDataConfig
-from speechllm.data.dataloader import (
-    CutSource,
-    EpochPosition,
-    Extras,
-    evaluation_loader,
-    training_loader,
-)
+from speechllm.data.dataloader import evaluation_loader
 from speechllm.data.dataset import TextOptions
-from speechllm.data.manifests import cuts_within
-from speechllm.data.shar import read_shards
+from speechllm.distributed import DistEnv
+from speechllm.training.data import scan_training_data
+from speechllm.training.loader import TrainLoader
 
-POSITION = {"epoch", "skip", "seed", "rank", "world_size"}
 PLAIN = {
-    "max_duration": 12.0, "num_workers": 0, "shuffle": False, "drop_last": False,
-    "enable_spec_aug": False,
+    "max_duration": 12.0, "min_duration": 0.0, "num_workers": 0, "shuffle": False,
+    "drop_last": False, "enable_musan": False, "enable_spec_aug": False,
 }  # fmt: skip
 
 
@@ -26,32 +21,24 @@ def cut_file(tiny_corpus, part="train"):
     return tiny_corpus / f"tiny_cuts_{part}.jsonl.gz"
 
 
-def train_loader(source, extras=Extras(), **options):
+def train_loader(source, *, epoch=1, skip=0, seed=42, text=TextOptions(), rank=0, world_size=1,
+                 **options):  # fmt: skip
     """Loader of one epoch, in order and without augmentation unless `options` change that.
 
     Args:
-      source: a cut file, a directory of shards, or a CutSource.
-      options: fields of EpochPosition and TrainDataConfig.
+      source: a cut file or, with manifest_dir=tiny_corpus, a directory of shards.
+      options: fields of TrainDataConfig.
     """
-    position = EpochPosition(**{k: v for k, v in options.items() if k in POSITION})
-    config = {k: v for k, v in (PLAIN | options).items() if k not in POSITION}
-    if not isinstance(source, CutSource):
-        source = shards_source(source) if source.is_dir() else _cuts(source)
-    return training_loader(source, TrainDataConfig(**config), position, extras)
+    if source.is_dir():
+        files = {"shar_dir": str(source), "valid_cuts": "tiny_cuts_dev"}
+    else:
+        files = {"train_cuts": str(source), "valid_cuts": str(source)}
+    data = scan_training_data(TrainDataConfig(**PLAIN | files | options), seed=seed)
+    return TrainLoader(replace(data, text=text), DistEnv(rank, world_size))(epoch, skip)
 
 
-def _cuts(path):
-    cuts = load_manifest(path)
-    return CutSource(cuts_within([path]), len(cuts), sum(cut.duration for cut in cuts))
-
-
-def shards_source(folder):
-    shards = read_shards([str(folder)])
-    return CutSource(shards.cuts(), 96, 150.0, shards.sample())
-
-
-def train_batches(source, extras=Extras(), **options):
-    return list(train_loader(source, extras, **options))
+def train_batches(source, **options):
+    return list(train_loader(source, **options))
 
 
 def eval_loader(cuts, text=TextOptions(), rank=0, world_size=1, encoder_cache=None, **options):
@@ -84,5 +71,5 @@ def equal(batches, others):
 
 
 def musan(tiny_corpus):
-    """Extras with noise."""
-    return Extras(musan=CutSet.from_cuts(load_manifest_lazy(tiny_corpus / "musan_cuts.jsonl.gz")))
+    """Options of `train_loader` that enable noise."""
+    return {"enable_musan": True, "manifest_dir": tiny_corpus}

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from speechllm.cli import check_range
 from speechllm.errors import InputError, first_line
 from speechllm.io import atomic_write
 
@@ -64,9 +65,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def state_difference(state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
     """Return the first difference from the expected keys and shapes, or ""."""
-    for key in sorted(expected.keys() & state.keys()):
-        if state[key].shape != expected[key].shape:
-            return f"{key} has shape {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+    for key, value in expected.items():
+        if key in state and state[key].shape != value.shape:
+            return f"{key} has shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
@@ -168,17 +169,14 @@ def numbered_files(exp_dir: Path, kind: str) -> dict[int, Path]:
 def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
     """Return the last `avg` (0: up to 5) epoch-N.pt files up to N = `epoch` (0: the newest).
 
-    Raises:
-      FileNotFoundError: an epoch is missing; the message lists the existing ones.
-      InputError: avg is negative, or the range begins before epoch 1.
+    Missing epochs raise FileNotFoundError, a range that begins before epoch 1 InputError.
     """
+    check_range("avg", avg, 0)
     found = numbered_files(exp_dir, "epoch")
     if not found:
         raise FileNotFoundError(f"{exp_dir} has no epoch-N.pt (see --checkpoint for other files)")
     epoch = epoch or max(found)
     avg = avg or next((k for k in range(1, DEFAULT_AVG) if epoch - k not in found), DEFAULT_AVG)
-    if avg < 1:
-        raise InputError(f"--avg {avg} must be at least 0")
     first, flags = epoch - avg + 1, f"--epoch {epoch} --avg {avg}"
     if first < 1:
         raise InputError(f"{flags} begins before epoch 1")
@@ -194,12 +192,9 @@ def epochs_to_average(exp_dir: Path, epoch: int, avg: int) -> list[Path]:
 def checkpoints_to_average(exp_dir: Path, iteration: int, avg: int) -> list[Path]:
     """Return the last `avg` (0: up to 5) checkpoint-B.pt files up to B = `iteration`.
 
-    Raises:
-      FileNotFoundError: a checkpoint is missing; the message lists the existing ones.
-      InputError: avg is negative.
+    Missing checkpoints raise FileNotFoundError.
     """
-    if avg < 0:
-        raise InputError(f"--avg {avg} must be at least 0")
+    check_range("avg", avg, 0)
     found = numbered_files(exp_dir, "checkpoint")
     needed = [path for number, path in found.items() if number <= iteration][: avg or DEFAULT_AVG]
     if iteration not in found or len(needed) < avg:

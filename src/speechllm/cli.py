@@ -129,11 +129,7 @@ def from_args(config: type[Config] | Config, args: argparse.Namespace, **values:
 def check_range(
     name: str, value: float | None, low: float, high: float | None = None, *, above: bool = False
 ) -> None:
-    """Check that an option's value is in a range, which excludes `low` if `above`; None passes.
-
-    Raises:
-      InputError: the value is out of range.
-    """
+    """Raise InputError unless a value is in a range (without `low` if `above`); None passes."""
     if value is None:
         return
     if (value > low if above else value >= low) and (high is None or value <= high):
@@ -159,7 +155,6 @@ def _parser_of(kind: Any) -> Callable[[str], Any]:
 
 
 def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ActionsContainer:
-    """Return the group with this title, created if needed; without a title, the parser."""
     if not title:
         return parser
     existing = [group for group in parser._action_groups if group.title == title]

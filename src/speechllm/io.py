@@ -35,8 +35,7 @@ def files_below(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[Pat
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; the file is synced and renamed to `path` unless an error occurs.
 
-    Raises:
-      InputError: the disk is full.
+    A full disk raises InputError.
     """
     path = Path(path)
     partial = _partial(path)
@@ -50,11 +49,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory, renamed to `path` at the end; `path` must not exist.
-
-    Raises:
-      InputError: the disk is full.
-    """
+    """Yield a temporary directory, renamed to `path`, which must not exist, at the end."""
     partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)  # process ids recur in containers
     try:
@@ -69,11 +64,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def check_space(path: Path, num_bytes: float, content: str) -> None:
-    """Check that the disk of `path`, which need not exist, has `num_bytes` free for `content`.
-
-    Raises:
-      InputError: disk space is insufficient.
-    """
+    """Raise InputError unless the disk of `path`, which need not exist, has room for `content`."""
     if (free := free_bytes(path)) < num_bytes:
         raise InputError(
             f"{path} needs {num_bytes / 1e9:.2f} GB more for {content}; "

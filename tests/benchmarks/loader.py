@@ -10,6 +10,7 @@ first case, stored features without augmentation. A step of t seconds with --max
 D / t / speed loader processes busy.
 """
 
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -29,26 +30,26 @@ def main(argv: list[str] | None = None) -> None:
     add("--max-duration", type=float, default=200.0)
     args = parser.parse_args(argv)
     import torch  # heavy imports come after the flags are read
-    from lhotse import load_manifest
 
-    from speechllm.data.dataloader import CutSource, EpochPosition, Extras, training_loader
-    from speechllm.data.manifests import cuts_within, scan_manifests
+    from speechllm.data.manifests import scan_manifests
     from speechllm.seeding import seed_everything
+    from speechllm.training.data import TrainingData
+    from speechllm.training.loader import TrainLoader
 
     torch.set_num_threads(1)
     statistics = scan_manifests(args.files)
     scan_manifests(args.files, need_features=False)
-    noises = [None, load_manifest(args.noise).to_eager()] if args.noise else [None]
+    noises = [None, scan_manifests([args.noise], need_text=None)] if args.noise else [None]
 
     def load_epoch(config: TrainDataConfig, noise) -> None:
-        source = CutSource(cuts_within(args.files), statistics.kept, statistics.seconds)
         seed_everything(0)
-        for _ in training_loader(source, config, EpochPosition(), Extras(musan=noise)):
+        for _ in TrainLoader(TrainingData(config, statistics, statistics, noise))(1):
             pass
 
     base = TrainDataConfig(
-        max_duration=args.max_duration, num_workers=0, drop_last=False, num_buckets=10
-    )
+        max_duration=args.max_duration, num_workers=0, drop_last=False, num_buckets=10,
+        min_duration=0.0, max_utterance_duration=math.inf,
+    )  # fmt: skip
     cases = {}
     for kind, noise, spec_aug in product(("features", "audio"), noises, (False, True)):
         config = replace(base, enable_spec_aug=spec_aug, on_the_fly_feats=kind == "audio")

@@ -20,10 +20,11 @@ from sounds import noise
 
 from speechllm.audio.fbank import fbank_extractor
 from speechllm.data.config import DataConfig, TrainDataConfig
-from speechllm.data.dataloader import CutSource, EpochPosition, training_loader
-from speechllm.data.manifests import cuts_within, scan_manifests
+from speechllm.data.manifests import scan_manifests
 from speechllm.errors import InputError
 from speechllm.evaluation.eval_sets import decode_shard, merge_results, read_eval_set, score_cuts
+from speechllm.training.data import scan_training_data
+from speechllm.training.loader import TrainLoader
 
 EACH = 4  # utterances
 TEXT_ONLY = ("long-text", "not-unicode", "no-text")  # the audio can be decoded
@@ -203,14 +204,14 @@ def test_validate_manifest_finds_exactly_the_damage(corpus, capsys):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_training_skips_exactly_the_damage(corpus, num_workers):
     path, reasons, options = corpus
-    need_features = not options["on_the_fly_feats"]
-    statistics = scan_manifests([path], tolerate=True, need_features=need_features)
-    found = {errors[0].id: errors[0].reason for errors in statistics.invalid_cuts}
     config = TrainDataConfig(
-        max_duration=9.0, num_workers=num_workers, drop_last=False, enable_spec_aug=False, **options
-    )
-    source = CutSource(cuts_within([path], skip=statistics.errors), statistics.kept)
-    batches = list(training_loader(source, config, EpochPosition()))
+        train_cuts=str(path), valid_cuts=str(path), max_duration=9.0, min_duration=0.0,
+        num_workers=num_workers, drop_last=False, enable_musan=False, enable_spec_aug=False,
+        **options,
+    )  # fmt: skip
+    data = scan_training_data(config)
+    found = {errors[0].id: errors[0].reason for errors in data.train.invalid_cuts}
+    batches = list(TrainLoader(data)(1))
     for batch in batches:
         assert batch["features"].isfinite().all()
         assert len(batch["texts"]) == batch["features"].size(0) == max(1, len(batch["cut_ids"]))

@@ -2,25 +2,24 @@
 
 import random
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 from lhotse import load_manifest
-from tiny_batches import all_ids, equal, eval_batches, ids_of, musan, shards_source, train_batches
+from tiny_batches import all_ids, equal, eval_batches, ids_of, musan, train_batches
 
-from speechllm.data.dataloader import CutSource
 from speechllm.data.manifests import cuts_within
+from speechllm.data.shar import Shards
 
 # ---- sizes
 
 
 def test_drop_last_drops_incomplete_batches(many):
     assert len(all_ids(train_batches(many))) == 96
-    options = {"drop_last": True, "num_buckets": 4}
-    kept = train_batches(CutSource(cuts_within([many]), 96), **options)  # of unknown length
-    assert 0 < len(all_ids(kept)) < 96
-    assert all(batch["seconds"] > 6.0 for batch in kept)
+    options = {"max_duration": 7.0, "bucketing_sampler": False}
+    batches = train_batches(many, **options)
+    assert batches[-1]["seconds"] < 3.5
+    assert equal(train_batches(many, drop_last=True, **options), batches[:-1])
     whole = train_batches(many, max_duration=1000.0, drop_last=True)
     assert len(all_ids(whole)) == 96  # less than a batch
 
@@ -61,7 +60,7 @@ def test_musan_is_mixed_into_half_of_the_utterances(many, tiny_corpus):
             )
         }
 
-    clean, noisy = rows(train_batches(many)), rows(train_batches(many, musan(tiny_corpus)))
+    clean, noisy = rows(train_batches(many)), rows(train_batches(many, **musan(tiny_corpus)))
     assert {i: len(row) for i, row in clean.items()} == {i: len(row) for i, row in noisy.items()}
     changed = [i for i, row in clean.items() if not torch.equal(row, noisy[i])]
     assert 30 < len(changed) < 66
@@ -98,10 +97,10 @@ def test_evaluation_batches_are_the_same_for_any_number_of_ranks(many, world_siz
     assert max(seconds) - min(seconds) < 12.0
 
 
-def test_shards_are_checked_in_the_loader(tiny_shards):
-    source = shards_source(tiny_shards)
-    broken = source.cuts.map(_without_text)
-    batches = train_batches(replace(source, cuts=broken))
+def test_shards_are_checked_in_the_loader(tiny_shards, tiny_corpus, monkeypatch):
+    cuts = Shards.cuts
+    monkeypatch.setattr(Shards, "cuts", lambda *args: cuts(*args).map(_without_text))
+    batches = train_batches(tiny_shards, manifest_dir=tiny_corpus)
     reasons = {error.reason for batch in batches for error in batch["invalid"]}
     assert reasons == {"no-text"}
     assert not any(cut_id.startswith("train-3-") for cut_id in all_ids(batches))

@@ -6,9 +6,8 @@ import pytest
 import soundfile
 import torch
 from lhotse import load_manifest
-from tiny_batches import all_ids, cut_file, ids_of, musan, train_batches
+from tiny_batches import all_ids, cut_file, eval_batches, ids_of, musan, train_batches
 
-from speechllm.data.dataloader import Extras
 from speechllm.data.dataset import TextOptions, usable_batches
 from speechllm.data.validation import header_errors
 from speechllm.models.prompt import IGNORED, ChatTokenizer, build_chat_template, training_ids
@@ -46,7 +45,7 @@ def test_batch_has_the_documented_entries(tiny_corpus, num_workers):
 
 def test_contexts_are_in_the_batch_with_use_context(tiny_corpus):
     cuts = {cut.id: cut for cut in load_manifest(cut_file(tiny_corpus))}
-    for batch in train_batches(cut_file(tiny_corpus), Extras(TextOptions(use_context=True))):
+    for batch in train_batches(cut_file(tiny_corpus), text=TextOptions(use_context=True)):
         for cut_id, context in zip(batch["cut_ids"], batch["contexts"], strict=True):
             odd = int(cut_id.removeprefix("train-")) % 2
             assert context == (cuts[cut_id].supervisions[0].text.split()[0] if odd else "")
@@ -86,8 +85,13 @@ def test_features_computed_on_the_fly_equal_stored_ones(tiny_corpus):
 @pytest.mark.parametrize("sample", [False, True])
 def test_token_ids_and_labels_are_those_of_the_prompt(tiny_corpus, tokenizer, template, sample):
     chat = build_chat_template(tokenizer, *template)
-    options = TextOptions(template[1], ChatTokenizer(tokenizer, chat, 2), sample)
-    for batch in train_batches(cut_file(tiny_corpus), Extras(options), num_workers=1):
+    options = TextOptions(template[1], ChatTokenizer(tokenizer, chat, 2))
+    if sample:
+        batches = train_batches(cut_file(tiny_corpus), text=options, num_workers=1)
+    else:
+        cuts = load_manifest(cut_file(tiny_corpus))
+        batches = eval_batches(cuts, text=options, num_workers=1)
+    for batch in batches:
         encoders, contexts = batch["encoders"], None
         if not sample:
             assert encoders == [[0, 1]] * len(batch["texts"])
@@ -144,7 +148,7 @@ def test_batch_of_invalid_utterances_is_silence(tiny_corpus, tmp_path, tokenizer
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = with_missing_features(tiny_corpus, tmp_path, 3)
-        batches = train_batches(path, Extras(text), max_duration=1.0)
+        batches = train_batches(path, text=text, max_duration=1.0)
     [silent] = [batch for batch in batches if not batch["cut_ids"]]
     assert silent["features"].shape == (1, 100, 80) and not silent["features"].any()
     assert silent["feature_lens"].tolist() == [100]
@@ -156,11 +160,12 @@ def test_batch_of_invalid_utterances_is_silence(tiny_corpus, tmp_path, tokenizer
     assert invalid == silent["invalid"]
 
 
-def test_damaged_noise_is_reported_and_utterances_are_kept(tiny_corpus):
-    noise = musan(tiny_corpus)
-    for cut in noise.musan:
+def test_damaged_noise_is_reported_and_utterances_are_kept(tiny_corpus, tmp_path):
+    noise = load_manifest(tiny_corpus / "musan_cuts.jsonl.gz").to_eager()
+    for cut in list(noise)[1:]:  # the scan reads the first
         cut.features.storage_path = "missing.lca"
-    batches = train_batches(cut_file(tiny_corpus), noise)
+    noise.to_file(tmp_path / "musan_cuts.jsonl.gz")
+    batches = train_batches(cut_file(tiny_corpus), **musan(tmp_path))
     assert all_ids(batches) == sorted(f"train-{i}" for i in range(12))
     ids = {error.id for batch in batches for error in batch["invalid"]}
     assert ids and all(name.startswith("noise") for name in ids)

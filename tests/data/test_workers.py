@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import torch
 from lhotse import load_manifest
 from tiny_batches import cut_file, equal, eval_batches, ids_of, musan, train_batches, train_loader
 
-from speechllm.data import workers
+from speechllm.data import dataloader
 from speechllm.data.dataset import SpeechDataset, TextOptions
 from speechllm.errors import InputError
 from speechllm.models.prompt import ChatTokenizer, add_speech_tokens, build_chat_template
@@ -24,19 +23,19 @@ from speechllm.seeding import seed_everything
 
 @pytest.fixture
 def augmented(tiny_corpus, tiny_llm_dir):
-    """Extras with noise, and with token ids of three encoders, sampled as in MoSE training."""
+    """Options for noise and the token ids of three encoders, sampled as in MoSE training."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llm_dir)
     add_speech_tokens(tokenizer)
     chat = ChatTokenizer(tokenizer, build_chat_template(tokenizer), num_encoders=3)
-    return replace(musan(tiny_corpus), text=TextOptions(tokenizer=chat, sample_encoders=True))
+    return {**musan(tiny_corpus), "text": TextOptions(tokenizer=chat)}
 
 
 def test_augmentation_depends_on_seed_epoch_rank_and_batch_number_only(tiny_corpus, augmented):
-    def batches(extras=augmented, **options):
-        options = {"enable_spec_aug": True, **options}
-        return train_batches(cut_file(tiny_corpus), extras, **options)
+    def batches(**options):
+        options = {"enable_spec_aug": True, **augmented, **options}
+        return train_batches(cut_file(tiny_corpus), **options)
 
     first = batches()
     seed_everything(5)
@@ -49,7 +48,7 @@ def test_augmentation_depends_on_seed_epoch_rank_and_batch_number_only(tiny_corp
     assert equal(first, batches(num_workers=2))
     for change in (
         {"epoch": 2}, {"seed": 7}, {"rank": 1, "world_size": 2}, {"enable_spec_aug": False},
-        {"extras": replace(augmented, musan=None)}, {"spec_aug_time_warp_factor": 0},
+        {"enable_musan": False}, {"spec_aug_time_warp_factor": 0},
     ):  # fmt: skip
         assert not equal(first, batches(**change))
     sampled = [encoders for batch in first for encoders in batch["encoders"]]
@@ -62,10 +61,10 @@ def test_augmentation_depends_on_seed_epoch_rank_and_batch_number_only(tiny_corp
 @pytest.mark.parametrize("source", ["many", "tiny_shards"])
 def test_batches_after_skipped_ones_are_the_same(request, augmented, source, num_workers):
     source = request.getfixturevalue(source)
-    options = {"enable_spec_aug": True, "shuffle": True, "num_workers": num_workers}
-    whole = train_batches(source, augmented, **options)
+    options = {"enable_spec_aug": True, "shuffle": True, "num_workers": num_workers, **augmented}
+    whole = train_batches(source, **options)
     for skip in (1, len(whole) // 2, len(whole)):
-        rest = train_batches(source, augmented, skip=skip, **options)
+        rest = train_batches(source, skip=skip, **options)
         assert equal(whole[skip:], rest[skip:])
         ids = [sorted(batch["cut_ids"]) for batch in whole]
         assert [sorted(batch["cut_ids"]) for batch in rest] == ids
@@ -76,9 +75,9 @@ def test_batches_after_skipped_ones_are_the_same(request, augmented, source, num
 
 @pytest.mark.slow
 def test_spawned_workers_make_the_same_batches(many, augmented, monkeypatch):
-    batches = train_batches(many, augmented)
-    monkeypatch.setattr(workers, "get_all_start_methods", lambda: ["spawn"])
-    assert equal(batches, train_batches(many, augmented, num_workers=1))
+    batches = train_batches(many, **augmented)
+    monkeypatch.setattr(dataloader, "get_all_start_methods", lambda: ["spawn"])
+    assert equal(batches, train_batches(many, **augmented, num_workers=1))
 
 
 # ---- workers that hang or die

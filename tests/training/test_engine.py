@@ -8,8 +8,7 @@ from torch import nn
 from toy_training import Toy, ToyLoss, make_batches
 
 from speechllm.distributed import DistEnv
-from speechllm.training.engine import Engine
-from speechllm.training.grad_scaler import adjust_grad_scale
+from speechllm.training.engine import Engine, adjust_grad_scale
 from speechllm.training.validate import validate
 
 

@@ -13,12 +13,13 @@ from torch import nn
 import train
 from speechllm.checkpoints import load_checkpoint
 from speechllm.data.config import TrainDataConfig
-from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.models.speech_llm import SpeechLLM
+from speechllm.training import memory
 from speechllm.training.config import TrainConfig
 from speechllm.training.data import scan_training_data
 from speechllm.training.engine import Engine
+from speechllm.training.loader import TrainLoader, sample_batches
 from speechllm.training.memory import (
     LiveMemory,
     estimate_memory,
@@ -72,7 +73,7 @@ def augmentations(dataset):
 @pytest.mark.parametrize("options", [{}, {"concatenate_cuts": True, "max_duration": 20.0}])
 def test_silent_batches_have_the_sizes_of_real_ones(scanned, options):
     data, sizes = scanned(**options), []
-    loader, again = (data.train_loader(DistEnv())(1) for _ in range(2))
+    loader, again = (TrainLoader(data)(1) for _ in range(2))
     for batch, (_, cuts) in zip(loader, again.sampler, strict=True):
         for transform in augmentations(loader.dataset):
             cuts = transform(cuts)
@@ -82,7 +83,7 @@ def test_silent_batches_have_the_sizes_of_real_ones(scanned, options):
         assert sorted(silence["feature_lens"]) == sorted(batch["feature_lens"])
         assert sorted(silence["texts"]) == sorted(batch["texts"])
         sizes.append(batch["features"].numel())
-    largest = largest_batches(data.sample_batches())
+    largest = largest_batches(sample_batches(data))
     assert silent_batch(largest["the most audio"], data)["features"].numel() >= 0.9 * max(sizes)
 
 
@@ -107,9 +108,8 @@ def engine():
 
 @pytest.fixture
 def two_batches(scanned, monkeypatch):
-    data = scanned()
-    monkeypatch.setattr(type(data), "sample_batches", lambda _: [LONG, WIDE])
-    return data
+    monkeypatch.setattr(memory, "sample_batches", lambda _: [LONG, WIDE])
+    return scanned()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.seeding import seed_everything
 from speechllm.training.data import scan_training_data
+from speechllm.training.loader import TrainLoader
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def batches(config, epoch=1, rank=0, world_size=1, skip=0, seed=42):
     data = scan_training_data(config, seed=seed)
     data.check_invalid(config.manifest_dir / "none", write=False)
     seed_everything(0)
-    return list(data.train_loader(DistEnv(rank, world_size))(epoch, skip))
+    return list(TrainLoader(data, DistEnv(rank, world_size))(epoch, skip))
 
 
 def valid_batches(config, exp_dir, rank=0, world_size=1):

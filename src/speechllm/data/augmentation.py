@@ -34,7 +34,7 @@ def perturb_speed(cut: Cut, seed: str) -> Cut:
     return cut if factor == 1.0 else cut.drop_features().perturb_speed(factor, affix_id=False)
 
 
-def perturb_audio(cuts: CutSet, volume: bool, reverb: bool, codec: bool) -> CutSet:
+def perturb_audio(volume: bool, reverb: bool, codec: bool, cuts: CutSet) -> CutSet:
     """Apply each enabled transform (volume, reverberation, codec) to a random half of the cuts."""
     rng = random.Random(random.getrandbits(64))
     cuts = cuts.drop_features()  # otherwise lhotse warns about each

@@ -1,158 +1,163 @@
-"""Data loaders for the batches described in dataset.py, with lhotse's samplers."""
+"""Data loaders: seeding, shards, signals and diagnosis of their worker processes.
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+Batches are numbered within their epoch. A batch that was trained on before resuming is not loaded
+again: it contains only `cut_ids` and `seconds` (see dataset.py for the other keys).
+"""
+
+import os
+import re
+import signal
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
+from itertools import count
+from multiprocessing import get_all_start_methods
+from pathlib import Path
+from threading import Thread
 
+import torch
 from lhotse import CutSet
-from lhotse.cut import Cut
-from lhotse.dataset import CutConcatenate
-from lhotse.dataset.dataloading import make_worker_init_fn
-from lhotse.dataset.sampling.base import CutSampler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from speechllm.data.augmentation import mix_noise, perturb_audio, spec_augment
-from speechllm.data.config import DataConfig, TrainDataConfig
+from speechllm.data.config import DataConfig
 from speechllm.data.dataset import CachedEncoderDataset, SpeechDataset, TextOptions
 from speechllm.data.encoder_cache import EncoderCache
-from speechllm.data.sampler import BatchLimit, make_sampler, with_positions
-from speechllm.data.validation import CutError, validate_cut
-from speechllm.data.workers import DiagnosticDataLoader
-
-MIN_BATCHES_IN_BUCKET = 10  # --drop-last may drop one of them
-POSITIONS_PER_SECOND = 6.25  # minimum LLM positions: one encoder at the published rate
-BATCHES_IN_BUFFER = 4  # per bucket, for cuts that contain their data
+from speechllm.data.sampler import BatchLimit, make_sampler
+from speechllm.errors import InputError, first_line
+from speechllm.seeding import fork_rng
 
 
-@dataclass(frozen=True)
-class CutSource:
-    """Cuts to sample from, with their number and duration.
+class IndexedSampler:
+    """Numbers a sampler's batches: yields (number, cuts), or (number, dict) before `skip`."""
 
-    From shards, each worker on each rank reads its own part of `cuts` (see shar.py) and skips
-    invalid cuts, as shards are not scanned beforehand.
+    def __init__(self, sampler: Iterable[CutSet], skip: int, start: int = 0, step: int = 1):
+        self.sampler, self.skip, self.start, self.step = sampler, skip, start, step
+
+    def __iter__(self) -> Iterator[tuple[int, CutSet | dict]]:
+        for number, cuts in zip(count(self.start, self.step), self.sampler):
+            if number < self.skip:
+                ids, seconds = list(cuts.ids), sum(cut.duration for cut in cuts)
+                yield number, {"cut_ids": ids, "seconds": seconds}
+            else:
+                yield number, cuts
+
+
+class NumberedDataset(Dataset):
+    """Wrapper that seeds each batch by its number, independently of the worker.
+
+    For error messages, a worker writes the ids of the cuts it is reading to `<folder>/<pid>`.
     """
 
-    cuts: CutSet
-    num_cuts: int
-    seconds: float = float("inf")
-    sample: CutSet | None = None  # of shards, for estimating buckets
+    def __init__(self, dataset: Dataset, seed: str):
+        self.dataset, self.seed, self.folder = dataset, seed, Path()
 
-    @property
-    def is_sharded(self) -> bool:
-        return self.sample is not None
+    def __getitem__(self, numbered: tuple[int, CutSet | dict]) -> dict:
+        number, cuts = numbered
+        if isinstance(cuts, dict):
+            return cuts
+        self._note(" ".join(cuts.ids))
+        with fork_rng(self.seed, number):
+            batch = self.dataset[cuts]
+        self._note("")
+        return batch
 
-
-@dataclass(frozen=True)
-class EpochPosition:
-    """Epoch, rank and seed, which determine order and augmentation."""
-
-    epoch: int = 1
-    skip: int = 0  # number of this rank's batches already trained on; they are not loaded
-    seed: int = 42
-    rank: int = 0
-    world_size: int = 1
-
-
-@dataclass(frozen=True)
-class Extras:
-    """Optional components of a training loader."""
-
-    text: TextOptions = TextOptions()
-    musan: CutSet | None = None  # noise to mix in
-    count_positions: Callable[[Cut], int] | None = None  # LLM positions, for --max-batch-tokens
-    encoder_cache: EncoderCache | None = None  # replaces features and augmentation
-    check: Callable[[Cut], list[CutError]] | None = None  # further errors of a sharded cut
+    def _note(self, text: str) -> None:
+        if get_worker_info() is None:  # only workers can hang unnoticed
+            return
+        with suppress(OSError):  # such as a full disk
+            (self.folder / str(os.getpid())).write_text(text, "utf-8", "replace")
 
 
-def training_loader(
-    source: CutSource, config: TrainDataConfig, position: EpochPosition, extras: Extras = Extras()
-) -> DataLoader:
-    """Return a loader of an epoch's augmented batches; see DiagnosticDataLoader for errors."""
-    at = position
-    sampler = train_sampler(source, config, at, extras.count_positions)
-    dataset = _train_dataset(config, extras, source.is_sharded)
-    where, seed = f"epoch {at.epoch}", f"{at.seed} {at.epoch} {at.rank}"
-    init = None
-    if source.is_sharded:  # each worker on each rank reads its own shards
-        init = make_worker_init_fn(at.rank, at.world_size, False)
-    return DiagnosticDataLoader(dataset, sampler, config, where, seed, at.skip, init)
+class ShardedIterableDataset(IterableDataset):
+    """Batches from shards: each worker samples from its own part of the cuts.
 
-
-def train_sampler(
-    source: CutSource,
-    config: TrainDataConfig,
-    position: EpochPosition,
-    count_positions: Callable[[Cut], int] | None = None,
-) -> CutSampler:
-    """Return the sampler for an epoch's batches."""
-    cuts, sample = source.cuts, source.sample
-    if config.max_batch_tokens:
-        cuts = with_positions(cuts, count_positions)
-        sample = with_positions(sample, count_positions) if source.is_sharded else None
-    sampler = make_sampler(
-        cuts,
-        BatchLimit(config.max_duration, max_batch_tokens=config.max_batch_tokens),
-        sample=sample,
-        shuffle=config.shuffle,
-        seed=position.seed,
-        **_sampler_sizes(source, config, position),
-    )
-    sampler.set_epoch(position.epoch - 1)
-    return sampler
-
-
-def _sampler_sizes(source: CutSource, config: TrainDataConfig, position: EpochPosition) -> dict:
-    """Return the `make_sampler` options that depend on the source's size and the ranks.
-
-    With --drop-last, each bucket may lose a batch, so a small source gets fewer buckets.
+    Workers take turns. When a worker is exhausted, the others' batch numbers exceed the actual
+    positions in the epoch, so no untrained batch is numbered below `skip`.
     """
-    full = config.max_duration  # seconds of a full batch
-    if config.max_batch_tokens:
-        full = min(full, config.max_batch_tokens / POSITIONS_PER_SECOND)
-    parts = position.world_size * (max(1, config.num_workers) if source.is_sharded else 1)
-    num_batches, num_buckets = source.seconds / (full * parts), config.num_buckets
-    if config.drop_last:
-        num_buckets = int(min(num_buckets, num_batches / MIN_BATCHES_IN_BUCKET))
-    sizes = {
-        "num_cuts": source.num_cuts,
-        "num_buckets": num_buckets if config.bucketing_sampler else 0,
-        "drop_last": config.drop_last and num_batches >= 1,
-        "rank": position.rank,
-        "world_size": position.world_size,
-    }
-    if source.is_sharded:  # the shards are already divided
-        buffered = BATCHES_IN_BUFFER * max(1, num_buckets) * full * source.num_cuts / source.seconds
-        sizes |= {"num_cuts": source.num_cuts // parts, "rank": 0, "world_size": 1}
-        sizes["cuts_in_buffer"] = round(buffered)
-    return sizes
+
+    def __init__(self, dataset: Dataset, sampler: Iterable[CutSet], skip: int):
+        self.dataset, self.sampler, self.skip = dataset, sampler, skip
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        turn = (worker.id, worker.num_workers) if worker else (0, 1)
+        return map(self.dataset.__getitem__, IndexedSampler(self.sampler, self.skip, *turn))
 
 
-def _train_dataset(config: TrainDataConfig, extras: Extras, check_cuts: bool) -> Dataset:
-    if extras.encoder_cache is not None:
-        return CachedEncoderDataset(extras.encoder_cache, extras.text)
-    transforms = []
-    audio = config.enable_volume_perturb, config.enable_reverb, config.enable_codec
-    if any(audio):
-        transforms.append(partial(perturb_audio, **dict(zip(("volume", "reverb", "codec"), audio))))
-    if config.concatenate_cuts:
-        transforms.append(CutConcatenate(config.gap, config.duration_factor))
-    if extras.musan is not None:
-        transforms.append(partial(mix_noise, noise=extras.musan))
-    return SpeechDataset(
-        config.on_the_fly_feats,
-        transforms,
-        [spec_augment(config.spec_aug_time_warp_factor)] if config.enable_spec_aug else [],
-        partial(_check_cut, config.on_the_fly_feats, extras.check) if check_cuts else None,
-        extras.text,
-    )
+class DiagnosticDataLoader(DataLoader):
+    """Loader of ready-made batches; errors name the worker that hung or died, and its cuts.
+
+    It does not use torch's global generator. Even in a spawned rank, workers are started by the
+    platform's default method: torch would spawn them and repeat all imports in every epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Iterable[CutSet],
+        config: DataConfig,
+        where: str,  # for the error message, such as "epoch 3"
+        seed: str = "",
+        skip: int = 0,
+        init_shards: Callable[[int], None] | None = None,  # called in workers that read shards
+    ):
+        num_workers = config.num_workers
+        self.where, self.numbered = where, NumberedDataset(dataset, seed)
+        dataset, indexed = self.numbered, IndexedSampler(sampler, skip)
+        if init_shards:
+            dataset, indexed = ShardedIterableDataset(self.numbered, sampler, skip), None
+        super().__init__(
+            dataset,
+            sampler=indexed,
+            batch_size=None,
+            num_workers=num_workers,
+            timeout=config.loader_timeout if num_workers else 0,
+            multiprocessing_context=get_all_start_methods()[0] if num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+            worker_init_fn=partial(_init_worker, init=init_shards),
+        )
+
+    def __iter__(self) -> Iterator[dict]:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            self.numbered.folder = Path(folder)
+            number = 0
+            try:
+                for number, batch in enumerate(super().__iter__(), start=1):
+                    yield batch
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader "):
+                    raise
+                raise InputError(self._message(number, first_line(error))) from None
+
+    def _message(self, number: int, error: str) -> str:
+        """Describe the worker that died, or else the one that has been reading the longest."""
+        notes = sorted(self.numbered.folder.iterdir(), key=lambda note: note.stat().st_mtime)
+        texts = {note.name: note.read_text("utf-8") for note in notes}
+        reading = {pid: cuts for pid, cuts in texts.items() if cuts}
+        dead = re.findall(r"\d+", error.partition("pid")[2])
+        pid = next(iter(dead or reading or texts), "unknown")  # a worker may hang between batches
+        reason = f"returned no batch for {self.timeout:g} s (--loader-timeout)"
+        if dead:
+            reason = f"died, possibly out of memory ({error})"
+        cuts = f" while reading the cuts {reading[pid]}" if pid in reading else ""
+        return f"{self.where}, batch {number}: dataloader worker (pid {pid}) {reason}{cuts}"
 
 
-def _check_cut(
-    on_the_fly_feats: bool, check: Callable[[Cut], list[CutError]] | None, cut: Cut
-) -> list[CutError]:
-    """Check a cut as a manifest scan would."""
-    errors = validate_cut(cut, need_features=not on_the_fly_feats)
-    return errors or (check(cut) if check else [])
+def _init_worker(number: int, init: Callable[[int], None] | None) -> None:
+    """Ignore a SIGTERM to the process group: workers exit only if their parent sends it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    Thread(target=_exit_with_parent, daemon=True).start()
+    if init:
+        init(number)
+
+
+def _exit_with_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def evaluation_loader(

@@ -15,12 +15,10 @@
     not-cached            missing from the encoder cache
 """
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -223,12 +221,7 @@ def _files(cut: Cut) -> Iterator[tuple[AudioSource, int, float]]:
                 yield source, recording.sampling_rate, samples
 
 
-# ---- counts and lists
-
-
-def count_reasons(invalid_cuts: Iterable[list[CutError]]) -> Counter[str]:
-    """Count invalid cuts by the reason of their first error."""
-    return Counter(errors[0].reason for errors in invalid_cuts)
+# ---- counts
 
 
 def format_counts(reasons: Mapping[str, int]) -> str:
@@ -238,27 +231,4 @@ def format_counts(reasons: Mapping[str, int]) -> str:
 
 def count_errors(errors: Iterable[CutError]) -> str:
     """Format the number of errors by reason; see `format_counts`."""
-    return format_counts(count_reasons([error] for error in errors))
-
-
-def append_errors(path: Path, errors: Iterable[CutError]) -> None:
-    """Append errors to a JSON lines file (id, reason, message), without duplicates."""
-    written = set(path.read_text().splitlines()) if path.exists() else set()
-    lines = dict.fromkeys(json.dumps(error._asdict()) for error in errors)
-    if new := [f"{line}\n" for line in lines if line not in written]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write("".join(new))
-
-
-def check_invalid_fraction(
-    reasons: Mapping[str, int], total: int, max_invalid_fraction: float, example: str, listing: Path
-) -> None:
-    """Raise InputError if more than `max_invalid_fraction` of `total` utterances are invalid."""
-    invalid = sum(reasons.values())
-    if invalid > max_invalid_fraction * total:
-        raise InputError(
-            f"{invalid} of {total} utterances are invalid ({format_counts(reasons)}), more than "
-            f"--max-invalid-fraction {max_invalid_fraction:g} allows, e.g. {example}; "
-            f"{listing} lists them"
-        )
+    return format_counts(Counter(error.reason for error in errors))

@@ -177,8 +177,7 @@ def model_config(
 def load_model_config(exp_dir: Path, default: ModelConfig = ONE_ENCODER) -> ModelConfig | None:
     """Read `<exp_dir>/model.json`, with missing entries from `default`; None without the file.
 
-    Raises:
-      InputError: the file is not a JSON object, or an entry is invalid.
+    An invalid file raises InputError.
     """
     path = exp_dir / MODEL_FILE
     if not path.is_file():
@@ -224,12 +223,9 @@ def save_model_config(config: ModelConfig, folder: Path) -> None:
 
 
 def check_same_model(config: ModelConfig, exp_dir: Path) -> None:
-    """Check that training resumes with the model it was started with, if model.json exists.
+    """Raise InputError if a flag differs from model.json, with which the run was started.
 
     A missing file without a saved hash gives only a warning.
-
-    Raises:
-      InputError: a flag differs from model.json.
     """
     before = load_model_config(exp_dir) or config
     for name in _differing(config, before):
@@ -279,11 +275,7 @@ def _same_content(name: str, config: ModelConfig, before: ModelConfig) -> bool |
 
 
 def check_model_files(config: ModelConfig) -> None:
-    """Check that the files of the LLM and the encoders exist, before loading any.
-
-    Raises:
-      FileNotFoundError: a directory or file is missing.
-    """
+    """Raise FileNotFoundError if a file of the LLM or the encoders is missing."""
     check_llm_path(config.llm_path)
     for path, _ in config.encoder_files:
         if not Path(path).is_file():
@@ -291,11 +283,7 @@ def check_model_files(config: ModelConfig) -> None:
 
 
 def check_llm_path(path: str) -> None:
-    """Check that a local path contains an LLM; Hugging Face hub names are not checked.
-
-    Raises:
-      FileNotFoundError: the directory is missing or has no config.json.
-    """
+    """Raise FileNotFoundError if a local path (not a name on Hugging Face's hub) is not an LLM."""
     local = path.startswith((".", "/", "models/", "exp/")) or path.count("/") > 1
     if (local or Path(path).exists()) and not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"LLM directory {path} is missing or has no config.json")

@@ -30,8 +30,7 @@ QWEN_ROTARY = modeling_qwen2.apply_rotary_pos_emb
 def with_lora(llm: nn.Module, config: ModelConfig = ONE_ENCODER) -> PeftModel:
     """Add LoRA matrices, the only trainable parameters, to a frozen LLM.
 
-    Raises:
-      InputError: the LLM lacks a layer in --lora-targets.
+    A layer in --lora-targets that the LLM lacks raises InputError.
     """
     options = LoraConfig(
         r=config.lora_r,

@@ -121,11 +121,7 @@ def _word_errors(references: list[str], hypotheses: list[str]) -> dict[str, Tens
 
 
 def train_encoder(encoder: EncoderConfig, data: TrainDataConfig, config: TrainConfig) -> bool:
-    """Train an encoder and return True or, with --dry-run, describe the run and return False.
-
-    Raises:
-      FileNotFoundError, InputError: a file is missing or invalid, or options contradict each other.
-    """
+    """Train an encoder and return True or, with --dry-run, describe the run and return False."""
     scanned = scan_training_data(data, seed=config.seed)
     return launch_training(run_ctc_training, Training(encoder, scanned, config), _describe)
 
@@ -136,7 +132,7 @@ def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
     check_epochs(config, options.avg, start.state)
     bpe = prepare_bpe(training, start, dist_env)
     encoder = make_encoder(options, bpe.vocab_size(), start)
-    logging.info(f"Number of model parameters: {count(encoder)}")
+    logging.info(f"Number of model parameters: {count(encoder.parameters())}")
     model = CtcModel(encoder, config.encoder_feature_mask).to(dist_env.device)
     loss = CtcLoss(bpe, dist_env.device, options.flat_start_batches, start.state)
     text = TextOptions(tokenizer=CtcTokenizer(bpe))
@@ -150,11 +146,7 @@ def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
 
 
 def check_epochs(config: TrainConfig, avg: int, state: TrainState) -> None:
-    """Check that the completed epochs needed for the final average still exist.
-
-    Raises:
-      FileNotFoundError: an epoch's checkpoint is missing.
-    """
+    """Raise FileNotFoundError if a completed epoch that the final average needs is missing."""
     first, found = config.num_epochs - avg + 1, numbered_files(config.exp_dir, "epoch")
     for number in range(max(1, first), state.next_epoch):
         if number not in found:
@@ -181,11 +173,7 @@ def write_average(engine: Engine, loss: CtcLoss, training: Training) -> None:
 
 
 def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> ZipformerEncoder:
-    """Return a new encoder, or the checkpoint's encoder.
-
-    Raises:
-      InputError: the checkpoint's size or vocabulary differs.
-    """
+    """Return a new encoder, or the checkpoint's; raise InputError if that one does not match."""
     if start.path:
         try:
             encoder = encoder_from_state(start.checkpoint["model"], config.size, config.dropout)
@@ -208,11 +196,7 @@ def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> Zipfor
 def prepare_bpe(
     training: Training, start: Start, dist_env: DistEnv = DistEnv()
 ) -> sentencepiece.SentencePieceProcessor:
-    """Train bpe.model on rank 0, or read the existing one when training resumes.
-
-    Raises:
-      FileNotFoundError, InputError: the file is missing, or --vocab-size is too small.
-    """
+    """Train bpe.model on rank 0, or read the existing one when training resumes."""
     path = training.config.exp_dir / BPE_FILE
     if start.path and not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {start.path} needs it")
@@ -272,7 +256,6 @@ def _training_texts(training: Training) -> Iterator[str]:
 
 
 def _spaced(text: str) -> str:
-    """Return the words with single spaces between them."""
     return " ".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""TrainingData: scanned training, validation and noise cuts, and their loaders."""
+"""TrainingData: scanned training, validation and noise cuts, and the validation loader."""
 
 import logging
 import math
@@ -10,19 +10,11 @@ from pathlib import Path
 
 from lhotse import CutSet
 from lhotse.cut import Cut
-from lhotse.dataset import CutConcatenate
 
 from speechllm.cli import comma_list
 from speechllm.data.augmentation import perturb_speed
 from speechllm.data.config import TrainDataConfig
-from speechllm.data.dataloader import (
-    CutSource,
-    EpochPosition,
-    Extras,
-    evaluation_loader,
-    train_sampler,
-    training_loader,
-)
+from speechllm.data.dataloader import evaluation_loader
 from speechllm.data.dataset import TextOptions, usable_batches
 from speechllm.data.encoder_cache import EncoderCache
 from speechllm.data.features import SPEED_FACTORS
@@ -36,11 +28,16 @@ from speechllm.data.manifests import (
     size_of_share,
 )
 from speechllm.data.sampler import EvenMix
-from speechllm.data.shar import EvenBatches, Shards, check_shards, read_shards
-from speechllm.data.validation import CutError, append_errors, check_invalid_fraction, count_reasons
+from speechllm.data.shar import Shards, check_shards, read_shards
+from speechllm.data.validation import CutError
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
-from speechllm.training.invalid_utterances import INVALID_CUTS, report_invalid
+from speechllm.training.invalid_utterances import (
+    INVALID_CUTS,
+    append_errors,
+    check_invalid_fraction,
+    report_invalid,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,10 @@ class TrainingData:
     text: TextOptions = TextOptions()
     encoder_cache: EncoderCache | None = None
 
-    # ---- cuts
+    @property
+    def limits(self) -> Limits:
+        """Limits for training cuts."""
+        return _limits(self.config, self.min_frames)
 
     @property
     def train_paths(self) -> list[Path | str]:
@@ -77,8 +77,7 @@ class TrainingData:
 
     def train_cuts(self) -> CutSet:
         """Lazily return the training cuts that are within the limits and have no errors."""
-        limits = _limits(self.config, self.min_frames)
-        return cuts_within(self.train_paths, limits, self.train.errors)
+        return cuts_within(self.train_paths, self.limits, self.train.errors)
 
     @property
     def epoch_counts(self) -> list[int]:
@@ -103,20 +102,15 @@ class TrainingData:
         files = zip(self.epoch_counts, self.train.files.values())
         return sum(count * seconds / kept for count, (kept, seconds) in files)
 
-    def _mixed_cuts(self, epoch: int) -> CutSet:
-        limits = _limits(self.config, self.min_frames)
-        corpora = [cuts_within([p], limits, self.train.errors) for p in self.train.files]
-        sizes = [kept for kept, _ in self.train.files.values()]
-        return CutSet(EvenMix(corpora, sizes, self.epoch_counts, epoch))
-
-    def describe_corpora(self) -> list[str]:
-        """Return a line with the cuts per file in an epoch, if there are several files."""
+    def describe(self) -> list[str]:
+        """Return lines with the statistics of the cuts and, if there are several files, of each."""
         counts, files = self.epoch_counts, self.train.files.items()
-        shares = [
+        shares = ", ".join(
             f"{count} from {path.name} (of {kept}, {count / sum(counts):.1%})"
             for count, (path, (kept, _)) in zip(counts, files)
-        ]
-        return [f"Training cuts per epoch: {', '.join(shares)}"] if len(shares) > 1 else []
+        )
+        several = [f"Training cuts per epoch: {shares}"] if len(files) > 1 else []
+        return [f"Training cuts: {self.train}", *several, f"Validation cuts: {self.valid}"]
 
     def valid_cuts(self) -> CutSet:
         """Lazily return the validation cuts without errors."""
@@ -129,42 +123,29 @@ class TrainingData:
             return None
         return cuts_within([*self.noise.errors], Limits(min_frames=0), self.noise.errors).to_eager()
 
-    def source(self, epoch: int) -> CutSource:
+    def epoch_cuts(self, epoch: int) -> CutSet:
         """Return the cuts to sample from in an epoch; shards are reshuffled in each epoch."""
-        sample = None
-        if not self.config.shar_dir:
-            cuts = self._mixed_cuts(epoch) if len(self.epoch_counts) > 1 else self.train_cuts()
+        if self.config.shar_dir:
+            seed = self.seed + epoch if self.config.shuffle else None
+            cuts = self.shards.cuts(seed).filter(self.limits)
         else:
-            shards, limits = _shards(self.config), _limits(self.config, self.min_frames)
-            cuts = shards.cuts(self.seed + epoch if self.config.shuffle else None).filter(limits)
-            sample = shards.sample().filter(limits)
+            files, errors = self.train.files, self.train.errors
+            corpora = [cuts_within([path], self.limits, errors) for path in files]
+            sizes = [kept for kept, _ in files.values()]
+            cuts = CutSet(EvenMix(corpora, sizes, self.epoch_counts, epoch))
         if self.config.enable_speed_perturb:  # here, because the sampler needs the durations
             cuts = cuts.map(partial(perturb_speed, seed=f"{self.seed} {epoch}"))
-        return CutSource(cuts, sum(self.epoch_counts), self.epoch_seconds, sample)
+        return cuts
 
-    # ---- loaders
-
-    def train_loader(self, dist_env: DistEnv) -> Callable:
-        """Return a function: (epoch, batches to skip) -> this rank's batches in the epoch.
-
-        Raises:
-          InputError: there are fewer shards than processes reading them.
-        """
+    def sample_cuts(self, epoch: int = 1) -> CutSet:
+        """Return the cuts of an epoch or, for shards, a sample of the cuts, without their data."""
         if self.config.shar_dir:
-            self._check_number_of_shards(dist_env)
-        text, noise = replace(self.text, sample_encoders=True), self.noise_cuts()
-        extras = Extras(text, noise, self.count_positions, self.encoder_cache, self.check)
+            return self.shards.sample().filter(self.limits)
+        return self.epoch_cuts(epoch)
 
-        def batches_of(epoch: int, skip: int = 0):
-            position = EpochPosition(epoch, skip, self.seed, dist_env.rank, dist_env.world_size)
-            return training_loader(self.source(epoch), self.config, position, extras)
-
-        if not self.config.shar_dir:
-            return batches_of
-        drop_last = self.config.drop_last
-        return lambda epoch, skip=0: EvenBatches(
-            partial(batches_of, epoch), dist_env, drop_last, skip
-        )
+    @property
+    def shards(self) -> Shards:
+        return _shards(self.config)
 
     def valid_loader(self, dist_env: DistEnv, exp_dir: Path) -> Callable[[], Iterator[dict]]:
         """Return a function that yields this rank's validation batches."""
@@ -183,62 +164,24 @@ class TrainingData:
                 encoder_cache=self.encoder_cache,
             )
             yield from usable_batches(loader, unread)
-            if unread:
-                self.report_unread(unread, "Validation skips", self.valid.kept, exp_dir)
+            limit, listing = self.config.max_invalid_fraction, exp_dir / INVALID_CUTS
+            report_invalid(unread, self.valid.kept, limit, listing, "Validation skips")
 
         return batches
 
-    def report_unread(self, unread: list[CutError], prefix: str, total: int, exp_dir: Path) -> None:
-        """Log unreadable utterances, and append them to invalid-cuts.jsonl.
-
-        Raises:
-          InputError: their number exceeds --max-invalid-fraction of `total`.
-        """
-        reasons = count_reasons([error] for error in unread)
-        limit, listing = self.config.max_invalid_fraction, exp_dir / INVALID_CUTS
-        report_invalid(unread, reasons, total, limit, listing, prefix)
-
-    def sample_batches(self) -> Iterator[CutSet]:
-        """Yield all ranks' batches of cuts in an epoch or, for shards, in a sample of the cuts."""
-        source = self.source(1)
-        if source.is_sharded:
-            source = replace(source, cuts=source.sample, sample=None)
-        position, config = EpochPosition(seed=0), replace(self.config, shuffle=False)
-        for cuts in train_sampler(source, config, position, self.count_positions):
-            if config.concatenate_cuts:
-                cuts = CutConcatenate(config.gap, config.duration_factor)(cuts)
-            yield cuts
-
-    def count_batches(self, world_size: int) -> int:
-        """Count the batches per rank in the first epoch, about the same number as in later ones."""
-        position = EpochPosition(seed=self.seed, world_size=world_size)
-        sampler = train_sampler(self.source(1), self.config, position, self.count_positions)
-        return sum(1 for _ in sampler)
-
-    def _check_number_of_shards(self, dist_env: DistEnv) -> None:
-        shards, workers = len(_shards(self.config)), max(1, self.config.num_workers)
-        if shards < dist_env.world_size * workers:
-            raise InputError(
-                f"--shar-dir {self.config.shar_dir} has {shards} shards for "
-                f"{dist_env.world_size * workers} processes: --world-size {dist_env.world_size} "
-                f"times --num-workers {self.config.num_workers}"
-            )
-
     def check_invalid(self, exp_dir: Path, write: bool) -> None:
-        """Check the fraction of invalid cuts in each scan; with `write`, list them.
+        """Raise InputError if more than --max-invalid-fraction of the cuts in a scan are invalid.
 
-        Raises:
-          InputError: more than --max-invalid-fraction of the cuts in a scan are invalid.
+        With `write`, list them.
         """
-        listing = exp_dir / INVALID_CUTS
+        listing, limit = exp_dir / INVALID_CUTS, self.config.max_invalid_fraction
         scans = [scan for scan in (self.train, self.valid, self.noise) if scan]
         if write:
             cuts = chain.from_iterable(scan.invalid_cuts for scan in scans)
             append_errors(listing, chain.from_iterable(cuts))
         for scan in scans:
-            if invalid := scan.invalid_cuts:
-                reasons, limit = count_reasons(invalid), self.config.max_invalid_fraction
-                check_invalid_fraction(reasons, scan.total, limit, invalid[0][0].message, listing)
+            first_errors = [errors[0] for errors in scan.invalid_cuts]
+            check_invalid_fraction(first_errors, scan.total, limit, listing)
 
 
 def scan_training_data(
@@ -279,7 +222,7 @@ def scan_training_data(
     return TrainingData(config, train, valid, noise, min_frames, seed, check)
 
 
-def with_llm_positions(
+def limit_llm_positions(
     data: TrainingData, count_positions: LLMPositions, limit: int
 ) -> TrainingData:
     """Exclude utterances that need more than `limit` LLM positions.

@@ -1,7 +1,7 @@
 """--dry-run: report on trainable parameters, data, steps, memory and disk space."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from lhotse import CutSet
@@ -12,6 +12,7 @@ from speechllm.io import free_bytes
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.training.engine import trained
 from speechllm.training.fit import Training
+from speechllm.training.loader import sample_batches
 from speechllm.training.memory import estimate_memory, largest_batches, silent_batch
 from speechllm.training.optim import make_optimizer, param_groups
 from speechllm.training.resume import Start, check_optimizer, check_room
@@ -22,23 +23,13 @@ Loss = Callable[[nn.Module, dict], Tensor]  # (model, batch) -> scalar
 def describe_training(
     training: Training, model: nn.Module, loss: Loss, start: Start
 ) -> Iterator[str]:
-    """Yield lines that describe the training of any model.
-
-    Args:
-      model: on the device "meta".
-      loss: runs the forward pass of a step.
-
-    Raises:
-      InputError: the disk has no room for two checkpoints.
-    """
+    """Yield lines that describe the training of any model, which is on the device "meta"."""
     data, config, ranks = training.data, training.config, num_processes(training.config.world_size)
     stage = training.zero["zero_optimization"]["stage"] if training.zero else 0
-    total, num_trained = count(model), sum(p.numel() for p in trained(model))
+    total, num_trained = count(model.parameters()), count(trained(model))
     yield f"Parameters: {total:,}, trainable: {num_trained:,} ({num_trained / total:.2%})"
-    yield f"Training cuts: {data.train}"
-    yield from data.describe_corpora()
-    yield f"Validation cuts: {data.valid}"
-    batches = list(data.sample_batches())  # a sample for shards
+    yield from data.describe()
+    batches = list(sample_batches(data))  # a sample for shards
     seconds = sum(cut.duration for cuts in batches for cut in cuts)
     number = max(1, round(len(batches) * data.epoch_seconds / seconds))
     steps = max(1, number // (ranks * config.grad_accum))
@@ -95,21 +86,18 @@ def model_lines(model: SpeechLLM, training: Training) -> Iterator[str]:
     config = training.model
     for number, (encoder, (path, name)) in enumerate(zip(model.encoder, config.encoder_files), 1):
         yield f"Encoder {number}: {name}, {_parameters(encoder)}: {path}"
-    projectors, rate = model.encoder_projector, config.encoder_projector_ds_rate
-    yield (
-        f"Projectors: {len(projectors)}, {_parameters(projectors)}, {rate} encoder frames per "
-        "speech embedding"
-    )
+    projectors, rate = model.encoder_projector, f"{config.encoder_projector_ds_rate} encoder frames"
+    yield f"Projectors: {len(projectors)}, {_parameters(projectors)}, {rate} per speech embedding"
     lora = f", LoRA of rank {config.lora_r}" if config.use_lora and config.unfreeze_llm else ""
     yield f"LLM: {_parameters(model.llm)}{lora}: {config.llm_path}"
 
 
 def _parameters(module: nn.Module) -> str:
-    return f"{count(module):,} parameters, {sum(p.numel() for p in trained(module)):,} trainable"
+    return f"{count(module.parameters()):,} parameters, {count(trained(module)):,} trainable"
 
 
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def size(num_bytes: float) -> str:

@@ -1,6 +1,7 @@
 """Engine: model, optimizer and gradient scaler of one rank; several ranks use DDP."""
 
 import gc
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from speechllm.checkpoints import copy_to_cpu
 from speechllm.distributed import DistEnv
 from speechllm.precision import autocast
+
+GROW_BELOW = ((400, 32.0), (100, 8.0), (25, 2.0))  # (N, limit): checked every N batches
 
 
 class Engine:
@@ -122,6 +125,23 @@ class DDPWrapper(nn.Module):
         if inputs or options:
             return self.module(*inputs, **options)
         return zero_of(trained(self.module))
+
+
+def adjust_grad_scale(scaler: torch.amp.GradScaler, batch_idx: int) -> None:
+    """Double a gradient scale that is below its limit, as in the published recipe.
+
+    A scale below 1e-5 raises RuntimeError.
+    """
+    if not scaler.is_enabled() or batch_idx % 25:
+        return
+    scale = scaler.get_scale()
+    limit = next(limit for n, limit in GROW_BELOW if batch_idx % n == 0)
+    if scale < limit:
+        scaler.update(scale * 2.0)
+    if scale < 0.01:
+        logging.warning(f"Grad scale is small: {scale}")
+    if scale < 1.0e-5:
+        raise RuntimeError(f"grad_scale is too small, exiting: {scale}")
 
 
 def trained(module: nn.Module) -> Iterator[nn.Parameter]:

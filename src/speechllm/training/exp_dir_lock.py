@@ -18,8 +18,7 @@ LOCK = ".lock"  # never removed; contains the last run's process and host
 def exclusive(exp_dir: Path) -> Iterator[None]:
     """Lock an experiment directory within the context; the lock also ends with the process.
 
-    Raises:
-      InputError: another process holds the lock.
+    A lock held by another process raises InputError.
     """
     exp_dir.mkdir(parents=True, exist_ok=True)
     with open(exp_dir / LOCK, "a+") as file:

@@ -20,6 +20,7 @@ from speechllm.training.deepspeed import ZeroEngine
 from speechllm.training.engine import Engine, check_outputs_finite
 from speechllm.training.exp_dir_lock import exclusive
 from speechllm.training.invalid_utterances import INVALID_CUTS, InvalidUtteranceTracker
+from speechllm.training.loader import TrainLoader
 from speechllm.training.memory import scan_memory
 from speechllm.training.optim import (
     Factor,
@@ -63,14 +64,11 @@ class Training:
         return autocast_dtype(self.config.use_fp16, self.config.use_bf16)
 
     def lr_factor(self, world_size: int) -> Factor:
-        """Return the learning rate schedule as a function.
-
-        Raises:
-          InputError: training ends before the warm-up does.
-        """
+        """Return the learning rate schedule as a function; see `optim.lr_factor`."""
         config, num_steps = self.config, None
         if needs_num_steps(config):
-            steps = -(-self.data.count_batches(world_size) // config.grad_accum)
+            loader = TrainLoader(self.data, DistEnv(world_size=world_size))
+            steps = -(-loader.count_batches() // config.grad_accum)
             num_steps = config.num_epochs * steps
             logging.info(f"Learning rate: {config.lr_schedule} over about {num_steps} steps")
         return lr_factor(config, num_steps)
@@ -81,12 +79,7 @@ def launch_training(
     training: Training,
     describe: Callable[[Training], Iterable[str]],
 ) -> bool:
-    """Train in all processes and return True, or describe the run and return False (--dry-run).
-
-    Raises:
-      InputError: another run uses --exp-dir, too many cuts are invalid, the schedule does not
-        support the data, or `run` raised it.
-    """
+    """Train in all processes and return True, or describe the run and return False (--dry-run)."""
     data, config = training.data, training.config
     if needs_num_steps(config) and data.config.shar_dir:
         raise InputError(
@@ -96,10 +89,7 @@ def launch_training(
     writes = is_first_process() and not config.dry_run
     with exclusive(config.exp_dir) if writes else nullcontext():
         data.check_invalid(config.exp_dir, write=writes)
-        lines = [f"Training cuts: {data.train}", *data.describe_corpora()]
-        lines.append(f"Validation cuts: {data.valid}")
-        if config.dry_run:
-            lines = list(describe(training))
+        lines = list(describe(training)) if config.dry_run else data.describe()
         if is_first_process():
             print("\n".join(lines))
         if not config.dry_run:
@@ -134,7 +124,6 @@ def fit(
       decode: see `Trainer`.
 
     Raises:
-      InputError: the data, the checkpoint or the device is unsuitable.
       Preempted: a stop signal was received, and a checkpoint was saved.
     """
     data, config = training.data, training.config
@@ -162,13 +151,11 @@ def fit(
     if torch.cuda.is_available() if config.scan_oom is None else config.scan_oom:
         with fork_rng("memory"):  # concatenated cuts get random ids
             scan_memory(engine, loss, data)
-    loaders = Loaders(
-        data.train_loader(dist_env), data.valid_loader(dist_env, config.exp_dir), data.epoch_seconds
-    )
+    train, valid = TrainLoader(data, dist_env), data.valid_loader(dist_env, config.exp_dir)
     Trainer(
-        config=config, engine=engine, schedule=schedule, loss=loss, loaders=loaders,
-        model_state=model_state, state=start.state, sums=sums, order=order, invalid=tracker,
-        decode=decode,
+        config=config, engine=engine, schedule=schedule, loss=loss,
+        loaders=Loaders(train, valid, data.epoch_seconds), model_state=model_state,
+        state=start.state, sums=sums, order=order, invalid=tracker, decode=decode,
     ).run()  # fmt: skip
     return engine
 
@@ -191,7 +178,6 @@ def _make_engine(
 
 
 def _prepare_exp_dir(model: nn.Module, start: Start, config: TrainConfig) -> None:
-    """Clean up --exp-dir, and check that there is room for the checkpoints."""
     remove_partial_checkpoints(config.exp_dir)
     if config.resume == "never":
         archive_later_checkpoints(config.exp_dir, start.state)

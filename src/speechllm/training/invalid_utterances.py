@@ -1,42 +1,66 @@
 """Counting, listing (in `<exp-dir>/invalid-cuts.jsonl`) and limiting of skipped utterances."""
 
+import json
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from speechllm.data.validation import (
-    REASONS,
-    CutError,
-    append_errors,
-    check_invalid_fraction,
-    count_reasons,
-    format_counts,
-)
+from speechllm.data.validation import REASONS, CutError, format_counts
 from speechllm.distributed import DistEnv
+from speechllm.errors import InputError
 
 INVALID_CUTS = "invalid-cuts.jsonl"
 
 
+def append_errors(listing: Path, errors: Iterable[CutError]) -> None:
+    """Append errors to a JSON lines file (id, reason, message), without duplicates."""
+    written = set(listing.read_text().splitlines()) if listing.exists() else set()
+    lines = dict.fromkeys(json.dumps(error._asdict()) for error in errors)
+    if new := [f"{line}\n" for line in lines if line not in written]:
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        with open(listing, "a") as file:
+            file.write("".join(new))
+
+
+def check_invalid_fraction(
+    errors: list[CutError],
+    total: int,
+    max_invalid_fraction: float,
+    listing: Path,
+    reasons: Counter[str] | None = None,
+) -> None:
+    """Raise InputError if more than `max_invalid_fraction` of `total` utterances are invalid.
+
+    Args:
+      errors: one per invalid utterance.
+      reasons: counts that include earlier errors and those of other ranks.
+    """
+    reasons = reasons or Counter(error.reason for error in errors)
+    if reasons.total() > max_invalid_fraction * total:
+        example = errors[0].message if errors else "one on another rank"
+        raise InputError(
+            f"{reasons.total()} of {total} utterances are invalid ({format_counts(reasons)}), more "
+            f"than --max-invalid-fraction {max_invalid_fraction:g} allows, e.g. {example}; "
+            f"{listing} lists them"
+        )
+
+
 def report_invalid(
     errors: list[CutError],
-    reasons: Counter[str],
     total: int,
     max_invalid_fraction: float,
     listing: Path,
     prefix: str = "Skipped",
+    reasons: Counter[str] | None = None,
 ) -> None:
-    """Log and list new errors, and check the fraction of invalid utterances in `total`.
-
-    Raises:
-      InputError: too many utterances are invalid.
-    """
+    """Log and list new errors, and check the fraction as `check_invalid_fraction` does."""
     for error in errors:
         logging.warning(f"{prefix} ({error.reason}): {error.message}")
     append_errors(listing, errors)
-    example = errors[0].message if errors else "one on another rank"
-    check_invalid_fraction(reasons, total, max_invalid_fraction, example, listing)
+    check_invalid_fraction(errors, total, max_invalid_fraction, listing, reasons)
 
 
 class InvalidUtteranceTracker:
@@ -56,7 +80,8 @@ class InvalidUtteranceTracker:
     ):
         """Start from the invalid utterances found by the scan; `total` includes them."""
         self.listing, self.total, self.max_invalid_fraction = listing, total, max_invalid_fraction
-        self.dist_env, self.from_scan = dist_env, count_reasons(invalid_cuts)
+        self.dist_env = dist_env
+        self.from_scan = Counter(errors[0].reason for errors in invalid_cuts)
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -70,8 +95,7 @@ class InvalidUtteranceTracker:
     def check(self) -> None:
         """Sum the counts over ranks, and log and list new errors; all ranks must call this.
 
-        Raises:
-          InputError: too many utterances are invalid; raised on all ranks.
+        Too many invalid utterances raise InputError on all ranks.
         """
         own = Counter(error.reason for error in self.new)
         totals = self.dist_env.sum(torch.tensor([own[reason] for reason in REASONS]))
@@ -83,7 +107,8 @@ class InvalidUtteranceTracker:
             f"({format_counts(self.reasons)})"
         )
         new, self.new = self.new, []
-        report_invalid(new, self.reasons, self.total, self.max_invalid_fraction, self.listing)
+        limit, reasons = self.max_invalid_fraction, self.reasons
+        report_invalid(new, self.total, limit, self.listing, reasons=reasons)
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts by reason over all ranks, as of the last `check`."""

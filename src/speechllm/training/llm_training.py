@@ -35,11 +35,12 @@ from speechllm.models.state_dict import load_trainable_state, trainable_state
 from speechllm.precision import autocast_dtype
 from speechllm.progress import with_progress
 from speechllm.training.config import TrainConfig
-from speechllm.training.data import scan_training_data, with_llm_positions
+from speechllm.training.data import limit_llm_positions, scan_training_data
 from speechllm.training.deepspeed import deepspeed_config
 from speechllm.training.dry_run import count, describe_training, model_lines
 from speechllm.training.engine import trained
 from speechllm.training.fit import Training, begin, fit, launch_training
+from speechllm.training.invalid_utterances import INVALID_CUTS, report_invalid
 from speechllm.training.resume import Start, archive_later_checkpoints, find_start
 from speechllm.training.warm_start import initialize
 
@@ -77,9 +78,6 @@ def train_llm(
 
     Args:
       make_decoder: used with --valid-decode; picklable.
-
-    Raises:
-      FileNotFoundError, InputError: a file is missing or invalid, or options contradict each other.
     """
     zero = _check_options(model, data, config)
     if starts_new_stage(model, config):
@@ -103,8 +101,8 @@ def run_llm_training(dist_env: DistEnv, training: Training, make_decoder: MakeDe
         trained_model = replace(with_hashes(training.model), longest_utterance=longest)
         save_model_config(trained_model, config.exp_dir)
     model.to(dist_env.device)
-    logging.info(f"Number of model parameters: {count(model)}")
-    logging.info(f"Number of trainable parameters: {sum(p.numel() for p in trained(model))}")
+    logging.info(f"Number of model parameters: {count(model.parameters())}")
+    logging.info(f"Number of trainable parameters: {count(trained(model))}")
     if training.data.config.encoder_cache_dir:
         cache = fill_encoder_cache(model.encoder, training, dist_env)
         model.encoder = cache.cached_encoders(model.encoder)
@@ -186,18 +184,14 @@ def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[Spe
         initialize(model, training.model, Path(config.pretrained_model_path))
     num_encoders = len(model.encoder)
     positions = LLMPositions(tokenizer, model.chat, num_encoders, model.ds_rate)
-    data = with_llm_positions(training.data, positions, model.llm.config.max_position_embeddings)
+    data = limit_llm_positions(training.data, positions, model.llm.config.max_position_embeddings)
     chat = ChatTokenizer(tokenizer, model.chat, num_encoders)
     data = replace(data, text=TextOptions(training.model.use_context, chat))
     return model, replace(training, data=data)
 
 
 def _describe(training: Training) -> list[str]:
-    """Return the lines of --dry-run, after a forward and backward pass on the model's shapes.
-
-    Raises:
-      InputError: the LLM is not supported, or training would raise it.
-    """
+    """Return the lines of --dry-run, after a forward and backward pass on the model's shapes."""
     try:
         return list(_description(training))
     except (FileNotFoundError, InputError):
@@ -252,9 +246,9 @@ def fill_encoder_cache(
     dist_env.barrier()
     cache.refresh()
     unread = [error for cut in missing for error in read_errors(cut, not on_the_fly)]
-    total = data.train.kept + data.valid.kept
-    if unread:
-        data.report_unread(unread, "The encoder cache skips", total, training.config.exp_dir)
+    total, limit = data.train.kept + data.valid.kept, data.config.max_invalid_fraction
+    listing = training.config.exp_dir / INVALID_CUTS
+    report_invalid(unread, total, limit, listing, "The encoder cache skips")
     if len(cache.keys) + len(unread) < expected:
         raise InputError(
             f"{cache.folder} has {len(cache.keys)} of {expected} utterances: "

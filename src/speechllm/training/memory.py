@@ -1,13 +1,11 @@
 """Memory of a training step: trying the largest batches (--scan-oom), and an estimate (--dry-run).
 
 Memory depends on sizes, not on content, so the batches contain silence and no features are read.
-The scan does not affect training.
 
-The estimate is measured with a model on the device "meta", which has shapes but no weights: forward
-and backward take seconds, and the tensors they create are counted. CUDA's context, library
-workspaces and the allocator's unused blocks are not counted. On a CPU, in float32, the peak
-resident memory of training a model of 110 M parameters was 6% below the estimate with LoRA, and 3%
-below it when the whole LLM was trained.
+The estimate counts the tensors created by forward and backward passes on the device "meta", which
+has shapes but no weights. CUDA's context, library workspaces and the allocator's unused blocks are
+not counted. On a CPU, in float32, the peak resident memory of training a model of 110 M parameters
+was 3% (whole LLM) to 6% (LoRA) below the estimate.
 """
 
 import copy
@@ -30,6 +28,7 @@ from speechllm.errors import InputError
 from speechllm.models.zipformer.encoder import encoder_out_lens
 from speechllm.training.data import TrainingData
 from speechllm.training.engine import Engine, trained
+from speechllm.training.loader import sample_batches
 from speechllm.training.validate import BatchLoss
 
 STATE_PER_PARAMETER = 8  # bytes, for ScaledAdam (delta, v) and AdamW (exp_avg, exp_avg_sq)
@@ -70,15 +69,14 @@ def scan_memory(engine: Engine, loss: BatchLoss, data: TrainingData) -> None:
     if engine.is_sharded:
         logging.info("--scan-oom skipped: it does not cover DeepSpeed's communication")
         return
-    largest = largest_batches(data.sample_batches(), data.count_positions)
+    largest = largest_batches(sample_batches(data), data.count_positions)
     loss = copy.copy(loss)  # the loss may count its batches
     engine.model.train()
     # After the first step the optimizer's state has two values per parameter.
     new = [] if engine.optimizer.state else trained(engine.module)
     state = [torch.empty_like(p) for p in new for _ in range(2)]
     for name, cuts in largest.items():
-        cuts = sorted(cuts, key=lambda cut: cut.duration, reverse=True)
-        number = len(cuts)
+        cuts, number = sorted(cuts, key=lambda cut: -cut.duration), len(cuts)
         while number and not _fits(engine, loss, silent_batch(cuts[:number], data)):
             number //= 2
         if number < len(cuts):
@@ -97,11 +95,11 @@ def scan_memory(engine: Engine, loss: BatchLoss, data: TrainingData) -> None:
 
 def _fits(engine: Engine, loss: BatchLoss, batch: dict) -> bool:
     """Run forward and backward on this rank only; return true if memory suffices."""
+    fits = True
     try:
         with engine.grad_sync(last=False), engine.autocast():
             sums = loss(engine.model, batch)
         sums["loss"].backward()
-        fits = True
     except torch.OutOfMemoryError:
         fits = False
     engine.zero_grad()

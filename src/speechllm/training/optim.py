@@ -29,8 +29,7 @@ FROM_FLAGS = ("initial_lr", "betas", "weight_decay")  # group options not taken 
 def param_groups(config: TrainConfig, model: nn.Module) -> list[dict]:
     """Return the trainable parameters, in order, in one group per learning rate.
 
-    Raises:
-      InputError: a learning rate is given for a part that is not trainable.
+    A learning rate for a part that is not trainable raises InputError.
     """
     factors = {name: getattr(config, name) for name in PARTS}
     groups: dict[float, list[nn.Parameter]] = {}
@@ -123,10 +122,8 @@ def lr_factor(config: TrainConfig, num_steps: int | None = None) -> Factor:
     """Return the schedule selected by --lr-schedule as a function.
 
     Args:
-      num_steps: total number of steps, if the schedule depends on it.
-
-    Raises:
-      InputError: training ends before the warm-up does.
+      num_steps: total number of steps, if the schedule depends on it; a longer warm-up raises
+        InputError.
     """
     function, names = SCHEDULES[config.lr_schedule]
     values = {**vars(config), "num_steps": num_steps}

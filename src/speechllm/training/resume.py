@@ -136,13 +136,10 @@ def archive_later_checkpoints(exp_dir: Path, state: TrainState) -> Path | None:
 
 
 def check_room(exp_dir: Path, parameters: Iterable[Tensor], num_files: int) -> int:
-    """Check that the disk has room for checkpoints, and return the estimated size of one in bytes.
+    """Return the estimated size of a checkpoint in bytes; raise InputError if two do not fit.
 
     Args:
       num_files: number of checkpoints in the whole run; if not all fit, a warning is logged.
-
-    Raises:
-      InputError: two checkpoints do not fit on the disk.
     """
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     size = 3 * trained  # optimizers have two values per parameter
@@ -167,11 +164,7 @@ class Start:
 
 
 def find_start(config: TrainConfig, dist_env: DistEnv = DistEnv()) -> Start:
-    """Find and read the checkpoint to resume from; rank 0 chooses it.
-
-    Raises:
-      FileNotFoundError, InputError: a required checkpoint is missing, or no checkpoint is loadable.
-    """
+    """Find and read the checkpoint to resume from; rank 0 chooses it."""
     start = Start()
     if dist_env.is_main:
         start = _choose(config)
@@ -228,11 +221,7 @@ def _first_loadable(paths: Iterable[Path], errors: list[InputError]) -> Start:
 
 
 def _read(path: Path) -> Start:
-    """Read a checkpoint.
-
-    Raises:
-      InputError: the file is damaged, or contains only a model.
-    """
+    """Read a checkpoint; raise InputError if it is damaged or contains only a model."""
     checkpoint = load_checkpoint(path)
     for entry in REQUIRED:
         if entry not in checkpoint:
@@ -241,11 +230,7 @@ def _read(path: Path) -> Start:
 
 
 def check_optimizer(start: Start, optimizer: torch.optim.Optimizer) -> None:
-    """Check that the checkpoint, if any, has the same optimizer and parameter groups.
-
-    Raises:
-      InputError: they differ.
-    """
+    """Raise InputError if the checkpoint has another optimizer or other parameter groups."""
     if not start.path:
         return
     saved, groups = start.checkpoint["optimizer"]["param_groups"], optimizer.param_groups

@@ -10,7 +10,7 @@ with respect to an imaginary factor in front of the tensor. One learning rate su
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -60,12 +60,8 @@ class ScaledAdam(torch.optim.Optimizer):
         super().__init__(params, defaults | progress)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient; return the loss of `closure`, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -76,7 +72,6 @@ class ScaledAdam(torch.optim.Optimizer):
             clip = None if group["clipping_scale"] is None else self._clip_factor(group, params)
             for batch in self._batches(params):
                 self._update(group, batch, clip)
-        return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a copy of a `state_dict()`."""

@@ -16,8 +16,7 @@ from speechllm.errors import InputError
 from speechllm.seeding import seed_everything
 from speechllm.signals import EXIT_CODE, Preempted, StopRequested, stop_signal
 from speechllm.training.config import TrainConfig
-from speechllm.training.engine import Engine
-from speechllm.training.grad_scaler import adjust_grad_scale
+from speechllm.training.engine import Engine, adjust_grad_scale
 from speechllm.training.invalid_utterances import InvalidUtteranceTracker
 from speechllm.training.metrics import RESET_INTERVAL, Metrics, TensorBoard, ThroughputMeter
 from speechllm.training.optim import Schedule
@@ -151,7 +150,6 @@ class Trainer:
             ) from None
 
     def _train_epoch(self) -> None:
-        """Train on the remaining batches in an epoch."""
         state, accumulate = self.state, self.config.grad_accum
         seconds, dist_env = self.loaders.epoch_seconds, self.engine.dist_env
         self.meter = ThroughputMeter(f"epoch {state.epoch}", seconds, dist_env)
@@ -231,7 +229,6 @@ class Trainer:
         return metrics
 
     def _abort(self) -> None:
-        """Save a checkpoint and end training after too many skipped steps."""
         self._save_checkpoint()
         limit, dtype = self.config.max_skipped_steps, self.engine.dtype
         raise InputError(abort_message(self.state, self.step.last_skip, limit, dtype))

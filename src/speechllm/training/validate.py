@@ -52,9 +52,6 @@ def _synchronized(
     """Yield this rank's batches and whether each counts; stop on all ranks together.
 
     With a sharded model, a rank repeats its last batch until all ranks have finished.
-
-    Raises:
-      InputError: the model is sharded, and this rank has no batch.
     """
     dist_env = engine.dist_env
     remaining, batch = iter(batches), None

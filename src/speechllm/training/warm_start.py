@@ -30,7 +30,6 @@ def initialize(model: SpeechLLM, config: ModelConfig, path: Path) -> None:
     else for the encoder at the same position.
 
     Raises:
-      FileNotFoundError: the checkpoint is missing.
       InputError: the checkpoint cannot be read, no part is compatible, or a frozen projector
         would not be loaded.
     """

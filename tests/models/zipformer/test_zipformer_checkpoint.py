@@ -56,7 +56,7 @@ def test_a_wrong_size_is_an_error_with_the_right_one(encoder, path):
     with pytest.raises(InputError) as error:
         load_encoder(path, "tiny")
     assert str(error.value).startswith(f"{path} is not a Zipformer of size 'tiny': encoder")
-    assert str(error.value).endswith(" in this size; its shapes match size 'mini'")
+    assert str(error.value).endswith("; its shapes match size 'mini'")
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_wrong_size_is_an_error_with_the_right_one(encoder, path):
     "changes, sentence",
     [
         ({"encoder_embed__out__bias": torch.zeros(3)},
-         r"encoder_embed.out.bias has shape \(3,\) in the file and \(16,\) in this size$"),
+         r"encoder_embed.out.bias has shape \(3,\), not \(16,\)$"),
         ({"encoder_embed__out__bias": None, "encoder__downsample_output__bias": None},
          "2 missing keys, e.g. encoder.downsample_output.bias$"),
         ({"quantizer__codebook": torch.zeros(3)}, "1 unexpected key, e.g. quantizer.codebook$"),

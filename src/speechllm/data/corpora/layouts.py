@@ -92,7 +92,6 @@ def recognize(folder: Path) -> str:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Map paths relative to the folder to files."""
     return {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
 
 
@@ -250,7 +249,6 @@ def _read_voxpopuli(files: list[Path]) -> Iterator[Utterance]:
 
 
 def _read_recipe(name: str, folder: Path) -> Iterator[Utterance]:
-    """Read a corpus with lhotse's recipe; raise InputError if it does not exist or fails."""
     from lhotse import recipes
 
     prepare = getattr(recipes, f"prepare_{name.replace('-', '_')}", None)

@@ -94,7 +94,7 @@ def _read_recordings(file: Path, split: str) -> Iterator[Utterance]:
 def _utterance(cut: Cut, supervision: SupervisionSegment, split: str, place: str) -> Utterance:
     channel = cut.channel if isinstance(cut, MonoCut) else supervision.channel
     try:
-        problem = _problem(cut, channel) or _time_problem(cut, supervision)
+        problem = _problem(cut, supervision, channel)
     except TypeError as error:  # lhotse does not check the fields
         problem = "malformed", first_line(error)
     if problem:
@@ -121,14 +121,9 @@ def _utterance(cut: Cut, supervision: SupervisionSegment, split: str, place: str
     )
 
 
-def _time_problem(cut: Cut, supervision: SupervisionSegment) -> tuple[str, str] | None:
-    if -TOLERANCE <= supervision.start and supervision.end <= cut.duration + TOLERANCE:
-        return None
-    times = f"from {supervision.start:g} to {supervision.end:g} s"
-    return "supervision-outside", f"lasts {times}, its audio from 0 to {cut.duration:g} s"
-
-
-def _problem(cut: Cut, channel: int | list[int] | None) -> tuple[str, str] | None:
+def _problem(
+    cut: Cut, supervision: SupervisionSegment, channel: int | list[int] | None
+) -> tuple[str, str] | None:
     recording = getattr(cut, "recording", None)
     if recording is None:
         return "no-audio", "not a cut of one recording"
@@ -139,4 +134,7 @@ def _problem(cut: Cut, channel: int | list[int] | None) -> tuple[str, str] | Non
         return "no-audio", f"its audio is of type {others[0]}, not a file"
     if isinstance(channel, int) and channel not in recording.channel_ids:
         return "channels", f"its recording has channels {recording.channel_ids}, not {channel}"
+    if not (-TOLERANCE <= supervision.start and supervision.end <= cut.duration + TOLERANCE):
+        times = f"from {supervision.start:g} to {supervision.end:g} s"
+        return "supervision-outside", f"lasts {times}, its audio from 0 to {cut.duration:g} s"
     return None

@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speechllm.checkpoints import copy_to_cpu, load_checkpoint, write_checkpoint
+from speechllm.checkpoints import (
+    copy_to_cpu,
+    load_checkpoint,
+    state_difference,
+    write_checkpoint,
+)
 from speechllm.errors import InputError
 from speechllm.models.zipformer.config import (
     AUTO,
@@ -74,11 +79,7 @@ def _read_config(
 def encoder_from_state(
     state: dict[str, Tensor], config: ZipformerConfig, dropout: float = 0.1
 ) -> ZipformerEncoder:
-    """Build an encoder from an icefall state dict.
-
-    Raises:
-      InputError: a parameter is missing, unexpected or has a different shape.
-    """
+    """Build an encoder from an icefall state dict; raise InputError if keys or shapes differ."""
     vocab_size = state[CTC_WEIGHT].size(0) if CTC_WEIGHT in state else None
     used = {k: v for k, v in state.items() if k.split(".")[0] not in UNUSED_HEADS}
     if problem := _difference(used, config, vocab_size):
@@ -105,18 +106,10 @@ def describe_unused(state: dict[str, Tensor]) -> str:
 def _difference(
     state: dict[str, Tensor], config: ZipformerConfig, vocab_size: int | None, prefix: str = ""
 ) -> str:
-    """Return the first key or shape that differs from the encoder of `config`, or ""."""
     with torch.device("meta"):
         encoder = ZipformerEncoder(config, vocab_size)
-    expected, found = (
-        {key: tuple(value.shape) for key, value in tensors.items() if key.startswith(prefix)}
-        for tensors in (encoder.state_dict(), state)
+    found, expected = (
+        {key: value for key, value in tensors.items() if key.startswith(prefix)}
+        for tensors in (state, encoder.state_dict())
     )
-    for key in expected:
-        if found.get(key, expected[key]) != expected[key]:
-            return f"{key} has shape {found[key]} in the file and {expected[key]} in this size"
-    missing, unexpected = expected.keys() - found, found.keys() - expected
-    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
-        if keys:
-            return f"{len(keys)} {kind} key{'s' * (len(keys) > 1)}, e.g. {min(keys)}"
-    return ""
+    return state_difference(found, expected)

@@ -72,11 +72,7 @@ class Chunking(NamedTuple):
         return "" if self.chunk_size < 0 else f"chunk{self.chunk_size}{left}"
 
     def check(self, config: ZipformerConfig) -> None:
-        """Check that an encoder with this configuration supports the chunking.
-
-        Raises:
-          InputError: the encoder is not causal, or its layers do not support the sizes.
-        """
+        """Raise InputError unless an encoder with this configuration supports the chunking."""
         size, left = f"--chunk-size {self.chunk_size}", self.left_context
         if self.chunk_size < 0:
             return
@@ -103,8 +99,7 @@ OFFLINE = Chunking()
 def parse_chunkings(chunk_sizes: str, left_contexts: str) -> tuple[Chunking, ...]:
     """Combine comma-separated chunk sizes and left contexts; the last value is the default.
 
-    Raises:
-      InputError: a value is neither positive nor -1.
+    Values that are neither positive nor -1 raise InputError.
     """
     given = {"--chunk-size": chunk_sizes, "--left-context-frames": left_contexts}
     values = []

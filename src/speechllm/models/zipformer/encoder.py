@@ -184,8 +184,7 @@ class ZipformerEncoder(nn.Module):
     def set_chunkings(self, chunkings: tuple[Chunking, ...]) -> None:
         """Set the chunkings to sample from in training; evaluation uses the last one.
 
-        Raises:
-          InputError: the encoder is not causal or does not support a chunking.
+        Chunkings that the encoder does not support raise InputError.
         """
         for chunking in chunkings:
             chunking.check(self.config)
