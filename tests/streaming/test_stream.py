@@ -213,7 +213,7 @@ def test_final_texts_are_those_of_the_offline_llm(streamer, monkeypatch):
         else:
             [expected] = recognizer.decode(recognizer.encode({"features": own, "feature_lens": n}))
         assert one.text == expected.text
-        assert [word.text for word in one.words] == [word.word for word in expected.words]
+        assert [word.text for word in one.words] == [word.text for word in expected.words]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from speechllm.decoding.recognizer import Recognizer
 from speechllm.errors import InputError, first_line
 from speechllm.longform.chunker import AudioChunk, Chunker
 from speechllm.longform.config import LongformConfig
-from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript, Word
+from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript
 from speechllm.models.config import ModelConfig, check_model_files
 from speechllm.models.prompt import encode_contexts
 from speechllm.precision import auto_dtype
@@ -305,10 +305,7 @@ def make_segment(start: float, end: float, recognition: Recognition | None) -> S
     flags = tuple(recognition.flags) if recognition else ()
     if recognition is None or recognition.ctc_text == "":
         return Segment(start, end, "", source=NO_SPEECH, flags=flags)
-    words = tuple(
-        Word(start + word.start, start + word.end, word.word, word.confidence)
-        for word in recognition.words or ()
-    )
+    words = tuple(word.shifted(start) for word in recognition.words or ())
     log_probs = recognition.hypothesis.log_probs
     confidence = math.exp(sum(log_probs) / len(log_probs)) if log_probs else 0.0
     return Segment(start, end, recognition.text, words, confidence, recognition.source, flags)
