@@ -222,13 +222,13 @@ def test_memory_does_not_grow(streamer):
     block = noise(1.0)
     for _ in range(8):
         stream.feed(block)
-        phrase, states = stream.encoded.phrase, stream.encoded.states
+        phrase, states = stream.phrase, stream.phrase.states
         sizes.append(len(phrase.features))
         assert len(phrase) <= 25 * (CONFIG.max_segment_duration + 1)
         assert phrase.features.untyped_storage().size() == 4 * phrase.features.numel()
         shapes = [one.shape for state in states for one in state.stored]
         assert shapes == [
-            one.shape for state in streamer.encoding.open().states for one in state.stored
+            one.shape for state in streamer.encoding.initial for one in state.stored
         ]
     assert max(sizes[4:]) <= max(sizes[:4]) + 100
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.audio.fbank import SAMPLING_RATE, fbank_extractor
 from speechllm.audio.resample import windows
@@ -27,6 +26,7 @@ from speechllm.longform.cut_points import (
     non_speech_mask,
     smoothed_energies,
 )
+from speechllm.models.speech_encoders import pad_features
 from speechllm.models.zipformer.ctc_head import BLANK
 
 WINDOW = 16 * SAMPLING_RATE  # samples per window in the encoder passes that find cut points
@@ -122,8 +122,7 @@ class Chunker:
     def _spikes(self, features: list[Tensor]) -> list[list[CtcSpike] | None]:
         if self.recognizer.ctc_decoder is None:
             return [None] * len(features)
-        lens = torch.tensor([len(one) for one in features])
-        outputs = self.recognizer.decode_ctc(pad_sequence(features, batch_first=True), lens)
+        outputs = self.recognizer.decode_ctc(*pad_features(features))
         return [_find_spikes(output, self.recognizer.search.ctc_lag) for output in outputs]
 
 

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
 from speechllm.data.length_limits import speech_embeddings
@@ -24,6 +23,7 @@ from speechllm.longform.config import LongformConfig
 from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript
 from speechllm.models.config import ModelConfig, check_model_files
 from speechllm.models.prompt import encode_contexts
+from speechllm.models.speech_encoders import pad_features
 from speechllm.precision import auto_dtype
 
 Item = TypeVar("Item")
@@ -280,10 +280,10 @@ def _until_error(
 def _collate(chunks: Iterable[AudioChunk]) -> dict:
     """Return a batch of chunks that have features, in the format of speechllm.data.dataset."""
     chunks = list(chunks)
-    features = [chunk.features for chunk in chunks]
+    features, lens = pad_features([chunk.features for chunk in chunks])
     return {
-        "features": pad_sequence(features, batch_first=True),
-        "feature_lens": torch.tensor([len(one) for one in features]),
+        "features": features,
+        "feature_lens": lens,
         "seconds": sum(len(chunk.samples) for chunk in chunks) / SAMPLING_RATE,
         "contexts": [chunk.context for chunk in chunks],
         "hotwords": [chunk.hotwords for chunk in chunks],
