@@ -249,9 +249,9 @@ def test_models_that_cannot_stream_are_an_error(recognizers, name, options, sent
 
 def test_the_chunks_of_the_model_are_the_default(recognizers):
     encoder = recognizers["causal"].model.encoder[0]
-    assert Streamer(recognizers["causal"]).encoding.advance == 64
+    assert Streamer(recognizers["causal"]).encoding.encoders[0].advance == 64
     encoder.set_chunkings((CHUNKING,))
-    assert Streamer(recognizers["causal"]).encoding.advance == 16
+    assert Streamer(recognizers["causal"]).encoding.encoders[0].advance == 16
     encoder.set_chunkings((OFFLINE,))
 
 

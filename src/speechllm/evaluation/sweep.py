@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from speechllm.data.config import DataConfig
-from speechllm.data.length_limits import frames_needed
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.distributed import DistEnv
 from speechllm.evaluation.config import DecodeConfig
@@ -46,8 +45,8 @@ def warm_up(cuts: EvalSet, recognizer: Recognizer, data: DataConfig) -> None:
     def decode_one(batches):
         return recognizer(itertools.islice(batches, 1))
 
-    min_frames = frames_needed(recognizer.model.ds_rate)
-    decode_shard(cuts, decode_one, replace(data, num_workers=0), min_frames=min_frames)
+    data = replace(data, num_workers=0)
+    decode_shard(cuts, decode_one, data, min_frames=recognizer.min_frames)
 
 
 def write_table(name: str, rows: list[list[str]], path: Path) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from speechllm.audio.fbank import SAMPLING_RATE, fbank_extractor
 from speechllm.audio.resample import windows
 from speechllm.audio.vad import SpeechDetector
-from speechllm.data.length_limits import frames_needed
 from speechllm.decoding.ctc_decoder import CtcOutput
 from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.recognizer import Recognizer
@@ -93,7 +92,7 @@ class Chunker:
         features = None
         if not non_speech and len(samples) >= FRAME:  # fbank needs at least one window
             features = self.fbank.extract(samples, SAMPLING_RATE)
-            if len(features) < frames_needed(self.recognizer.model.ds_rate):
+            if len(features) < self.recognizer.min_frames:
                 features = None
         return AudioChunk(start, samples, features)
 

@@ -10,8 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
-from speechllm.data.length_limits import speech_embeddings
+from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.load import TrainedModel
@@ -258,11 +257,9 @@ class Transcriber:
 
     def _positions(self) -> tuple[int, int]:
         """Return the LLM's number of positions, and the maximum that a segment may need."""
-        model, max_new_tokens = self.recognizer.model, self.recognizer.search.max_new_tokens
-        n, limit = len(model.encoder), model.llm.config.max_position_embeddings
-        frames = round(self.config.max_segment_duration / FRAME_SHIFT)
-        speech = n * speech_embeddings(frames, model.ds_rate)
-        return limit, len(model.chat.prompt(n)) + speech + max_new_tokens
+        check = self.recognizer.too_many_positions
+        before_text = check.count_positions.before_text(self.config.max_segment_duration)
+        return check.limit, before_text + check.max_new_tokens
 
 
 def _until_error(
