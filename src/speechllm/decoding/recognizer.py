@@ -132,16 +132,13 @@ class Recognizer:
         for batch, encoded in encoded_batches:
             recognitions = self.decode(encoded)
             for one in recognitions:
-                self._count(one)
+                work = one.hypothesis
+                self.counter.update(
+                    {"utterances": 1, "from CTC": one.source == "CTC", "flagged": bool(one.flags),
+                     "passes": work.passes, "drafted": work.drafted, "accepted": work.accepted}
+                )  # fmt: skip
             self.audio_seconds += batch["seconds"]
             yield batch, recognitions
-
-    def _count(self, one: Recognition) -> None:
-        work = one.hypothesis
-        self.counter.update(
-            {"utterances": 1, "from CTC": one.source == "CTC", "flagged": bool(one.flags),
-             "passes": work.passes, "drafted": work.drafted, "accepted": work.accepted}
-        )  # fmt: skip
 
     @torch.no_grad()
     def encode(self, batch: dict) -> EncodedBatch:

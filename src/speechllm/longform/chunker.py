@@ -65,8 +65,7 @@ class Chunker:
             yield from self._split(chain(first, blocks))
         elif held:
             chunk = self._chunk(0, torch.cat(first))
-            features = chunk.features
-            if features is not None and self._non_speech([chunk.samples])[0].any():
+            if chunk.features is not None and self._non_speech([chunk.samples])[0].any():
                 yield from self._split(first)
             else:
                 yield chunk
