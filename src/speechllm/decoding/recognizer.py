@@ -222,7 +222,6 @@ class Recognizer:
     def _search(
         self, encoded: EncodedBatch, rows: list[int], search: SearchConfig
     ) -> dict[int, Recognition]:
-        """Return the recognitions for some utterances in the batch."""
         if not rows:
             return {}
         prompts, limit = self._prompts(encoded, rows), search.max_new_tokens
@@ -260,7 +259,6 @@ class Recognizer:
         return encoded.embeds[to_device(self.device, torch.tensor(rows))], encoded.mask[rows]
 
     def _correct(self, encoded: EncodedBatch, found: dict[int, Recognition]) -> None:
-        """Correct the recognitions with the spotted hotwords."""
         rows = [b for b in found if encoded.spotted[b] and "repetition" not in found[b].flags]
         corrections = [
             Correction(found[b].hypothesis, encoded.ctc[b], encoded.spotted[b], encoded.trees[b])

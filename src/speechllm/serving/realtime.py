@@ -113,7 +113,6 @@ class Session:
         await self.websocket.close(TRY_AGAIN_LATER if is_busy else POLICY_VIOLATION)
 
     def _created(self) -> dict:
-        """Return session.created, for both dialects."""
         session = {"id": new_id("sess"), "object": "realtime.transcription_session"}
         created = {"type": "session.created", "id": session["id"], "created": int(time.time())}
         return created | {"session": session | self.settings.model_dump()}
