@@ -197,7 +197,7 @@ def test_as_many_copies_are_kept_as_in_the_ctc_text(recognize, search, ctc_text)
     assert answer.flags[0] == "repetition" and answer.source == "LLM"
     assert answer.hypothesis.passes < LIMIT / 2
     assert len(answer.hypothesis.log_probs) == len(answer.hypothesis.ids)
-    assert [word.word for word in answer.words] == answer.text.split()
+    assert [word.text for word in answer.words] == answer.text.split()
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def test_greedy_and_draft_agree(recognizer, batch, greedy):
         assert made.audio_seconds == pytest.approx(batch["seconds"])
         assert [one.hypothesis.ids for one in found] == greedy
         assert {one.source for one in found} == {"LLM"}
-        assert [" ".join(word.word for word in one.words) for one in found] == [
+        assert [" ".join(word.text for word in one.words) for one in found] == [
             " ".join(one.text.split()) for one in found
         ]
 

@@ -8,7 +8,7 @@ import torch
 
 from speechllm.decoding.word_times import (
     Span,
-    TimedWord,
+    Word,
     align_words,
     ctc_best_paths,
     ctm_lines,
@@ -81,7 +81,8 @@ def test_words_that_do_not_fit_are_not_aligned(frames, fit):
     assert [span is not None for span in spans] == [fit, fit]
     if not fit:
         words = align_transcript(torch.zeros(frames, 5), 0.3, ["ab", "c"], [[1, 1], [2]])
-        assert [word[1:3] for word in words] == [pytest.approx((0, 0.2)), pytest.approx((0.2, 0.3))]
+        times = [(word.start, word.end) for word in words]
+        assert times == [pytest.approx((0, 0.2)), pytest.approx((0.2, 0.3))]
 
 
 def test_frame_times_follow_the_frontend():
@@ -142,7 +143,7 @@ def test_times_never_overlap_nor_leave_the_utterance(seed):
     words = [letter * (1 + k % 3) for k, letter in enumerate("abcdefgh")]
     duration = 0.04 * frames + 0.05
     found = align_transcript(log_probs, duration, words, pieces, lag=0.2 * (seed % 2))
-    assert [word.word for word in found] == words
+    assert [word.text for word in found] == words
     times = [time for word in found for time in (word.start, word.end)]
     assert times == sorted(times)
     assert 0 <= times[0] and times[-1] <= duration
@@ -163,11 +164,11 @@ def test_confidence_is_the_mean_of_ctc_and_llm():
 
 def test_ctm_lines():
     words = [
-        TimedWord("call", 0.0504, 0.3005, 0.95, True),
-        TimedWord("zoë", 0.3005, 0.3005, 0.25, False),
-        TimedWord("now", 0.3005, 0.7126, 1.0, True),
+        Word(10.0504, 10.3005, "call", 0.95),
+        Word(10.3005, 10.3005, "zoë", 0.25, aligned=False),
+        Word(10.3005, 10.7126, "now", 1.0),
     ]
-    assert ctm_lines("rec-1", "A", 10.0, words) == [  # rounded times do not overlap
+    assert ctm_lines("rec-1", "A", words) == [  # rounded times do not overlap
         "rec-1 A 10.050 0.250 call 0.950",
         ";; not aligned: zoë",
         "rec-1 A 10.300 0.000 zoë 0.250",

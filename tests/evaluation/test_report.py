@@ -13,7 +13,7 @@ from parsed_html import outside, parsed
 from speechllm import reports
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.recognition import Recognition
-from speechllm.decoding.word_times import TimedWord
+from speechllm.decoding.word_times import Word
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut, score_cuts
 from speechllm.evaluation.report import audio_link, report_html
@@ -28,7 +28,7 @@ def cut(cut_id, text, speaker="ann", seconds=3.0):
 def decoded(cut_id, ref, hyp, speaker="ann", seconds=3.0, confidences=None, **fields):
     words = None
     if confidences:
-        words = [TimedWord(w, i, i + 0.5, c, True) for i, (w, c) in
+        words = [Word(i, i + 0.5, w, c) for i, (w, c) in
                  enumerate(zip(hyp.split(), confidences, strict=True))]  # fmt: skip
     result = Recognition(hyp, Hypothesis([1, 2], [-0.5, -0.25]), words=words, **fields)
     return DecodedCut(cut(cut_id, ref, speaker, seconds), result)
@@ -181,7 +181,7 @@ def test_text_is_escaped(page, text):
     one = DecodedCut(
         cut(f"id-{text}", f"{text} b", speaker=text),
         Recognition(text + "c", Hypothesis([1], [-1.0]), ctc_text=text, flags=[text],
-                    replaced_text=text, words=[TimedWord(text + "c", 0, 1, 0.1, True)]),
+                    replaced_text=text, words=[Word(0, 1, text + "c", 0.1)]),
     )  # fmt: skip
     hostile = report([one], name=text, suffix=text)
 

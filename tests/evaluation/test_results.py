@@ -9,14 +9,14 @@ from parsed_html import parsed
 
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.recognition import Recognition
-from speechllm.decoding.word_times import TimedWord
+from speechllm.decoding.word_times import Word
 from speechllm.evaluation.config import EvalConfig
 from speechllm.evaluation.eval_sets import DecodedCut
 from speechllm.evaluation.results import write_results
 
 
 def result(text="a b", **fields):
-    words = [TimedWord(word, i, i + 0.5, 0.9, True) for i, word in enumerate(text.split())]
+    words = [Word(i, i + 0.5, word, 0.9) for i, word in enumerate(text.split())]
     return Recognition(text, Hypothesis([1, 2], [-0.5, -0.5, -0.5]), words=words, **fields)
 
 

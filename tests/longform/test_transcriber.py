@@ -93,7 +93,7 @@ def test_a_short_recording_is_decoded_as_one_utterance(recognizer):
     [(_, [expected])] = recognizer([batch])
     assert (segment.text, segment.source) == (expected.text, expected.source) and segment.text
     assert segment.flags == tuple(expected.flags) and 0 < segment.confidence <= 1
-    assert [word.text for word in segment.words] == [word.word for word in expected.words or []]
+    assert [word.text for word in segment.words] == [word.text for word in expected.words or []]
 
 
 def test_non_speech_is_not_recognized(recognizer):

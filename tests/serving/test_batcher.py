@@ -101,7 +101,7 @@ class Countdown:
 
     def __init__(self, chunks, batches):
         self.chunks, self.batches, self.streamer = chunks, batches, self
-        self.encoded = SimpleNamespace(ended=chunks > 0)
+        self.phrase = SimpleNamespace(ended=chunks > 0)
 
     @property
     def is_ready(self):

@@ -213,7 +213,7 @@ def test_final_texts_are_those_of_the_offline_llm(streamer, monkeypatch):
         else:
             [expected] = recognizer.decode(recognizer.encode({"features": own, "feature_lens": n}))
         assert one.text == expected.text
-        assert [word.text for word in one.words] == [word.word for word in expected.words]
+        assert [word.text for word in one.words] == [word.text for word in expected.words]
 
 
 @pytest.mark.slow
@@ -222,13 +222,13 @@ def test_memory_does_not_grow(streamer):
     block = noise(1.0)
     for _ in range(8):
         stream.feed(block)
-        phrase, states = stream.encoded.phrase, stream.encoded.states
+        phrase, states = stream.phrase, stream.phrase.states
         sizes.append(len(phrase.features))
         assert len(phrase) <= 25 * (CONFIG.max_segment_duration + 1)
         assert phrase.features.untyped_storage().size() == 4 * phrase.features.numel()
         shapes = [one.shape for state in states for one in state.stored]
         assert shapes == [
-            one.shape for state in streamer.encoding.open().states for one in state.stored
+            one.shape for state in streamer.encoding.initial for one in state.stored
         ]
     assert max(sizes[4:]) <= max(sizes[:4]) + 100
 
@@ -249,9 +249,9 @@ def test_models_that_cannot_stream_are_an_error(recognizers, name, options, sent
 
 def test_the_chunks_of_the_model_are_the_default(recognizers):
     encoder = recognizers["causal"].model.encoder[0]
-    assert Streamer(recognizers["causal"]).encoding.advance == 64
+    assert Streamer(recognizers["causal"]).encoding.encoders[0].advance == 64
     encoder.set_chunkings((CHUNKING,))
-    assert Streamer(recognizers["causal"]).encoding.advance == 16
+    assert Streamer(recognizers["causal"]).encoding.encoders[0].advance == 16
     encoder.set_chunkings((OFFLINE,))
 
 

@@ -42,7 +42,6 @@ class PrefixTree:
             node.is_end = True
 
     def _step(self, match: Match, token: int) -> Match:
-        """Return the match after one more token."""
         node, partial = match.node.children.get(token), match.partial + 1
         if node is None:
             node, partial = self.root.children.get(token), 1

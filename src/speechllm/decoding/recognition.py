@@ -9,7 +9,7 @@ from speechllm.decoding.ctc_decoder import CtcOutput
 from speechllm.decoding.hotwords import Spotted
 from speechllm.decoding.hypothesis import Hypothesis
 from speechllm.decoding.prefix_tree import PrefixTree
-from speechllm.decoding.word_times import TimedWord
+from speechllm.decoding.word_times import Word
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Recognition:
     flags: list[str] = field(default_factory=list)  # see hallucination_flags, or "repetition"
     replaced_text: str | None = None  # flagged text that the fallback replaced
     nbest: list[Hypothesis] = field(default_factory=list)
-    words: list[TimedWord] | None = None  # None without a CTC head
+    words: list[Word] | None = None  # None without a CTC head
 
     @property
     def mean_log_prob(self) -> float | None:

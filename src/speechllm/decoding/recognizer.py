@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.audio.fbank import FRAME_SHIFT
+from speechllm.data.length_limits import LLMPositions, TooManyPositions, frames_needed
 from speechllm.decoding.beam import beam_search, score_hypotheses
 from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.correction import Correction, correct
@@ -46,7 +47,12 @@ Item = TypeVar("Item")
 
 
 class Recognizer:
-    """Recognizes batches with one search configuration, and collects decoding statistics."""
+    """Recognizes batches with one search configuration, and collects decoding statistics.
+
+    Attributes:
+      min_frames: minimum feature frames per utterance.
+      too_many_positions: check for cuts that exceed the LLM's positions.
+    """
 
     def __init__(
         self,
@@ -68,6 +74,10 @@ class Recognizer:
         self.search, self.device, self.dtype = search, device, dtype
         phrases = [*(read_hotwords(search.hotwords) if search.hotwords else ()), *search.hotword]
         self.hotwords = self.tokenize_hotwords(phrases)
+        self.min_frames = frames_needed(model.ds_rate)
+        positions = LLMPositions(tokenizer, model.chat, len(model.encoder), model.ds_rate)
+        limit = model.llm.config.max_position_embeddings
+        self.too_many_positions = TooManyPositions(positions, limit, search.max_new_tokens)
         self.draft_policy = DraftPolicy(search.forward_cost or forward_cost(model.base_llm))
         self.start_counting()
 
@@ -122,16 +132,13 @@ class Recognizer:
         for batch, encoded in encoded_batches:
             recognitions = self.decode(encoded)
             for one in recognitions:
-                self._count(one)
+                work = one.hypothesis
+                self.counter.update(
+                    {"utterances": 1, "from CTC": one.source == "CTC", "flagged": bool(one.flags),
+                     "passes": work.passes, "drafted": work.drafted, "accepted": work.accepted}
+                )  # fmt: skip
             self.audio_seconds += batch["seconds"]
             yield batch, recognitions
-
-    def _count(self, one: Recognition) -> None:
-        work = one.hypothesis
-        self.counter.update(
-            {"utterances": 1, "from CTC": one.source == "CTC", "flagged": bool(one.flags),
-             "passes": work.passes, "drafted": work.drafted, "accepted": work.accepted}
-        )  # fmt: skip
 
     @torch.no_grad()
     def encode(self, batch: dict) -> EncodedBatch:
@@ -215,7 +222,6 @@ class Recognizer:
     def _search(
         self, encoded: EncodedBatch, rows: list[int], search: SearchConfig
     ) -> dict[int, Recognition]:
-        """Return the recognitions for some utterances in the batch."""
         if not rows:
             return {}
         prompts, limit = self._prompts(encoded, rows), search.max_new_tokens
@@ -253,7 +259,6 @@ class Recognizer:
         return encoded.embeds[to_device(self.device, torch.tensor(rows))], encoded.mask[rows]
 
     def _correct(self, encoded: EncodedBatch, found: dict[int, Recognition]) -> None:
-        """Correct the recognitions with the spotted hotwords."""
         rows = [b for b in found if encoded.spotted[b] and "repetition" not in found[b].flags]
         corrections = [
             Correction(found[b].hypothesis, encoded.ctc[b], encoded.spotted[b], encoded.trees[b])

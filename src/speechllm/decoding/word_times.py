@@ -12,6 +12,8 @@ On the dev set, the demo's encoders lag by 0.03 s after a flat start, 0.11 s wit
 """
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate, chain, compress, pairwise
 from statistics import median
 from typing import NamedTuple
@@ -39,14 +41,24 @@ class Span(NamedTuple):
     log_prob: float
 
 
-class TimedWord(NamedTuple):
-    """A word with start and end in seconds; `aligned` is true if CTC could align it."""
+@dataclass(frozen=True)
+class Word:
+    """A word, with times in seconds from the start of the recording (or of the utterance).
 
-    word: str
+    confidence: 0 to 1, the mean of the CTC and LLM probabilities; the latter is the product over
+      the word's tokens, as all of them must be right.
+    aligned: true if CTC could align the word.
+    """
+
     start: float
     end: float
-    confidence: float  # 0 to 1
-    aligned: bool
+    text: str
+    confidence: float
+    aligned: bool = True
+
+    def shifted(self, seconds: float) -> "Word":
+        start, end = self.start + seconds, self.end + seconds
+        return Word(start, end, self.text, self.confidence, self.aligned)
 
 
 def align_words(log_probs: list[Tensor], pieces: list[list[list[int]]]) -> list[list[Span | None]]:
@@ -147,7 +159,7 @@ def time_words(
     words: list[str],
     llm_log_probs: list[float] | None = None,
     lag: float = LAG,
-) -> list[TimedWord]:
+) -> list[Word]:
     """Return every word with its time, in order, without overlap, within [0, duration].
 
     Args:
@@ -161,30 +173,29 @@ def time_words(
     starts, ends = _borders(words, spans, duration_seconds, lag)
     confidences = map(_confidence, spans, llm_log_probs or [None] * len(words))
     is_aligned = [span is not None for span in spans]
-    return list(map(TimedWord, words, starts, ends, confidences, is_aligned))
+    return list(map(Word, starts, ends, words, confidences, is_aligned))
 
 
-def ctm_lines(recording_id: str, channel: str, offset: float, words: list[TimedWord]) -> list[str]:
+def ctm_lines(recording_id: str, channel: str, words: Iterable[Word]) -> list[str]:
     """Return NIST CTM lines: `<recording> <channel> <begin s> <duration s> <word> <confidence>`.
 
-    A comment `;; not aligned: <word>` precedes each word that CTC could not align. `offset` seconds
-    are added to all times.
+    A comment `;; not aligned: <word>` precedes each word that CTC could not align.
 
     Raises:
       InputError: a field is empty or contains white space.
     """
     lines = []
-    for word, start, end, confidence, aligned in words:
-        for field in (recording_id, channel, word):
+    for word in words:
+        for field in (recording_id, channel, word.text):
             if field.split() != [field]:
                 raise InputError(f"{recording_id}: {field!r} cannot be one field of a CTM line")
         # Start and end are rounded, so a word never ends after the next word starts.
-        begin, end = round(1000 * (offset + start)), round(1000 * (offset + end))
-        if not aligned:
-            lines.append(f";; not aligned: {word}")
+        begin, end = round(1000 * word.start), round(1000 * word.end)
+        if not word.aligned:
+            lines.append(f";; not aligned: {word.text}")
         lines.append(
             f"{recording_id} {channel} {begin / 1000:.3f} {(end - begin) / 1000:.3f} "
-            f"{word} {confidence:.3f}"
+            f"{word.text} {word.confidence:.3f}"
         )
     return lines
 

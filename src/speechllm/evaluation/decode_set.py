@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 import torch
 
 from speechllm.cli import comma_list
-from speechllm.data.length_limits import LLMPositions, TooManyPositions, frames_needed
 from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.hotwords import read_hotwords
 from speechllm.decoding.load import TrainedModel, read_parameters
@@ -56,14 +55,12 @@ def decode_set(
 ) -> ErrorCounts:
     """Decode a test set jointly with the other processes; write the results; return the errors."""
     recognizer.start_counting()
-    model, most = recognizer.model, recognizer.search.max_new_tokens
-    positions = LLMPositions(recognizer.tokenizer, model.chat, len(model.encoder), model.ds_rate)
     shard = decode_shard(
         cuts,
         recognizer,
         config.data,
-        min_frames=frames_needed(model.ds_rate),
-        more_errors=TooManyPositions(positions, model.llm.config.max_position_embeddings, most),
+        min_frames=recognizer.min_frames,
+        more_errors=recognizer.too_many_positions,
         use_context=config.model.use_context,
         dist_env=dist_env,
     )

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 
 from lhotse.cut import Cut, MonoCut
@@ -136,9 +137,9 @@ def _json(**fields) -> str:
 
 def _ctm(recognized: list[DecodedCut]) -> Iterable[str]:
     """Yield CTM lines sorted by recording and time, as NIST's tools expect."""
-    timed = [(_position(one.cut), one.result.words) for one in recognized if one.result.words]
-    for position, words in sorted(timed):
-        yield from ctm_lines(*position, words)
+    timed = [(*_position(one.cut), one.result.words) for one in recognized if one.result.words]
+    for recording, channel, start, words in sorted(timed, key=itemgetter(0, 1, 2)):
+        yield from ctm_lines(recording, channel, [word.shifted(start) for word in words])
 
 
 def _position(cut: Cut) -> tuple[str, str, float]:

@@ -5,13 +5,10 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from speechllm.data.config import DataConfig
-from speechllm.data.length_limits import frames_needed
-from speechllm.decoding.recognizer import Recognizer
 from speechllm.distributed import DistEnv
 from speechllm.evaluation.config import DecodeConfig
 from speechllm.evaluation.decode_set import decode_set, prepare, result_suffix
-from speechllm.evaluation.eval_sets import EvalSet, decode_shard
+from speechllm.evaluation.eval_sets import decode_shard
 from speechllm.io import atomic_write
 
 Variant = tuple[dict[str, str], DecodeConfig]  # swept flags and values; all options
@@ -24,7 +21,12 @@ def sweep_sets(dist_env: DistEnv, variants: list[Variant]) -> None:
     sets, model = prepare(first, "sweep", dist_env)
     # All recognizers are built first: an impossible variant ends the program before decoding.
     recognizers = [model.recognizer(one.search, one.checkpoint.use_encoders) for one in configs]
-    warm_up(sets[0], recognizers[0], first.data)
+    decode_shard(  # one batch, as the first is slow
+        sets[0],
+        lambda batches: recognizers[0](itertools.islice(batches, 1)),
+        replace(first.data, num_workers=0),
+        min_frames=recognizers[0].min_frames,
+    )
     tables: dict[str, list[list[str]]] = {one.name: [] for one in sets}
     for one, config, recognizer in zip(values, configs, recognizers):
         suffix = result_suffix(config, recognizer.search, model.parameters_name)
@@ -38,16 +40,6 @@ def sweep_sets(dist_env: DistEnv, variants: list[Variant]) -> None:
             flags = "+".join(values[0])
             path = first.out_dir / f"sweep-{name}-{model.parameters_name}-{flags}.tsv"
             write_table(name, rows, path)
-
-
-def warm_up(cuts: EvalSet, recognizer: Recognizer, data: DataConfig) -> None:
-    """Decode one batch, as the first batch is slow."""
-
-    def decode_one(batches):
-        return recognizer(itertools.islice(batches, 1))
-
-    min_frames = frames_needed(recognizer.model.ds_rate)
-    decode_shard(cuts, decode_one, replace(data, num_workers=0), min_frames=min_frames)
 
 
 def write_table(name: str, rows: list[list[str]], path: Path) -> None:

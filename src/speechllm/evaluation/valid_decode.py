@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speechllm.data.length_limits import TooManyPositions
 from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.ctc_decoder import find_ctc_decoder
 from speechllm.decoding.recognizer import Recognizer
@@ -33,13 +32,12 @@ def valid_decoder(
     search = SearchConfig(word_timestamps=False).resolve(ctc is not None)
     tokenizer = data.text.tokenizer.tokenizer
     recognizer = Recognizer(model, tokenizer, ctc, search, dist_env.device, training.dtype)
-    most = model.llm.config.max_position_embeddings, search.max_new_tokens
 
     def decode() -> dict[str, Tensor]:
         shard = decode_shard(
-            cuts, recognizer, data.config, min_frames=data.min_frames,
-            more_errors=TooManyPositions(data.count_positions, *most),
-            use_context=config.use_context, dist_env=dist_env, encoder_cache=data.encoder_cache,
+            cuts, recognizer, data.config, min_frames=recognizer.min_frames,
+            more_errors=recognizer.too_many_positions, use_context=config.use_context,
+            dist_env=dist_env, encoder_cache=data.encoder_cache,
         )  # fmt: skip
         decoded = merge_results(cuts, ChainMap(*dist_env.gather_objects(shard)))
         texts = [one.result.text if one.result else "" for one in decoded]

@@ -7,12 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.audio.fbank import SAMPLING_RATE, fbank_extractor
 from speechllm.audio.resample import windows
 from speechllm.audio.vad import SpeechDetector
-from speechllm.data.length_limits import frames_needed
 from speechllm.decoding.ctc_decoder import CtcOutput
 from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.recognizer import Recognizer
@@ -27,6 +25,7 @@ from speechllm.longform.cut_points import (
     non_speech_mask,
     smoothed_energies,
 )
+from speechllm.models.speech_encoders import pad_features
 from speechllm.models.zipformer.ctc_head import BLANK
 
 WINDOW = 16 * SAMPLING_RATE  # samples per window in the encoder passes that find cut points
@@ -66,8 +65,7 @@ class Chunker:
             yield from self._split(chain(first, blocks))
         elif held:
             chunk = self._chunk(0, torch.cat(first))
-            features = chunk.features
-            if features is not None and self._non_speech([chunk.samples])[0].any():
+            if chunk.features is not None and self._non_speech([chunk.samples])[0].any():
                 yield from self._split(first)
             else:
                 yield chunk
@@ -93,7 +91,7 @@ class Chunker:
         features = None
         if not non_speech and len(samples) >= FRAME:  # fbank needs at least one window
             features = self.fbank.extract(samples, SAMPLING_RATE)
-            if len(features) < frames_needed(self.recognizer.model.ds_rate):
+            if len(features) < self.recognizer.min_frames:
                 features = None
         return AudioChunk(start, samples, features)
 
@@ -122,8 +120,7 @@ class Chunker:
     def _spikes(self, features: list[Tensor]) -> list[list[CtcSpike] | None]:
         if self.recognizer.ctc_decoder is None:
             return [None] * len(features)
-        lens = torch.tensor([len(one) for one in features])
-        outputs = self.recognizer.decode_ctc(pad_sequence(features, batch_first=True), lens)
+        outputs = self.recognizer.decode_ctc(*pad_features(features))
         return [_find_spikes(output, self.recognizer.search.ctc_lag) for output in outputs]
 
 

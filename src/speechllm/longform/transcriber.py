@@ -9,10 +9,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from speechllm.audio.fbank import FRAME_SHIFT, SAMPLING_RATE
-from speechllm.data.length_limits import speech_embeddings
+from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.decoding.config import CheckpointConfig, SearchConfig
 from speechllm.decoding.hotwords import Hotwords
 from speechllm.decoding.load import TrainedModel
@@ -21,9 +19,10 @@ from speechllm.decoding.recognizer import Recognizer
 from speechllm.errors import InputError, first_line
 from speechllm.longform.chunker import AudioChunk, Chunker
 from speechllm.longform.config import LongformConfig
-from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript, Word
+from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript
 from speechllm.models.config import ModelConfig, check_model_files
 from speechllm.models.prompt import encode_contexts
+from speechllm.models.speech_encoders import pad_features
 from speechllm.precision import auto_dtype
 
 Item = TypeVar("Item")
@@ -258,11 +257,9 @@ class Transcriber:
 
     def _positions(self) -> tuple[int, int]:
         """Return the LLM's number of positions, and the maximum that a segment may need."""
-        model, max_new_tokens = self.recognizer.model, self.recognizer.search.max_new_tokens
-        n, limit = len(model.encoder), model.llm.config.max_position_embeddings
-        frames = round(self.config.max_segment_duration / FRAME_SHIFT)
-        speech = n * speech_embeddings(frames, model.ds_rate)
-        return limit, len(model.chat.prompt(n)) + speech + max_new_tokens
+        check = self.recognizer.too_many_positions
+        before_text = check.count_positions.before_text(self.config.max_segment_duration)
+        return check.limit, before_text + check.max_new_tokens
 
 
 def _until_error(
@@ -280,10 +277,10 @@ def _until_error(
 def _collate(chunks: Iterable[AudioChunk]) -> dict:
     """Return a batch of chunks that have features, in the format of speechllm.data.dataset."""
     chunks = list(chunks)
-    features = [chunk.features for chunk in chunks]
+    features, lens = pad_features([chunk.features for chunk in chunks])
     return {
-        "features": pad_sequence(features, batch_first=True),
-        "feature_lens": torch.tensor([len(one) for one in features]),
+        "features": features,
+        "feature_lens": lens,
         "seconds": sum(len(chunk.samples) for chunk in chunks) / SAMPLING_RATE,
         "contexts": [chunk.context for chunk in chunks],
         "hotwords": [chunk.hotwords for chunk in chunks],
@@ -305,10 +302,7 @@ def make_segment(start: float, end: float, recognition: Recognition | None) -> S
     flags = tuple(recognition.flags) if recognition else ()
     if recognition is None or recognition.ctc_text == "":
         return Segment(start, end, "", source=NO_SPEECH, flags=flags)
-    words = tuple(
-        Word(start + word.start, start + word.end, word.word, word.confidence)
-        for word in recognition.words or ()
-    )
+    words = tuple(word.shifted(start) for word in recognition.words or ())
     log_probs = recognition.hypothesis.log_probs
     confidence = math.exp(sum(log_probs) / len(log_probs)) if log_probs else 0.0
     return Segment(start, end, recognition.text, words, confidence, recognition.source, flags)

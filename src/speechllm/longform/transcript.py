@@ -2,23 +2,10 @@
 
 from dataclasses import dataclass
 
+from speechllm.decoding.word_times import Word
 from speechllm.scoring.wer import by_characters
 
 NO_SPEECH = "no_speech"  # source of a segment without speech, or too short to recognize
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word, with times in seconds from the start of the recording.
-
-    confidence: 0 to 1, the mean of the CTC and LLM probabilities; the latter is the product over
-      the word's tokens, as all of them must be right.
-    """
-
-    start: float
-    end: float
-    text: str
-    confidence: float
 
 
 @dataclass(frozen=True)

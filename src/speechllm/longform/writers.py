@@ -10,8 +10,8 @@ from html import escape
 from itertools import pairwise
 from textwrap import wrap
 
-from speechllm.decoding.word_times import TimedWord, ctm_lines
-from speechllm.longform.transcript import Segment, Transcript, Word, word_separator
+from speechllm.decoding.word_times import Word, ctm_lines
+from speechllm.longform.transcript import Segment, Transcript, word_separator
 from speechllm.scoring.wer import by_characters, units
 
 LINE_LENGTH, MAX_LINES = 42, 2  # characters and lines of a subtitle, as broadcasters use
@@ -56,15 +56,12 @@ def as_vtt(transcript: Transcript) -> str:
 
 
 def as_ctm(transcript: Transcript) -> str:
-    """Format as NIST CTM; white space in the name becomes `_`, as it would separate fields."""
-    words = [
-        TimedWord(word.text, word.start, word.end, word.confidence, aligned=True)
-        for word in transcript.words
-    ]
+    """Format as NIST CTM without comments; white space in the name, a separator, becomes `_`."""
     recording = "_".join(_printable_name(transcript).split())
     if recording.startswith(";;"):  # would be a comment
         recording = "_" + recording
-    return "".join(f"{line}\n" for line in ctm_lines(recording, "1", 0.0, words))
+    lines = ctm_lines(recording, "1", transcript.words)
+    return "".join(f"{line}\n" for line in lines if not line.startswith(";;"))
 
 
 FORMATS = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm": as_ctm}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.models.prompt import ChatTemplate
 from speechllm.models.zipformer.encoder import ZipformerEncoder
@@ -120,6 +121,11 @@ class SpeechEncoders(nn.Module):
     ) -> list[list[Tensor]]:
         """Return the speech embeddings (S, D) per utterance and encoder, from features."""
         return self.project(self.encode(features, feature_lens, encoders), encoders)
+
+
+def pad_features(features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return features (T, 80) of several utterances as a batch (B, T, 80) with lengths (B,)."""
+    return pad_sequence(features, batch_first=True), torch.tensor([len(one) for one in features])
 
 
 def to_device(device: torch.device, small: Tensor) -> Tensor:

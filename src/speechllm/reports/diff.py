@@ -14,7 +14,7 @@ class Mark(NamedTuple):
 
     ref: str
     hyp: str
-    uncertain: Any = None  # the word_times.TimedWord, if its confidence is low
+    uncertain: Any = None  # the word_times.Word, if its confidence is low
 
 
 def marks(pairs: Sequence[Pair], words: Sequence[Any] | None = None) -> list[Mark]:

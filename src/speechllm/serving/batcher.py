@@ -97,7 +97,7 @@ class LiveJob(Results[Event]):
     @property
     def is_done(self) -> bool:
         """True after the last chunk has been encoded."""
-        return self.stream.encoded.ended and not self.stream.is_ready
+        return self.stream.phrase.ended and not self.stream.is_ready
 
     def push(self) -> None:
         """Push the blocks for the next chunk to the stream."""

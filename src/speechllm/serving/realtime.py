@@ -9,7 +9,6 @@ import base64
 import json
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -56,8 +55,7 @@ async def serve_stream(websocket: WebSocket, service: Service) -> None:
             await session.close(error)
 
 
-@dataclass
-class OpenStream:
+class SessionStream(LiveJob):
     """A session's stream and its open item.
 
     Attributes:
@@ -65,10 +63,10 @@ class OpenStream:
       committed: true if the client has committed and no item has completed since.
     """
 
-    job: LiveJob
-    detects_turns: bool
-    item: Item | None = None
-    committed: bool = False
+    def __init__(self, stream: Stream, detects_turns: bool):
+        super().__init__(stream)
+        self.detects_turns, self.committed = detects_turns, False
+        self.item: Item | None = None
 
 
 class Session:
@@ -79,9 +77,9 @@ class Session:
         self.dialect: OpenAIDialect | None = None  # decided by the first event
         self.settings = default_settings(service.transcriber.config.endpoint_silence)
         self.separator = word_separator(service.transcriber.language)
-        self.stream: OpenStream | None = None  # receives audio
-        self.streams: asyncio.Queue[OpenStream] = asyncio.Queue()  # results to deliver, in order
-        self.unfinished: set[LiveJob] = set()
+        self.stream: SessionStream | None = None  # receives audio
+        self.streams: asyncio.Queue[SessionStream] = asyncio.Queue()  # results to deliver, in order
+        self.unfinished: set[SessionStream] = set()
         self.seconds = 0.0  # of audio so far
         self.sending = asyncio.Lock()
         self.end = time.monotonic() + self.config.max_stream_duration
@@ -103,8 +101,8 @@ class Session:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for job in self.unfinished:
-                self._cancel(job)
+            for stream in self.unfinished:
+                self._cancel(stream)
         for task in done:
             task.result()
 
@@ -115,7 +113,6 @@ class Session:
         await self.websocket.close(TRY_AGAIN_LATER if is_busy else POLICY_VIOLATION)
 
     def _created(self) -> dict:
-        """Return session.created, for both dialects."""
         session = {"id": new_id("sess"), "object": "realtime.transcription_session"}
         created = {"type": "session.created", "id": session["id"], "created": int(time.time())}
         return created | {"session": session | self.settings.model_dump()}
@@ -203,17 +200,17 @@ class Session:
         if not len(samples):
             return
         if self.stream is None:
-            job = LiveJob(self._open(self.settings))
-            self.stream = OpenStream(job, self.settings.audio.input.turn_detection is not None)
-            self.unfinished.add(job)
+            detects_turns = self.settings.audio.input.turn_detection is not None
+            self.stream = SessionStream(self._open(self.settings), detects_turns)
+            self.unfinished.add(self.stream)
             self.streams.put_nowait(self.stream)
-        job = self.stream.job
-        job.blocks.append(samples)
-        self.service.worker.submit(job)
+        stream = self.stream
+        stream.blocks.append(samples)
+        self.service.worker.submit(stream)
         rate = self.settings.audio.input.format.rate
         self.seconds += len(samples) / rate
         self.service.metrics.audio_seconds.inc(len(samples) / rate)
-        while job.waiting > MAX_WAITING_SECONDS * rate and not job.cancelled:
+        while stream.waiting > MAX_WAITING_SECONDS * rate and not stream.cancelled:
             await asyncio.sleep(0.1)
 
     async def _keep_pace(self, seconds: float) -> None:
@@ -237,15 +234,15 @@ class Session:
         stream, self.stream = self.stream, None
         if stream is None:
             return
-        stream.committed = stream.job.ended = True
-        self.service.worker.submit(stream.job)
+        stream.committed = stream.ended = True
+        self.service.worker.submit(stream)
         if not stream.detects_turns:
             stream.item = stream.item or Item(self.separator)
             await self._send(*self.dialect.buffer("committed", stream.item))
 
     async def _clear(self, event: dict) -> None:
         if self.stream:
-            self._cancel(self.stream.job)
+            self._cancel(self.stream)
             self.stream = None
         await self._send(*self.dialect.buffer("cleared"))
 
@@ -265,10 +262,10 @@ class Session:
         except InputError as error:
             raise ApiError(400, str(error)) from None
 
-    def _cancel(self, job: LiveJob) -> None:
-        job.cancelled = True
-        job.put(None)
-        self.service.worker.submit(job)
+    def _cancel(self, stream: SessionStream) -> None:
+        stream.cancelled = True
+        stream.put(None)
+        self.service.worker.submit(stream)
 
     # ---- results
 
@@ -277,8 +274,8 @@ class Session:
         while True:
             stream = await self.streams.get()
             try:
-                async for event in stream.job.results():
-                    if not stream.job.cancelled:
+                async for event in stream.results():
+                    if not stream.cancelled:
                         await self._send(*self._events(stream, event))
                 if stream.committed:
                     await self._send(*self._last_events(stream))
@@ -287,10 +284,10 @@ class Session:
                 await self._send(*self.dialect.failed(item, error))
                 if self.stream is stream:
                     self.stream = None  # the next audio opens a new stream
-            self.unfinished.discard(stream.job)
+            self.unfinished.discard(stream)
             self.streams.task_done()
 
-    def _events(self, stream: OpenStream, event: Event) -> list[dict]:
+    def _events(self, stream: SessionStream, event: Event) -> list[dict]:
         """Return the events for a partial text or a final segment."""
         is_final, found = isinstance(event, Segment), []
         if stream.item is None:
@@ -313,7 +310,7 @@ class Session:
         found += self.dialect.buffer("speech_stopped", item, audio_end_ms=end)
         return found + self.dialect.buffer("committed", item) + self.dialect.completed(item)
 
-    def _last_events(self, stream: OpenStream) -> list[dict]:
+    def _last_events(self, stream: SessionStream) -> list[dict]:
         """Return the events that answer a commit; without speech, the item is empty."""
         item = stream.item or Item(self.separator)
         found = self.dialect.buffer("committed", item) if stream.detects_turns else []

@@ -1,6 +1,6 @@
 """The open phrase of a stream (audio without a final text so far), and detection of its end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from speechllm.audio.fbank import NUM_MEL_BINS
 from speechllm.longform.cut_points import FRAME
+from speechllm.models.zipformer.chunk_encoder import StreamState
 from speechllm.models.zipformer.ctc_head import BLANK
 
 FEATURES_PER_FRAME = 4
@@ -35,18 +36,23 @@ class Phrase(NamedTuple):
 
 
 class OpenPhrase:
-    """Features and encoder outputs since the last final text.
+    """Features, encoder outputs and encoder states since the last final text.
 
     Attributes:
+      states: state of each causal encoder.
       start: first frame, counted from the beginning of the stream.
       samples: 16 kHz samples (N,), starting at that frame.
       features: (N, 80), starting at that frame, including features not yet encoded.
       outputs: (T, C) per encoder.
       best: most probable CTC token per frame, (T,).
+      encoded: number of encoded features.
+      ended: true if no more features will follow.
     """
 
-    def __init__(self):
-        self.start = 0
+    def __init__(self, states: Sequence[StreamState]):
+        self.states = states
+        self.start = self.encoded = 0
+        self.ended = False
         self.samples = torch.zeros(0)
         self.features = torch.zeros(0, NUM_MEL_BINS)
         self.outputs: list[Tensor] = []
@@ -54,6 +60,11 @@ class OpenPhrase:
 
     def __len__(self) -> int:
         return len(self.best)
+
+    @property
+    def pending(self) -> int:
+        """Number of features not yet encoded."""
+        return len(self.features) - self.encoded
 
     def append(self, outputs: list[Tensor], best: np.ndarray) -> None:
         if self.outputs:
@@ -67,6 +78,7 @@ class OpenPhrase:
         outputs = [one[first:end] for one in self.outputs]
         phrase = Phrase(self.start + first, self.start + end, samples, features, outputs)
         self.start += end
+        self.encoded -= FEATURES_PER_FRAME * end
         self.samples = self.samples[FRAME * end :].clone()  # frees the other samples
         self.features = self.features[FEATURES_PER_FRAME * end :].clone()
         self.outputs = [one[end:].clone() for one in self.outputs]

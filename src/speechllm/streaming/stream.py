@@ -42,6 +42,7 @@ from speechllm.streaming.phrase import (
     BEFORE,
     FEATURES_PER_FRAME,
     MIN_BLANKS,
+    OpenPhrase,
     Phrase,
     phrase_end,
     quiet_frames,
@@ -126,7 +127,7 @@ class Streamer:
         """
         seconds = self.config.endpoint_silence if endpoint_silence is None else endpoint_silence
         stream = Stream(self, sampling_rate, context, max(1, round(seconds * FRAMES_PER_SECOND)))
-        stream.encoded.phrase.start = round(start * FRAMES_PER_SECOND)
+        stream.phrase.start = round(start * FRAMES_PER_SECOND)
         return stream
 
     def advance(self, streams: list["Stream"]) -> list[list[Event]]:
@@ -138,7 +139,7 @@ class Streamer:
             stream.find_phrases()
         ready = [one for one in streams if one.is_ready]
         if ready:
-            self.encoding([one.encoded for one in ready])
+            self.encoding([one.phrase for one in ready])
         for stream in streams:
             stream.find_phrases()
         found = iter(self._recognize([(one, phrase) for one in streams for phrase in one.phrases]))
@@ -182,6 +183,7 @@ class Stream:
     """Stream of audio from one speaker or microphone, fed block by block; see Streamer.
 
     Attributes:
+      phrase: the open phrase.
       phrases: complete phrases that have no final text yet.
     """
 
@@ -191,7 +193,7 @@ class Stream:
           silence: number of silent frames that end a phrase.
         """
         self.streamer, self.context, self.silence = streamer, context, silence
-        self.encoded = streamer.encoding.open()
+        self.phrase = OpenPhrase(streamer.encoding.initial)
         self.phrases: list[Phrase] = []
         self._rate = sampling_rate
         self._resample = StreamResampler(sampling_rate)
@@ -224,12 +226,12 @@ class Stream:
     @property
     def is_ready(self) -> bool:
         """True if a chunk can be encoded."""
-        return self.streamer.encoding.is_ready(self.encoded)
+        return self.streamer.encoding.is_ready(self.phrase)
 
     @property
     def missing_samples(self) -> int:
         """Approximate number of samples missing to complete a chunk or a phrase."""
-        pending, blanks = self.encoded.pending, trailing_blanks(self.encoded.phrase.best)
+        pending, blanks = self.phrase.pending, trailing_blanks(self.phrase.best)
         frames = self.streamer.encoding.window - pending
         to_endpoint = FEATURES_PER_FRAME * (self.silence - blanks) - pending
         if blanks >= MIN_BLANKS and to_endpoint > 0:
@@ -239,34 +241,34 @@ class Stream:
     def push(self, samples: Tensor = NO_SAMPLES, end: bool = False) -> None:
         """Add samples for the next `Streamer.advance`; `end` marks the end of the stream."""
         samples = torch.as_tensor(samples, dtype=torch.float32)
-        samples, phrase = self._resample(samples, end), self.encoded.phrase
+        samples, phrase = self._resample(samples, end), self.phrase
         phrase.samples = torch.cat([phrase.samples, samples])
         phrase.features = torch.cat([phrase.features, self._fbank(samples, end)])
-        self.encoded.ended |= end
+        phrase.ended |= end
 
     # ---- used by Streamer
 
     def find_phrases(self) -> None:
         """Move complete phrases from the open phrase to `phrases`."""
-        streamer = self.streamer
-        silence = 0 if self.encoded.ended and not self.is_ready else self.silence
-        encoded, features = self.encoded.encoded, self.encoded.phrase.features
-        blanks = trailing_blanks(self.encoded.phrase.best)
-        before = features[encoded - FEATURES_PER_FRAME * blanks : encoded]
-        quiet = quiet_frames(before, features[encoded : encoded + streamer.encoding.window - 1])
+        streamer, phrase, encoded = self.streamer, self.phrase, self.phrase.encoded
+        silence = 0 if phrase.ended and not self.is_ready else self.silence
+        blanks = trailing_blanks(phrase.best)
+        before = phrase.features[encoded - FEATURES_PER_FRAME * blanks : encoded]
+        after = phrase.features[encoded : encoded + streamer.encoding.window - 1]
+        quiet = quiet_frames(before, after)
         begins_word = streamer.recognizer.ctc_decoder.tokenizer.begins_word
         limits = silence, streamer.longest, quiet
-        while end := phrase_end(self.encoded.phrase.best, begins_word, *limits):
-            self.phrases.append(self.encoded.cut(*end))
+        while end := phrase_end(phrase.best, begins_word, *limits):
+            self.phrases.append(phrase.cut(*end))
             self._forget()
 
     def new_partial(self) -> list[Partial]:
         """Return the partial text if it changed; before any token, drop old silence."""
-        phrase, streamer = self.encoded.phrase, self.streamer
+        phrase, streamer = self.phrase, self.streamer
         tokens = [token for token, _ in groupby(phrase.best.tolist()) if token != BLANK]
         if not tokens:
             if len(phrase) > BEFORE:
-                self.encoded.cut(0, len(phrase) - BEFORE)
+                phrase.cut(0, len(phrase) - BEFORE)
             return []
         text = streamer.recognizer.ctc_decoder.tokenizer.decode(tokens)
         found = units(text, by_characters(streamer.language))

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import ModelConfig, SpeechToTextConfig, VllmConfig
 from vllm.config.speech_to_text import SpeechToTextParams
@@ -23,7 +22,7 @@ from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.checkpoints import load_checkpoint
 from speechllm.models.build import load_encoders
 from speechllm.models.prompt import ChatTemplate
-from speechllm.models.speech_encoders import SpeechEncoders
+from speechllm.models.speech_encoders import SpeechEncoders, pad_features
 from speechllm.models.state_dict import load_trainable_state
 from speechllm.precision import autocast
 from speechllm.vllm.exported import chat_template, exported_config, max_clip
@@ -89,13 +88,11 @@ class SpeechLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsT
     @torch.no_grad()
     def embed_multimodal(self, **kwargs) -> list[Tensor]:
         """Return each audio's speech embeddings, concatenated over the encoders."""
-        features: list[Tensor] = [*kwargs["features"]]  # (T, 80) each
         device = next(self.speech.parameters()).device
-        lens = torch.tensor([len(one) for one in features])
-        used = self.speech.all_encoders(len(features))
+        features, lens = pad_features([*kwargs["features"]])  # (T, 80) each
+        used = self.speech.all_encoders(len(lens))
         with autocast(device, self.dtype):
-            padded = pad_sequence(features, batch_first=True).to(device)
-            outputs = self.speech.encode(padded, lens, used)
+            outputs = self.speech.encode(features.to(device), lens, used)
             embeddings = self.speech.project(outputs, used)
         if self.on_encoded:
             self.on_encoded(kwargs["keys"], outputs)
