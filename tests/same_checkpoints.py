@@ -18,20 +18,19 @@ def differences(ours: Path, theirs: Path) -> list[str]:
     return found
 
 
-def values_differ(one, other, where: str = "", atol: float = 0.0) -> list[str]:
-    """Return where two nested values differ, tensors by more than `atol`; NaN equals NaN."""
+def values_differ(one, other, where: str = "") -> list[str]:
+    """Return where two nested values differ; NaN equals NaN."""
     if type(one) is not type(other):
         return [where]
-    if isinstance(one, dict) and one.keys() != other.keys():
-        return [f"{where}.{key}" for key in one.keys() ^ other.keys()]
-    if isinstance(one, list | tuple) and len(one) == len(other):
-        one, other = dict(enumerate(one)), dict(enumerate(other))
     if isinstance(one, dict):
-        both = [(one[key], other[key], f"{where}.{key}", atol) for key in one]
-        return [found for pair in both for found in values_differ(*pair)]
+        if one.keys() != other.keys():
+            return [f"{where}.{key}" for key in one.keys() ^ other.keys()]
+        return [w for key in one for w in values_differ(one[key], other[key], f"{where}.{key}")]
+    if isinstance(one, list | tuple) and len(one) == len(other):
+        pairs = enumerate(zip(one, other))
+        return [w for i, pair in pairs for w in values_differ(*pair, f"{where}.{i}")]
     if isinstance(one, torch.Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape
-        close = same and torch.allclose(one, other, rtol=0, atol=atol, equal_nan=True)
-        return [] if close else [where]
+        return [] if same and torch.equal(one.nan_to_num(), other.nan_to_num()) else [where]
     nan = isinstance(one, float) and math.isnan(one) and math.isnan(other)
     return [] if nan or one == other else [where]
