@@ -182,6 +182,7 @@ def test_patience_within_an_epoch_saves_a_checkpoint(tmp_path):
     assert decode.values == [99] and (state.epoch, state.batch_idx_train) == (1, 20)
 
 
+@pytest.mark.slow
 def test_without_decoding_patience_counts_losses(tmp_path):
     losses = ScriptedLosses([0.9, 0.5, 0.6, 0.4, 0.7, 0.8])
     state, _ = run(
