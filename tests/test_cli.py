@@ -32,7 +32,6 @@ def test_what_is_imported_is_exempt_from_garbage_collection():
         assert not gc.isenabled()
         raise InputError
     assert gc.isenabled() and gc.get_freeze_count() > before
-    gc.unfreeze()
 
 
 # ---- options of a dataclass

@@ -184,21 +184,3 @@ def test_cuts_beyond_the_llm_positions(run_decode, copies, tiny_llm_dir, tmp_pat
     assert empty(exp_dir) == ["short", "test-1"]
     assert "could not be decoded: 1 (1 positions)" in result_text(exp_dir, "wer-summary")
     assert "cut test-1 of 2.2 s needs 35 positions; the LLM has 33" in log_of(exp_dir)
-
-
-def test_invalid_cuts_are_deletions_and_reported(run_decode, copies, tiny_corpus, tmp_path):
-    exp_dir, path = copies(), tmp_path / "tiny_cuts_broken.jsonl.gz"
-    cuts = list(load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz"))
-    more = load_manifest(tiny_corpus / "tiny_cuts_test.jsonl.gz")
-    cuts += [cut.with_id(f"{cut.id}-more") for cut in more]
-    cuts[0].features.storage_path = "gone.lca"
-    cuts[1].features.num_features = 40
-    cuts[2].supervisions = []
-    CutSet.from_cuts(cuts).to_file(path)
-    run_decode(exp_dir, "--test-cuts", path)
-    assert empty(exp_dir) == ["test-0", "test-1", "test-2"]
-    assert len(references(exp_dir, GREEDY, "tiny_broken")) == 6
-    assert "could not be decoded: 3 (1 no-text, 1 feature-dim, 1 unreadable-features)" in (
-        result_text(exp_dir, "wer-summary")
-    )
-    assert "empty hypothesis (feature-dim): cut test-1 has features of 40 dimen" in log_of(exp_dir)

@@ -4,11 +4,13 @@ The effects are on a training's parts, result files, searches, batches or the me
 """
 
 import dataclasses
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from flag_changes import Change, other_models
+from safetensors.torch import load_file, save_file
 
 import decode
 import train
@@ -31,6 +33,29 @@ OPTIONS = [
     if "help" in field.metadata
 ]
 ADAMW = ("--optimizer", "adamw")
+
+
+@dataclass
+class Change:
+    """Another value of a flag, the effect to look at, and flags that the effect needs."""
+
+    value: str
+    seen: callable
+    context: tuple[str, ...] = ()
+
+
+@pytest.fixture(scope="module")
+def other_models(tiny_encoder_dir, tiny_llm_dir, tmp_path_factory):
+    """A folder with another encoder, its `bpe.model`, another LLM, and `hotwords.txt`."""
+    folder = tmp_path_factory.mktemp("others")
+    (folder / "hotwords.txt").write_text("c a b\n")
+    (folder / "other.pt").symlink_to(tiny_encoder_dir / "b.pt")
+    (folder / "bpe.model").symlink_to(tiny_encoder_dir / "bpe.model")
+    llm = shutil.copytree(tiny_llm_dir, folder / "llm")
+    weights = load_file(llm / "model.safetensors")
+    weights["model.norm.weight"] *= -1
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 # ---- what a training is made of
@@ -342,10 +367,9 @@ def test_every_flag_of_decoding_has_an_entry():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("program", "flag"), ALL)
-def test_a_flag_changes_something(
-    reached, decoded, program, flag, tiny_encoder_dir, tiny_llm_dir, tmp_path
-):
-    other_models(tmp_path, tiny_encoder_dir, tiny_llm_dir)
+def test_a_flag_changes_something(reached, decoded, program, flag, other_models, tmp_path):
+    for path in other_models.iterdir():
+        (tmp_path / path.name).symlink_to(path)
     run, change = (reached, CHANGES[flag]) if program == "train" else (decoded, DECODE[flag])
     key = program, change.context
     if key not in BASELINES:

@@ -142,8 +142,9 @@ def test_all_trained_parameters_are_exported(tiny_train_argv, decoded, bpe, tmp_
     assert decoded(out) == expected
 
 
-def test_the_directory_has_what_vllm_needs(exported, experiment):
-    out = exported(n=2)
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_directory_has_what_vllm_needs(exported, experiment, n):
+    out = exported(n=n)
     config = json.loads((out / "config.json").read_text())
     names = ["SpeechLLMForConditionalGeneration"]
     assert (config["architectures"], config["model_type"]) == (names, "qwen2")
@@ -152,7 +153,7 @@ def test_the_directory_has_what_vllm_needs(exported, experiment):
     assert (limits["eos_token_id"], limits["max_new_tokens"]) == (ends, 200)
     model = load_model_config(out)
     assert model.encoder_hashes == content_hashes(model.speech_encoder_path) != ""
-    trained = json.loads((experiment(2) / "model.json").read_text())
+    trained = json.loads((experiment(n) / "model.json").read_text())
     assert model.longest_utterance == trained["longest_utterance"] > 0.5
     files = dict.fromkeys(load_file(out / "model.safetensors"), "model.safetensors")
     assert json.loads((out / INDEX_FILE).read_text())["weight_map"] == files
@@ -174,6 +175,7 @@ def test_the_index_of_an_llm_in_several_files_is_kept(tmp_path):
     assert (tmp_path / INDEX_FILE).read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_the_card_has_command_data_and_error_rates(exported, decoded, experiment, tiny_llm_dir):
     stored = json.loads((experiment() / "model.json").read_text())
     stored |= {"command": "src/train.py --train-cuts mine", "language": "en"}

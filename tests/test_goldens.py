@@ -107,21 +107,17 @@ def test_a_small_change_is_detected(check, tmp_path, name, change):
     assert output.endswith("0 of 1 files agree\n")
 
 
-def test_a_changed_letter_is_detected(check, tmp_path):
+def test_a_changed_letter_and_a_damaged_file_are_detected(check, tmp_path):
     for name in RESULTS:
         shutil.copy(GOLDENS / name, tmp_path)
     assert check(tmp_path)[0] == 0
-    path = tmp_path / "errs-sample.txt"
-    path.write_text(path.read_text().replace("stew", "stem", 1))
-    status, output = check(tmp_path)
-    assert status == 1 and "FAILED" in output
-
-
-def test_a_damaged_file_does_not_hide_the_others(check, tmp_path):
-    shutil.copy(GOLDENS / "zipformer_medium_keys.json", tmp_path)
     (tmp_path / "zipformer_other.pt").write_bytes(b"nothing")
     status, output = check(tmp_path)
     assert status == 1 and output.endswith("1 of 2 files agree\n")
+    path = tmp_path / "errs-sample.txt"
+    path.write_text(path.read_text().replace("stew", "stem", 1))
+    status, output = check(tmp_path)
+    assert status == 1 and output.endswith("0 of 2 files agree\n")
 
 
 def test_a_folder_without_golden_files_fails(check, tmp_path):

@@ -168,57 +168,33 @@ def test_help_imports_no_heavy_library():
 # ---- the checks find what they are for
 
 
-def made_up(path: str, text: str) -> Source:
-    return Source(ROOT / path, text=text)
+NINE = "a, b, c, d, *, e, f, g, h, i"
 
 
 @pytest.mark.parametrize(
-    "path, text, expected",
+    "check, path, text, expected",
     [
-        ("models/x.py", "import speechllm.data.sampler", ":1: models must not import data"),
-        ("models/x.py", "def f():\n from ..data import x", ":2: models must not import data"),
-        ("models/x.py", "from speechllm import serving", ":1: models must not import serving"),
-        ("decoding/x.py", "from speechllm.training.run import fit", "must not import training"),
-        ("training/x.py", "from speechllm import decoding", "must not import decoding"),
-        ("io.py", "from speechllm.signals import f", "io must not import signals"),
-        ("audio/x.py", "import torch\nimport train", ":2: the library imports the script train"),
-        ("wrong/x.py", "", ":1: wrong is in no layer"),
-        ("serving/x.py", "def f():\n from vllm import LLM", ":2: serving must not import vllm"),
-        ("vllm/x.py", "from vllm import LLM\nfrom speechllm import decoding", None),
-        ("data/x.py", "from speechllm.models import llm\nfrom . import sampler", None),
-        ("signals.py", "from speechllm.io import x", None),
+        (layer_violations, "models/x.py", "def f():\n from ..data import x\nfrom . import llm",
+         [":2: models must not import data"]),
+        (layer_violations, "io.py", "import speechllm.signals", [":1: io must not import signals"]),
+        (layer_violations, "signals.py", "from speechllm import io", []),
+        (layer_violations, "wrong/x.py", "", [":1: wrong is in no layer of tests/test_layers.py"]),
+        (layer_violations, "audio/x.py", "import train, vllm",
+         [":1: the library imports the script train", ":1: audio must not import vllm"]),
+        (script_violations, "../decode.py", "def main():\n from train import f",
+         [":2: a script imports the script train"]),
+        (script_violations, "../train_mose.py", "import train", []),
+        (namespace_violations, "io.py", "def f(args, x: argparse.Namespace, *rest): ...",
+         [":1: f takes the namespace args", ":1: f takes the namespace x"]),
+        (namespace_violations, "data/config.py", "def f(args): ...", []),
+        (parameter_violations, "io.py",
+         f"class L(nn.Module):\n def __init__(self, {NINE}): ...\n def g(self, {NINE}): ...",
+         [":3: g has 9 parameters"]),
     ],
-)
-def test_wrong_layers_are_found(path, text, expected):
-    found = layer_violations(made_up(f"src/speechllm/{path}", text))
-    assert len(found) == bool(expected)
-    assert not expected or f"src/speechllm/{path}" in found[0] and expected in found[0]
-
-
-def test_a_script_that_imports_a_script_is_found():
-    text = "def main():\n    from train import get_parser"
-    [found] = script_violations(made_up("src/decode.py", text))
-    assert found == "src/decode.py:2: a script imports the script train"
-    assert not script_violations(made_up("src/train_mose.py", text))
-    assert script_violations(made_up("src/decode_mose.py", text))
-
-
-def test_a_namespace_is_found():
-    text = "class A:\n    def f(self, args): ...\n    def g(self, *args): ...\n"
-    text += "def h(x: argparse.Namespace): ...\ndef __torch_dispatch__(args): ..."
-    assert namespace_violations(made_up("src/speechllm/io.py", text)) == [
-        "src/speechllm/io.py:2: f takes the namespace args",
-        "src/speechllm/io.py:4: h takes the namespace x",
-    ]
-    assert not namespace_violations(made_up("src/speechllm/data/config.py", text))
-
-
-def test_too_many_parameters_are_found():
-    eight, nine = "a, b, c, d, *, e, f, g, h", "a, b, c, d, *, e, f, g, h, i"
-    layer = f"class L(nn.Module):\n    def __init__(self, {nine}): ...\n"
-    text = layer + f"    def f(self, {eight}): ...\n    def g(self, {nine}): ..."
-    [found] = parameter_violations(made_up("src/speechllm/io.py", text))
-    assert found == "src/speechllm/io.py:4: g has 9 parameters"
+)  # fmt: skip
+def test_violations_are_found(check, path, text, expected):
+    found = check(Source(ROOT / "src/speechllm" / path, text=text))
+    assert [sentence[sentence.index(":") :] for sentence in found] == expected
 
 
 def test_heavy_imports_of_programs_are_found(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import pytest
 from parsed_html import outside, parsed
 
 import plot_training
-from speechllm.reports.training_curves import read_curves
 from speechllm.training.metrics import TensorBoard
 
 
@@ -38,6 +37,8 @@ def exp(tmp_path):
 
 def test_a_resumed_training_is_one_curve(tmp_path):
     """Killed after step 5, resumed from 3, and so on: lost steps are not drawn."""
+    from speechllm.reports.training_curves import read_curves  # imports matplotlib
+
     write(tmp_path, {i: {"tot_loss": 1.0, "valid_loss": 1.0} for i in (1, 3, 5)})
     write(tmp_path, {i: {"tot_loss": 2.0} for i in (4, 6)}, purge_step=4)
     write(tmp_path, {i: {"tot_loss": 3.0} for i in (6, 8)}, purge_step=6)

@@ -223,7 +223,7 @@ def error_of(tiny_train_argv, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("dry_run", ["false", "true"])
+@pytest.mark.parametrize("dry_run", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_options_that_do_not_fit_the_model_or_the_data(error_of, tiny_shards, dry_run):
     def error(*flags):
         return error_of(*flags, "--dry-run", dry_run)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from make_spoken_corpus import Espeak, Speaker, noise
-from scipy.signal import resample_poly
 
 from speechllm.audio.fbank import SAMPLING_RATE
 from speechllm.audio.vad import WINDOW, SpeechDetector
@@ -37,6 +36,8 @@ def detector():
 
 @pytest.fixture(scope="module")
 def speech():
+    from scipy.signal import resample_poly  # takes a second to import
+
     espeak = Espeak()
     samples, _ = espeak.synthesize(Speaker("en-us", "f2", 190, 50, 50), TEXT)
     return resample_poly(samples, SAMPLING_RATE, espeak.sampling_rate)

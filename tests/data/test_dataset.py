@@ -130,18 +130,6 @@ def with_missing_features(tiny_corpus, tmp_path, *numbers):
     return tmp_path / "cuts.jsonl.gz"
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_utterances_are_left_out_and_reported(tiny_corpus, tmp_path, num_workers):
-    path = with_missing_features(tiny_corpus, tmp_path, 2, 7)
-    batches = train_batches(path, num_workers=num_workers, max_duration=100.0)
-    assert all_ids(batches) == sorted(f"train-{i}" for i in range(12) if i not in (2, 7))
-    errors = [error for batch in batches for error in batch["invalid"]]
-    assert sorted((error.id, error.reason) for error in errors) == [
-        ("train-2", "unreadable-features"), ("train-7", "unreadable-features"),
-    ]  # fmt: skip
-    assert all("missing.lca" in error.message for error in errors)
-
-
 def test_batch_of_invalid_utterances_is_silence(tiny_corpus, tmp_path, tokenizer):
     chat = build_chat_template(tokenizer, use_context=True)
     text = TextOptions(True, ChatTokenizer(tokenizer, chat, 2))

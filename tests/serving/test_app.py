@@ -142,21 +142,6 @@ def test_the_prompt_is_the_context_of_a_model_with_contexts(transcriber, client,
 # ---- errors
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": 0.5}, "temperature must be 0: decoding is deterministic"),
-        ({"language": "de"}, "language 'de': this model is for 'en'"),
-        ({"timestamp_granularities": ["word"]}, "need response_format 'verbose_json', not 'json'"),
-    ],
-)
-def test_unsupported_options_are_400(client, clip, options, message):
-    with pytest.raises(openai.BadRequestError, match=message) as raised:
-        transcribed(client, clip, **options)
-    assert raised.value.type == "invalid_request_error"
-    assert raised.value.param
-
-
 @pytest.mark.parametrize("damage", ["text", "empty", "header"])
 def test_unreadable_audio_is_400_with_its_name(client, clip, tmp_path, damage):
     path = tmp_path / "whole.flac"
@@ -168,6 +153,7 @@ def test_unreadable_audio_is_400_with_its_name(client, clip, tmp_path, damage):
     }[damage]
     with pytest.raises(openai.BadRequestError, match=f"song.flac {message}") as raised:
         client.audio.transcriptions.create(model="tiny", file=("song.flac", content))
+    assert raised.value.type == "invalid_request_error" and raised.value.param
     assert "/tmp" not in raised.value.message
 
 

@@ -126,7 +126,10 @@ def test_every_option_changes_the_batches(data_config, option, value, context):
     assert before != content(batches(data_config(**{**context, option: value})))
 
 
-@pytest.mark.parametrize("weights, share", [(None, 12 / 108), ("1,1", 0.5), ("3,1", 0.25)])
+@pytest.mark.parametrize("weights, share", [
+    ("1,1", 0.5), pytest.param("3,1", 0.25, marks=pytest.mark.slow),
+    pytest.param(None, 12 / 108, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_files_are_spread_evenly_over_the_epoch(data_config, weights, share):
     config = data_config(
         train_cuts="tiny_cuts_many,tiny_cuts_train", corpus_weights=weights, num_buckets=0,
@@ -205,7 +208,7 @@ def test_replay_without_features_or_audio_is_named(
 
 # ---- augmentation of the audio
 
-AUDIO = ["enable_speed_perturb", "enable_volume_perturb", "enable_reverb", "enable_codec"]
+AUDIO = ["enable_volume_perturb", "enable_speed_perturb", "enable_reverb", "enable_codec"]
 
 
 def by_id(batches):
@@ -219,7 +222,9 @@ def by_id(batches):
     }
 
 
-@pytest.mark.parametrize("option", AUDIO)
+@pytest.mark.parametrize("option", [
+    AUDIO[0], *(pytest.param(option, marks=pytest.mark.slow) for option in AUDIO[1:])
+])  # fmt: skip
 def test_augmented_audio_keeps_its_transcript(data_config, option):
     config = data_config(train_cuts="tiny_cuts_train", on_the_fly_feats=True, drop_last=False)
     augmented = replace(config, **{option: True})
@@ -264,7 +269,8 @@ def test_augmented_audio_needs_audio(data_config, many, tmp_path, option):
 # ---- shards
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_shards_have_the_cuts_of_the_cut_file(data_config, tiny_shards, num_workers):
     config = data_config(drop_last=False, num_workers=num_workers)
     sharded = replace(config, shar_dir=str(tiny_shards), train_cuts="none")

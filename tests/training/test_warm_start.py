@@ -135,6 +135,7 @@ def test_a_frozen_projector_has_no_dropout():
     assert not model.encoder_projector[0].proj[0].training and model.llm.training
 
 
+@pytest.mark.slow
 def test_lora_of_another_scale_starts_fresh(tiny_exp, still, tmp_path):
     start = tiny_exp / "epoch-2.pt"
     train.main(still(tmp_path / "exp", "--pretrained-model-path", start, "--lora-alpha", "32"))

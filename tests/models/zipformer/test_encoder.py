@@ -33,7 +33,7 @@ def test_golden_utterances_on_a_gpu(monkeypatch):
 # ---- padding and lengths
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 @CAUSAL
 def test_an_utterance_is_the_same_alone_and_in_a_batch(encoder, autocast):
     encoder.eval()
