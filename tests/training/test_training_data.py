@@ -190,6 +190,12 @@ def test_invalid_replay_is_named(data_config, replay, message):
         scan_training_data(data_config(train_cuts="tiny_cuts_train", replay=replay))
 
 
+def test_a_file_twice_is_refused(data_config):
+    message = "--train-cuts tiny_cuts_train,tiny_cuts_train names a file twice"
+    with pytest.raises(InputError, match=message):
+        scan_training_data(data_config(train_cuts="tiny_cuts_train,tiny_cuts_train"))
+
+
 @pytest.mark.parametrize(("on_the_fly", "lacking", "message"), [
     (False, "features", r"has no features \(see --on-the-fly-feats\)"),
     (True, "recordings", "has no audio to compute features from"),
