@@ -14,7 +14,7 @@ import torch
 from lhotse import load_manifest
 from tiny_batches import cut_file, equal, eval_batches, ids_of, musan, train_batches, train_loader
 
-from speechllm.data import dataloader
+from speechllm.data import workers
 from speechllm.data.dataset import SpeechDataset, TextOptions
 from speechllm.errors import InputError
 from speechllm.models.prompt import ChatTokenizer, add_speech_tokens, build_chat_template
@@ -76,7 +76,7 @@ def test_batches_after_skipped_ones_are_the_same(request, augmented, source, num
 @pytest.mark.slow
 def test_spawned_workers_make_the_same_batches(many, augmented, monkeypatch):
     batches = train_batches(many, **augmented)
-    monkeypatch.setattr(dataloader, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setattr(workers, "get_all_start_methods", lambda: ["spawn"])
     assert equal(batches, train_batches(many, **augmented, num_workers=1))
 
 

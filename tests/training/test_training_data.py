@@ -191,7 +191,7 @@ def test_invalid_replay_is_named(data_config, replay, message):
 
 
 def test_a_file_twice_is_refused(data_config):
-    message = "--train-cuts tiny_cuts_train,tiny_cuts_train names a file twice"
+    message = "--train-cuts tiny_cuts_train,tiny_cuts_train lists a file twice"
     with pytest.raises(InputError, match=message):
         scan_training_data(data_config(train_cuts="tiny_cuts_train,tiny_cuts_train"))
 

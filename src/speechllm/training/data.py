@@ -255,7 +255,9 @@ def _train_paths(config: TrainDataConfig) -> list[Path | str]:
         return _shards(config).fields["cuts"]
     paths = _paths(config.manifest_dir, "--train-cuts", config.train_cuts)
     if len(set(paths)) < len(paths):
-        raise InputError(f"--train-cuts {config.train_cuts} names a file twice: see --corpus-weights")
+        raise InputError(
+            f"--train-cuts {config.train_cuts} lists a file twice (see --corpus-weights)"
+        )
     for name in config.replay_shares:
         path = cuts_file(config.manifest_dir, name)
         if path in paths:

@@ -12,11 +12,11 @@ from lhotse.dataset.sampling.base import CutSampler
 from torch.utils.data import DataLoader, Dataset
 
 from speechllm.data.augmentation import mix_noise, perturb_audio, spec_augment
-from speechllm.data.dataloader import DiagnosticDataLoader
 from speechllm.data.dataset import CachedEncoderDataset, SpeechDataset
 from speechllm.data.sampler import BatchLimit, make_sampler, with_positions
 from speechllm.data.shar import EvenBatches
 from speechllm.data.validation import CutError, validate_cut
+from speechllm.data.workers import DiagnosticDataLoader
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.training.data import TrainingData
