@@ -12,7 +12,7 @@ set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-table="" name=demo stage=7 stop_stage=7 encoder_epochs=6 llm_epochs=4
+table="" name=demo stage=7 stop_stage=7 encoder_epochs=6 llm_epochs=""
 refuse() { echo "$*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   [ "$1" != --help ] || { sed -n '2,10s/^# \{0,1\}//p' local/demo.sh; exit 0; }
@@ -68,11 +68,13 @@ set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
 # Human speech varies more than espeak-ng's voices: the encoders need SpecAugment in the second half
-# of their training.
+# of their training. More words take the LLM longer.
 if [ -z "$table" ]; then
-  speed_perturb=false dropout=0 unmasked_epochs=$encoder_epochs llm_steps=800
+  speed_perturb=false dropout=0 unmasked_epochs=$encoder_epochs
+  llm_steps=800 llm_epochs=${llm_epochs:-4}
 else
-  speed_perturb=true dropout=0.1 unmasked_epochs=$(((encoder_epochs + 1) / 2)) llm_steps=1500
+  speed_perturb=true dropout=0.1 unmasked_epochs=$(((encoder_epochs + 1) / 2))
+  llm_steps=3000 llm_epochs=${llm_epochs:-6}
 fi
 corpus=(--manifest-dir "$data/fbank" --min-duration 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
