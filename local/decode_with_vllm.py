@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{error}: install vLLM as src/README.md describes") from None
 
     from speechllm.audio.fbank import SAMPLING_RATE
-    from speechllm.data import manifests, validation
+    from speechllm.data import validation
     from speechllm.data.config import DataConfig
     from speechllm.decoding.hypothesis import Hypothesis
     from speechllm.decoding.recognition import Recognition
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         for cut in (cut for cut in one.cuts if cut.id not in found and cut.duration >= least):
             found |= {error.id: error for error in validation.read_errors(cut, False)}
             if cut.id not in found:
-                inputs = cut.resample(SAMPLING_RATE).load_audio()[0], manifests.context_of(cut)
+                inputs = cut.resample(SAMPLING_RATE).load_audio()[0], validation.context_of(cut)
                 prompts[cut.id] = processor.generation_prompt(args.exp_dir, tokenizer, *inputs)
         for name, answer in zip(prompts, llm.generate([*prompts.values()], sampling)):
             # vLLM's text omits an incomplete last character.
