@@ -20,7 +20,7 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
-from speechllm.cli import Parser
+from speechllm.cli import Parser, check_range
 from speechllm.errors import InputError, exit_on_user_error
 from speechllm.io import atomic_directory
 
@@ -38,7 +38,6 @@ MUON_LEARNING_RATE = 5e-3
 WARMUP_STEPS = 50
 REPEAT_PROB = 0.9  # fraction of user turns that contain the words of the answer
 RANDOM_PROB = 0.8  # fraction of these turns that consist of random words
-COPIES = (1, 1, 2)  # of the answer in such a turn, drawn at random: several encoders give several
 NOISE = 0.3  # largest standard deviation of noise on prompts, relative to that of the embeddings
 
 Example = tuple[list[int], list[int]]  # ids and labels of one chat, of equal length
@@ -98,16 +97,18 @@ def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
     )
 
 
-def encode_example(tokenizer, answer: str, rng: random.Random | None = None) -> Example:
+def encode_example(
+    tokenizer, answer: str, rng: random.Random | None = None, max_copies: int = 1
+) -> Example:
     """Encode a chat whose user's turn has the answer's tokens, lengthened; without `rng`, none.
 
-    The labels cover the answer and its closing id.
+    A third of the turns have them `max_copies` times. The labels cover the answer and its closing id.
     """
     from speechllm.models.prompt import IGNORED, IM_END, SPEECH, chat_prompt
 
     before, after = (tokenizer(part).input_ids for part in chat_prompt(SPEECH).split(SPEECH))
     ids, closing = tokenizer(answer).input_ids, tokenizer(IM_END).input_ids
-    copies = rng.choice(COPIES) if rng else 0
+    copies = rng.choice((1, 1, max_copies)) if rng else 0
     [space] = tokenizer(" ").input_ids
     user = [token for _ in range(copies) for token in lengthened(ids, space, rng)]
     prompt = before + user + after
@@ -127,7 +128,7 @@ def lengthened(ids: list[int], space: int, rng: random.Random) -> list[int]:
     return out + [space] * int(rng.expovariate(1 / mean_gap))
 
 
-def training_examples(tokenizer, transcripts: list[str]) -> Iterator[Example]:
+def training_examples(tokenizer, transcripts: list[str], max_copies: int) -> Iterator[Example]:
     """Yield an infinite stream of examples, with the transcripts reshuffled in each epoch."""
     rng = random.Random(0)
     all_words = [word for transcript in transcripts for word in transcript.split()]
@@ -138,7 +139,7 @@ def training_examples(tokenizer, transcripts: list[str]) -> Iterator[Example]:
                 continue
             if rng.random() < RANDOM_PROB:
                 transcript = " ".join(rng.choices(all_words, k=len(transcript.split())))
-            yield encode_example(tokenizer, transcript, rng)
+            yield encode_example(tokenizer, transcript, rng, max_copies)
 
 
 # ---- model
@@ -208,7 +209,9 @@ def train(model, examples: Iterator[Example], max_steps: int) -> None:
             print(f"step {step + 1}: loss {loss.item():.3f}")
 
 
-def make_llm(transcripts: list[str], max_steps: int, sizes: dict[str, int]) -> tuple:
+def make_llm(
+    transcripts: list[str], max_steps: int, sizes: dict[str, int], max_copies: int = 2
+) -> tuple:
     """Train tokenizer and model, and print the perplexity on held-out transcripts.
 
     A tenth of the transcripts is held out, but at most 200.
@@ -221,7 +224,7 @@ def make_llm(transcripts: list[str], max_steps: int, sizes: dict[str, int]) -> t
     held_out, training = shuffled[:num_held_out], shuffled[num_held_out:]
     tokenizer = train_tokenizer(training)
     model = build_model(tokenizer, sizes)
-    train(model, training_examples(tokenizer, training), max_steps)
+    train(model, training_examples(tokenizer, training, max_copies), max_steps)
     rng = random.Random(0)
     examples = [encode_example(tokenizer, text, rng) for text in held_out]
     with torch.no_grad():
@@ -239,11 +242,14 @@ def main(argv: list[str] | None = None) -> None:
     for field, (flag, default) in SIZES.items():
         add(flag, type=int, dest=field, default=default, help=f"{field} of Qwen2Config")
     add("--max-steps", type=int, default=600, help="number of training steps")
+    add("--max-copies", type=int, default=2, help="copies of the answer in a third of the prompts: "
+        "several encoders give the LLM several")
     args = parser.parse_args(argv)
+    check_range("max_copies", args.max_copies, 1)
     if args.out.exists():
         raise InputError(f"{args.out} exists: remove it or choose another --out")
     sizes = {field: getattr(args, field) for field in SIZES}
-    tokenizer, model = make_llm(read_transcripts(args.text), args.max_steps, sizes)
+    tokenizer, model = make_llm(read_transcripts(args.text), args.max_steps, sizes, args.max_copies)
     with atomic_directory(args.out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 
 import make_tiny_llm as tiny
 import pytest
@@ -60,6 +61,17 @@ def test_labels_cover_the_answer_and_its_closing_token(tokenizer):
         "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nh i<|im_end|>"
     )
     assert labels == [IGNORED] * 8 + ids[8:] and tokenizer.decode(ids[8:]) == "h i<|im_end|>"
+
+
+@pytest.mark.parametrize("max_copies", [1, 2])
+def test_prompts_have_one_or_at_most_max_copies(tokenizer, max_copies):
+    rng, [space] = random.Random(0), tokenizer(" ").input_ids
+    answer, copies = tokenizer("h i").input_ids, set()
+    for _ in range(30):
+        ids, labels = tiny.encode_example(tokenizer, "h i", rng, max_copies)
+        text = tokenizer.decode(ids[: labels.index(answer[0])])
+        copies.add(len(re.findall("h+ *i+", text.partition("user\n")[2])))
+    assert copies == {1, max_copies}
 
 
 def test_lengthened_ids_are_those_of_the_text_after_ctc():
