@@ -68,8 +68,8 @@ set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
 # Human speech varies more than espeak-ng's voices: the encoders need SpecAugment in the second half
-# of their training. An LLM of a larger vocabulary needs more steps, and repeats one copy of a text
-# better if it has not learned to read two, which MoSE needs.
+# of their training. An LLM with a larger vocabulary needs more steps. One that learned to read two
+# copies of a text, which helps MoSE, repeated one copy less well on AN4.
 if [ -z "$table" ]; then
   speed_perturb=false dropout=0 unmasked_epochs=$encoder_epochs
   llm_steps=800 max_copies=2 llm_epochs=${llm_epochs:-4}

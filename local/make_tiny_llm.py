@@ -102,7 +102,8 @@ def encode_example(
 ) -> Example:
     """Encode a chat whose user's turn has the answer's tokens, lengthened; without `rng`, none.
 
-    A third of the turns have them `max_copies` times. The labels cover the answer and its closing id.
+    A third of the turns have them `max_copies` times. The labels cover the answer and its closing
+    id.
     """
     from speechllm.models.prompt import IGNORED, IM_END, SPEECH, chat_prompt
 
@@ -210,7 +211,7 @@ def train(model, examples: Iterator[Example], max_steps: int) -> None:
 
 
 def make_llm(
-    transcripts: list[str], max_steps: int, sizes: dict[str, int], max_copies: int = 2
+    transcripts: list[str], max_steps: int, sizes: dict[str, int], max_copies: int
 ) -> tuple:
     """Train tokenizer and model, and print the perplexity on held-out transcripts.
 

@@ -64,9 +64,8 @@ def test_labels_cover_the_answer_and_its_closing_token(tokenizer):
 
 
 @pytest.mark.parametrize("max_copies", [1, 2])
-def test_prompts_have_one_or_at_most_max_copies(tokenizer, max_copies):
-    rng, [space] = random.Random(0), tokenizer(" ").input_ids
-    answer, copies = tokenizer("h i").input_ids, set()
+def test_prompts_have_one_copy_or_max_copies(tokenizer, max_copies):
+    rng, answer, copies = random.Random(0), tokenizer("h i").input_ids, set()
     for _ in range(30):
         ids, labels = tiny.encode_example(tokenizer, "h i", rng, max_copies)
         text = tokenizer.decode(ids[: labels.index(answer[0])])
