@@ -10,19 +10,19 @@ from speechllm.errors import InputError
 from speechllm.training.exp_dir_lock import exclusive
 
 
-def hold(exp_dir, locked, child):
+def hold(exp_dir, locked, end, child):
     with exclusive(exp_dir):
         if child:
             os.fork()  # such as a dataloader worker
         locked.set()
-        multiprocessing.Event().wait(60)
+        end.recv()
 
 
 @pytest.mark.parametrize("child", [False, True])
 def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path, child):
     fork = multiprocessing.get_context("fork")
-    locked = fork.Event()
-    first = fork.Process(target=hold, args=(tmp_path / "exp", locked, child))
+    locked, (end, received) = fork.Event(), fork.Pipe()
+    first = fork.Process(target=hold, args=(tmp_path / "exp", locked, received, child))
     first.start()
     assert locked.wait(30)
     with pytest.raises(InputError) as error, exclusive(tmp_path / "exp"):
@@ -35,3 +35,4 @@ def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path, child)
     first.join()
     with exclusive(tmp_path / "exp"):
         pass
+    end.send("exit")  # to the child, which would keep pytest's output open
