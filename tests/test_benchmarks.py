@@ -33,6 +33,7 @@ def run(load, capsys):
     return lines
 
 
+@pytest.mark.slow
 def test_loader_measures_all_cases(run, tiny_corpus):
     cuts, musan = tiny_corpus / "tiny_cuts_dev.jsonl.gz", tiny_corpus / "musan_cuts.jsonl.gz"
     found = run("loader", cuts, "--rounds", 1, "--noise", musan)

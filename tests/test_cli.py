@@ -26,6 +26,7 @@ def test_booleans():
         str2bool("maybe")
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_exempt_from_garbage_collection():
     before = gc.get_freeze_count()
     with pytest.raises(InputError), heavy_imports():

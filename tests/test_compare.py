@@ -86,6 +86,7 @@ def test_words_and_ids_are_escaped(run):
     assert not [name for e in page.inner for name in e.attrs if name.startswith("on")]
 
 
+@pytest.mark.slow
 def test_directories_are_compared_set_by_set(tmp_path, capsys):
     worse = [(i, ref, ["six"] * 5) for i, ref in REFS.items()]
     for model, name, results in (

@@ -20,6 +20,7 @@ one_and_two_encoders = pytest.mark.parametrize("n", [1, pytest.param(2, marks=py
 
 
 @one_and_two_encoders
+@pytest.mark.slow
 def test_average_decode_and_score(copies, run_decode, test_cuts, n):
     exp_dir = copies(n)
     run_decode(exp_dir, n=n)
@@ -75,6 +76,7 @@ def test_checkpoint_by_name(copies, run_decode):
 
 
 @one_and_two_encoders
+@pytest.mark.slow
 def test_drafts_and_word_times_are_the_default_with_a_ctc_head(
     copies, run_decode, tiny_encoder_dir, n
 ):

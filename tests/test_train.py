@@ -258,6 +258,7 @@ def test_resuming_with_another_model(error_of, tiny_exp, tmp_path, flags, messag
     assert re.search(message, error_of(*flags, exp_dir=tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_initial_parameters_of_another_model(error_of, tiny_exp, tmp_path):
     assert error_of("--pretrained-model-path", tmp_path / "x.pt") == f"{tmp_path}/x.pt is missing"
     torch.save({"model": {"layer.weight": torch.zeros(2)}}, tmp_path / "y.pt")

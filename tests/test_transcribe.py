@@ -72,6 +72,7 @@ def test_a_folder_is_written_in_every_format(run, recordings, tmp_path, tiny_enc
     assert len(ctm) == sum(len(segment["words"]) for segment in transcript["segments"])
 
 
+@pytest.mark.slow
 def test_standard_input_gives_the_same_text(run, recordings, monkeypatch):
     by_name = run("--format", "json", recordings / "a.wav")
     stdin = SimpleNamespace(buffer=io.BytesIO((recordings / "a.wav").read_bytes()))

@@ -27,6 +27,7 @@ def test_drop_last_drops_incomplete_batches(many):
 # ---- order and ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bucketing", [True, False])
 def test_order_depends_on_seed_and_epoch_only_if_shuffled(many, bucketing):
     def order(**options):

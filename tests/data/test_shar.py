@@ -119,6 +119,7 @@ def test_workers_read_every_cut_once(tiny_corpus, tiny_shards, num_workers, buck
     assert all_ids(batches) == many_ids(tiny_corpus)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_ranks_read_disjoint_shards(tiny_corpus, tiny_shards, monkeypatch, num_workers):
     """The environment has the rank, as under torchrun."""

@@ -32,6 +32,7 @@ def augmented(tiny_corpus, tiny_llm_dir):
     return {**musan(tiny_corpus), "text": TextOptions(tokenizer=chat)}
 
 
+@pytest.mark.slow
 def test_augmentation_depends_on_seed_epoch_rank_and_batch_number_only(tiny_corpus, augmented):
     def batches(**options):
         options = {"enable_spec_aug": True, **augmented, **options}

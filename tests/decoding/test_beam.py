@@ -30,6 +30,7 @@ def log_prob(model, prompt, answer):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_search_equals_the_naive_one_of_each_utterance_alone(model, features, prompts, size):
     found = search(model, features, size)
@@ -77,6 +78,7 @@ def test_each_utterance_ends_by_itself(model, features, greedy, what):
     assert step == 5  # no step without active utterances
 
 
+@pytest.mark.slow
 def test_generation_config_of_the_llm_is_ignored(
     model, features, tiny_llm_dir, tiny_encoder_dir, encoder_size, tmp_path
 ):

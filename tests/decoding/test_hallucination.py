@@ -182,6 +182,7 @@ class FixedCtc:
 METHODS = [{"method": "greedy"}, {"method": "draft"}, {"method": "beam", "beam_size": 3}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", METHODS)
 def test_without_guard_the_loop_reaches_the_limit(recognize, search):
     answer = recognize(LOOP, "abc", guard="off", **search)
@@ -238,6 +239,7 @@ def test_fallback_works_with_relaxed_acceptance_of_drafts(recognize):
     assert (answer.text, answer.source) == ("caca", "CTC")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ctc_text", ["abc", None])
 def test_text_of_a_stationary_sound_is_flagged(recognize, ctc_text):
     table = LOOP | {"c": {"end": 20}}

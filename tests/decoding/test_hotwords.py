@@ -170,6 +170,7 @@ def texts(recognizer, features, **entries):
     return [one.text for one in found]
 
 
+@pytest.mark.slow
 def test_hotwords_with_and_without_drafts(recognizer, features):
     options = dict(hotword=("C  a b",), hotword_score=200.0)
     greedy = texts(recognizer(method="greedy", **options), features)

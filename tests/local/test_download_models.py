@@ -139,6 +139,7 @@ def test_failures_have_instructions_for_a_manual_download_without_passwords(
     assert "://***@127.0.0.1" in str(stop.value) and "t0ken" not in str(stop.value)
 
 
+@pytest.mark.slow
 def test_shell_script_downloads_from_hf_endpoint_and_lists_groups(mirror, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     monkeypatch.setenv("HF_ENDPOINT", mirror.url)

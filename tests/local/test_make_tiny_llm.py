@@ -46,6 +46,7 @@ def test_unusable_input_is_an_error(tmp_path):
         make(table, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_pre_tokenizer_and_normalizer_are_qwen2s(tokenizer, shared):
     qwen2 = AutoTokenizer.from_pretrained(shared / "tokenizer").backend_tokenizer

@@ -96,6 +96,7 @@ def test_a_short_recording_is_decoded_as_one_utterance(recognizer):
     assert [word.text for word in segment.words] == [word.text for word in expected.words or []]
 
 
+@pytest.mark.slow
 def test_non_speech_is_not_recognized(recognizer):
     silence = torch.zeros(9 * RATE)
     samples = torch.cat([silence, bursts(4.0, 1), silence, bursts(8.0, 2), silence])
@@ -133,6 +134,7 @@ def takes_context(recognizers, monkeypatch):
     return transcriber_of(recognizers[True], max_segment_duration=5.0)
 
 
+@pytest.mark.slow
 def test_every_chunk_has_the_context(takes_context):
     def confidences(context):
         [*_, (_, transcript)] = takes_context.stream([("a", [bursts(12.0)])], context)

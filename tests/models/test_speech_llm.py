@@ -80,6 +80,7 @@ def test_an_utterance_too_short_for_a_speech_embedding(make_model, features):
     assert torch.isfinite(sums["loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_llm_with_float32_trainable_parameters(make_model, features, dtype):
     exact = mean_loss(make_model(2), features).item()

@@ -146,6 +146,7 @@ def errors_at(wrong, n=200, words=5):
     ]
 
 
+@pytest.mark.slow
 def test_paired_bootstrap_uses_the_pairing():
     """B has 10 errors less than A in the same utterances: far less variance than unpaired."""
     before, after = errors_at(range(100)), errors_at(range(10, 100))

@@ -101,6 +101,7 @@ def test_an_idle_client_gets_an_error_and_frees_its_slot(transcriber, monkeypatc
     assert registry.get_sample_value("asr_requests_total", labels) == 1
 
 
+@pytest.mark.slow
 def test_a_client_that_sends_single_bytes_is_408(transcriber, monkeypatch):
     monkeypatch.setattr(middleware, "IDLE_TIMEOUT", 0.3)
     service = service_of(transcriber)

@@ -170,6 +170,7 @@ def test_cleared_audio_is_not_transcribed(url, segments_of, speech24):
 # ---- vLLM's dialect
 
 
+@pytest.mark.slow
 def test_vllm_client(url, segments_of, speech):
     expected = " ".join(segment.text for segment in segments_of(speech))
     with connected(url) as socket:

@@ -151,6 +151,7 @@ def test_quiet_frames_are_as_quiet_as_those_without_a_token(before, after, expec
 # ---- events
 
 
+@pytest.mark.slow
 def test_blocks_do_not_change_the_final_segments(streamer):
     samples = noise(4.2)
     expected = finals(run(streamer.open(), samples, [len(samples)]))

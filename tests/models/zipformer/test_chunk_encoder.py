@@ -45,6 +45,7 @@ def stream(chunks: ChunkEncoder, features: list, starts: list[int]) -> list[torc
     "chunking", [*(pytest.param(one, marks=pytest.mark.slow) for one in SMALL), LARGE], ids=str
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_chunk_by_chunk_equals_the_mask(encoder, chunking):
     encoder.eval()
     lens = torch.tensor([9, 10, 30, 71, 77, 78, 79, 150])

@@ -51,6 +51,7 @@ def test_the_ctc_head_and_unused_heads_are_logged(encoder, config, path, caplog)
     ]
 
 
+@pytest.mark.slow
 def test_a_wrong_size_is_an_error_with_the_right_one(encoder, path):
     save_with(encoder, path, decoder__embedding__weight=torch.zeros(5, 2))
     with pytest.raises(InputError) as error:
@@ -113,6 +114,7 @@ def test_another_object_is_refused_with_the_command_that_converts(encoder, path)
         load_encoder(path)
 
 
+@pytest.mark.slow
 def test_heads_that_do_not_fit_are_an_error(encoder, path):
     save_encoder(encoder, path)
     with pytest.raises(InputError, match="cannot be read as a Zipformer: stack 1 cannot have 7"):
