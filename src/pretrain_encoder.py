@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Train a Zipformer with a CTC head from scratch, on any prepared corpus.
+"""Train a Zipformer with a CTC head, from scratch or from another's weights, on any corpus.
 
     python src/pretrain_encoder.py --manifest-dir data/fbank \\
       --train-cuts an4_cuts_train --valid-cuts an4_cuts_dev \\
       --encoder-size tiny --num-epochs 40 --avg 10 --exp-dir exp/an4/encoder
+
+To fine-tune an encoder, add `--speech-encoder-path`, `--speech-encoder-bpe-path` and a low
+`--base-lr`, such as 0.005.
 
 Writes `bpe.model` before the first step, and at the end `pretrained.pt`: the average of the last
 `--avg` epochs with icefall's parameter names, for `train.py --speech-encoder-path`.

@@ -250,6 +250,55 @@ def test_causal_encoders_draw_from_the_given_chunks(reached):
     assert {*encoder.chunkings} == {Chunking(8, 96), Chunking(8, 128), OFFLINE}
 
 
+# ---- fine-tuning
+
+
+def fine_tuning(trained):
+    return {
+        "--speech-encoder-path": trained / "pretrained.pt",
+        "--speech-encoder-bpe-path": trained / "bpe.model",
+    }
+
+
+def test_fine_tuning_starts_from_the_encoder_and_its_bpe_model(trained, reached, tmp_path):
+    parts = reached(**fine_tuning(trained), **{"--dropout": 0.7, "--flat-start-batches": 9})
+    torch.testing.assert_close(
+        parts.module.encoder.state_dict(), weights(trained, "pretrained.pt"), rtol=0, atol=0
+    )
+    assert parts.module.encoder.ctc_output[0].p == 0.7
+    assert parts.loss.flat_start_batches == 0
+    assert (tmp_path / "bpe.model").read_bytes() == (trained / "bpe.model").read_bytes()
+    assert "characters" not in log(tmp_path)
+
+
+def test_texts_with_characters_that_the_bpe_model_lacks_are_counted(
+    tiny_corpus, trained, reached, tmp_path
+):
+    cuts = load_manifest(tiny_corpus / "tiny_cuts_train.jsonl.gz").to_eager()
+    for cut, text in zip(cuts, ["séven", "SEVEN", "ñ"]):
+        cut.supervisions[0].text = text
+    cuts.to_file(tmp_path / "cuts.jsonl.gz")
+    reached(**fine_tuning(trained), **{"--train-cuts": tmp_path / "cuts.jsonl.gz"})
+    assert f"2 training texts have characters that {trained}/bpe.model lacks" in log(tmp_path)
+
+
+def test_an_encoder_that_cannot_be_fine_tuned_is_an_error(flags, trained, tmp_path):
+    both = fine_tuning(trained)
+    [path, bpe_path] = both.values()
+    needs = "--speech-encoder-path and --speech-encoder-bpe-path need each other"
+    for flag, value in both.items():
+        assert error_of(flags, tmp_path, **{flag: value}) == needs
+    message = error_of(flags, tmp_path, **both, **{"--causal": "true"})
+    assert re.match(f"{path} does not match --encoder-size .* --causal true: ", message)
+    other = tmp_path / "other.model"
+    other.write_bytes(ctc_training.train_bpe(["ONE TWO THREE"] * 9, 18))
+    message = error_of(flags, tmp_path, **both | {"--speech-encoder-bpe-path": other})
+    assert re.fullmatch(f"{path} has no CTC head for the 1. pieces of bpe.model", message)
+    other.write_bytes(b"junk")
+    message = error_of(flags, tmp_path, **both | {"--speech-encoder-bpe-path": other})
+    assert message.startswith(f"{other} cannot be read as a sentencepiece model")
+
+
 # ---- test sets and errors
 
 
@@ -275,7 +324,7 @@ def test_a_checkpoint_of_another_encoder_is_an_error(flags, trained, resumable):
     (resumable / "bpe.model").write_bytes(model)
     pieces = read_bpe(resumable).vocab_size()
     assert error_of(flags, resumable, **more) == (
-        f"{path} does not match the {pieces} pieces of bpe.model in its directory"
+        f"{path} has no CTC head for the {pieces} pieces of bpe.model"
     )
     path.write_bytes(b"junk")
     assert error_of(flags, resumable, **more).startswith(f"{path} cannot be read as a checkpoint")

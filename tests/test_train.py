@@ -140,7 +140,7 @@ def test_a_dry_run_finds_the_checkpoint_and_changes_nothing(
     printed = capsys.readouterr().out
     assert f"Epochs: 3 to train; resumes from {exp_dir}/epoch-2.pt in epoch 3" in printed
     train.main([*argv, "--resume", "never"])
-    assert "Epochs: 5 to train; starts from scratch in epoch 1" in capsys.readouterr().out
+    assert "Epochs: 5 to train; starts in epoch 1" in capsys.readouterr().out
     assert files_under(tmp_path) == before
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speechllm.errors import InputError
 from speechllm.models.speech_encoders import SpeechEncoders
-from speechllm.models.zipformer.bpe import case_of
+from speechllm.models.zipformer.bpe import case_of, read_bpe
 from speechllm.models.zipformer.ctc_head import ctc_frames_needed, ctc_greedy, ctc_loss
 
 
@@ -95,9 +95,7 @@ def find_ctc_decoder(model: SpeechEncoders, bpe_paths: list[str]) -> CtcDecoder 
     """
     n = len(model.encoder)
     if len(bpe_paths) not in (0, 1, n):
-        raise InputError(
-            f"--speech-encoder-bpe-path names {len(bpe_paths)} files for {n} encoders"
-        )
+        raise InputError(f"--speech-encoder-bpe-path names {len(bpe_paths)} files for {n} encoders")
     if len(bpe_paths) == 1:
         bpe_paths = bpe_paths * n
     for k, path in enumerate(bpe_paths):
@@ -113,11 +111,3 @@ def find_ctc_decoder(model: SpeechEncoders, bpe_paths: list[str]) -> CtcDecoder 
             raise InputError(f"{path} has {pieces}")
         return CtcDecoder(model, k, BpeTokenizer(bpe, model.chat.lowercase))
     return None
-
-
-def read_bpe(path: str) -> sentencepiece.SentencePieceProcessor:
-    """Read a BPE model; raise InputError, naming the file, if it cannot be read."""
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=path)
-    except RuntimeError as error:
-        raise InputError(f"{path} cannot be read as a sentencepiece model: {error}") from None

@@ -1,4 +1,4 @@
-"""CTC training of a Zipformer from scratch: data, BPE model and loss."""
+"""CTC training of a Zipformer, new or fine-tuned: data, BPE model and loss."""
 
 import io
 import logging
@@ -19,8 +19,8 @@ from speechllm.data.validation import text_errors
 from speechllm.distributed import DistEnv
 from speechllm.errors import InputError
 from speechllm.io import atomic_write
-from speechllm.models.zipformer.bpe import case_of
-from speechllm.models.zipformer.checkpoint import encoder_from_state, save_encoder
+from speechllm.models.zipformer.bpe import case_of, read_bpe
+from speechllm.models.zipformer.checkpoint import encoder_from_state, read_state, save_encoder
 from speechllm.models.zipformer.ctc_head import ctc_greedy, ctc_loss
 from speechllm.models.zipformer.encoder import ZipformerEncoder, encoder_out_lens
 from speechllm.models.zipformer.flat_start import flat_start_loss
@@ -134,7 +134,8 @@ def run_ctc_training(dist_env: DistEnv, training: Training) -> None:
     encoder = make_encoder(options, bpe.vocab_size(), start)
     logging.info(f"Number of model parameters: {count(encoder.parameters())}")
     model = CtcModel(encoder, config.encoder_feature_mask).to(dist_env.device)
-    loss = CtcLoss(bpe, dist_env.device, options.flat_start_batches, start.state)
+    flat_start_batches = 0 if options.speech_encoder_path else options.flat_start_batches
+    loss = CtcLoss(bpe, dist_env.device, flat_start_batches, start.state)
     text = TextOptions(tokenizer=CtcTokenizer(bpe))
     training = replace(training, data=replace(training.data, text=text))
 
@@ -173,20 +174,27 @@ def write_average(engine: Engine, loss: CtcLoss, training: Training) -> None:
 
 
 def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> ZipformerEncoder:
-    """Return a new encoder, or the checkpoint's; raise InputError if that one does not match."""
+    """Return the encoder of the checkpoint to resume or to fine-tune, or a new one.
+
+    Raises:
+      InputError: the checkpoint does not match the flags or the size of the BPE model.
+    """
+    path, state = config.speech_encoder_path, None
     if start.path:
+        path, state = start.path, start.checkpoint["model"]
+    elif path:
+        state = read_state(path)
+    if state is None:
+        encoder = ZipformerEncoder(config.size, vocab_size, config.dropout)
+    else:
         try:
-            encoder = encoder_from_state(start.checkpoint["model"], config.size, config.dropout)
+            encoder = encoder_from_state(state, config.size, config.dropout)
         except InputError as error:
             flags = f"--encoder-size {config.encoder_size} --causal {spelled(config.causal)}"
-            raise InputError(f"{start.path} does not match {flags}: {error}") from None
-    else:
-        encoder = ZipformerEncoder(config.size, vocab_size, config.dropout)
+            raise InputError(f"{path} does not match {flags}: {error}") from None
     encoder.set_chunkings(config.chunkings)
     if encoder.ctc_output is None or encoder.ctc_output.vocab_size != vocab_size:
-        raise InputError(
-            f"{start.path} does not match the {vocab_size} pieces of {BPE_FILE} in its directory"
-        )
+        raise InputError(f"{path} has no CTC head for the {vocab_size} pieces of {BPE_FILE}")
     return encoder
 
 
@@ -196,22 +204,31 @@ def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> Zipfor
 def prepare_bpe(
     training: Training, start: Start, dist_env: DistEnv = DistEnv()
 ) -> sentencepiece.SentencePieceProcessor:
-    """Train bpe.model on rank 0, or read the existing one when training resumes."""
+    """Read bpe.model when training resumes, or write it on rank 0."""
     path = training.config.exp_dir / BPE_FILE
     if start.path and not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {start.path} needs it")
     model = None
     if dist_env.is_main:
-        if start.path:
-            model = path.read_bytes()
-        else:
-            model = train_bpe(_training_texts(training), training.model.vocab_size)
-            if not training.config.dry_run:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(path) as partial:
-                    partial.write_bytes(model)
+        model = path.read_bytes() if start.path else _new_bpe(training)
+        if not (start.path or training.config.dry_run):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as partial:
+                partial.write_bytes(model)
     model, *_ = dist_env.gather_objects(model)
     return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def _new_bpe(training: Training) -> bytes:
+    """Train a BPE model, or read the encoder's and warn about characters that it lacks."""
+    texts, path = _training_texts(training), training.model.speech_encoder_bpe_path
+    if path is None:
+        return train_bpe(texts, training.model.vocab_size)
+    bpe = read_bpe(path)
+    case, unknown = case_of(bpe), bpe.unk_id()
+    if count := sum(unknown in bpe.encode(case(text)) for text in texts):
+        logging.warning(f"{count} training texts have characters that {path} lacks")
+    return bpe.serialized_model_proto()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -271,5 +288,6 @@ def _describe(training: Training) -> Iterator[str]:
         log_probs, _ = model(batch["features"].to("meta"), batch["feature_lens"])
         return log_probs.sum()  # torch has no CTC loss on "meta"
 
-    yield f"Encoder: {size}, trainable, with a CTC head of {pieces} BPE pieces"
+    origin = training.model.speech_encoder_path or "random parameters"
+    yield f"Encoder: {size}, trainable, with a CTC head of {pieces} BPE pieces, from {origin}"
     yield from describe_training(training, CtcModel(encoder), loss, start)

@@ -42,7 +42,7 @@ def describe_training(
     check_optimizer(start, make_optimizer(config, groups))
     rates = sorted({group["lr"] for group in groups})
     first = start.state.next_epoch
-    origin = f"resumes from {start.path}" if start.path else "starts from scratch"
+    origin = f"resumes from {start.path}" if start.path else "starts"
     yield f"Epochs: {config.num_epochs - first + 1} to train; {origin} in epoch {first}"
     yield (
         f"Optimizer: {config.optimizer}, learning rate {', '.join(f'{rate:g}' for rate in rates)}, "

@@ -42,8 +42,7 @@ def load_encoder(
       FileNotFoundError: the file is missing.
       InputError: the file is not a checkpoint, its size differs, or keys are unexpected.
     """
-    state = load_checkpoint(path)["model"]
-    state = {key.removeprefix("module."): value for key, value in state.items()}  # DDP's prefix
+    state = read_state(path)
     sizes = _sizes_for(state)
     try:
         config = _read_config(state, heads, unmasked) if size == AUTO else sizes[size]
@@ -56,6 +55,12 @@ def load_encoder(
         raise InputError(f"{path} is not a Zipformer of size {size!r}: {error}{hint}") from None
     logging.info(f"{path}: {describe_unused(state)}")
     return encoder
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read the state dict of an encoder's checkpoint, without the prefix of DDP."""
+    state = load_checkpoint(path)["model"]
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _sizes_for(state: dict[str, Tensor]) -> dict[str, ZipformerConfig]:
