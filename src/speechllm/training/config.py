@@ -194,7 +194,8 @@ class EncoderConfig:
         None, "checkpoint of an encoder with a CTC head to fine-tune, of size --encoder-size",
         unset="train from scratch")
     speech_encoder_bpe_path: Path | None = _encoder(
-        None, "BPE model of --speech-encoder-path, which is kept")
+        None, "BPE model of --speech-encoder-path, which is kept: --vocab-size, --uppercase and "
+        "--lowercase have no effect")
     encoder_size: str = _encoder(
         "medium", "encoder size (models/zipformer/config.py)", choices=SIZES)
     causal: bool = _encoder(False, "train a streaming encoder, which uses no future chunks")
@@ -209,8 +210,8 @@ class EncoderConfig:
     lowercase: bool = _encoder(False, "lower-case the texts; by default their case is kept")
     dropout: float = _encoder(0.1, "dropout in the encoder and before the CTC head")
     flat_start_batches: int = _encoder(
-        400, "number of initial batches trained on evenly spaced tokens instead of with CTC; none "
-        "with --speech-encoder-path")
+        400, "number of initial batches trained on evenly spaced tokens instead of with CTC; 0 with "
+        "--speech-encoder-path")
     avg: int = _encoder(5, "number of final epochs to average into pretrained.pt")
     test_cuts: str | None = _encoder(
         None, "cut files to decode with greedy CTC and score at the end")
