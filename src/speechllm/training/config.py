@@ -210,8 +210,8 @@ class EncoderConfig:
     lowercase: bool = _encoder(False, "lower-case the texts; by default their case is kept")
     dropout: float = _encoder(0.1, "dropout in the encoder and before the CTC head")
     flat_start_batches: int = _encoder(
-        400, "number of initial batches trained on evenly spaced tokens instead of with CTC; 0 with "
-        "--speech-encoder-path")
+        400, "number of initial batches trained on evenly spaced tokens instead of with CTC; 0 "
+        "with --speech-encoder-path")
     avg: int = _encoder(5, "number of final epochs to average into pretrained.pt")
     test_cuts: str | None = _encoder(
         None, "cut files to decode with greedy CTC and score at the end")
