@@ -284,7 +284,7 @@ def test_texts_with_characters_that_the_bpe_model_lacks_are_counted(
 
 def test_an_encoder_that_cannot_be_fine_tuned_is_an_error(flags, trained, tmp_path):
     both = fine_tuning(trained)
-    [path, bpe_path] = both.values()
+    path = both["--speech-encoder-path"]
     needs = "--speech-encoder-path and --speech-encoder-bpe-path need each other"
     for flag, value in both.items():
         assert error_of(flags, tmp_path, **{flag: value}) == needs
@@ -293,7 +293,7 @@ def test_an_encoder_that_cannot_be_fine_tuned_is_an_error(flags, trained, tmp_pa
     other = tmp_path / "other.model"
     other.write_bytes(ctc_training.train_bpe(["ONE TWO THREE"] * 9, 18))
     message = error_of(flags, tmp_path, **both | {"--speech-encoder-bpe-path": other})
-    assert re.fullmatch(f"{path} has no CTC head for the 1. pieces of bpe.model", message)
+    assert re.fullmatch(f"{path} has no CTC head for the 1. pieces of {other}", message)
     other.write_bytes(b"junk")
     message = error_of(flags, tmp_path, **both | {"--speech-encoder-bpe-path": other})
     assert message.startswith(f"{other} cannot be read as a sentencepiece model")
@@ -324,7 +324,7 @@ def test_a_checkpoint_of_another_encoder_is_an_error(flags, trained, resumable):
     (resumable / "bpe.model").write_bytes(model)
     pieces = read_bpe(resumable).vocab_size()
     assert error_of(flags, resumable, **more) == (
-        f"{path} has no CTC head for the {pieces} pieces of bpe.model"
+        f"{path} has no CTC head for the {pieces} pieces of {resumable}/bpe.model"
     )
     path.write_bytes(b"junk")
     assert error_of(flags, resumable, **more).startswith(f"{path} cannot be read as a checkpoint")

@@ -15,7 +15,7 @@ def hold(exp_dir, locked, end, child):
         if child:
             os.fork()  # such as a dataloader worker
         locked.set()
-        end.recv()
+        end.poll(60)
 
 
 @pytest.mark.parametrize("child", [False, True])

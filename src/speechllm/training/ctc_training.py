@@ -179,9 +179,10 @@ def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> Zipfor
     Raises:
       InputError: the checkpoint does not match the flags or the size of the BPE model.
     """
-    path, state = config.speech_encoder_path, None
+    path, bpe_path, state = config.speech_encoder_path, config.speech_encoder_bpe_path, None
     if start.path:
-        path, state = start.path, start.checkpoint["model"]
+        path, bpe_path = start.path, start.path.with_name(BPE_FILE)
+        state = start.checkpoint["model"]
     elif path:
         state = read_state(path)
     if state is None:
@@ -194,7 +195,7 @@ def make_encoder(config: EncoderConfig, vocab_size: int, start: Start) -> Zipfor
             raise InputError(f"{path} does not match {flags}: {error}") from None
     encoder.set_chunkings(config.chunkings)
     if encoder.ctc_output is None or encoder.ctc_output.vocab_size != vocab_size:
-        raise InputError(f"{path} has no CTC head for the {vocab_size} pieces of {BPE_FILE}")
+        raise InputError(f"{path} has no CTC head for the {vocab_size} pieces of {bpe_path}")
     return encoder
 
 
