@@ -62,8 +62,9 @@ quietly() {
   "$@" >"$file" 2>&1 || { tail -n 20 "$file" >&2; echo "failed; see $file" >&2; exit 1; }
 }
 
-# Models this small gain little from a second thread: two are trained in parallel, one core each.
-# Each has its own process group (set -m), which is killed with this script.
+# Models this small gain little from a second thread, so each process uses one: two encoders are
+# trained in parallel, then the LLM by two ranks. Each background job has its own process group
+# (set -m), which is killed with this script.
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
@@ -86,12 +87,11 @@ one=(--speech-encoder-path "$exp/encoder1/pretrained.pt"
 two=(--speech-encoder-path "$exp/encoder1/pretrained.pt,$exp/encoder2/pretrained.pt"
   --speech-encoder-bpe-path "$exp/encoder1/bpe.model,$exp/encoder2/bpe.model")
 
-batches=(--world-size 1 --use-fp16 false --num-buckets 8 --enable-spec-aug false
-  --log-interval 20)
-encoder=(--encoder-size tiny --max-duration 15
+batches=(--use-fp16 false --num-buckets 8 --enable-spec-aug false --log-interval 20)
+encoder=(--encoder-size tiny --world-size 1 --max-duration 15
   --avg $(((encoder_epochs + 1) / 2)) --lr-epochs 3 --warmup-batches 100 --dropout $dropout
   --encoder-feature-mask false)
-llm=(--max-duration 12 --optimizer adamw --max-grad-norm 1 --lr-schedule cosine
+llm=(--world-size 2 --max-duration 6 --optimizer adamw --max-grad-norm 1 --lr-schedule cosine
   --warmup-batches 50 --token-ctc-weight 1 --encoder-feature-mask false
   --encoder-cache-dir "$exp/encoder_outputs" --num-epochs $llm_epochs)
 avg=1 # the learning rate ends at 0, so averaging earlier epochs does not help

@@ -33,6 +33,7 @@ SIZES = {  # field of Qwen2Config: flag, default
 }
 VOCAB_SIZE = 1000
 BATCH_SIZE = 32
+POOL_SIZE = 16  # batches whose examples are sorted by length together: less padding
 LEARNING_RATE = 3e-3  # of AdamW
 MUON_LEARNING_RATE = 5e-3
 WARMUP_STEPS = 50
@@ -143,6 +144,15 @@ def training_examples(tokenizer, transcripts: list[str], max_copies: int) -> Ite
             yield encode_example(tokenizer, transcript, rng, max_copies)
 
 
+def training_batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    """Yield batches of examples of similar length, in random order."""
+    rng = random.Random(0)
+    while True:
+        pool = sorted(islice(examples, POOL_SIZE * BATCH_SIZE), key=lambda example: len(example[0]))
+        for k in rng.sample(range(POOL_SIZE), POOL_SIZE):
+            yield pool[k * BATCH_SIZE : (k + 1) * BATCH_SIZE]
+
+
 # ---- model
 
 
@@ -198,8 +208,8 @@ def train(model, examples: Iterator[Example], max_steps: int) -> None:
         )
         for optimizer in (muon, adamw)
     ]
-    for step in range(max_steps):
-        loss = mean_loss(model, list(islice(examples, BATCH_SIZE)))
+    for step, batch in enumerate(islice(training_batches(examples), max_steps)):
+        loss = mean_loss(model, batch)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
