@@ -24,7 +24,7 @@ PARTS = {  # functions by module of speechllm.decoding
     "guard": [
         "recognizer.find_repetition",
         "recognizer.hallucination_flags",
-        "recognizer.spectral_variation",
+        "recognizer.spectral_variations",
     ],
     "word pieces": ["ctc_decoder.BpeTokenizer.encode_words"],
     "word times": ["recognizer.align_words", "recognizer.time_words", "recognizer.word_log_probs"],

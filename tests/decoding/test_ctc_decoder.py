@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 import torch
 
-from speechllm.decoding.ctc_decoder import BpeTokenizer, CtcOutput
+from speechllm.decoding.ctc_decoder import BpeTokenizer, CtcOutput, ctc_outputs
 from speechllm.training.ctc_training import train_bpe
 
 
@@ -24,7 +24,7 @@ def output(pieces, path, confidence=0.9):
     size = pieces.bpe.vocab_size()
     probs = torch.full((len(path), size), (1 - confidence) / (size - 1))
     probs[range(len(path)), path] = confidence
-    return CtcOutput(probs.log(), pieces)
+    return ctc_outputs(probs.log()[None], torch.tensor([len(path)]), pieces)[0]
 
 
 def test_texts_take_the_case_of_the_pieces(pieces):
@@ -52,7 +52,7 @@ def test_entropy_is_the_maximum_over_frames(pieces):
     size = pieces.bpe.vocab_size()
     probs = torch.full((2, size), 1e-9)
     probs[0, 0], probs[1, 0], probs[1, 3] = 1, 0.5, 0.5
-    assert CtcOutput(probs.log(), pieces).entropy == pytest.approx(math.log(2), abs=1e-5)
+    assert CtcOutput(probs.log(), "", pieces).entropy == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_log_probability_sums_over_all_paths(pieces):

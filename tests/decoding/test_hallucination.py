@@ -7,7 +7,7 @@ import torch
 from naive import make_model
 
 from speechllm.decoding.config import SearchConfig
-from speechllm.decoding.ctc_decoder import CtcOutput
+from speechllm.decoding.ctc_decoder import ctc_outputs
 from speechllm.decoding.hallucination import MAX_PERIOD, find_repetition, hallucination_flags
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.models.prompt import encode_transcripts
@@ -173,7 +173,8 @@ class FixedCtc:
         ids = [i for piece in pieces.encode(text) for i in (piece, 0)] or [0]
         log_probs = torch.full((len(ids), pieces.bpe.vocab_size()), -12.0)
         log_probs[range(len(ids)), ids] = 0.0
-        self.output, self.tokenizer = CtcOutput(log_probs.log_softmax(dim=1), pieces), pieces
+        log_probs, lens = log_probs.log_softmax(dim=1)[None], torch.tensor([len(ids)])
+        (self.output,), self.tokenizer = ctc_outputs(log_probs, lens, pieces), pieces
 
     def __call__(self, encoder_out, lens):
         return [self.output]

@@ -7,7 +7,7 @@ from naive import LENGTH, LENS
 
 from speechllm.decoding.beam import beam_search
 from speechllm.decoding.correction import Correction, correct
-from speechllm.decoding.ctc_decoder import BpeTokenizer, CtcOutput
+from speechllm.decoding.ctc_decoder import BpeTokenizer, ctc_outputs
 from speechllm.decoding.hotwords import (
     IMPOSSIBLE,
     Hotwords,
@@ -79,7 +79,8 @@ def output(bpe, words, others=(), share=0.0):
             blank[0] = 1.0
             rows += [probs, blank]
     probs = torch.stack(rows)
-    return CtcOutput((probs / probs.sum(dim=1, keepdim=True)).log(), bpe)
+    log_probs = (probs / probs.sum(dim=1, keepdim=True)).log()
+    return ctc_outputs(log_probs[None], torch.tensor([len(rows)]), bpe)[0]
 
 
 def test_spotted_phrases_were_possible(bpe, tokenizer):

@@ -43,21 +43,23 @@ class BpeTokenizer:
 
     def decode(self, pieces: list[int]) -> str:
         """Return the text of pieces, by default in lower case."""
-        text = self.bpe.decode(pieces)
-        return text.lower() if self.lowercase else text
+        return self.decode_rows([pieces])[0]
+
+    def decode_rows(self, rows: list[list[int]]) -> list[str]:
+        """Return `decode(row)` for each row, with one call to the BPE model."""
+        texts = self.bpe.decode(rows, num_threads=1)
+        return [text.lower() for text in texts] if self.lowercase else texts
 
 
 class CtcOutput:
     """CTC output for one utterance: log-probabilities (T, V), on the CPU."""
 
-    def __init__(self, log_probs: Tensor, tokenizer: BpeTokenizer):
-        self.log_probs, self.tokenizer = log_probs.float(), tokenizer
-
-    @cached_property
-    def text(self) -> str:
-        """Text of the best path."""
-        (best,) = ctc_greedy(self.log_probs[None], torch.tensor([len(self.log_probs)]))
-        return self.tokenizer.decode(best)
+    def __init__(self, log_probs: Tensor, text: str, tokenizer: BpeTokenizer):
+        """
+        Args:
+          text: text of the best path.
+        """
+        self.log_probs, self.text, self.tokenizer = log_probs, text, tokenizer
 
     @cached_property
     def entropy(self) -> float:
@@ -73,6 +75,14 @@ class CtcOutput:
         return -float(ctc_loss(self.log_probs[None], torch.tensor([frames]), [target]))
 
 
+def ctc_outputs(log_probs: Tensor, lens: Tensor, tokenizer: BpeTokenizer) -> list[CtcOutput]:
+    """Return the outputs of B utterances with log-probabilities (B, T, V) and lens (B,)."""
+    log_probs = log_probs.float().cpu()
+    texts = tokenizer.decode_rows(ctc_greedy(log_probs, lens))
+    rows = (log_probs[b, :n] for b, n in enumerate(lens.tolist()))
+    return [CtcOutput(row, text, tokenizer) for row, text in zip(rows, texts, strict=True)]
+
+
 class CtcDecoder:
     """CTC head of one of the model's encoders, with its BPE model."""
 
@@ -82,8 +92,7 @@ class CtcDecoder:
 
     def __call__(self, encoder_out: Tensor, lens: Tensor) -> list[CtcOutput]:
         """Decode encoder output (B, T, C) with lens (B,) valid frames."""
-        log_probs = self.ctc_output(encoder_out).float().cpu()
-        return [CtcOutput(log_probs[b, :n], self.tokenizer) for b, n in enumerate(lens.tolist())]
+        return ctc_outputs(self.ctc_output(encoder_out), lens, self.tokenizer)
 
 
 def find_ctc_decoder(model: SpeechEncoders, bpe_paths: list[str]) -> CtcDecoder | None:

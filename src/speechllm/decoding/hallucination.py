@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import kaldialign
-import numpy as np
+import torch
 from torch import Tensor
 
 from speechllm.scoring.normalize import normalize_basic
@@ -69,14 +69,22 @@ class Thresholds:
     slack: int = 8  # additional difference in length, in characters
     characters_per_second: float = 30.0  # the fastest speakers reach about 25
     mean_log_prob: float = -0.5  # nats per token
-    spectral_variation: float = 0.9  # see `spectral_variation`
+    spectral_variation: float = 0.9  # see `spectral_variations`
 
 
-def spectral_variation(features: Tensor) -> float:
-    """Return the standard deviation over time of log-mel energies (T, F), averaged over bins."""
-    values = features.numpy()
-    weights = np.full(len(values), 1 / len(values), dtype=np.float32)  # a product is a fast mean
-    return float(np.sqrt(weights @ (values - weights @ values) ** 2).mean())
+def spectral_variations(features: Tensor, lens: Tensor) -> list[float]:
+    """Return each utterance's standard deviation over time of log-mel energies, mean over bins.
+
+    Every fourth frame is enough for it.
+
+    Args:
+      features: (B, T, F); lens: (B,), both on the CPU.
+    """
+    frames, lens = features[:, ::4], (lens[:, None, None] + 3) // 4
+    # Weights (B, 1, T / 4): a product with them is a fast mean.
+    weights = (torch.arange(frames.size(1)) < lens) / lens
+    squares = (frames - weights @ frames).square_()
+    return (weights @ squares).sqrt_().mean(dim=2)[:, 0].tolist()
 
 
 def hallucination_flags(

@@ -22,7 +22,7 @@ from speechllm.decoding.draft_proposals import DraftPolicy, forward_cost
 from speechllm.decoding.hallucination import (
     find_repetition,
     hallucination_flags,
-    spectral_variation,
+    spectral_variations,
 )
 from speechllm.decoding.hotwords import Hotwords, Spotted, read_hotwords, spot_hotwords
 from speechllm.decoding.hypothesis import Hypothesis
@@ -172,7 +172,7 @@ class Recognizer:
                 ctc = self.ctc_decoder(*encoder_output)
                 ctc_ids = encode_transcripts(self.tokenizer, [output.text for output in ctc])
         seconds = (lens * FRAME_SHIFT).tolist()
-        variations = [spectral_variation(features[b, :n]) for b, n in enumerate(lens.tolist())]
+        variations = spectral_variations(features, lens)
         selected = self._hotwords(ctc, hotwords or [None] * len(lens))
         return EncodedBatch(
             prompt.embeds, prompt.mask, seconds, variations, ctc, ctc_ids, *selected
