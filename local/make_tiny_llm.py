@@ -33,7 +33,7 @@ SIZES = {  # field of Qwen2Config: flag, default
 }
 VOCAB_SIZE = 1000
 BATCH_SIZE = 32
-POOL_SIZE = 16  # batches whose examples are sorted by length together: less padding
+PART_SIZE = 8  # examples of similar length that are computed together: less padding
 LEARNING_RATE = 3e-3  # of AdamW
 MUON_LEARNING_RATE = 5e-3
 WARMUP_STEPS = 50
@@ -144,15 +144,6 @@ def training_examples(tokenizer, transcripts: list[str], max_copies: int) -> Ite
             yield encode_example(tokenizer, transcript, rng, max_copies)
 
 
-def training_batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
-    """Yield batches of examples of similar length, in random order."""
-    rng = random.Random(0)
-    while True:
-        pool = sorted(islice(examples, POOL_SIZE * BATCH_SIZE), key=lambda example: len(example[0]))
-        for k in rng.sample(range(POOL_SIZE), POOL_SIZE):
-            yield pool[k * BATCH_SIZE : (k + 1) * BATCH_SIZE]
-
-
 # ---- model
 
 
@@ -174,8 +165,14 @@ def build_model(tokenizer, sizes: dict[str, int]):
     return Qwen2ForCausalLM(config)
 
 
-def mean_loss(model, examples: list[Example]):
-    """Return the mean negative log-likelihood (nats) per label; prompts are noisy in training."""
+def count_labels(examples: list[Example]) -> int:
+    from speechllm.models.prompt import IGNORED
+
+    return sum(label != IGNORED for _, labels in examples for label in labels)
+
+
+def total_loss(model, examples: list[Example]):
+    """Return the negative log-likelihood (nats) of all labels; prompts are noisy in training."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -188,7 +185,7 @@ def mean_loss(model, examples: list[Example]):
     if model.training:
         level = NOISE * embeds.detach().std() * torch.rand(len(ids), 1, 1)
         embeds = embeds + (labels == IGNORED)[..., None] * level * torch.randn_like(embeds)
-    return model(inputs_embeds=embeds, labels=labels).loss
+    return model(inputs_embeds=embeds, labels=labels, num_items_in_batch=1).loss
 
 
 def train(model, examples: Iterator[Example], max_steps: int) -> None:
@@ -208,16 +205,20 @@ def train(model, examples: Iterator[Example], max_steps: int) -> None:
         )
         for optimizer in (muon, adamw)
     ]
-    for step, batch in enumerate(islice(training_batches(examples), max_steps)):
-        loss = mean_loss(model, batch)
+    for step in range(max_steps):
+        batch = sorted(islice(examples, BATCH_SIZE), key=lambda example: len(example[0]))
         model.zero_grad()
-        loss.backward()
+        mean_loss = 0.0
+        for k in range(0, BATCH_SIZE, PART_SIZE):
+            loss = total_loss(model, batch[k : k + PART_SIZE]) / count_labels(batch)
+            loss.backward()
+            mean_loss += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for schedule in schedules:
             schedule.optimizer.step()
             schedule.step()
         if step % 50 == 49:
-            print(f"step {step + 1}: loss {loss.item():.3f}")
+            print(f"step {step + 1}: loss {mean_loss:.3f}")
 
 
 def make_llm(
@@ -239,7 +240,7 @@ def make_llm(
     rng = random.Random(0)
     examples = [encode_example(tokenizer, text, rng) for text in held_out]
     with torch.no_grad():
-        perplexity = math.exp(mean_loss(model.eval(), examples))
+        perplexity = math.exp(total_loss(model.eval(), examples) / count_labels(examples))
     print(f"{model.num_parameters()} parameters, held-out perplexity {perplexity:.2f} per token")
     return tokenizer, model
 
