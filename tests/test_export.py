@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import decode
 import export
+import speechllm
 import train
 from speechllm.checkpoints import load_checkpoint
 from speechllm.models.build import build_model
 from speechllm.models.config import INDEX_FILE, load_model_config
 from speechllm.models.export import write_index
 from speechllm.models.identity import content_hashes
+from speechllm.models.packed import PackedLinear
 from speechllm.models.state_dict import load_trainable_state
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -128,6 +130,18 @@ def test_weights_are_stored_in_the_dtype(exported, decoded, logits):
     plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert (logits_of(plain) - logits).abs().max() < 0.02
     assert len(decoded(out)) == 3
+
+
+@pytest.mark.slow
+def test_linear_layers_are_packed_in_bfloat16_only(exported, tiny_corpus):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 on this CPU")
+    out, clip = exported(), tiny_corpus / "audio" / "train-2.wav"
+    for use_bf16 in (True, False):
+        asr = speechllm.load(out, use_bf16=use_bf16, max_new_tokens=6)
+        llm = asr.transcriber.recognizer.model.llm
+        assert use_bf16 == any(isinstance(layer, PackedLinear) for layer in llm.modules())
+        assert asr.transcribe(clip).duration > 0
 
 
 @pytest.mark.slow

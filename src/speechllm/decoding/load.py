@@ -13,6 +13,7 @@ from speechllm.decoding.recognizer import Recognizer
 from speechllm.distributed import DistEnv
 from speechllm.models.build import BuildOptions, build_model
 from speechllm.models.config import ModelConfig
+from speechllm.models.packed import pack_linear_layers
 from speechllm.models.state_dict import load_trainable_state
 from speechllm.precision import autocast_dtype
 
@@ -79,6 +80,8 @@ class TrainedModel:
         ignored = load_trainable_state(self.model, parameters, self.parameters_name)
         logging.info(f"Loaded {self.parameters_name}; ignored: {', '.join(ignored) or 'nothing'}")
         self.model.to(self.device).eval()
+        if self.device.type == "cpu" and not (config.use_lora and config.unfreeze_llm):
+            pack_linear_layers(self.model.llm)
 
     def recognizer(
         self, search: SearchConfig, use_encoders: str | None = None, default_guard: str = "stop"
