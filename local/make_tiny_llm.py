@@ -39,7 +39,7 @@ MUON_LEARNING_RATE = 5e-3
 WARMUP_STEPS = 50
 REPEAT_PROB = 0.9  # fraction of user turns that contain the words of the answer
 RANDOM_PROB = 0.8  # fraction of these turns that consist of random words
-NOISE = 0.3  # largest standard deviation of noise on prompts, relative to that of the embeddings
+NOISE = 0.6  # largest standard deviation of noise on prompts, relative to that of the embeddings
 
 Example = tuple[list[int], list[int]]  # ids and labels of one chat, of equal length
 
@@ -183,7 +183,8 @@ def total_loss(model, examples: list[Example]):
     labels = pad_sequence(labels, True, IGNORED)
     embeds = model.get_input_embeddings()(padded)
     if model.training:
-        level = NOISE * embeds.detach().std() * torch.rand(len(ids), 1, 1)
+        spread = embeds[padded != model.config.pad_token_id].detach().std()
+        level = NOISE * spread * torch.rand(len(ids), 1, 1)
         embeds = embeds + (labels == IGNORED)[..., None] * level * torch.randn_like(embeds)
     return model(inputs_embeds=embeds, labels=labels, num_items_in_batch=1).loss
 
