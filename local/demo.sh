@@ -91,8 +91,9 @@ batches=(--use-fp16 false --num-buckets 8 --enable-spec-aug false --log-interval
 encoder=(--encoder-size tiny --world-size 1 --max-duration 15
   --avg $(((encoder_epochs + 1) / 2)) --lr-epochs 3 --warmup-batches 100 --dropout $dropout
   --encoder-feature-mask false)
-llm=(--world-size 2 --max-duration 6 --optimizer adamw --max-grad-norm 1 --lr-schedule cosine
-  --warmup-batches 50 --token-ctc-weight 1 --encoder-feature-mask false
+port=$((20000 + $$ % 10000)) # two demos can run at the same time
+llm=(--world-size 2 --master-port $port --max-duration 6 --optimizer adamw --max-grad-norm 1
+  --lr-schedule cosine --warmup-batches 50 --token-ctc-weight 1 --encoder-feature-mask false
   --encoder-cache-dir "$exp/encoder_outputs" --num-epochs $llm_epochs)
 avg=1 # the learning rate ends at 0, so averaging earlier epochs does not help
 decoding=(--epoch $llm_epochs --avg $avg --max-duration 120 --max-new-tokens 100

@@ -166,13 +166,14 @@ def build_model(tokenizer, sizes: dict[str, int]):
 
 
 def count_labels(examples: list[Example]) -> int:
+    """Return the number of tokens to predict."""
     from speechllm.models.prompt import IGNORED
 
     return sum(label != IGNORED for _, labels in examples for label in labels)
 
 
 def total_loss(model, examples: list[Example]):
-    """Return the negative log-likelihood (nats) of all labels; prompts are noisy in training."""
+    """Return the sum of the labels' negative log-likelihoods in nats; noisy prompts in training."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -208,10 +209,10 @@ def train(model, examples: Iterator[Example], max_steps: int) -> None:
     ]
     for step in range(max_steps):
         batch = sorted(islice(examples, BATCH_SIZE), key=lambda example: len(example[0]))
+        num_labels, mean_loss = count_labels(batch), 0.0
         model.zero_grad()
-        mean_loss = 0.0
         for k in range(0, BATCH_SIZE, PART_SIZE):
-            loss = total_loss(model, batch[k : k + PART_SIZE]) / count_labels(batch)
+            loss = total_loss(model, batch[k : k + PART_SIZE]) / num_labels
             loss.backward()
             mean_loss += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -8,7 +8,12 @@ from naive import make_model
 
 from speechllm.decoding.config import SearchConfig
 from speechllm.decoding.ctc_decoder import ctc_outputs
-from speechllm.decoding.hallucination import MAX_PERIOD, find_repetition, hallucination_flags
+from speechllm.decoding.hallucination import (
+    MAX_PERIOD,
+    find_repetition,
+    hallucination_flags,
+    spectral_variations,
+)
 from speechllm.decoding.recognizer import Recognizer
 from speechllm.models.prompt import encode_transcripts
 
@@ -238,6 +243,19 @@ def test_fallback_works_with_relaxed_acceptance_of_drafts(recognize):
     options = {"guard": "fallback", "method": "draft", "draft_accept_prob": 0.5}
     answer = recognize(LOOP, "caca", **options)
     assert (answer.text, answer.source) == ("caca", "CTC")
+
+
+def test_spectral_variation_is_the_deviation_over_time_without_padding():
+    torch.manual_seed(0)
+    features, lens = 3 + 2 * torch.randn(3, 400, 80), torch.tensor([400, 201, 30])
+    features[2, :30] = 5.0  # stationary
+    for row, n in zip(features, lens):
+        row[n:] = -15.9
+    found = spectral_variations(features, lens)
+    assert found == [pytest.approx(x, abs=0.1) for x in (2.0, 2.0, 0.0)]
+    for b, n in enumerate(lens):
+        alone = spectral_variations(features[b : b + 1, :n], lens[b : b + 1])
+        assert alone == [pytest.approx(found[b], abs=1e-5)]
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ class TrainedModel:
         ignored = load_trainable_state(self.model, parameters, self.parameters_name)
         logging.info(f"Loaded {self.parameters_name}; ignored: {', '.join(ignored) or 'nothing'}")
         self.model.to(self.device).eval()
-        if self.device.type == "cpu" and not (config.use_lora and config.unfreeze_llm):
+        if self.device.type == "cpu" and not config.has_lora:
             pack_linear_layers(self.model.llm)
 
     def recognizer(

@@ -115,29 +115,13 @@ def _align_pieces(
 
 
 def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> np.ndarray:
-    """Return the best paths of B utterances: (T, V) each -> (B, T), left-padded.
+    """Return Viterbi paths of B utterances: (T, V) each -> (B, T), left-padded.
 
-    T must be at least `ctc_frames_needed(target)`. A greedy path is the best of all paths, so only
-    targets that differ from it need a search.
+    Each step processes one frame of all utterances. T must be at least `ctc_frames_needed(target)`.
 
     Returns:
       Positions in the targets; -1 for blanks and padding.
     """
-    best = np.full((len(targets), max(map(len, log_probs))), BLANK)
-    for row, own in zip(best, log_probs):
-        own.argmax(axis=1, out=row[len(row) - len(own) :])
-    begins = (best != BLANK) & (np.diff(best, prepend=BLANK) != 0)
-    paths = np.where(best == BLANK, -1, np.cumsum(begins, axis=1) - 1)
-    others = [b for b, target in enumerate(targets) if best[b, begins[b]].tolist() != target]
-    if others:
-        found = viterbi_paths([log_probs[b] for b in others], [targets[b] for b in others])
-        paths[others] = -1
-        paths[others, paths.shape[1] - found.shape[1] :] = found
-    return paths
-
-
-def viterbi_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> np.ndarray:
-    """Return the result of `ctc_best_paths`; each step processes one frame of all utterances."""
     frames, rows = max(map(len, log_probs)) + 1, np.arange(len(targets))
     ends = 2 * np.array([*map(len, targets)]) + 2  # last state, a blank
     # Two unreachable states, then blank, token, blank, ..., token, blank.

@@ -162,6 +162,11 @@ class ModelConfig:
         """True if the LLM's own weights are trainable."""
         return self.unfreeze_llm and not self.use_lora
 
+    @property
+    def has_lora(self) -> bool:
+        """True if the LLM has LoRA matrices."""
+        return self.unfreeze_llm and self.use_lora
+
 
 ONE_ENCODER = ModelConfig()
 MOSE = ModelConfig(speech_encoder_path=",".join(map(_pretrained, ENCODERS)))

@@ -1,7 +1,7 @@
 """LLMs with bfloat16 weights in oneDNN's memory layout, for decoding on CPUs.
 
-`F.linear` rearranges the weight in every call, which for a few tokens takes about as long as the
-product. torch.compile's frozen graphs use the same operators.
+Products with a few tokens are faster than those of `F.linear`, which takes weights as they are.
+The operators are those of torch.compile's frozen graphs.
 """
 
 import torch
@@ -18,12 +18,15 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(torch.bfloat16).contiguous()
+        x = x.to(torch.bfloat16).contiguous()  # autocast does not do it for this operator
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def pack_linear_layers(llm: nn.Module) -> None:
-    """Replace an LLM's linear layers in bfloat16; those of LoRA and other dtypes stay."""
+    """Replace the bfloat16 linear layers of an LLM without LoRA, if oneDNN supports the CPU.
+
+    A head that shares its weight with the embedding becomes a second copy.
+    """
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
     for name, layer in list(llm.named_modules()):

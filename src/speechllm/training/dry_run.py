@@ -88,7 +88,7 @@ def model_lines(model: SpeechLLM, training: Training) -> Iterator[str]:
         yield f"Encoder {number}: {name}, {_parameters(encoder)}: {path}"
     projectors, rate = model.encoder_projector, f"{config.encoder_projector_ds_rate} encoder frames"
     yield f"Projectors: {len(projectors)}, {_parameters(projectors)}, {rate} per speech embedding"
-    lora = f", LoRA of rank {config.lora_r}" if config.use_lora and config.unfreeze_llm else ""
+    lora = f", LoRA of rank {config.lora_r}" if config.has_lora else ""
     yield f"LLM: {_parameters(model.llm)}{lora}: {config.llm_path}"
 
 
