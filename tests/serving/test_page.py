@@ -254,8 +254,15 @@ def test_a_recording_without_a_live_transcript_is_transcribed_at_its_end(visit, 
     service = service_of(transcriber, max_streams=1)
     with running(service) as url, service.admission.open_stream():
         page = visit(url)
+        waiting = []
+        page.route("**/v1/models", lambda route: waiting.append(route))
+        page.reload()
         page.click("#record")
-        expect_status(page, "^recording: 1 streams are open, the maximum: try again later$")
+        refused = "^recording: 1 streams are open, the maximum: try again later$"
+        expect_status(page, refused)
+        waiting[0].continue_()
+        expect(page.locator("#model")).to_have_text("tiny")
+        expect_status(page, refused)  # the answer about the model does not clear it
         drop(page, clip)
         expect_status(page, "^stop the recording first$")
         page.wait_for_timeout(1500)
