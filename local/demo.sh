@@ -73,10 +73,10 @@ export OMP_NUM_THREADS=1
 # copies of a text, which helps MoSE, repeated one copy less well on AN4.
 if [ -z "$table" ]; then
   speed_perturb=false dropout=0 unmasked_epochs=$encoder_epochs
-  llm_steps=800 max_copies=2 llm_epochs=${llm_epochs:-4}
+  llm_steps=900 max_copies=2 llm_epochs=${llm_epochs:-4}
 else
   speed_perturb=true dropout=0.1 unmasked_epochs=$(((encoder_epochs + 1) / 2))
-  llm_steps=1500 max_copies=1 llm_epochs=${llm_epochs:-6}
+  llm_steps=2000 max_copies=1 llm_epochs=${llm_epochs:-6}
 fi
 corpus=(--manifest-dir "$data/fbank" --min-duration 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
@@ -146,8 +146,7 @@ fi
 if due 3 "a tiny LLM for the transcripts"; then
   rm -rf "$exp/llm"
   quietly llm.log $python local/make_tiny_llm.py --out "$exp/llm" \
-    --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps $llm_steps --max-copies $max_copies \
-    --hidden-size 192 --num-layers 3 --num-heads 6 --num-kv-heads 6 --intermediate-size 512 &
+    --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps $llm_steps --max-copies $max_copies &
   llm_job=$!
 fi
 

@@ -9,13 +9,16 @@ The model is trained to answer with a lower-case transcript, in the recipe's cha
 the chats, the user's turn contains the tokens of the answer, lengthened and noisy like speech:
 speech recognition with a frozen LLM relies on its ability to repeat the prompt, which instruct
 models of the usual size have. Most answers are random words, which reward copying, not guessing.
+Where words recur, the model has to compare several preceding words to find its place, for which it
+needs more layers rather than wider ones. Noise and recurring words come late in the training:
+copying is first learned on easy prompts.
 """
 
 import json
 import math
 import random
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import _path  # noqa: F401
@@ -25,11 +28,11 @@ from speechllm.errors import InputError, exit_on_user_error
 from speechllm.io import atomic_directory
 
 SIZES = {  # field of Qwen2Config: flag, default
-    "hidden_size": ("--hidden-size", 256),
-    "num_hidden_layers": ("--num-layers", 4),
+    "hidden_size": ("--hidden-size", 128),
+    "num_hidden_layers": ("--num-layers", 6),
     "num_attention_heads": ("--num-heads", 4),
-    "num_key_value_heads": ("--num-kv-heads", 2),
-    "intermediate_size": ("--intermediate-size", 768),
+    "num_key_value_heads": ("--num-kv-heads", 4),
+    "intermediate_size": ("--intermediate-size", 344),
 }
 VOCAB_SIZE = 1000
 BATCH_SIZE = 32
@@ -39,7 +42,8 @@ MUON_LEARNING_RATE = 5e-3
 WARMUP_STEPS = 50
 REPEAT_PROB = 0.9  # fraction of user turns that contain the words of the answer
 RANDOM_PROB = 0.8  # fraction of these turns that consist of random words
-NOISE = 0.6  # largest standard deviation of noise on prompts, relative to that of the embeddings
+MAX_RANDOM_WORDS = 14
+NOISE = 1.2  # on prompts in the last step, see total_loss; it grows from 0
 
 Example = tuple[list[int], list[int]]  # ids and labels of one chat, of equal length
 
@@ -130,18 +134,28 @@ def lengthened(ids: list[int], space: int, rng: random.Random) -> list[int]:
     return out + [space] * int(rng.expovariate(1 / mean_gap))
 
 
-def training_examples(tokenizer, transcripts: list[str], max_copies: int) -> Iterator[Example]:
-    """Yield an infinite stream of examples, with the transcripts reshuffled in each epoch."""
+def random_text(words: list[str], rng: random.Random, may_recur: bool) -> str:
+    """Return a text of random words; if they may recur, half of the texts consist of a few."""
+    length = rng.randint(1, MAX_RANDOM_WORDS)
+    if may_recur and rng.random() < 0.5:
+        words = rng.choices(words, k=rng.randint(1, length // 2 + 1))
+    return " ".join(rng.choices(words, k=length))
+
+
+def training_examples(
+    tokenizer, transcripts: list[str], max_copies: int, number: int
+) -> Iterator[Example]:
+    """Yield examples; transcripts are reshuffled in each epoch, words recur in the second half."""
     rng = random.Random(0)
     all_words = [word for transcript in transcripts for word in transcript.split()]
-    while True:
-        for transcript in rng.sample(transcripts, len(transcripts)):
-            if rng.random() >= REPEAT_PROB:
-                yield encode_example(tokenizer, transcript)
-                continue
-            if rng.random() < RANDOM_PROB:
-                transcript = " ".join(rng.choices(all_words, k=len(transcript.split())))
-            yield encode_example(tokenizer, transcript, rng, max_copies)
+    epochs = (rng.sample(transcripts, len(transcripts)) for _ in count())
+    for i, transcript in enumerate(islice(chain.from_iterable(epochs), number)):
+        if rng.random() >= REPEAT_PROB:
+            yield encode_example(tokenizer, transcript)
+            continue
+        if rng.random() < RANDOM_PROB:
+            transcript = random_text(all_words, rng, may_recur=i >= number / 2)
+        yield encode_example(tokenizer, transcript, rng, max_copies)
 
 
 # ---- model
@@ -172,8 +186,11 @@ def count_labels(examples: list[Example]) -> int:
     return sum(label != IGNORED for _, labels in examples for label in labels)
 
 
-def total_loss(model, examples: list[Example]):
-    """Return the sum of the labels' negative log-likelihoods in nats; noisy prompts in training."""
+def total_loss(model, examples: list[Example], noise: float = 0.0):
+    """Return the sum of the labels' negative log-likelihoods in nats.
+
+    Noise on the prompts has a random standard deviation, up to `noise` times the embeddings'.
+    """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -183,9 +200,9 @@ def total_loss(model, examples: list[Example]):
     padded = pad_sequence(ids, True, model.config.pad_token_id)
     labels = pad_sequence(labels, True, IGNORED)
     embeds = model.get_input_embeddings()(padded)
-    if model.training:
+    if noise:
         spread = embeds[padded != model.config.pad_token_id].detach().std()
-        level = NOISE * spread * torch.rand(len(ids), 1, 1)
+        level = noise * spread * torch.rand(len(ids), 1, 1)
         embeds = embeds + (labels == IGNORED)[..., None] * level * torch.randn_like(embeds)
     return model(inputs_embeds=embeds, labels=labels, num_items_in_batch=1).loss
 
@@ -209,10 +226,10 @@ def train(model, examples: Iterator[Example], max_steps: int) -> None:
     ]
     for step in range(max_steps):
         batch = sorted(islice(examples, BATCH_SIZE), key=lambda example: len(example[0]))
-        num_labels, mean_loss = count_labels(batch), 0.0
+        num_labels, mean_loss, noise = count_labels(batch), 0.0, NOISE * step / max_steps
         model.zero_grad()
         for k in range(0, BATCH_SIZE, PART_SIZE):
-            loss = total_loss(model, batch[k : k + PART_SIZE]) / num_labels
+            loss = total_loss(model, batch[k : k + PART_SIZE], noise) / num_labels
             loss.backward()
             mean_loss += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -238,7 +255,8 @@ def make_llm(
     held_out, training = shuffled[:num_held_out], shuffled[num_held_out:]
     tokenizer = train_tokenizer(training)
     model = build_model(tokenizer, sizes)
-    train(model, training_examples(tokenizer, training, max_copies), max_steps)
+    examples = training_examples(tokenizer, training, max_copies, max_steps * BATCH_SIZE)
+    train(model, examples, max_steps)
     rng = random.Random(0)
     examples = [encode_example(tokenizer, text, rng) for text in held_out]
     with torch.no_grad():

@@ -82,6 +82,28 @@ def test_lengthened_ids_are_those_of_the_text_after_ctc():
         assert len(path) > len(ids)
 
 
+@pytest.mark.parametrize("may_recur", [True, False])
+def test_a_random_text_has_few_different_words_only_if_they_may_recur(may_recur):
+    rng, words = random.Random(0), [f"word{i}" for i in range(1000)]
+    texts = [tiny.random_text(words, rng, may_recur).split() for _ in range(100)]
+    assert {*map(len, texts)} == {*range(1, tiny.MAX_RANDOM_WORDS + 1)}
+    recurring = sum(len({*text}) <= len(text) / 2 + 1 < len(text) for text in texts)
+    assert recurring in range(20, 60) if may_recur else recurring == 0
+
+
+def test_training_examples_have_the_number_asked_for(tokenizer):
+    texts = ["a b", "c d", "e f"]
+    assert len([*tiny.training_examples(tokenizer, texts, 1, 8)]) == 8
+
+
+def test_noise_changes_the_loss(tokenizer):
+    sizes = dict(zip(tiny.SIZES, (32, 1, 2, 1, 48), strict=True))
+    model = tiny.build_model(tokenizer, sizes).eval()
+    examples = [tiny.encode_example(tokenizer, "h i", random.Random(0))]
+    clean, again, noisy = (tiny.total_loss(model, examples, noise) for noise in (0.0, 0.0, 1.0))
+    assert clean == again != noisy
+
+
 def test_the_directory_loads_as_qwen2_with_rows_for_speech_tokens(tmp_path, capsys):
     rng = random.Random(0)
     texts = [" ".join(rng.choices(LETTERS, k=4)) for _ in range(60)]
