@@ -9,8 +9,8 @@ The model is trained to answer with a lower-case transcript, in the recipe's cha
 the chats, the user's turn contains the tokens of the answer, lengthened and noisy like speech:
 speech recognition with a frozen LLM relies on its ability to repeat the prompt, which instruct
 models of the usual size have. Most answers are random words, which reward copying, not guessing.
-Where words recur, the model has to compare several preceding words to find its place, for which it
-needs more layers rather than wider ones. Noise and recurring words come late in the training:
+The model finds its place among recurring words by comparing several of the preceding ones, which
+takes more layers rather than wider ones. Noise and recurring words come late in the training:
 copying is first learned on easy prompts.
 """
 
