@@ -135,7 +135,7 @@ def lengthened(ids: list[int], space: int, rng: random.Random) -> list[int]:
 
 
 def random_text(words: list[str], rng: random.Random, may_recur: bool) -> str:
-    """Return a text of random words; if they may recur, half of the texts consist of a few."""
+    """Return a text of random words; with `may_recur`, half of the texts repeat a few words."""
     length = rng.randint(1, MAX_RANDOM_WORDS)
     if may_recur and rng.random() < 0.5:
         words = rng.choices(words, k=rng.randint(1, length // 2 + 1))
@@ -255,8 +255,8 @@ def make_llm(
     held_out, training = shuffled[:num_held_out], shuffled[num_held_out:]
     tokenizer = train_tokenizer(training)
     model = build_model(tokenizer, sizes)
-    examples = training_examples(tokenizer, training, max_copies, max_steps * BATCH_SIZE)
-    train(model, examples, max_steps)
+    stream = training_examples(tokenizer, training, max_copies, max_steps * BATCH_SIZE)
+    train(model, stream, max_steps)
     rng = random.Random(0)
     examples = [encode_example(tokenizer, text, rng) for text in held_out]
     with torch.no_grad():
