@@ -50,7 +50,7 @@ def make_optimizer(
     options = {"betas": config.adam_betas, "weight_decay": config.weight_decay}
     options = {name: value for name, value in options.items() if value is not None}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.base_lr, **options)
+        return torch.optim.AdamW(parameters, lr=config.base_lr, fused=True, **options)
     return ScaledAdam(parameters, lr=config.base_lr, clipping_scale=2.0, **options)
 
 
