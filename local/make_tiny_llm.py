@@ -3,29 +3,34 @@
   python local/make_tiny_llm.py --text data/fbank/an4_cuts_train.jsonl.gz --out exp/an4/llm
 
 The result loads like a downloaded Qwen2 (`AutoTokenizer`, `AutoModelForCausalLM`): it has Qwen2's
-pre-tokenizer, ChatML tokens, and spare embedding rows for the speech tokens.
+pre-tokenizer and ChatML tokens. It also has the speech tokens.
 
 The model is trained to answer with a lower-case transcript, in the recipe's chat format. In 90% of
-the chats, the user's turn contains the tokens of the answer, lengthened and noisy like speech:
-speech recognition with a frozen LLM relies on its ability to repeat the prompt, which instruct
-models of the usual size have. Most answers are random words, which reward copying, not guessing.
-The model finds its place among recurring words by comparing several of the preceding ones, which
-takes more layers rather than wider ones. Noise and recurring words come late in the training:
-copying is first learned on easy prompts.
+the chats, the user's turn contains the tokens of the answer between speech tokens, lengthened and
+noisy like speech: speech recognition with a frozen LLM relies on its ability to repeat the prompt,
+which instruct models of the usual size have. Most answers are random words, which reward copying,
+not guessing. The model finds its place among recurring words by comparing several of the preceding
+ones, which takes more layers rather than wider ones. Noise and recurring words come later than the
+first steps: copying is first learned on easy prompts.
 """
 
 import json
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import _path  # noqa: F401
 
 from speechllm.cli import Parser, check_range
 from speechllm.errors import InputError, exit_on_user_error
 from speechllm.io import atomic_directory
+
+if TYPE_CHECKING:
+    from speechllm.models.prompt import ChatTokenizer
 
 SIZES = {  # field of Qwen2Config: flag, default
     "hidden_size": ("--hidden-size", 128),
@@ -43,7 +48,7 @@ WARMUP_STEPS = 50
 REPEAT_PROB = 0.9  # fraction of user turns that contain the words of the answer
 RANDOM_PROB = 0.8  # fraction of these turns that consist of random words
 MAX_RANDOM_WORDS = 14
-NOISE = 1.2  # on prompts in the last step, see total_loss; it grows from 0
+NOISE = 1.2  # on prompts, see total_loss; it grows from 0 in the first half of the training
 
 Example = tuple[list[int], list[int]]  # ids and labels of one chat, of equal length
 
@@ -72,12 +77,12 @@ def read_transcripts(path: Path) -> list[str]:
 
 
 def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
-    """Train a byte-level BPE tokenizer with up to `vocab_size` entries, the ChatML tokens last."""
+    """Train a byte-level BPE tokenizer with up to `vocab_size` entries; speech tokens come last."""
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
 
-    from speechllm.models.prompt import IM_END, IM_START, PAD
+    from speechllm.models.prompt import IM_END, IM_START, PAD, add_speech_tokens
 
     chat_tokens = (PAD, IM_START, IM_END)  # in Qwen2's order
     backend = Qwen2Tokenizer().backend_tokenizer  # with Qwen2's pre-tokenizer and NFC
@@ -92,7 +97,7 @@ def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
     learned = json.loads(backend.to_str())["model"]
     vocab = learned["vocab"]
     vocab |= {token: i for i, token in enumerate(chat_tokens, start=len(vocab))}
-    return Qwen2Tokenizer(
+    tokenizer = Qwen2Tokenizer(
         vocab=vocab,
         merges=[tuple(merge) for merge in learned["merges"]],
         unk_token=None,
@@ -100,25 +105,25 @@ def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
         pad_token=PAD,
         extra_special_tokens=list(chat_tokens[1:]),
     )
+    add_speech_tokens(tokenizer)
+    return tokenizer
 
 
-def encode_example(
-    tokenizer, answer: str, rng: random.Random | None = None, max_copies: int = 1
-) -> Example:
+def encode_example(chat: "ChatTokenizer", answer: str, rng: random.Random | None = None) -> Example:
     """Encode a chat whose user's turn has the answer's tokens, lengthened; without `rng`, none.
 
-    A third of the turns have them `max_copies` times. The labels cover the answer and its closing
-    id.
+    A third of the turns have them once per encoder, the others once. The labels cover the answer
+    and its closing id.
     """
-    from speechllm.models.prompt import IGNORED, IM_END, SPEECH, chat_prompt
+    from speechllm.models.prompt import IGNORED
 
-    before, after = (tokenizer(part).input_ids for part in chat_prompt(SPEECH).split(SPEECH))
-    ids, closing = tokenizer(answer).input_ids, tokenizer(IM_END).input_ids
-    copies = rng.choice((1, 1, max_copies)) if rng else 0
-    [space] = tokenizer(" ").input_ids
-    user = [token for _ in range(copies) for token in lengthened(ids, space, rng)]
-    prompt = before + user + after
-    return prompt + ids + closing, [IGNORED] * len(prompt) + ids + closing
+    ids = chat.tokenizer(answer).input_ids
+    (start, _, end), template = chat.template.group, chat.template
+    user = []
+    for _ in range(rng.choice((1, 1, chat.num_encoders)) if rng else 0):
+        user += [start, *lengthened(ids, template.space, rng), end]
+    prompt, reply = [*template.before, *user, *template.after], [*ids, template.end]
+    return prompt + reply, [IGNORED] * len(prompt) + reply
 
 
 def lengthened(ids: list[int], space: int, rng: random.Random) -> list[int]:
@@ -126,7 +131,7 @@ def lengthened(ids: list[int], space: int, rng: random.Random) -> list[int]:
 
     Speech embeddings outnumber text tokens, and are trained to look like it (models/token_ctc.py).
     """
-    mean_gap, out = rng.choice([0.5, 1.5, 3.0]), []
+    mean_gap, out = rng.choice([0.5, 1.5, 3.0, 6.0]), []
     for token in ids:
         is_repeated = out[-1:] == [token]
         out += [space] * max(int(rng.expovariate(1 / mean_gap)), is_repeated)
@@ -143,32 +148,30 @@ def random_text(words: list[str], rng: random.Random, may_recur: bool) -> str:
 
 
 def training_examples(
-    tokenizer, transcripts: list[str], max_copies: int, number: int
+    chat: "ChatTokenizer", transcripts: list[str], number: int
 ) -> Iterator[Example]:
-    """Yield examples; transcripts are reshuffled in each epoch, words recur in the second half."""
+    """Yield examples; transcripts are reshuffled in each epoch, words recur after a third."""
     rng = random.Random(0)
     all_words = [word for transcript in transcripts for word in transcript.split()]
     epochs = (rng.sample(transcripts, len(transcripts)) for _ in count())
     for i, transcript in enumerate(islice(chain.from_iterable(epochs), number)):
         if rng.random() >= REPEAT_PROB:
-            yield encode_example(tokenizer, transcript)
+            yield encode_example(chat, transcript)
             continue
         if rng.random() < RANDOM_PROB:
-            transcript = random_text(all_words, rng, may_recur=i >= number / 2)
-        yield encode_example(tokenizer, transcript, rng, max_copies)
+            transcript = random_text(all_words, rng, may_recur=i >= number / 3)
+        yield encode_example(chat, transcript, rng)
 
 
 # ---- model
 
 
 def build_model(tokenizer, sizes: dict[str, int]):
-    """Build an untrained Qwen2 with tied embeddings and at least five spare embedding rows."""
+    """Build an untrained Qwen2 with tied embeddings for the tokenizer's entries."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from speechllm.models.prompt import SPEECH_TOKENS
-
     config = Qwen2Config(
-        vocab_size=-(-(len(tokenizer) + len(SPEECH_TOKENS)) // 64) * 64,
+        vocab_size=-(-len(tokenizer) // 64) * 64,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.pad_token_id,  # as in Qwen2
@@ -226,7 +229,8 @@ def train(model, examples: Iterator[Example], max_steps: int) -> None:
     ]
     for step in range(max_steps):
         batch = sorted(islice(examples, BATCH_SIZE), key=lambda example: len(example[0]))
-        num_labels, mean_loss, noise = count_labels(batch), 0.0, NOISE * step / max_steps
+        num_labels, mean_loss = count_labels(batch), 0.0
+        noise = NOISE * min(1, 2 * step / max_steps)
         model.zero_grad()
         for k in range(0, BATCH_SIZE, PART_SIZE):
             loss = total_loss(model, batch[k : k + PART_SIZE], noise) / num_labels
@@ -249,16 +253,18 @@ def make_llm(
     """
     import torch
 
+    from speechllm.models.prompt import ChatTokenizer, build_chat_template
+
     torch.manual_seed(0)
     shuffled = random.Random(0).sample(transcripts, len(transcripts))
     num_held_out = min(200, -(-len(transcripts) // 10))
     held_out, training = shuffled[:num_held_out], shuffled[num_held_out:]
     tokenizer = train_tokenizer(training)
+    chat = ChatTokenizer(tokenizer, build_chat_template(tokenizer), max_copies)
     model = build_model(tokenizer, sizes)
-    stream = training_examples(tokenizer, training, max_copies, max_steps * BATCH_SIZE)
-    train(model, stream, max_steps)
-    rng = random.Random(0)
-    examples = [encode_example(tokenizer, text, rng) for text in held_out]
+    train(model, training_examples(chat, training, max_steps * BATCH_SIZE), max_steps)
+    rng, one_copy = random.Random(0), replace(chat, num_encoders=1)
+    examples = [encode_example(one_copy, text, rng) for text in held_out]
     with torch.no_grad():
         perplexity = math.exp(total_loss(model.eval(), examples) / count_labels(examples))
     print(f"{model.num_parameters()} parameters, held-out perplexity {perplexity:.2f} per token")

@@ -1,5 +1,6 @@
 """A tiny Qwen2: transcripts, tokenizer, examples, training, the written directory."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -9,7 +10,13 @@ import make_tiny_llm as tiny
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from speechllm.models.prompt import IGNORED, SPEECH_TOKENS
+from speechllm.models.prompt import (
+    IGNORED,
+    SPEECH_TOKENS,
+    ChatTokenizer,
+    add_speech_tokens,
+    build_chat_template,
+)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FLAGS = "--hidden-size 32 --num-layers 1 --num-heads 2 --num-kv-heads 1 --intermediate-size 48"
@@ -18,6 +25,11 @@ FLAGS = "--hidden-size 32 --num-layers 1 --num-heads 2 --num-kv-heads 1 --interm
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny.train_tokenizer([" ".join(LETTERS), " ".join(reversed(LETTERS))], 400)
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer):
+    return ChatTokenizer(tokenizer, build_chat_template(tokenizer), num_encoders=2)
 
 
 def write_table(path, texts):
@@ -56,22 +68,26 @@ def test_pre_tokenizer_and_normalizer_are_qwen2s(tokenizer, shared):
     assert ours.normalizer.normalize_str("e\u0301") == qwen2.normalizer.normalize_str("e\u0301")
 
 
-def test_labels_cover_the_answer_and_its_closing_token(tokenizer):
-    ids, labels = tiny.encode_example(tokenizer, "h i")
+def test_labels_cover_the_answer_and_its_closing_token(chat, tokenizer):
+    ids, labels = tiny.encode_example(chat, "h i")
     assert tokenizer.decode(ids) == (
         "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nh i<|im_end|>"
     )
     assert labels == [IGNORED] * 8 + ids[8:] and tokenizer.decode(ids[8:]) == "h i<|im_end|>"
 
 
-@pytest.mark.parametrize("max_copies", [1, 2])
-def test_prompts_have_one_copy_or_max_copies(tokenizer, max_copies):
-    rng, answer, copies = random.Random(0), tokenizer("h i").input_ids, set()
+@pytest.mark.parametrize("num_encoders", [1, 2])
+def test_the_user_says_the_answer_between_speech_tokens_once_or_per_encoder(chat, num_encoders):
+    chat = dataclasses.replace(chat, num_encoders=num_encoders)
+    rng, numbers = random.Random(0), set()
     for _ in range(30):
-        ids, labels = tiny.encode_example(tokenizer, "h i", rng, max_copies)
-        text = tokenizer.decode(ids[: labels.index(answer[0])])
-        copies.add(len(re.findall("h+ *i+", text.partition("user\n")[2])))
-    assert copies == {1, max_copies}
+        ids, labels = tiny.encode_example(chat, "h i", rng)
+        prompt = chat.tokenizer.decode(ids[: labels.count(IGNORED)])
+        user = re.fullmatch(r"<.im_start.>user\n(.*)<.im_end.>\n<.im_start.>assistant\n", prompt)[1]
+        groups = re.findall("<start_speech> *h+ *i+ *i* *<end_speech>", user)
+        assert "".join(groups) == user
+        numbers.add(len(groups))
+    assert numbers == {1, num_encoders}
 
 
 def test_lengthened_ids_are_those_of_the_text_after_ctc():
@@ -91,20 +107,19 @@ def test_a_random_text_has_few_different_words_only_if_they_may_recur(may_recur)
     assert recurring in range(20, 60) if may_recur else recurring == 0
 
 
-def test_training_examples_have_the_number_asked_for(tokenizer):
-    texts = ["a b", "c d", "e f"]
-    assert len([*tiny.training_examples(tokenizer, texts, 1, 8)]) == 8
+def test_training_examples_have_the_number_asked_for(chat):
+    assert len([*tiny.training_examples(chat, ["a b", "c d", "e f"], 8)]) == 8
 
 
-def test_noise_changes_the_loss(tokenizer):
+def test_noise_changes_the_loss(chat, tokenizer):
     sizes = dict(zip(tiny.SIZES, (32, 1, 2, 1, 48), strict=True))
     model = tiny.build_model(tokenizer, sizes).eval()
-    examples = [tiny.encode_example(tokenizer, "h i", random.Random(0))]
+    examples = [tiny.encode_example(chat, "h i", random.Random(0))]
     clean, again, noisy = (tiny.total_loss(model, examples, noise) for noise in (0.0, 0.0, 1.0))
     assert clean == again != noisy
 
 
-def test_the_directory_loads_as_qwen2_with_rows_for_speech_tokens(tmp_path, capsys):
+def test_the_directory_loads_as_qwen2_with_speech_tokens(tmp_path, capsys):
     rng = random.Random(0)
     texts = [" ".join(rng.choices(LETTERS, k=4)) for _ in range(60)]
     table = write_table(tmp_path / "a.tsv", texts)
@@ -113,9 +128,11 @@ def test_the_directory_loads_as_qwen2_with_rows_for_speech_tokens(tmp_path, caps
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert "held-out perplexity" in capsys.readouterr().out
-    tokenizer.add_tokens(SPEECH_TOKENS, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(SPEECH_TOKENS)
+    assert ids == [*range(len(tokenizer) - 5, len(tokenizer))]
+    assert add_speech_tokens(tokenizer) == len(tokenizer) == ids[-1] + 1  # already there
     rows = model.get_input_embeddings().num_embeddings
-    assert rows > max(tokenizer.convert_tokens_to_ids(SPEECH_TOKENS)) and rows % 64 == 0
+    assert rows >= len(tokenizer) and rows % 64 == 0
 
 
 @pytest.mark.slow
@@ -126,6 +143,7 @@ def test_it_learns_to_repeat_the_words_of_the_user(tmp_path, monkeypatch):
     table = write_table(tmp_path / "names.tsv", names)
     flags = "--max-steps 300 --num-layers 2 --hidden-size 64 --num-kv-heads 2"
     tokenizer, model = make(table, tmp_path / "llm", flags)
-    examples = [tiny.encode_example(tokenizer, name, random.Random(0)) for name in names]
+    chat = ChatTokenizer(tokenizer, build_chat_template(tokenizer), num_encoders=1)
+    examples = [tiny.encode_example(chat, name, random.Random(0)) for name in names]
     mean = tiny.total_loss(model, examples) / tiny.count_labels(examples)
     assert mean < 0.5 < math.log(7)
