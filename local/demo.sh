@@ -5,14 +5,14 @@
 #   bash local/demo.sh --corpus my/table.tsv  with yours: utt_id, text, path[, speaker, split]
 #
 # Finished stages are skipped. --stage N repeats stage N and later ones, --stop-stage N stops after N:
-#   1 corpus  2 features  3 tiny LLM  4 two encoders  5 train and train_mose  6 decode both
-# --encoder-epochs N and --llm-epochs N set the epochs of stages 4 and 5.
+#   1 corpus  2 features  3 tiny LLM  4 two encoders  5 train  6 train_mose  7 decode both
+# --encoder-epochs N and --llm-epochs N set the epochs of stage 4, and of stages 5 and 6.
 # Writes to data/demo and exp/demo, or with --corpus a/b.tsv to data/a-b and exp/a-b.
 set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-table="" name=demo stage=7 stop_stage=7 encoder_epochs=6 llm_epochs=""
+table="" name=demo stage=8 stop_stage=8 encoder_epochs=6 llm_epochs=""
 refuse() { echo "$*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   [ "$1" != --help ] || { sed -n '2,10s/^# \{0,1\}//p' local/demo.sh; exit 0; }
@@ -62,21 +62,20 @@ quietly() {
   "$@" >"$file" 2>&1 || { tail -n 20 "$file" >&2; echo "failed; see $file" >&2; exit 1; }
 }
 
-# Models this small gain little from a second thread, so each process uses one: two encoders are
-# trained in parallel, then the LLM by two ranks. Each background job has its own process group
-# (set -m), which is killed with this script.
+# Models this small gain little from a second thread or rank, so each process uses one core. The
+# second encoder is trained in the background, at low priority, until stage 6 needs it.
+# Each background job has its own process group (set -m), which is killed with this script.
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
 # Human speech varies more than espeak-ng's voices: the encoders need SpecAugment in the second half
-# of their training. An LLM with a larger vocabulary needs more steps. One that learned to read two
-# copies of a text, which helps MoSE, repeated one copy less well on AN4.
+# of their training. An LLM with a larger vocabulary needs more steps.
 if [ -z "$table" ]; then
   speed_perturb=false dropout=0 unmasked_epochs=$encoder_epochs
-  llm_steps=900 max_copies=2 llm_epochs=${llm_epochs:-4}
+  llm_steps=900 llm_epochs=${llm_epochs:-4}
 else
   speed_perturb=true dropout=0.1 unmasked_epochs=$(((encoder_epochs + 1) / 2))
-  llm_steps=2000 max_copies=1 llm_epochs=${llm_epochs:-6}
+  llm_steps=2000 llm_epochs=${llm_epochs:-6}
 fi
 corpus=(--manifest-dir "$data/fbank" --min-duration 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
@@ -91,8 +90,7 @@ batches=(--use-fp16 false --num-buckets 8 --enable-spec-aug false --log-interval
 encoder=(--encoder-size tiny --world-size 1 --max-duration 15
   --avg $(((encoder_epochs + 1) / 2)) --lr-epochs 3 --warmup-batches 100 --dropout $dropout
   --encoder-feature-mask false)
-port=$((20000 + $$ % 10000)) # two demos can run at the same time
-llm=(--world-size 2 --master-port $port --max-duration 6 --optimizer adamw --max-grad-norm 1
+llm=(--world-size 1 --max-duration 12 --optimizer adamw --max-grad-norm 1 --lora-dropout 0
   --lr-schedule cosine --warmup-batches 50 --token-ctc-weight 1 --encoder-feature-mask false
   --encoder-cache-dir "$exp/encoder_outputs" --num-epochs $llm_epochs)
 avg=1 # the learning rate ends at 0, so averaging earlier epochs does not help
@@ -146,37 +144,45 @@ fi
 if due 3 "a tiny LLM for the transcripts"; then
   rm -rf "$exp/llm"
   quietly llm.log $python local/make_tiny_llm.py --out "$exp/llm" \
-    --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps $llm_steps --max-copies $max_copies &
+    --text "$data/fbank/${name}_cuts_train.jsonl.gz" --max-steps $llm_steps &
   llm_job=$!
 fi
 
-if due 4 "two tiny encoders with CTC, at the same time"; then
+if due 4 "two tiny encoders with CTC, the second in the background"; then
   fresh 4 "$exp"/encoder[12]
-  for n in 1 2; do
-    train_encoder $n &
-    jobs[n]=$!
-  done
-  for n in 1 2; do wait "${jobs[n]}"; done
-  finished 4
+  train_encoder 2 &
+  encoder2_job=$!
+  renice -n 19 -g "$encoder2_job" >/dev/null
+  train_encoder 1 &
+  wait $!
 fi
 if [ -n "${llm_job:-}" ]; then
   wait "$llm_job"
   finished 3
 fi
 
-if due 5 "train.py on the first encoder, then train_mose.py on both from its model"; then
-  fresh 5 "$exp/llm_asr" "$exp/mose" "$exp/encoder_outputs"
-  training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}")
+training=("${corpus[@]}" "${cuts[@]}" "${batches[@]}" "${llm[@]}" "${model[@]}")
+if due 5 "train.py on the first encoder"; then
+  fresh 5 "$exp/llm_asr" "$exp/encoder_outputs"
   quietly train.log $python src/train.py "${training[@]}" "${one[@]}" --exp-dir "$exp/llm_asr" \
     --base-lr 0.001
+  finished 5
+fi
+if [ -n "${encoder2_job:-}" ]; then
+  wait "$encoder2_job"
+  finished 4
+fi
+
+if due 6 "train_mose.py on both encoders, from the model of stage 5"; then
+  fresh 6 "$exp/mose"
   # A high learning rate would destroy what the first run has learned.
   quietly train_mose.log $python src/train_mose.py "${training[@]}" "${two[@]}" \
     --exp-dir "$exp/mose" --base-lr 0.0005 \
     --pretrained-model-path "$exp/llm_asr/epoch-$llm_epochs.pt"
-  finished 5
+  finished 6
 fi
 
-if due 6 "decode.py and decode_mose.py, side by side"; then
+if due 7 "decode.py and decode_mose.py, side by side"; then
   decode_twice llm_asr decode "${model[@]}" "${one[@]}" &
   job=$!
   decode_twice mose decode_mose "${model[@]}" "${two[@]}" &
@@ -184,13 +190,13 @@ if due 6 "decode.py and decode_mose.py, side by side"; then
   wait $!
   [ ! -f "$data/corpus/words.jsonl" ] || quietly word_times.log $python local/score_word_times.py \
     "$exp/llm_asr/decode/ctm-${name//-/_}_test-decode-draft-$suffix.ctm" "$data/corpus/words.jsonl"
-  finished 6
+  finished 7
 fi
 
 # wer EXP SUFFIX: print the WER in the first line of the test set's error file, `%WER = 3.14`.
 wer() { sed -n '1s/.*= //p' "$exp/$1/decode/errs-${name//-/_}_test-$2.txt"; }
 
-[ "$stop_stage" -ge 6 ] || { log "Stopped after stage $stop_stage"; exit 0; }
+[ "$stop_stage" -ge 7 ] || { log "Stopped after stage $stop_stage"; exit 0; }
 ctc=$(wer encoder1 ctc-greedy)
 of_llm=$(ctc_weight llm_asr) of_mose=$(ctc_weight mose)
 recordings=("$data"/corpus/wav/*/*-test-00000.flac)

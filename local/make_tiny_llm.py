@@ -131,7 +131,7 @@ def lengthened(ids: list[int], space: int, rng: random.Random) -> list[int]:
 
     Speech embeddings outnumber text tokens, and are trained to look like it (models/token_ctc.py).
     """
-    mean_gap, out = rng.choice([0.5, 1.5, 3.0, 6.0]), []
+    mean_gap, out = rng.choice([0.5, 1.5, 4.0]), []
     for token in ids:
         is_repeated = out[-1:] == [token]
         out += [space] * max(int(rng.expovariate(1 / mean_gap)), is_repeated)
