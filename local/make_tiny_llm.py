@@ -3,15 +3,15 @@
   python local/make_tiny_llm.py --text data/fbank/an4_cuts_train.jsonl.gz --out exp/an4/llm
 
 The result loads like a downloaded Qwen2 (`AutoTokenizer`, `AutoModelForCausalLM`): it has Qwen2's
-pre-tokenizer and ChatML tokens. It also has the speech tokens.
+pre-tokenizer and ChatML tokens, and also the recipe's speech tokens.
 
 The model is trained to answer with a lower-case transcript, in the recipe's chat format. In 90% of
 the chats, the user's turn contains the tokens of the answer between speech tokens, lengthened and
 noisy like speech: speech recognition with a frozen LLM relies on its ability to repeat the prompt,
 which instruct models of the usual size have. Most answers are random words, which reward copying,
 not guessing. The model finds its place among recurring words by comparing several of the preceding
-ones, which takes more layers rather than wider ones. Noise and recurring words come later than the
-first steps: copying is first learned on easy prompts.
+ones, which takes more layers rather than wider ones. Training begins without noise and without
+recurring words: copying is first learned on easy prompts.
 """
 
 import json
@@ -118,8 +118,8 @@ def encode_example(chat: "ChatTokenizer", answer: str, rng: random.Random | None
     from speechllm.models.prompt import IGNORED
 
     ids = chat.tokenizer(answer).input_ids
-    (start, _, end), template = chat.template.group, chat.template
-    user = []
+    template, user = chat.template, []
+    start, _, end = template.group
     for _ in range(rng.choice((1, 1, chat.num_encoders)) if rng else 0):
         user += [start, *lengthened(ids, template.space, rng), end]
     prompt, reply = [*template.before, *user, *template.after], [*ids, template.end]
