@@ -77,12 +77,12 @@ def read_transcripts(path: Path) -> list[str]:
 
 
 def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
-    """Train a byte-level BPE tokenizer with up to `vocab_size` entries; speech tokens come last."""
+    """Train a byte-level BPE tokenizer with up to `vocab_size` entries, the ChatML tokens last."""
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
 
-    from speechllm.models.prompt import IM_END, IM_START, PAD, add_speech_tokens
+    from speechllm.models.prompt import IM_END, IM_START, PAD
 
     chat_tokens = (PAD, IM_START, IM_END)  # in Qwen2's order
     backend = Qwen2Tokenizer().backend_tokenizer  # with Qwen2's pre-tokenizer and NFC
@@ -97,7 +97,7 @@ def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
     learned = json.loads(backend.to_str())["model"]
     vocab = learned["vocab"]
     vocab |= {token: i for i, token in enumerate(chat_tokens, start=len(vocab))}
-    tokenizer = Qwen2Tokenizer(
+    return Qwen2Tokenizer(
         vocab=vocab,
         merges=[tuple(merge) for merge in learned["merges"]],
         unk_token=None,
@@ -105,8 +105,6 @@ def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
         pad_token=PAD,
         extra_special_tokens=list(chat_tokens[1:]),
     )
-    add_speech_tokens(tokenizer)
-    return tokenizer
 
 
 def encode_example(chat: "ChatTokenizer", answer: str, rng: random.Random | None = None) -> Example:
@@ -253,13 +251,14 @@ def make_llm(
     """
     import torch
 
-    from speechllm.models.prompt import ChatTokenizer, build_chat_template
+    from speechllm.models.prompt import ChatTokenizer, add_speech_tokens, build_chat_template
 
     torch.manual_seed(0)
     shuffled = random.Random(0).sample(transcripts, len(transcripts))
     num_held_out = min(200, -(-len(transcripts) // 10))
     held_out, training = shuffled[:num_held_out], shuffled[num_held_out:]
     tokenizer = train_tokenizer(training)
+    add_speech_tokens(tokenizer)
     chat = ChatTokenizer(tokenizer, build_chat_template(tokenizer), max_copies)
     model = build_model(tokenizer, sizes)
     train(model, training_examples(chat, training, max_steps * BATCH_SIZE), max_steps)

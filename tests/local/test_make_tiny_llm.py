@@ -24,7 +24,9 @@ FLAGS = "--hidden-size 32 --num-layers 1 --num-heads 2 --num-kv-heads 1 --interm
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny.train_tokenizer([" ".join(LETTERS), " ".join(reversed(LETTERS))], 400)
+    tokenizer = tiny.train_tokenizer([" ".join(LETTERS), " ".join(reversed(LETTERS))], 400)
+    add_speech_tokens(tokenizer)
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
