@@ -110,16 +110,18 @@ def train_tokenizer(transcripts: list[str], vocab_size: int = VOCAB_SIZE):
 def encode_example(chat: "ChatTokenizer", answer: str, rng: random.Random | None = None) -> Example:
     """Encode a chat whose user's turn has the answer's tokens, lengthened; without `rng`, none.
 
-    A third of the turns have them once per encoder, the others once. The labels cover the answer
-    and its closing id.
+    A third of the turns have them once per encoder, the others once; each time, half of the first
+    words have the tokens of later words, which begin with a space. A projector confuses these.
+    The labels cover the answer and its closing id.
     """
     from speechllm.models.prompt import IGNORED
 
-    ids = chat.tokenizer(answer).input_ids
+    ids, spaced_ids = chat.tokenizer([answer, " " + answer]).input_ids
     template, user = chat.template, []
     start, _, end = template.group
     for _ in range(rng.choice((1, 1, chat.num_encoders)) if rng else 0):
-        user += [start, *lengthened(ids, template.space, rng), end]
+        spoken = rng.choice((ids, spaced_ids))
+        user += [start, *lengthened(spoken, template.space, rng), end]
     prompt, reply = [*template.before, *user, *template.after], [*ids, template.end]
     return prompt + reply, [IGNORED] * len(prompt) + reply
 

@@ -145,6 +145,7 @@ CHANGES = {
     "--betas": Change("0.5,0.9", option_of_optimizer("betas")),
     "--weight-decay": Change("0.5", option_of_optimizer("weight_decay"), ADAMW),
     "--max-grad-norm": Change("1", lambda r: r.engine.max_grad_norm, ADAMW),
+    "--projector-dropout": Change("0.5", lambda r: r.model.encoder_projector[0].proj[0].p),
     "--label-smoothing": Change("0.1", lambda r: r.model.label_smoothing),
     "--token-ctc-weight": Change("1", lambda r: r.model.token_ctc_weight),
     "--freeze-projector": Change(

@@ -1,5 +1,6 @@
 """Data-parallel processes: `--world-size N` on one machine, torchrun on several machines."""
 
+import faulthandler
 import os
 import signal
 import sys
@@ -199,6 +200,7 @@ def _run_spawned(
     def report(sentence: str, trace: str = "") -> None:
         errors.put((rank, os.getpid(), sentence, trace[-LONGEST:]))
 
+    faulthandler.enable()  # a fatal signal in a library: print where
     Thread(target=_exit_with_parent, daemon=True).start()
     try:
         _run_rank(rank, run, config, world_size, master_port)

@@ -86,10 +86,19 @@ def test_the_user_says_the_answer_between_speech_tokens_once_or_per_encoder(chat
         ids, labels = tiny.encode_example(chat, "h i", rng)
         prompt = chat.tokenizer.decode(ids[: labels.count(IGNORED)])
         user = re.fullmatch(r"<.im_start.>user\n(.*)<.im_end.>\n<.im_start.>assistant\n", prompt)[1]
-        groups = re.findall("<start_speech> *h+ *i+ *i* *<end_speech>", user)
+        groups = re.findall("<start_speech>(?: *h)+(?: *i)+ *<end_speech>", user)
         assert "".join(groups) == user
         numbers.add(len(groups))
     assert numbers == {1, num_encoders}
+
+
+def test_half_of_the_first_words_in_prompts_have_the_tokens_of_later_words(chat):
+    chat, rng = dataclasses.replace(chat, num_encoders=1), random.Random(0)
+    (first,), (later,) = chat.tokenizer(["h", " h"]).input_ids
+    examples = [tiny.encode_example(chat, "h i", rng) for _ in range(40)]
+    prompts = [ids[: labels.count(IGNORED)] for ids, labels in examples]
+    assert all((first in prompt) != (later in prompt) for prompt in prompts)
+    assert 10 < sum(later in prompt for prompt in prompts) < 30
 
 
 def test_lengthened_ids_are_those_of_the_text_after_ctc():

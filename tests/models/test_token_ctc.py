@@ -5,7 +5,7 @@ import torch
 from small_model import LENS, TRANSCRIPTS, gradients, run
 
 from speechllm.models.prompt import training_ids
-from speechllm.models.token_ctc import token_ctc_loss
+from speechllm.models.token_ctc import COMMITMENT, token_ctc_loss
 
 SPACE = 3
 EMBEDDINGS = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
@@ -19,10 +19,17 @@ def loss_of(path, text, scale=1.0):
 def test_embeddings_of_the_spoken_tokens_have_a_low_loss():
     text = [5, 7, 7]
     assert loss_of([5, 5, SPACE, 7, SPACE, 7], text) < 0.1
-    assert loss_of([5, 5, SPACE, 7, SPACE, 7], text, scale=9.0) < 0.1
     assert loss_of([5, 7, SPACE, 7], [5, SPACE, 7, 7]) < 0.1  # a space in the text is not spoken
     assert loss_of([5, 5, 5, 7, 7, 7], text) > 3  # one 7 instead of two
     assert loss_of([7, SPACE, 7, 5], text) > 3
+
+
+def test_embeddings_are_drawn_to_the_nearest_token():
+    path, text = [5, SPACE, 7], [5, 7]
+    grown = [loss_of(path, text, scale) - loss_of(path, text) for scale in (2, 3)]
+    norms = EMBEDDINGS.square().sum(dim=-1)
+    distance = (norms[path].sum() / norms.mean()).item()
+    assert grown == pytest.approx([COMMITMENT * distance, COMMITMENT * 4 * distance], rel=1e-4)
 
 
 def test_a_text_that_is_too_long_adds_nothing():

@@ -12,7 +12,8 @@ def test_defaults_are_those_of_the_published_recipe():
         "master_port": 12354, "num_epochs": 10, "start_epoch": 1, "base_lr": 0.01, "seed": 42,
         "optimizer": "scaled_adam", "lr_schedule": "fixed", "log_interval": 50,
         "valid_interval": 5000, "tensorboard": True, "inf_check": False,
-        "encoder_feature_mask": True, "use_bf16": False, "use_fp16": None, "world_size": None,
+        "encoder_feature_mask": True, "projector_dropout": 0.1, "use_bf16": False,
+        "use_fp16": None, "world_size": None,
     }  # fmt: skip
     assert vars(TrainConfig()).items() >= published.items()
 
@@ -29,6 +30,7 @@ def test_defaults_are_those_of_the_published_recipe():
         *((name, -1, "-1 must be above 0") for name in (
             "lr_epochs", "projector_lr", "lora_lr", "encoder_lr")),
         ("lr_batches", 0, "0 must be above 0"),
+        ("projector_dropout", 1, "1 must be from 0 to 0.99"),
         ("label_smoothing", 1, "1 must be from 0 to 0.99"),
         ("betas", "0.9,1", "0.9,1 must be two numbers from 0 to below 1, such as 0.9,0.98"),
         ("betas", "0.9", "0.9 must be two numbers from 0 to below 1, such as 0.9,0.98"),

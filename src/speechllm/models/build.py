@@ -20,6 +20,7 @@ class BuildOptions:
     llm_dtype: torch.dtype = torch.float32
     encoder_dtype: torch.dtype = torch.float32  # dtype of frozen encoders
     encoder_feature_mask: bool = True  # in training
+    projector_dropout: float = 0.1  # in training
     label_smoothing: float = 0.0  # in training
     token_ctc_weight: float = 0.0  # in training
     freeze_projector: bool = False
@@ -49,6 +50,7 @@ def build_model(
             ),
             ds_rate=config.encoder_projector_ds_rate,
             encoder_feature_mask=options.encoder_feature_mask,
+            projector_dropout=options.projector_dropout,
             label_smoothing=options.label_smoothing,
             token_ctc_weight=options.token_ctc_weight,
         )

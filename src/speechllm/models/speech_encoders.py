@@ -56,12 +56,14 @@ class SpeechEncoders(nn.Module):
         chat: ChatTemplate,
         ds_rate: int = 4,
         encoder_feature_mask: bool = True,
+        projector_dropout: float = 0.1,
     ):
         """
         Args:
           encoders: trainable unless `frozen`; CTC heads are always frozen.
           ds_rate: encoder frames per speech embedding.
           encoder_feature_mask: mask encoder channels in training, as in the published recipe.
+          projector_dropout: dropout on the encoder output before the projectors.
         """
         super().__init__()
         for encoder in encoders:
@@ -69,7 +71,8 @@ class SpeechEncoders(nn.Module):
                 encoder.ctc_output.requires_grad_(False)
         self.encoder = nn.ModuleList(encoders)
         self.encoder_projector = nn.ModuleList(
-            Projector(encoder.output_dim, llm_dim, ds_rate) for encoder in encoders
+            Projector(encoder.output_dim, llm_dim, ds_rate, projector_dropout)
+            for encoder in encoders
         )
         self.chat = chat
         self.ds_rate = ds_rate

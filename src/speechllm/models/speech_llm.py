@@ -36,6 +36,7 @@ class SpeechLLM(SpeechEncoders):
         chat: ChatTemplate,
         ds_rate: int = 4,
         encoder_feature_mask: bool = True,
+        projector_dropout: float = 0.1,
         label_smoothing: float = 0.0,
         token_ctc_weight: float = 0.0,
     ):
@@ -46,7 +47,9 @@ class SpeechLLM(SpeechEncoders):
           token_ctc_weight: weight of the token CTC loss in the training loss.
         """
         llm_dim = llm.get_input_embeddings().embedding_dim
-        super().__init__(encoders, llm_dim, chat, ds_rate, encoder_feature_mask)
+        super().__init__(
+            encoders, llm_dim, chat, ds_rate, encoder_feature_mask, projector_dropout
+        )
         self.llm, self.label_smoothing = llm, label_smoothing
         self.token_ctc_weight = token_ctc_weight
         self.train(self.training)

@@ -69,6 +69,8 @@ class TrainConfig:
     weight_decay: float | None = _optimizer(None, "weight decay of adamw", unset="0.01")
     max_grad_norm: float = _optimizer(
         0.0, "with adamw: clip the gradient norm to this value; 0: no clipping")
+    projector_dropout: float = _optimizer(
+        0.1, "dropout before the projectors; with little training data, 0.5 helps")
     label_smoothing: float = _optimizer(
         0.0, "fraction of each label's probability to spread over all tokens, in training only")
     token_ctc_weight: float = _optimizer(
@@ -127,7 +129,8 @@ class TrainConfig:
             check_range(name, getattr(self, name), 0)
         for name in ("lr_batches", "lr_epochs", *LR_FACTORS):
             check_range(name, getattr(self, name), 0, above=True)
-        check_range("label_smoothing", self.label_smoothing, 0, 0.99)
+        for name in ("label_smoothing", "projector_dropout"):
+            check_range(name, getattr(self, name), 0, 0.99)
         self._check_optimizer()
         if self.start_epoch > self.num_epochs + 1:
             raise InputError(

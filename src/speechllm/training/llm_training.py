@@ -171,6 +171,7 @@ def _prepare(training: Training, start: Start, device: str = "cpu") -> tuple[Spe
             llm_dtype=torch.float32 if training.model.trains_llm else dtype,
             encoder_dtype=dtype,
             encoder_feature_mask=config.encoder_feature_mask,
+            projector_dropout=config.projector_dropout,
             label_smoothing=config.label_smoothing,
             token_ctc_weight=config.token_ctc_weight,
             freeze_projector=config.freeze_projector,
