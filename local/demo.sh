@@ -69,13 +69,14 @@ set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
 export OMP_NUM_THREADS=1
 # Human speech varies more than espeak-ng's voices: the encoders need SpecAugment in the second half
-# of their training. An LLM with a larger vocabulary needs more steps.
+# of their training. An LLM with a larger vocabulary needs more steps. LoRA would learn the texts of
+# a small corpus by heart: there, the LLM repeats as it was trained to.
 if [ -z "$table" ]; then
   speed_perturb=false dropout=0 unmasked_epochs=$encoder_epochs
-  llm_steps=900 llm_epochs=${llm_epochs:-4}
+  llm_steps=900 llm_epochs=${llm_epochs:-4} lora_lr=1
 else
   speed_perturb=true dropout=0.1 unmasked_epochs=$(((encoder_epochs + 1) / 2))
-  llm_steps=2000 llm_epochs=${llm_epochs:-6}
+  llm_steps=2000 llm_epochs=${llm_epochs:-6} lora_lr=0.01
 fi
 corpus=(--manifest-dir "$data/fbank" --min-duration 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
@@ -91,6 +92,7 @@ encoder=(--encoder-size tiny --world-size 1 --max-duration 15
   --avg $(((encoder_epochs + 1) / 2)) --lr-epochs 3 --warmup-batches 100 --dropout $dropout
   --encoder-feature-mask false)
 llm=(--world-size 1 --max-duration 12 --optimizer adamw --max-grad-norm 1 --lora-dropout 0
+  --projector-dropout 0.5 --projector-lr 3 --lora-lr $lora_lr
   --lr-schedule cosine --warmup-batches 50 --token-ctc-weight 1 --encoder-feature-mask false
   --encoder-cache-dir "$exp/encoder_outputs" --num-epochs $llm_epochs)
 avg=1 # the learning rate ends at 0, so averaging earlier epochs does not help
