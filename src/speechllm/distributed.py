@@ -1,5 +1,6 @@
 """Data-parallel processes: `--world-size N` on one machine, torchrun on several machines."""
 
+import atexit
 import faulthandler
 import os
 import signal
@@ -204,6 +205,9 @@ def _run_spawned(
     Thread(target=_exit_with_parent, daemon=True).start()
     try:
         _run_rank(rank, run, config, world_size, master_port)
+        # While the interpreter is finalized, gloo's threads may abort the process: PyTorch's pull
+        # request 179291.
+        atexit.register(os._exit, 0)
     except Preempted:
         raise
     except (FileNotFoundError, InputError) as error:
