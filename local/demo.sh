@@ -12,7 +12,7 @@ set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-table="" name=demo stage=8 stop_stage=8 encoder_epochs=6 llm_epochs=""
+table="" name=demo stage=8 stop_stage=8 encoder_epochs=5 llm_epochs=""
 refuse() { echo "$*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   [ "$1" != --help ] || { sed -n '2,10s/^# \{0,1\}//p' local/demo.sh; exit 0; }
@@ -62,8 +62,9 @@ quietly() {
   "$@" >"$file" 2>&1 || { tail -n 20 "$file" >&2; echo "failed; see $file" >&2; exit 1; }
 }
 
-# Models this small gain little from a second thread or rank, so each process uses one core. The
-# second encoder is trained in the background, at low priority, until stage 6 needs it.
+# Models this small gain little from a second thread or rank, so each process uses one core, except
+# in stage 6, which runs alone. The second encoder is trained in the background, at low priority,
+# until then.
 # Each background job has its own process group (set -m), which is killed with this script.
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null; done' EXIT
@@ -73,7 +74,7 @@ export OMP_NUM_THREADS=1
 # a small corpus by heart: there, the LLM repeats as it was trained to.
 if [ -z "$table" ]; then
   speed_perturb=false dropout=0 unmasked_epochs=$encoder_epochs
-  llm_steps=900 llm_epochs=${llm_epochs:-4} lora_lr=1
+  llm_steps=700 llm_epochs=${llm_epochs:-3} lora_lr=1
 else
   speed_perturb=true dropout=0.1 unmasked_epochs=$(((encoder_epochs + 1) / 2))
   llm_steps=2000 llm_epochs=${llm_epochs:-6} lora_lr=0.01
@@ -179,7 +180,7 @@ if due 6 "train_mose.py on both encoders, from the model of stage 5"; then
   fresh 6 "$exp/mose"
   # A high learning rate would destroy what the first run has learned.
   quietly train_mose.log $python src/train_mose.py "${training[@]}" "${two[@]}" \
-    --exp-dir "$exp/mose" --base-lr 0.0005 \
+    --exp-dir "$exp/mose" --base-lr 0.0005 --world-size 2 --max-duration 6 \
     --pretrained-model-path "$exp/llm_asr/epoch-$llm_epochs.pt"
   finished 6
 fi

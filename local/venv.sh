@@ -13,7 +13,9 @@ for requirements in "$@"; do
   stamp=.venv/installed-$(echo "$requirements" | tr / -)
   if ! cmp -s "$requirements" "$stamp"; then
     echo "Installing $requirements"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    # --no-compile: the few modules in use are compiled when they are first imported.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+      -r "$requirements"
     cp "$requirements" "$stamp"
   fi
 done
