@@ -12,7 +12,7 @@ set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-table="" name=demo stage=8 stop_stage=8 encoder_epochs=5 llm_epochs=""
+table="" name=demo stage=8 stop_stage=8 encoder_epochs="" llm_epochs=""
 refuse() { echo "$*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   [ "$1" != --help ] || { sed -n '2,10s/^# \{0,1\}//p' local/demo.sh; exit 0; }
@@ -73,11 +73,13 @@ export OMP_NUM_THREADS=1
 # of their training. An LLM with a larger vocabulary needs more steps. LoRA would learn the texts of
 # a small corpus by heart: there, the LLM repeats as it was trained to.
 if [ -z "$table" ]; then
-  speed_perturb=false dropout=0 unmasked_epochs=$encoder_epochs
-  llm_steps=700 llm_epochs=${llm_epochs:-3} lora_lr=1
+  encoder_epochs=${encoder_epochs:-5} llm_epochs=${llm_epochs:-3} llm_steps=700
+  speed_perturb=false dropout=0 lora_lr=1
+  unmasked_epochs=$encoder_epochs
 else
-  speed_perturb=true dropout=0.1 unmasked_epochs=$(((encoder_epochs + 1) / 2))
-  llm_steps=2000 llm_epochs=${llm_epochs:-6} lora_lr=0.01
+  encoder_epochs=${encoder_epochs:-6} llm_epochs=${llm_epochs:-6} llm_steps=2000
+  speed_perturb=true dropout=0.1 lora_lr=0.01
+  unmasked_epochs=$(((encoder_epochs + 1) / 2))
 fi
 corpus=(--manifest-dir "$data/fbank" --min-duration 0.3 --enable-musan false --num-workers 0)
 cuts=(--train-cuts "${name}_cuts_train" --valid-cuts "${name}_cuts_dev")
