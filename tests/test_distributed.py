@@ -4,6 +4,7 @@ Functions named `rank_…` run in the processes, which import this file: modules
 import are imported where they are used.
 """
 
+import atexit
 import os
 import signal
 import socket
@@ -176,6 +177,17 @@ def test_a_failing_rank_ends_all_and_is_named(port, how, error, message):
     with pytest.raises(error, match=message):
         launch(rank_fails, how, 2, port)
     assert not mp.active_children()
+
+
+def rank_aborts_at_exit(dist_env, config):
+    if dist_env.rank == 1:
+        atexit.register(os.abort)
+
+
+@ranks
+@pytest.mark.slow
+def test_a_library_that_aborts_a_rank_at_exit_does_no_harm(port):
+    launch(rank_aborts_at_exit, None, 2, port)
 
 
 def test_a_port_in_use_is_named(monkeypatch):
