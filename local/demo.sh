@@ -12,7 +12,7 @@ set -eou pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-table="" name=demo stage=8 stop_stage=8 encoder_epochs="" llm_epochs=""
+table="" name=demo stage=8 stop_stage=8 encoder_epochs=6 llm_epochs=""
 refuse() { echo "$*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   [ "$1" != --help ] || { sed -n '2,10s/^# \{0,1\}//p' local/demo.sh; exit 0; }
@@ -73,11 +73,11 @@ export OMP_NUM_THREADS=1
 # of their training. An LLM with a larger vocabulary needs more steps. LoRA would learn the texts of
 # a small corpus by heart: there, the LLM repeats as it was trained to.
 if [ -z "$table" ]; then
-  encoder_epochs=${encoder_epochs:-5} llm_epochs=${llm_epochs:-3} llm_steps=700
+  llm_epochs=${llm_epochs:-4} llm_steps=900
   speed_perturb=false dropout=0 lora_lr=1
   unmasked_epochs=$encoder_epochs
 else
-  encoder_epochs=${encoder_epochs:-6} llm_epochs=${llm_epochs:-6} llm_steps=2000
+  llm_epochs=${llm_epochs:-6} llm_steps=2000
   speed_perturb=true dropout=0.1 lora_lr=0.01
   unmasked_epochs=$(((encoder_epochs + 1) / 2))
 fi
