@@ -13,9 +13,7 @@ for requirements in "$@"; do
   stamp=.venv/installed-$(echo "$requirements" | tr / -)
   if ! cmp -s "$requirements" "$stamp"; then
     echo "Installing $requirements"
-    # --no-compile: the few modules in use are compiled when they are first imported.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-      -r "$requirements"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
     cp "$requirements" "$stamp"
   fi
 done
