@@ -201,7 +201,7 @@ def _run_spawned(
     def report(sentence: str, trace: str = "") -> None:
         errors.put((rank, os.getpid(), sentence, trace[-LONGEST:]))
 
-    faulthandler.enable()  # a fatal signal in a library: print where
+    faulthandler.enable()  # prints the stack on a fatal signal
     Thread(target=_exit_with_parent, daemon=True).start()
     try:
         _run_rank(rank, run, config, world_size, master_port)
