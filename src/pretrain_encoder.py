@@ -25,7 +25,7 @@ DEFAULTS = TrainConfig(
 FOR_LLMS = (
     "deepspeed", "pretrained_model_path", "use_flash_attn", "max_batch_tokens",
     "encoder_cache_dir", "freeze_projector", "projector_lr", "lora_lr", "encoder_lr",
-    "label_smoothing", "token_ctc_weight", "valid_decode", "patience",
+    "projector_dropout", "label_smoothing", "token_ctc_weight", "valid_decode", "patience",
 )  # fmt: skip
 
 

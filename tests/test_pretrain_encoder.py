@@ -338,3 +338,11 @@ def test_epochs_to_average_are_checked_before_resuming(flags, trained, tmp_path)
         f"epoch-1.pt is missing in {tmp_path}: --num-epochs 3 --avg 3 averages epochs 1 to 3"
     )
     assert not (tmp_path / "epoch-3.pt").exists()
+
+
+def test_flags_of_llms_and_projectors_are_not_offered(capsys):
+    with pytest.raises(SystemExit):
+        pretrain_encoder.main(["--help"])
+    offered = capsys.readouterr().out
+    assert "--base-lr" in offered
+    assert not re.search("--[a-z-]*(projector|lora|llm|token)", offered)
