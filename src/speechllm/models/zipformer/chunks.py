@@ -94,13 +94,29 @@ def stack_frames(lens: Tensor, num_frames: int, chunks: Chunking | History, fact
     return Frames(valid, sources & allowed, size, lens.clamp(max=size))
 
 
+class DepthwiseConv(nn.Conv1d):
+    """Depthwise convolution over time: (B, T, C) -> (B, T + 2 * padding - kernel + 1, C)."""
+
+    def __init__(self, dim: int, kernel: int, padding: int = 0):
+        super().__init__(dim, dim, kernel, padding=padding, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        # CPUs are much faster with channels last, which PyTorch has only for two dimensions.
+        image = x[:, None].permute(0, 3, 1, 2)  # (B, C, 1, T)
+        weight, padding = self.weight[:, :, None], (0, *self.padding)
+        y = F.conv2d(image, weight, self.bias, padding=padding, groups=self.groups)
+        return y.permute(0, 2, 3, 1)[:, 0]
+
+
 class CausalConv(nn.Module):
     """Depthwise convolution over past frames plus one within chunks: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim: int, kernel: int):
         super().__init__()
-        self.causal_conv = nn.Conv1d(dim, dim, (kernel + 1) // 2, groups=dim)
-        self.chunkwise_conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.causal_conv = DepthwiseConv(dim, (kernel + 1) // 2)
+        self.chunkwise_conv = DepthwiseConv(dim, kernel, padding=kernel // 2)
         self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, dim, kernel))
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
@@ -110,24 +126,23 @@ class CausalConv(nn.Module):
             past = F.pad(x, (0, 0, context, 0))
         else:
             past = frames.history.extend(x, context)
-        past = self.causal_conv(past.transpose(1, 2))  # (B, C, T)
-        return (past + self._within_chunks(x.transpose(1, 2), frames)).transpose(1, 2)
+        return self.causal_conv(past) + self._within_chunks(x, frames)
 
     def _within_chunks(self, x: Tensor, frames: Frames) -> Tensor:
-        """Convolve each chunk separately, scaled near its edges: (B, C, T) -> (B, C, T)."""
-        num_frames = x.size(2)
+        """Convolve each chunk separately, scaled near its edges: (B, T, C) -> (B, T, C)."""
+        num_frames = x.size(1)
         groups = -(-num_frames // frames.chunk)
-        x = F.pad(x, (0, groups * frames.chunk - num_frames))
-        x = x.unflatten(2, (groups, frames.chunk)).transpose(1, 2)  # (B, groups, C, chunk)
+        x = F.pad(x, (0, 0, 0, groups * frames.chunk - num_frames))
+        x = x.unflatten(1, (groups, frames.chunk))  # (B, groups, chunk, C)
         y = self.chunkwise_conv(x.flatten(0, 1)).unflatten(0, (-1, groups))
         y = y * self._scale(frames.chunk_lens, frames.chunk)[:, None]
-        return y.transpose(1, 2).flatten(2)[..., :num_frames]
+        return y.flatten(1, 2)[:, :num_frames]
 
     def _scale(self, lens: Tensor, num_frames: int) -> Tensor:
-        """Return the scale (N, C, T) for N chunks of lens (N,) frames: 1 far from the edges."""
-        at_start, at_end = self.chunkwise_conv_scale
-        kernel = at_start.size(1)
-        at_start = F.pad(at_start[:, :num_frames], (0, max(0, num_frames - kernel)))
+        """Return the scale (N, T, C) for N chunks of lens (N,) frames: 1 far from the edges."""
+        at_start, at_end = self.chunkwise_conv_scale.transpose(1, 2)  # (kernel, C)
+        kernel = at_start.size(0)
+        at_start = F.pad(at_start[:num_frames], (0, 0, 0, max(0, num_frames - kernel)))
         column = kernel - lens[:, None] + torch.arange(num_frames, device=lens.device)
-        at_end = at_end[:, column.clamp(0, kernel - 1)].transpose(0, 1)  # (C, N, T) -> (N, C, T)
-        return 1 + at_start + at_end * (column >= 0)[:, None]
+        at_end = at_end[column.clamp(0, kernel - 1)]
+        return 1 + at_start + at_end * (column >= 0)[..., None]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speechllm.models.zipformer.chunks import CausalConv, Frames
+from speechllm.models.zipformer.chunks import CausalConv, DepthwiseConv, Frames
 from speechllm.models.zipformer.config import ZipformerConfig
 from speechllm.models.zipformer.swoosh import swoosh_l, swoosh_r
 
@@ -171,18 +171,13 @@ class ConvModule(nn.Module):
         self.in_proj = nn.Linear(dim, 2 * dim)
         self.causal = causal
         self.depthwise_conv = (
-            CausalConv(dim, kernel)
-            if causal
-            else nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+            CausalConv(dim, kernel) if causal else DepthwiseConv(dim, kernel, padding=kernel // 2)
         )
         self.out_proj = scaled_linear(dim, dim, 0.05)
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
         x = F.glu(self.in_proj(x)) * frames.valid[:, :, None]
-        if self.causal:
-            x = self.depthwise_conv(x, frames)
-        else:
-            x = self.depthwise_conv(x.transpose(1, 2)).transpose(1, 2)
+        x = self.depthwise_conv(x, frames) if self.causal else self.depthwise_conv(x)
         return self.out_proj(swoosh_r(x))
 
 
