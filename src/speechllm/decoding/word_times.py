@@ -122,35 +122,34 @@ def ctc_best_paths(log_probs: list[np.ndarray], targets: list[list[int]]) -> np.
     Returns:
       Positions in the targets; -1 for blanks and padding.
     """
-    frames, rows = max(map(len, log_probs)) + 1, np.arange(len(targets))
-    ends = 2 * np.array([*map(len, targets)]) + 2  # last state, a blank
-    # Two unreachable states, then blank, token, blank, ..., token, blank.
-    states = np.full((ends.max() + 1, len(targets)), BLANK)
-    emissions = np.full((frames, *states.shape), -np.inf, dtype=np.float32)  # (1 + T, S, B)
-    emissions[:, 2] = 0.0  # before an utterance, a path stays in the first blank
-    for b, (emitted, target, end) in enumerate(zip(log_probs, targets, ends.tolist())):
-        states[3:end:2, b] = target
-        own = emissions[frames - len(emitted) :, 2 : end + 1, b]
-        np.maximum(emitted.take(states[2 : end + 1, b], axis=1), MIN_LOG_PROB, out=own)
+    frames, sizes = max(map(len, log_probs)) + 1, 2 * np.array([*map(len, targets)]) + 3
+    starts = np.cumsum(sizes) - sizes
+    # Per utterance: two unreachable states, then blank, token, blank, ..., token, blank.
+    states = np.full(sizes.sum(), BLANK)
+    scores = np.full((frames, len(states)), -np.inf, dtype=np.float32)  # (1 + T, S)
+    scores[:, starts + 2] = 0.0  # before an utterance, a path stays in the first blank
+    for emitted, target, start, size in zip(log_probs, targets, starts.tolist(), sizes.tolist()):
+        reachable = slice(start + 2, start + size)
+        states[reachable][1::2] = target
+        own = scores[frames - len(emitted) :, reachable]
+        np.maximum(emitted.take(states[reachable], axis=1), MIN_LOG_PROB, out=own)
     # Different tokens may follow each other without a blank in between.
     may_skip = (states[2:] != BLANK) & (states[2:] != states[:-2])
-    skip = np.where(may_skip, 0.0, -np.inf)
-    steps = np.zeros(emissions.shape, dtype=np.int8)  # states advanced since the previous frame
-    scores, leap = emissions[0].astype(float), np.empty_like(skip)
-    stay, step, leaping = scores[2:], scores[1:-1], scores[:-2]
-    for emission, advanced in zip(emissions[1:, 2:], steps[1:, 2:]):
-        np.add(leaping, skip, out=leap)
-        np.greater(step, stay, out=advanced.view(bool))
-        best = np.maximum(stay, step)
-        np.copyto(advanced, 2, where=leap > best)
-        np.maximum(best, leap, out=best)
-        np.add(best, emission, out=stay)
-    state = ends - (scores[ends - 1, rows] > scores[ends, rows])
-    visited = np.empty((len(rows), frames), dtype=int)
-    for t in reversed(range(frames)):
-        visited[:, t] = state
-        state = state - steps[t, state, rows]
-    return np.where(visited % 2 == 1, visited // 2 - 1, -1)[:, 1:]
+    skip = np.where(may_skip, np.float32(0), np.float32(-np.inf))
+    for before, now in pairwise(scores):  # turns log-probabilities into scores of the best paths
+        best = np.maximum(before[2:], before[1:-1])
+        np.maximum(best, before[:-2] + skip, out=best)
+        now[2:] += best
+    stay, step, leap = scores[:-1, 2:], scores[:-1, 1:-1], scores[:-1, :-2] + skip
+    advanced = np.where(leap > np.maximum(stay, step), np.int8(2), step > stay)  # by frame
+    state = starts + sizes - 1
+    state -= scores[-1, state - 1] > scores[-1, state]
+    visited = np.empty((frames - 1, len(targets)), dtype=int)
+    for t in reversed(range(frames - 1)):
+        visited[t] = state
+        state = state - advanced[t, state - 2]
+    visited = visited.T - starts[:, None]
+    return np.where(visited % 2 == 1, visited // 2 - 1, -1)
 
 
 def time_words(
