@@ -74,11 +74,13 @@ export OMP_NUM_THREADS=1
 # a small corpus by heart: there, the LLM repeats as it was trained to.
 if [ -z "$table" ]; then
   llm_epochs=${llm_epochs:-4} llm_steps=900
-  speed_perturb=false dropout=0 lora_lr=1
+  speed_perturb=false dropout=0
+  lora=(--lora-r 16 --lora-alpha 32)
   unmasked_epochs=$encoder_epochs
 else
   llm_epochs=${llm_epochs:-6} llm_steps=2000
-  speed_perturb=true dropout=0.1 lora_lr=0.01
+  speed_perturb=true dropout=0.1
+  lora=(--lora-lr 0.01)
   unmasked_epochs=$(((encoder_epochs + 1) / 2))
 fi
 corpus=(--manifest-dir "$data/fbank" --min-duration 0.3 --enable-musan false --num-workers 0)
@@ -95,7 +97,7 @@ encoder=(--encoder-size tiny --world-size 1 --max-duration 15
   --avg $(((encoder_epochs + 1) / 2)) --lr-epochs 3 --warmup-batches 100 --dropout $dropout
   --encoder-feature-mask false)
 llm=(--world-size 1 --max-duration 12 --optimizer adamw --max-grad-norm 1 --lora-dropout 0
-  --projector-dropout 0.5 --projector-lr 3 --lora-lr $lora_lr
+  "${lora[@]}" --projector-dropout 0.5 --projector-lr 3
   --lr-schedule cosine --warmup-batches 50 --token-ctc-weight 1 --encoder-feature-mask false
   --encoder-cache-dir "$exp/encoder_outputs" --num-epochs $llm_epochs)
 avg=1 # the learning rate ends at 0, so averaging earlier epochs does not help
@@ -142,7 +144,7 @@ table=${table:-$data/corpus/transcripts.tsv}
 
 if due 2 "features of $table"; then
   quietly features.log $python local/prepare_corpus.py --table "$table" --corpus "$name" \
-    --manifest-dir "$data/fbank" --speed-perturb $speed_perturb --num-jobs 2 --overwrite true
+    --manifest-dir "$data/fbank" --speed-perturb $speed_perturb --num-jobs 1 --overwrite true
   finished 2
 fi
 
