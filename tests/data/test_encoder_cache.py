@@ -14,7 +14,7 @@ from tiny_batches import cut_file, eval_batches
 
 from speechllm.checkpoints import load_checkpoint
 from speechllm.data import encoder_cache
-from speechllm.data.encoder_cache import EncoderCache, encode_batch, fingerprint, hash_of_encoders
+from speechllm.data.encoder_cache import EncoderCache, encode_batch, fingerprint, hash_of_encoder
 from speechllm.errors import InputError
 from speechllm.models.zipformer.checkpoint import load_encoder, save_encoder
 from speechllm.models.zipformer.config import SIZES
@@ -118,7 +118,8 @@ def test_cached_outputs_are_those_computed_bit_for_bit(encoders, cuts, tmp_path,
     cache = filled(tmp_path, encoders, cuts, dtype, max_duration=99.0)
     [batch] = eval_batches(cuts, max_duration=99.0)
     by_id = {cut.id: cut for cut in cuts}
-    for cut_id, expected in zip(batch["cut_ids"], encode_batch(encoders, batch, CPU, dtype)):
+    outputs = [encode_batch(encoder, batch, CPU, dtype) for encoder in encoders]
+    for cut_id, expected in zip(batch["cut_ids"], torch.cat(outputs, dim=-1)):
         output, _ = cache.read(by_id[cut_id])
         assert output.dtype == dtype and torch.equal(output, expected[: len(output)])
 
@@ -159,17 +160,30 @@ def test_fingerprint_changes_when_a_file_is_written_again(cuts, tmp_path, on_the
     assert fingerprint(cut, on_the_fly_feats) != before
 
 
-def test_hash_depends_on_the_outputs_of_the_encoders_only(encoders):
+def test_hash_depends_on_the_outputs_of_the_encoder_only(encoders):
     one, two = encoders
-    hashes = {hash_of_encoders(some) for some in ([one], [two], [one, two], [two, one])}
-    hashes.add(hash_of_encoders([one], torch.bfloat16))
-    assert len(hashes) == 5
-    before = hash_of_encoders([one])
+    assert len({hash_of_encoder(one), hash_of_encoder(two), hash_of_encoder(one, 16)}) == 3
+    before = hash_of_encoder(one)
     with torch.no_grad():
         one.ctc_output[1].bias += 1
-        assert hash_of_encoders([one]) == before
+        assert hash_of_encoder(one) == before
         next(one.parameters())[0] += 1e-6
-    assert hash_of_encoders([one]) != before
+    assert hash_of_encoder(one) != before
+
+
+def test_sets_of_encoders_share_the_outputs(encoders, cuts, tmp_path):
+    one, two = encoders
+    both = filled(tmp_path, encoders, cuts)
+    reverse = EncoderCache(tmp_path, [two, one])
+    assert not any(map(reverse.is_missing, cuts))
+    expected, _ = both.read(cuts[1])
+    assert torch.equal(reverse.read(cuts[1])[0], expected.roll(one.output_dim, dims=1))
+    shutil.rmtree(both.folders[1])
+    [kept] = EncoderCache(tmp_path, [one]).paths_of(both.with_fingerprint(cuts[1]).id)
+    os.utime(kept, (0, 0))
+    again = filled(tmp_path, encoders, cuts)
+    assert torch.equal(again.read(cuts[1])[0], expected)
+    assert kept.stat().st_mtime == 0  # not written again
 
 
 # ---- errors
@@ -233,7 +247,7 @@ def test_missing_and_damaged_outputs_are_errors(encoders, cuts, tmp_path):
     cache = filled(tmp_path, encoders, cuts)
     with pytest.raises(InputError, match="the encoder cache has no outputs for cut other"):
         cache.read(cuts[1].with_id("other"))
-    path = cache.path_of(cache.with_fingerprint(cuts[1]).id)
+    _, path = cache.paths_of(cache.with_fingerprint(cuts[1]).id)
     os.truncate(path, path.stat().st_size - 4)
     with pytest.raises(InputError, match=f"{path.name} is damaged .*: remove it"):
         cache.read(cuts[1])

@@ -1,10 +1,11 @@
 """Cached outputs of frozen encoders, computed once and read in every epoch (no augmentation).
 
-    DIR/<hash>/     hash of the encoders, the precision and this format
+    DIR/<hash>/     hash of an encoder, the precision and this format
       <xx>/<fingerprint of a cut's input>.safetensors
-                    outputs (T / 4, C), C being the sum of the encoders' channels; metadata: T
+                    outputs (T / 4, C); metadata: T
 
-Cuts are encoded again if they or an encoder have changed.
+Cuts are encoded again if they or the encoder have changed. Models with different sets of encoders
+share the outputs.
 """
 
 import hashlib
@@ -58,20 +59,23 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def hash_of_encoders(encoders: Iterable[ZipformerEncoder], *options) -> str:
-    """Return 16 hexadecimal digits for the encoders' configs and parameters, except CTC heads."""
+def hash_of_encoder(encoder: ZipformerEncoder, *options) -> str:
+    """Return 16 hexadecimal digits for an encoder's config and parameters, except its CTC head."""
     digest = hashlib.sha256(repr(options).encode())
-    for encoder in encoders:
-        digest.update(f"{encoder.config!r}{encoder.chunkings[-1]}".encode())
-        for name, value in encoder.state_dict().items():
-            if not name.startswith("ctc_output."):
-                digest.update(name.encode())
-                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(f"{encoder.config!r}{encoder.chunkings[-1]}".encode())
+    for name, value in encoder.state_dict().items():
+        if not name.startswith("ctc_output."):
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
 class EncoderCache:
-    """On-disk cache of encoder outputs in `dtype`, read by dataloader workers."""
+    """On-disk cache of encoder outputs in `dtype`, read by dataloader workers.
+
+    Attributes:
+      folders: one per encoder.
+    """
 
     def __init__(
         self,
@@ -81,14 +85,23 @@ class EncoderCache:
         on_the_fly_feats: bool = False,
     ):
         encoders = list(encoders)
-        self.folder = directory / hash_of_encoders(encoders, FORMAT, dtype)
+        self.directory = directory
+        self.folders = [directory / hash_of_encoder(one, FORMAT, dtype) for one in encoders]
         self.dims = [encoder.output_dim for encoder in encoders]
         self.dtype, self.on_the_fly_feats = dtype, on_the_fly_feats
         self.refresh()
 
     def refresh(self) -> None:
         """List the fingerprints of the cuts in the cache."""
-        self.keys = frozenset(path.stem for path in self.folder.glob("*/*.safetensors"))
+        self._stored = [
+            frozenset(path.stem for path in folder.glob("*/*.safetensors"))
+            for folder in self.folders
+        ]
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Fingerprints of the cuts that all encoders have encoded."""
+        return frozenset.intersection(*self._stored)
 
     def with_fingerprint(self, cut: Cut) -> Cut:
         """Return the cut with its fingerprint as id."""
@@ -96,51 +109,65 @@ class EncoderCache:
 
     def is_missing(self, cut: Cut) -> bool:
         """Return true if the cut was not in the cache when it was last listed."""
-        return fingerprint(cut, self.on_the_fly_feats) not in self.keys
+        key = fingerprint(cut, self.on_the_fly_feats)
+        return any(key not in stored for stored in self._stored)
 
-    def path_of(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
+    def paths_of(self, key: str) -> list[Path]:
+        """Return the file of each encoder."""
+        return [folder / key[:2] / f"{key}.safetensors" for folder in self.folders]
 
     def read(self, cut: Cut) -> tuple[Tensor, int]:
-        """Return outputs (T / 4, C) and feature frames T; raise InputError unless complete."""
-        path = self.path_of(fingerprint(cut, self.on_the_fly_feats))
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor("outputs"), int(file.metadata()["frames"])
-        except FileNotFoundError:
-            raise InputError(f"the encoder cache has no outputs for cut {cut.id}") from None
-        except SafetensorError as error:
-            raise InputError(f"{path} is damaged ({error}): remove it") from None
+        """Return all encoders' outputs (T / 4, C), concatenated, and the feature frames T.
+
+        An incomplete cache raises InputError.
+        """
+        outputs = []
+        for path in self.paths_of(fingerprint(cut, self.on_the_fly_feats)):
+            try:
+                with safe_open(path, "pt") as file:
+                    outputs.append(file.get_tensor("outputs"))
+                    frames = int(file.metadata()["frames"])
+            except FileNotFoundError:
+                raise InputError(f"the encoder cache has no outputs for cut {cut.id}") from None
+            except SafetensorError as error:
+                raise InputError(f"{path} is damaged ({error}): remove it") from None
+        return torch.cat(outputs, dim=-1), frames
 
     def check_space(self, seconds: float) -> None:
         """Raise InputError if the outputs for `seconds` of audio do not fit on the disk."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         values = seconds * FRAMES_PER_SECOND * sum(self.dims)
-        check_space(self.folder, values * self.dtype.itemsize, "the outputs of the encoders")
+        check_space(self.directory, values * self.dtype.itemsize, "the outputs of the encoders")
 
     def fill(
         self, encoders: Iterable[ZipformerEncoder], batches: Iterable[dict], device: torch.device
     ) -> None:
-        """Encode and store batches of cuts `with_fingerprint`; call `refresh` to list them."""
-        encoders = list(encoders)
-        with disk_full_as_input_error(self.folder):
-            for batch in batches:
-                outputs = encode_batch(encoders, batch, device, self.dtype)
-                lens = batch["feature_lens"].tolist()
-                for key, output, frames in zip(batch["cut_ids"], outputs, lens, strict=True):
-                    self._write(self.path_of(key), output[: encoder_out_lens(frames)], frames)
+        """Encode and store batches of cuts `with_fingerprint`; call `refresh` to list them.
 
-    def _write(self, path: Path, outputs: Tensor, frames: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".part-{os.getpid()}")  # complete when it is renamed
-        partial.write_bytes(save({"outputs": outputs.contiguous()}, {"frames": str(frames)}))
-        os.replace(partial, path)
+        Encoders that have encoded all cuts of a batch skip it.
+        """
+        encoders = list(encoders)
+        with disk_full_as_input_error(self.directory):
+            for batch in batches:
+                paths = zip(*map(self.paths_of, batch["cut_ids"]), strict=True)
+                for encoder, stored, own in zip(encoders, self._stored, paths, strict=True):
+                    if not stored.issuperset(batch["cut_ids"]):
+                        _write(own, encode_batch(encoder, batch, device, self.dtype), batch)
 
     def cached_encoders(self, encoders: Iterable[ZipformerEncoder]) -> nn.ModuleList:
         """Return modules that replace the encoders in a SpeechLLM, with their CTC heads."""
         ends = np.cumsum(self.dims).tolist()
         parts = zip(self.dims, ends, encoders)
         return nn.ModuleList(_CachedEncoder(end - dim, end, e.ctc_output) for dim, end, e in parts)
+
+
+def _write(paths: Iterable[Path], outputs: Iterable[Tensor], batch: dict) -> None:
+    for path, output, frames in zip(paths, outputs, batch["feature_lens"].tolist(), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".part-{os.getpid()}")  # complete when it is renamed
+        output = output[: encoder_out_lens(frames)].contiguous()
+        partial.write_bytes(save({"outputs": output}, {"frames": str(frames)}))
+        os.replace(partial, path)
 
 
 class _CachedEncoder(nn.Module):
@@ -167,10 +194,9 @@ class _CachedEncoder(nn.Module):
 
 @torch.no_grad()
 def encode_batch(
-    encoders: Iterable[ZipformerEncoder], batch: dict, device: torch.device, dtype: torch.dtype
+    encoder: ZipformerEncoder, batch: dict, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Return all encoders' concatenated outputs (B, T / 4, C) in `dtype`, on the CPU."""
+    """Return an encoder's outputs (B, T / 4, C) in `dtype`, on the CPU."""
     features = batch["features"].to(device, non_blocking=True)
     with autocast(device, dtype):
-        outputs = [encoder(features, batch["feature_lens"])[0] for encoder in encoders]
-    return torch.cat([output.to(dtype) for output in outputs], dim=-1).cpu()
+        return encoder(features, batch["feature_lens"])[0].to(dtype).cpu()

@@ -252,11 +252,11 @@ def fill_encoder_cache(
     report_invalid(unread, total, limit, listing, "The encoder cache skips")
     if len(cache.keys) + len(unread) < expected:
         raise InputError(
-            f"{cache.folder} has {len(cache.keys)} of {expected} utterances: "
+            f"{cache.directory} has {len(cache.keys)} of {expected} utterances: "
             "all ranks must share the directory"
         )
     logging.info(
-        f"Encoder cache {cache.folder}: {total - len(durations)} utterances found, "
+        f"Encoder cache {cache.directory}: {total - len(durations)} utterances found, "
         f"{len(durations)} encoded, {time.monotonic() - start:.1f} s"
     )
     return cache
