@@ -51,6 +51,12 @@ def test_train_step_computes_the_published_gradients(run):
 
 
 @pytest.mark.slow
+def test_both_convolutions_encode_alike(run):
+    found = run("encoder", "--rounds", 1, "--batch", 2, "--seconds", 2)
+    assert [line["name"] for line in found] == ["forward", "trained"]
+
+
+@pytest.mark.slow
 def test_the_modelled_step_is_the_sum_of_its_parts(run):
     found = run("roofline", "--batch", 2, "--seconds", 2, "--tokens", 5)
     ours = {line["name"]: line for line in found if line["name"].startswith("ours")}
