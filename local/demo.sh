@@ -74,12 +74,12 @@ export OMP_NUM_THREADS=1
 # a small corpus by heart: there, the LLM repeats as it was trained to.
 if [ -z "$table" ]; then
   llm_epochs=${llm_epochs:-4} llm_steps=900
-  speed_perturb=false dropout=0
+  speed_perturb=false dropout=0 mose_duration=12
   lora=(--lora-r 16 --lora-alpha 32)
   unmasked_epochs=$encoder_epochs
 else
   llm_epochs=${llm_epochs:-6} llm_steps=2000
-  speed_perturb=true dropout=0.1
+  speed_perturb=true dropout=0.1 mose_duration=6
   lora=(--lora-lr 0.01)
   unmasked_epochs=$(((encoder_epochs + 1) / 2))
 fi
@@ -159,7 +159,7 @@ if due 4 "two tiny encoders with CTC, the second in the background"; then
   fresh 4 "$exp"/encoder[12]
   train_encoder 2 &
   encoder2_job=$!
-  renice -n 19 -g "$encoder2_job" >/dev/null
+  renice -n 10 -g "$encoder2_job" >/dev/null
   train_encoder 1 &
   wait $!
 fi
@@ -184,7 +184,8 @@ if due 6 "train_mose.py on both encoders, from the model of stage 5"; then
   fresh 6 "$exp/mose"
   # A high learning rate would destroy what the first run has learned.
   quietly train_mose.log $python src/train_mose.py "${training[@]}" "${two[@]}" \
-    --exp-dir "$exp/mose" --base-lr 0.0005 --world-size 2 --max-duration 6 \
+    --exp-dir "$exp/mose" --base-lr 0.0005 \
+    --world-size 2 --max-duration $mose_duration \
     --pretrained-model-path "$exp/llm_asr/epoch-$llm_epochs.pt"
   finished 6
 fi

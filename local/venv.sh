@@ -13,9 +13,15 @@ for requirements in "$@"; do
   stamp=.venv/installed-$(echo "$requirements" | tr / -)
   if ! cmp -s "$requirements" "$stamp"; then
     echo "Installing $requirements"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
+      -r "$requirements"
     cp "$requirements" "$stamp"
+    installed=true
   fi
 done
+# In the background: pip would compile all modules before the first program can start.
+if [ -n "${installed:-}" ]; then
+  (.venv/bin/python -m compileall -q .venv/lib >/dev/null 2>&1 &)
+fi
 # Idle threads sleep instead of spinning: several runs may share a few cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
