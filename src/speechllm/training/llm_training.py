@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from speechllm.data.config import TrainDataConfig
 from speechllm.data.dataloader import evaluation_loader
@@ -30,6 +29,7 @@ from speechllm.models.config import (
     with_hashes,
 )
 from speechllm.models.int8 import INT8_FILE
+from speechllm.models.llm import hidden_size
 from speechllm.models.prompt import ChatTokenizer
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.models.state_dict import load_trainable_state, trainable_state
@@ -121,7 +121,7 @@ def with_precision(config: TrainConfig, llm_path: str) -> TrainConfig:
     """Choose bfloat16 for a large LLM on a CPU with instructions for it, unless flags decide."""
     if config.use_bf16 is not None or config.use_fp16 is not None or torch.cuda.is_available():
         return config
-    is_large = AutoConfig.from_pretrained(llm_path).hidden_size >= LARGE_HIDDEN_SIZE
+    is_large = hidden_size(llm_path) >= LARGE_HIDDEN_SIZE
     return replace(config, use_bf16=is_large and auto_dtype() == torch.bfloat16)
 
 
