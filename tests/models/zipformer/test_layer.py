@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from speechllm.models.zipformer.chunks import stack_frames
+from speechllm.models.zipformer.chunks import DepthwiseConv, stack_frames
 from speechllm.models.zipformer.config import OFFLINE
 from speechllm.models.zipformer.frontend import ConvNeXt
 from speechllm.models.zipformer.layer import AttentionWeights, Dropout, positional_embedding
@@ -36,13 +37,23 @@ def test_dropout_shares_its_mask_over_time():
     assert torch.equal(dropout.eval()(y), y)
 
 
-def test_depthwise_convolution_is_float32_under_autocast_on_a_cpu():
-    convnext = ConvNeXt(4)
-    dtypes = []
-    convnext.depthwise_conv.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
-    x, valid = torch.randn(1, 4, 6, 5), torch.ones(1, 6, dtype=torch.bool)
-    expected = convnext(x, valid)
+@pytest.mark.parametrize(
+    "module, x, args",
+    [
+        (ConvNeXt(4), torch.randn(1, 4, 6, 5), [torch.ones(1, 6, dtype=torch.bool)]),
+        (DepthwiseConv(16, 15, padding=7), torch.randn(1, 54, 16), []),  # bfloat16 would not end
+    ],
+)
+def test_depthwise_convolutions_are_float32_under_autocast_on_a_cpu(monkeypatch, module, x, args):
+    conv2d, dtypes = F.conv2d, []
+
+    def record(x, *rest, **options):
+        dtypes.append(x.dtype)
+        return conv2d(x, *rest, **options)
+
+    monkeypatch.setattr(F, "conv2d", record)
+    expected = module(x, *args)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = convnext(x.bfloat16(), valid)
+        found = module(x.bfloat16(), *args)
     assert dtypes == [torch.float32, torch.float32] and found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.02)

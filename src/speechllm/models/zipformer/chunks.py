@@ -94,6 +94,16 @@ def stack_frames(lens: Tensor, num_frames: int, chunks: Chunking | History, fact
     return Frames(valid, sources & allowed, size, lens.clamp(max=size))
 
 
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
+    """Convolve x (B, C, H, W) with weight (C, 1, h, w); on a CPU, in the weight's dtype."""
+    if not x.is_cpu:
+        return F.conv2d(x, weight, bias, padding=padding, groups=len(weight))
+    # In bfloat16, oneDNN 3.12 is slow, and for 16 or 144 channels its code generation may not end.
+    with torch.autocast("cpu", enabled=False):
+        y = F.conv2d(x.to(weight.dtype), weight, bias, padding=padding, groups=len(weight))
+    return y.to(x.dtype)
+
+
 class DepthwiseConv(nn.Conv1d):
     """Depthwise convolution over time: (B, T, C) -> (B, T + 2 * padding - kernel + 1, C)."""
 
@@ -105,8 +115,7 @@ class DepthwiseConv(nn.Conv1d):
             return super().forward(x.transpose(1, 2)).transpose(1, 2)
         # CPUs are much faster with channels last, which PyTorch has only for two dimensions.
         image = x[:, None].permute(0, 3, 1, 2)  # (B, C, 1, T)
-        weight, padding = self.weight[:, :, None], (0, *self.padding)
-        y = F.conv2d(image, weight, self.bias, padding=padding, groups=self.groups)
+        y = depthwise_conv2d(image, self.weight[:, :, None], self.bias, (0, *self.padding))
         return y.permute(0, 2, 3, 1)[:, 0]
 
 

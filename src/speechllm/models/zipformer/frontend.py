@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechllm.models.zipformer.chunks import History, valid_frames
+from speechllm.models.zipformer.chunks import History, depthwise_conv2d, valid_frames
 from speechllm.models.zipformer.config import frontend_out_lens
 from speechllm.models.zipformer.layer import BiasNorm, Dropout
 from speechllm.models.zipformer.swoosh import swoosh_l, swoosh_r
@@ -38,10 +38,8 @@ class ConvNeXt(nn.Module):
         return x + _pointwise(self.pointwise_conv2, y).permute(0, 3, 1, 2)
 
     def _depthwise(self, x: Tensor) -> Tensor:
-        if not x.is_cpu:
-            return self.depthwise_conv(x)
-        with torch.autocast(x.device.type, enabled=False):  # slow in bfloat16 on CPUs
-            return self.depthwise_conv(x.to(self.depthwise_conv.weight.dtype)).to(x.dtype)
+        conv = self.depthwise_conv
+        return depthwise_conv2d(x, conv.weight, conv.bias, conv.padding)
 
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
