@@ -20,7 +20,7 @@ from speechllm.errors import exit_on_user_error
 from speechllm.training.config import EncoderConfig, TrainConfig
 
 DEFAULTS = TrainConfig(
-    exp_dir=Path("exp/encoder"), base_lr=0.045, lr_schedule="eden", num_epochs=30
+    exp_dir=Path("exp/encoder"), base_lr=0.045, lr_schedule="eden", num_epochs=30, use_bf16=False
 )
 FOR_LLMS = (
     "deepspeed", "pretrained_model_path", "use_flash_attn", "max_batch_tokens",

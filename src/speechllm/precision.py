@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 
-def autocast_dtype(use_fp16: bool | None, use_bf16: bool) -> torch.dtype:
+def autocast_dtype(use_fp16: bool | None, use_bf16: bool | None) -> torch.dtype:
     """Return the dtype set by --use-fp16 and --use-bf16; bfloat16 takes precedence.
 
     Args:
       use_fp16: None means float16 if there is a GPU, else float32.
+      use_bf16: None means false.
     """
     if use_bf16:
         return torch.bfloat16

@@ -12,7 +12,7 @@ def test_defaults_are_those_of_the_published_recipe():
         "master_port": 12354, "num_epochs": 10, "start_epoch": 1, "base_lr": 0.01, "seed": 42,
         "optimizer": "scaled_adam", "lr_schedule": "fixed", "log_interval": 50,
         "valid_interval": 5000, "tensorboard": True, "inf_check": False,
-        "encoder_feature_mask": True, "projector_dropout": 0.1, "use_bf16": False,
+        "encoder_feature_mask": True, "projector_dropout": 0.1, "use_bf16": None,
         "use_fp16": None, "world_size": None,
     }  # fmt: skip
     assert vars(TrainConfig()).items() >= published.items()

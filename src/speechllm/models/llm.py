@@ -1,11 +1,14 @@
 """Load the LLM and its tokenizer, and select its trainable parameters."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -16,6 +19,22 @@ from speechllm.errors import InputError, first_line
 from speechllm.models.config import ONE_ENCODER, ModelConfig, check_llm_path
 from speechllm.models.int8 import INT8_FILE, is_int8, load_int8
 from speechllm.models.prompt import add_speech_tokens
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """Raise InputError for any error of transformers, the hub, safetensors or json."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"the LLM cannot be loaded from {path}: {first_line(error)}") from None
+
+
+def hidden_size(path: str) -> int:
+    """Return the size of the LLM's embeddings; 0 if it is multimodal, which `load_llm` refuses."""
+    with _loading(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return getattr(config, "hidden_size", 0)
 
 
 def load_llm(
@@ -34,7 +53,7 @@ def load_llm(
     check_llm_path(path)
     # None: sdpa if the LLM supports it; flash-attn does not support "meta"
     attention = "flash_attention_2" if use_flash_attn and device != "meta" else None
-    try:
+    with _loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if (Path(path) / INT8_FILE).is_file():
             llm, missing = load_int8(path, dtype, attention), []
@@ -49,8 +68,6 @@ def load_llm(
                 device_map=None if device == "cpu" else device,
             )
             missing = loaded["missing_keys"]  # transformers initializes them randomly
-    except Exception as error:  # from transformers, the hub, safetensors or json
-        raise InputError(f"the LLM cannot be loaded from {path}: {first_line(error)}") from None
     if missing:
         raise InputError(f"the LLM in {path} lacks {len(missing)} weights, e.g. {min(missing)}")
     if not hasattr(llm.config, "max_position_embeddings"):

@@ -85,7 +85,9 @@ class TrainConfig:
 
     use_fp16: bool | None = _memory(
         None, "autocast to float16 with a gradient scaler", unset="true on a GPU")
-    use_bf16: bool = _memory(False, "autocast to bfloat16; takes precedence over --use-fp16")
+    use_bf16: bool | None = _memory(
+        None, "autocast to bfloat16; takes precedence over --use-fp16",
+        unset="true for large LLMs on a CPU with instructions for it, without --use-fp16")
     use_flash_attn: bool = _memory(False, "use flash-attn instead of torch's SDPA")
     activation_checkpointing: bool = _memory(
         False, "recompute trainable layers in the backward pass: less memory, a third more time")

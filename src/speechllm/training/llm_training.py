@@ -29,10 +29,11 @@ from speechllm.models.config import (
     with_hashes,
 )
 from speechllm.models.int8 import INT8_FILE
+from speechllm.models.llm import hidden_size
 from speechllm.models.prompt import ChatTokenizer
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.models.state_dict import load_trainable_state, trainable_state
-from speechllm.precision import autocast_dtype
+from speechllm.precision import auto_dtype, autocast_dtype
 from speechllm.progress import with_progress
 from speechllm.training.config import TrainConfig
 from speechllm.training.data import limit_llm_positions, scan_training_data
@@ -43,6 +44,8 @@ from speechllm.training.fit import Training, begin, fit, launch_training
 from speechllm.training.invalid_utterances import INVALID_CUTS, report_invalid
 from speechllm.training.resume import Start, archive_later_checkpoints, find_start
 from speechllm.training.warm_start import initialize
+
+LARGE_HIDDEN_SIZE = 512  # smaller LLMs are slower in bfloat16: see tests/README.md
 
 
 class LlmLoss:
@@ -79,6 +82,8 @@ def train_llm(
     Args:
       make_decoder: used with --valid-decode; picklable.
     """
+    check_model_files(model)
+    config = with_precision(config, model.llm_path)
     zero = _check_options(model, data, config)
     if starts_new_stage(model, config):
         config = replace(config, resume="never")
@@ -112,6 +117,14 @@ def run_llm_training(dist_env: DistEnv, training: Training, make_decoder: MakeDe
     fit(training, model, loss, partial(trainable_state, model), start, dist_env, decode)
 
 
+def with_precision(config: TrainConfig, llm_path: str) -> TrainConfig:
+    """Choose bfloat16 for a large LLM on a CPU with instructions for it, unless flags decide."""
+    if config.use_bf16 is not None or config.use_fp16 is not None or torch.cuda.is_available():
+        return config
+    is_large = hidden_size(llm_path) >= LARGE_HIDDEN_SIZE
+    return replace(config, use_bf16=is_large and auto_dtype() == torch.bfloat16)
+
+
 def starts_new_stage(model: ModelConfig, config: TrainConfig) -> bool:
     """Return true if --pretrained-model-path starts a model that differs from --exp-dir's."""
     warm = config.pretrained_model_path and config.resume == "auto"
@@ -120,7 +133,6 @@ def starts_new_stage(model: ModelConfig, config: TrainConfig) -> bool:
 
 def _check_options(model: ModelConfig, data: TrainDataConfig, config: TrainConfig) -> dict | None:
     """Check the options before loading anything; return DeepSpeed's configuration."""
-    check_model_files(model)
     if (Path(model.llm_path) / INT8_FILE).is_file():  # integers have no gradients
         raise InputError(f"--llm-path {model.llm_path} has int8 weights, which are for decoding")
     if config.freeze_projector and not model.unfreeze_llm and not model.unfreeze_encoder:
