@@ -295,11 +295,16 @@ def test_joined_clips_are_cut_where_they_were_joined(recognizers, shared, monkey
 
 
 @pytest.mark.parametrize(
-    "avx512_bf16, amx, expected",
-    [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")],
+    "avx512_bf16, amx, size, expected",
+    [
+        (True, False, 896, "bfloat16"),
+        (False, True, 896, "bfloat16"),
+        (False, False, 896, "float32"),
+        (True, True, 128, "float32"),
+    ],
 )
-def test_dtype_auto_follows_the_cpu(monkeypatch, avx512_bf16, amx, expected):
+def test_dtype_auto_follows_cpu_and_llm(monkeypatch, avx512_bf16, amx, size, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert auto_dtype() == getattr(torch, expected)
+    assert auto_dtype(size) == getattr(torch, expected)

@@ -10,21 +10,22 @@ from speechllm.training.config import TrainConfig
 
 
 @pytest.mark.parametrize(
-    "hidden_size, fastest, flags, expected",
+    "hidden_size, supported, flags, expected",
     [
-        (896, torch.bfloat16, {}, torch.bfloat16),
-        (128, torch.bfloat16, {}, torch.float32),
-        (896, torch.float32, {}, torch.float32),
-        (896, torch.bfloat16, {"use_fp16": False}, torch.float32),
-        (896, torch.bfloat16, {"use_fp16": True}, torch.float16),
-        (896, torch.bfloat16, {"use_bf16": False}, torch.float32),
+        (896, True, {}, torch.bfloat16),
+        (128, True, {}, torch.float32),
+        (896, False, {}, torch.float32),
+        (896, True, {"use_fp16": False}, torch.float32),
+        (896, True, {"use_fp16": True}, torch.float16),
+        (896, True, {"use_bf16": False}, torch.float32),
     ],
 )
 def test_large_llms_are_trained_in_bfloat16_on_cpus_that_support_it(
-    monkeypatch, tmp_path, hidden_size, fastest, flags, expected
+    monkeypatch, tmp_path, hidden_size, supported, flags, expected
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(llm_training, "auto_dtype", lambda: fastest)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: supported)
     Qwen2Config(hidden_size=hidden_size).save_pretrained(tmp_path)
     config = llm_training.with_precision(TrainConfig(**flags), str(tmp_path))
     assert llm_training.autocast_dtype(config.use_fp16, config.use_bf16) == expected

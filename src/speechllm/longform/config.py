@@ -21,7 +21,7 @@ class LongformConfig:
     endpoint_silence: float = _option(0.8, "seconds of silence that end a phrase in a stream")
     max_duration: float = _option(200.0, "maximum seconds of audio per batch")
     dtype: str | None = _option(
-        None, "precision of the model; auto: bfloat16 if the GPU or CPU supports it",
+        None, "precision of the model; auto: bfloat16 where it is faster",
         choices=("auto", "float32", "float16", "bfloat16"), unset="by --use-fp16 and --use-bf16",
     )  # fmt: skip
 

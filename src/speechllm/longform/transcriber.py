@@ -21,9 +21,9 @@ from speechllm.longform.chunker import AudioChunk, Chunker
 from speechllm.longform.config import LongformConfig
 from speechllm.longform.transcript import NO_SPEECH, Segment, Transcript
 from speechllm.models.config import ModelConfig, check_model_files
+from speechllm.models.llm import fastest_dtype
 from speechllm.models.prompt import encode_contexts
 from speechllm.models.speech_encoders import pad_features
-from speechllm.precision import auto_dtype
 
 Item = TypeVar("Item")
 Recordings = Iterable[tuple[str, Iterable[Tensor]]]  # names, and blocks of 16 kHz samples (N,)
@@ -49,7 +49,8 @@ def load_transcriber(
         )
     check_model_files(model)
     if longform.dtype:
-        dtype = auto_dtype() if longform.dtype == "auto" else getattr(torch, longform.dtype)
+        is_auto = longform.dtype == "auto"
+        dtype = fastest_dtype(model.llm_path) if is_auto else getattr(torch, longform.dtype)
         precision = dict(use_fp16=dtype == torch.float16, use_bf16=dtype == torch.bfloat16)
         checkpoint = replace(checkpoint, **precision)
     recognizer = TrainedModel(model, checkpoint).recognizer(search, default_guard="fallback")

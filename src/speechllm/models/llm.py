@@ -19,6 +19,7 @@ from speechllm.errors import InputError, first_line
 from speechllm.models.config import ONE_ENCODER, ModelConfig, check_llm_path
 from speechllm.models.int8 import INT8_FILE, is_int8, load_int8
 from speechllm.models.prompt import add_speech_tokens
+from speechllm.precision import auto_dtype
 
 
 @contextmanager
@@ -30,11 +31,11 @@ def _loading(path: str) -> Iterator[None]:
         raise InputError(f"the LLM cannot be loaded from {path}: {first_line(error)}") from None
 
 
-def hidden_size(path: str) -> int:
-    """Return the size of the LLM's embeddings; 0 if it is multimodal, which `load_llm` refuses."""
+def fastest_dtype(path: str) -> torch.dtype:
+    """Return the dtype in which this machine computes the LLM fastest; see `auto_dtype`."""
     with _loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    return getattr(config, "hidden_size", 0)
+    return auto_dtype(getattr(config, "hidden_size", 0))  # `load_llm` refuses multimodal LLMs
 
 
 def load_llm(

@@ -29,11 +29,11 @@ from speechllm.models.config import (
     with_hashes,
 )
 from speechllm.models.int8 import INT8_FILE
-from speechllm.models.llm import hidden_size
+from speechllm.models.llm import fastest_dtype
 from speechllm.models.prompt import ChatTokenizer
 from speechllm.models.speech_llm import SpeechLLM
 from speechllm.models.state_dict import load_trainable_state, trainable_state
-from speechllm.precision import auto_dtype, autocast_dtype
+from speechllm.precision import autocast_dtype
 from speechllm.progress import with_progress
 from speechllm.training.config import TrainConfig
 from speechllm.training.data import limit_llm_positions, scan_training_data
@@ -44,8 +44,6 @@ from speechllm.training.fit import Training, begin, fit, launch_training
 from speechllm.training.invalid_utterances import INVALID_CUTS, report_invalid
 from speechllm.training.resume import Start, archive_later_checkpoints, find_start
 from speechllm.training.warm_start import initialize
-
-LARGE_HIDDEN_SIZE = 512  # smaller LLMs are slower in bfloat16: see tests/README.md
 
 
 class LlmLoss:
@@ -121,8 +119,7 @@ def with_precision(config: TrainConfig, llm_path: str) -> TrainConfig:
     """Choose bfloat16 for a large LLM on a CPU with instructions for it, unless flags decide."""
     if config.use_bf16 is not None or config.use_fp16 is not None or torch.cuda.is_available():
         return config
-    is_large = hidden_size(llm_path) >= LARGE_HIDDEN_SIZE
-    return replace(config, use_bf16=is_large and auto_dtype() == torch.bfloat16)
+    return replace(config, use_bf16=fastest_dtype(llm_path) == torch.bfloat16)
 
 
 def starts_new_stage(model: ModelConfig, config: TrainConfig) -> bool:
