@@ -5,8 +5,8 @@
 
 Times are CPU times of the process, so that other work on the machine changes them little; `ratio`
 is seconds of audio per second. `ms_per_s` is measured while the models run on the same CPU and
-displace the host's data from its caches; `alone_ms_per_s` is the lowest time of
-10 repetitions of the same calls without the models, as if these ran on a GPU.
+displace the host's data from its caches; `alone_ms_per_s` is the lowest time of 10 repetitions of
+the same calls without the models, as if these ran on a GPU.
 """
 
 import gc
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         calls.clear()
         transcripts = [one for _ in range(args.rounds) for one in asr.transcribe(args.recordings)]
     seconds = sum(one.duration for one in transcripts)
-    alone = Counter({part: lowest_cpu_seconds(calls[part]) for part in PARTS})
+    alone = {part: lowest_cpu_seconds(calls[part]) for part in PARTS}
     for part in (*PARTS, "all"):
         parts = PARTS if part == "all" else [part]
         used, repeated = (sum(times[one] for one in parts) for times in (spent, alone))

@@ -95,7 +95,10 @@ def stack_frames(lens: Tensor, num_frames: int, chunks: Chunking | History, fact
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
-    """Convolve x (B, C, H, W) with weight (C, 1, h, w); on a CPU, in the weight's dtype."""
+    """Convolve each channel of x (B, C, H, W) with its weight (C, 1, h, w), giving (B, C, H', W').
+
+    CPUs compute in the weight's dtype; the result has x's.
+    """
     if not x.is_cpu:
         return F.conv2d(x, weight, bias, padding=padding, groups=len(weight))
     # In bfloat16, oneDNN 3.12 is slow, and for 16 or 144 channels its code generation may not end.
